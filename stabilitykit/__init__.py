@@ -1,0 +1,1 @@
+"""Find where, and why, Gemma leaves float16's range."""

@@ -1,0 +1,1 @@
+"""A checkpoint on disk -> config, tensors, vocabulary; one file per format."""
