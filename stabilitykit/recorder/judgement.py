@@ -1,0 +1,259 @@
+"""Why a tensor is not finite: a mask at work, an earlier break passed on, or a break of its own.
+
+A break is an output that is not finite although every floating operand was. The operator is then repeated on
+the same operands in the next wider format, which tells a value too large to store from a sum that overflowed on
+the way to a result that fits, and from an operation that has no finite result in any format.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from stabilitykit.formats import number_format
+from stabilitykit.recorder.axes import Folded
+from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, is_pointwise
+from stabilitykit.records import Break, BreakKind
+
+OriginKind = Literal["weight", "constant", "input", "computed"]
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where a tensor's values came from, whether any was lost, and which a mask hides (None: none)."""
+
+    kind: OriginKind
+    name: str  # a parameter's path, or what stands in for a site
+    entry: int | None = None  # which record, when it has one
+    lost: bool = False
+    masked: Tensor | None = None
+
+    @property
+    def may_mask(self) -> bool:
+        return self.kind in ("constant", "input")
+
+
+@dataclass(slots=True)
+class Operand:
+    tensor: Tensor
+    origin: Origin
+
+    def hides(self) -> Tensor | None:
+        """Where this operand is a mask or was hidden by one."""
+        masked = self.origin.masked
+        if masked is not None and masked.shape == self.tensor.shape:
+            return masked
+        # A view of masked memory, in a shape of its own, shows its mask by value.
+        return blocks(self.tensor) if masked is not None or (self.origin.may_mask and self.tensor.ndim > 1) else None
+
+
+@dataclass(slots=True)
+class Call:
+    """An operator, or a module where `func` is None, with the operands as they were before it ran."""
+
+    name: str
+    operands: list[Operand]
+    func: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Finding:
+    """`lost` is True at the elements that are neither finite nor masked; `origins` are the break's operands'."""
+
+    lost: Tensor
+    broke: Break | None
+    origins: tuple[Origin | None, ...] = ()
+
+
+def blocks(operand: Tensor) -> Tensor:
+    """Where an additive mask hides a key: -inf, or the very negative finite number that stands for it.
+
+    transformers uses the dtype's minimum, gemma_pytorch -2.38e38; both are past half the minimum.
+    """
+    return operand <= torch.finfo(operand.dtype).min / 2
+
+
+def masked_elements(call: Call, output: Tensor) -> Tensor | None:
+    """Which elements of `output` a mask hides, as booleans of its shape; None for none.
+
+    A mask is a constant or an input that holds very negative numbers. It hides where it is added, where a
+    selection puts such a number, and in what pointwise operators make of hidden elements as long as that stays
+    very negative.
+    """
+    if call.func is None:
+        return None
+    if call.name in SELECTIONS:
+        hidden = _placed(call, output)
+    elif is_pointwise(call.func):
+        hidden = [operand.hides() for operand in call.operands]
+    else:
+        return None
+    shown = [part.expand(output.shape) for part in hidden if part is not None]
+    if not shown:
+        return None
+    union = shown[0]
+    for part in shown[1:]:
+        union = union | part
+    union = union & blocks(output)
+    return union if bool(union.any()) else None
+
+
+def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded) -> Finding:
+    """Looks closer at an `output` that holds at least one NaN or infinity which is not masked.
+
+    `folded.tensor` is the same elements in a shape whose axes are known.
+    """
+    lost = ~output.isfinite() if masked is None else ~output.isfinite() & ~masked
+    if call.name in SELECTIONS:
+        return Finding(lost, None)
+    culprit = next((operand for operand in call.operands if _carries_damage(operand)), None)
+    if culprit is not None:
+        kind = culprit.origin.kind
+        if kind == "computed":
+            return Finding(lost, None)
+        found: BreakKind = "weight" if kind == "weight" else "input"
+        broke = _break(found, lost, folded, (), None, output.dtype)
+        return Finding(lost, broke, (culprit.origin,))
+
+    flat = _earliest(lost, folded)
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), output.shape))
+    value = _widened(call, index)
+    kind_found = _kind(call, output, index, value, output.dtype)
+    operands, sites = _operands_at(call, output.shape, index)
+    return Finding(lost, _break(kind_found, lost, folded, operands, value, output.dtype), sites)
+
+
+def _placed(call: Call, output: Tensor) -> list[Tensor | None]:
+    """What a selection puts in from a constant or an input, and what was hidden in the rest."""
+    carried = [operand.hides() for operand in call.operands if operand.tensor.shape == output.shape]
+    if call.name == "masked_fill":
+        return [call.args[1], *carried]
+    if call.name == "where":
+        condition, *sides = call.args
+        origins = {id(operand.tensor): operand.origin for operand in call.operands}
+        placed = [not isinstance(side, Tensor) or side.ndim == 0 or origins[id(side)].may_mask for side in sides]
+        return [*([condition] if placed[0] else []), *([~condition] if placed[1] else []), *carried]
+    return carried
+
+
+def _carries_damage(operand: Operand) -> bool:
+    if operand.origin.lost or operand.origin.kind == "computed":
+        return operand.origin.lost
+    tensor = operand.tensor
+    if operand.origin.may_mask:
+        return bool((tensor.isnan() | (tensor == math.inf)).any())
+    return not bool(tensor.isfinite().all())
+
+
+def _earliest(lost: Tensor, folded: Folded) -> int:
+    """Row-major index of the first lost element at the earliest position."""
+    if folded.position is None:
+        return int(lost.flatten().int().argmax())
+    places = lost.reshape(folded.tensor.shape).nonzero()
+    positions = places[:, folded.position]
+    first = places[int((positions == positions.min()).int().argmax())].tolist()
+    flat = 0
+    for size, i in zip(folded.tensor.shape, first, strict=True):
+        flat = flat * size + i
+    return flat
+
+
+def _break(
+    kind: BreakKind,
+    lost: Tensor,
+    folded: Folded,
+    operands: Sequence[float],
+    value: float | None,
+    dtype: torch.dtype,
+) -> Break:
+    flat = torch.tensor(_earliest(lost, folded))
+    place = [int(i) for i in torch.unravel_index(flat, folded.tensor.shape)]
+    return Break(
+        kind=kind,
+        count=int(lost.sum()),
+        row=None if folded.row is None else place[folded.row],
+        position=None if folded.position is None else place[folded.position],
+        channel=place[-1] if place else None,
+        index=tuple(int(i) for i in torch.unravel_index(flat, lost.shape)),
+        operands=tuple(operands),
+        operand_sites=(),
+        value=value,
+        limit=number_format(str(dtype)).largest,
+    )
+
+
+def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | None, dtype: torch.dtype) -> BreakKind:
+    if call.name in ("softmax", "log_softmax") and call.operands:
+        dim = call.args[1] if len(call.args) > 1 else -1
+        row = call.operands[0].tensor.movedim(dim, -1)
+        place = list(index)
+        del place[dim]
+        if bool((row[tuple(place)] == -math.inf).all()):
+            return "masked-row"
+    if value is None:
+        return "unresolved"
+    if math.isnan(value):
+        return "invalid"
+    if math.isinf(value):
+        return "division-by-zero" if call.name in POLES else "overflow"
+    if number_format(str(dtype)).overflows(value):
+        return "overflow"
+    return "reduction"
+
+
+def _widened(call: Call, index: tuple[int, ...]) -> float | None:
+    """The element at `index` of the same operator on the same operands in the next wider format."""
+    if call.func is None:
+        return None
+
+    def widen(argument: Any) -> Any:
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            return argument.to(_WIDER.get(argument.dtype, torch.float64), copy=True)
+        if isinstance(argument, torch.dtype) and argument in _WIDER:
+            return _WIDER[argument]
+        return argument
+
+    args = tree_map(widen, call.args)
+    if call.name in ("softmax", "log_softmax") and len(args) > 2:
+        args = (*args[:2], False)  # half_to_float holds for half operands only
+    try:
+        wide = call.func(*args, **tree_map(widen, call.kwargs))
+    except (RuntimeError, TypeError, IndexError):  # not every kernel exists in every dtype
+        return None
+    result = wide[0] if isinstance(wide, tuple | list) else wide
+    return float(result[index])
+
+
+def _operands_at(
+    call: Call, shape: torch.Size, index: tuple[int, ...]
+) -> tuple[tuple[float, ...], tuple[Origin | None, ...]]:
+    """What the element at `index` was made of; Python scalars have no origin."""
+    if call.func is None:
+        return (), ()
+    if is_pointwise(call.func):
+        values: list[float] = []
+        origins: list[Origin | None] = []
+        rest = list(call.operands)
+        for argument in call.args:
+            if rest and argument is rest[0].tensor:
+                operand = rest.pop(0)
+                values.append(float(operand.tensor.expand(shape)[index]))
+                origins.append(operand.origin)
+            elif isinstance(argument, int | float) and not isinstance(argument, bool):
+                values.append(float(argument))
+                origins.append(None)
+        return tuple(values), tuple(origins)
+    parts = [operand.tensor for operand in call.operands]
+    if call.name in CONTRACTIONS and len(parts) >= 2 and len(index) >= 2:
+        left, right = parts[-2], parts[-1]
+        batch = index[:-2]
+        parts[-2], parts[-1] = left[batch][index[-2]], right[batch][:, index[-1]]
+    return tuple(float(part.abs().max()) for part in parts), tuple(operand.origin for operand in call.operands)

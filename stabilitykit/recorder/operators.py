@@ -1,0 +1,97 @@
+"""What kind of thing an ATen operator does, under one name whatever the grad mode.
+
+Under `inference_mode` composite operators reach a dispatch mode whole (`linear`, `softmax.int`), under
+`no_grad` as their parts (`mm`, `_softmax`). The mode takes composites apart itself, and the names here join
+the rest, so a site is called the same either way.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAME = {
+    "mm": "matmul",
+    "bmm": "matmul",
+    "addmm": "matmul",
+    "baddbmm": "matmul",
+    "mv": "matmul",
+    "dot": "matmul",
+    "linear": "matmul",
+    "_to_copy": "cast",
+    "copy": "cast",
+    "_softmax": "softmax",
+    "_safe_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "linalg_vector_norm": "norm",
+    "rsub": "sub",
+}
+
+# They place values and never compute any, so what comes out was finite if what went in was.
+_MOVES = frozenset(
+    "alias cat clone constant_pad_nd contiguous expand_copy flip gather index index_copy index_put index_select "
+    "lift lift_fresh masked_select pad repeat repeat_interleave roll scatter select_scatter slice_scatter sort stack "
+    "take topk unfold_copy _index_put_impl _reshape_copy _unsafe_index _unsafe_view unsafe_split view_copy".split()
+)
+
+# They choose between values: an infinity they hold was put there on purpose or came from an operand.
+SELECTIONS = frozenset("where masked_fill index_fill fill tril triu clamp clamp_min clamp_max".split())
+
+# Where a finite operand gives an exact infinity: IEEE 754's division by zero.
+POLES = frozenset("div reciprocal rsqrt log log2 log10 log1p pow".split())
+
+CONTRACTIONS = frozenset({"matmul"})
+
+
+@cache
+def canonical(func: Any) -> str:
+    """`aten.add_.Tensor` and `aten.add.Tensor` are "add"; `mm`, `bmm` and `addmm` are "matmul"."""
+    name: str = func._schema.name.partition("::")[2]
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _SAME.get(name, name)
+
+
+@cache
+def is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+@cache
+def writes_in_place(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+@cache
+def is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags or canonical(func) == "cast"
+
+
+@cache
+def is_view(func: Any) -> bool:
+    returned = func._schema.returns
+    alias = returned[0].alias_info if returned else None
+    return alias is not None and not alias.is_write
+
+
+@cache
+def is_factory(func: Any) -> bool:
+    """Whether the result holds no value of an operand: `zeros_like`, `new_full` and the like."""
+    name = canonical(func)
+    return name.endswith("_like") or name.startswith("new_")
+
+
+def moves(func: Any, source: Tensor | None, output: Tensor) -> bool:
+    """Whether the operator only places values. A cast does too, unless it narrows."""
+    name = canonical(func)
+    if name == "cast":
+        return source is None or not source.is_floating_point() or not narrows(source.dtype, output.dtype)
+    return name in _MOVES or is_view(func)
+
+
+@cache
+def narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether some value of `source` is no value of `target`."""
+    a, b = torch.finfo(source), torch.finfo(target)
+    return a.max > b.max or a.eps < b.eps or a.smallest_normal < b.smallest_normal

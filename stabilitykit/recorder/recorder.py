@@ -1,0 +1,508 @@
+"""`record(model)`: forward hooks on every module and, between them, every operator, as one list of records.
+
+    with record(model) as recording:
+        logits = model(tokens)
+    recording.first_break()
+
+The hooks know where the program is; the operator mode sees what no module returns: residual adds, attention
+scores, gate · up. A tensor is measured the moment it exists, because the next operator may write over it.
+Nothing is changed: the model computes the same bits with and without a recorder, and no hook outlives the
+block. Each tensor costs a few passes over its elements and one wait for the device.
+"""
+
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.formats import number_format
+from stabilitykit.recorder.axes import Folded, fold
+from stabilitykit.recorder.judgement import Call, Finding, Operand, Origin, judge, masked_elements
+from stabilitykit.recorder.labels import label
+from stabilitykit.recorder.operators import canonical, is_composite, is_factory, is_pointwise, moves, writes_in_place
+from stabilitykit.recorder.softmax import measure_softmax
+from stabilitykit.recorder.statistics import Statistics, measure
+from stabilitykit.records import Break, Header, Level, Record, Recording, Softmax
+
+DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    *,
+    level: Level = "operators",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    position_peaks: bool = False,
+    token_text: Callable[[int], str] | None = None,
+    redact: bool = False,
+    case: Mapping[str, Any] | None = None,
+) -> Iterator[Recording]:
+    """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
+
+    `level`: "layers" sees the outputs of the decoder layers and the model's direct children, "modules" those of
+    every module, "operators" every operator too. `formats`: those for which exact counts are kept.
+    `position_peaks` keeps each position's amax. `token_text` gives a token id's text; a model with a `tokenizer`
+    that has `piece` needs none. `redact` keeps tokens out of the recording. `case` goes into the header as it is.
+
+    Each call of `model` is a step. The tokens are its first integer tensor of shape [L] or [B, L]. An exception
+    raised in the block is kept as the header's `error` and passed on.
+
+    Raises MisuseError for an unknown level or format.
+    """
+    if level not in get_args(Level):
+        raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
+    for name in formats:
+        number_format(name)
+    recorder = _Recorder(model, level, tuple(formats), position_peaks)
+    recording = Recording(recorder.header(case or {}))
+    error: str | None = None
+    try:
+        with ExitStack() as stack:
+            recorder.attach(stack)
+            if level == "operators":
+                stack.enter_context(_OperatorMode(recorder))
+            yield recording
+    except Exception as raised:
+        error = str(raised)
+        raise
+    finally:
+        piece = token_text or getattr(getattr(model, "tokenizer", None), "piece", None)
+        recorder.finish(recording, piece, redact=redact, error=error)
+
+
+class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, recorder: "_Recorder") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        return self.recorder.run_operator(func, args, kwargs)
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A module that is being executed."""
+
+    path: str
+    first_entry: int
+    inputs: list[Operand]
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A record in the making; its site is final only when every module around it has returned."""
+
+    step: int
+    module: str
+    site: str
+    operator: str | None
+    is_module: bool
+    region: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    statistics: Statistics
+    row: int | None
+    position: int | None
+    channel: int | None
+    positions: int | None
+    lost_positions: int = 0
+    lost_channels: int = 0
+    softmax: Softmax | None = None
+    broke: Break | None = None
+    broke_on: tuple[Origin | None, ...] = ()
+    position_amax: tuple[float, ...] | None = None
+
+
+class _Recorder:
+    def __init__(self, model: nn.Module, level: Level, formats: tuple[str, ...], position_peaks: bool) -> None:
+        self.model = model
+        self.level = level
+        self.formats = formats
+        self.position_peaks = position_peaks
+        self.frames = [_Frame("", 0, [])]
+        self.entries: list[_Entry] = []
+        self.step = -1
+        self.rows: int | None = None
+        self.length: int | None = None
+        self.start = 0
+        self.tokens: list[list[int]] = []
+        self.origins: dict[int, tuple[StorageWeakRef, Origin]] = {}
+        self.forget_at = 256
+        self.post_norms = any(name.endswith("pre_feedforward_layernorm") for name, _ in model.named_modules())
+        self.weights = {
+            tensor.untyped_storage()._cdata: _without_prefix(name)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+
+    # Hooks
+
+    def attach(self, stack: ExitStack) -> None:
+        for name, module in self.model.named_modules():
+            path = _without_prefix(name)
+            if self.level == "layers" and not _is_layer(path):
+                continue
+            for handle in (
+                module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
+                module.register_forward_hook(self._leave(), with_kwargs=True, always_call=True),
+            ):
+                stack.callback(handle.remove)
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with _disable_current_modes(), torch.no_grad():
+                if module is self.model:
+                    self._begin_step(args, kwargs)
+                inputs = [self._operand(tensor) for tensor in _floating((args, kwargs))]
+                self.frames.append(_Frame(path, len(self.entries), inputs))
+
+        return hook
+
+    def _leave(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            frame = self.frames.pop()
+            with _disable_current_modes(), torch.no_grad():
+                for index, tensor in enumerate(_floating(output)):
+                    self._module_output(frame, index, tensor)
+
+        return hook
+
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.step += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        ids = next((t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.ndim in (1, 2)), None)
+        embedded = next((t for t in tensors if t.is_floating_point() and t.ndim == 3), None)
+        if ids is not None:
+            ids = ids.reshape(-1, ids.shape[-1])
+            self.rows, self.length = ids.shape
+            before = [*self.tokens, *([] for _ in range(self.rows - len(self.tokens)))]
+            self.tokens = [old + new for old, new in zip(before, ids.tolist(), strict=True)]
+        elif embedded is not None:
+            self.rows, self.length = embedded.shape[:2]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        held = getattr(cache, "get_seq_length", None)
+        self.start = int(held()) if held is not None else 0
+
+    def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
+        site = frame.path if index == 0 else f"{frame.path}[{index}]"
+        origin = self._origin(tensor)
+        region = _region(tensor)
+        if any(_same_memory(tensor, operand.tensor) for operand in frame.inputs):
+            return  # handed on as it came
+        if origin.entry is not None and origin.entry >= frame.first_entry:
+            entry = self.entries[origin.entry]
+            whole = entry.region == region
+            if whole and self.level == "operators":
+                if not entry.is_module:
+                    entry.site, entry.is_module = site, True
+                return
+            if whole and entry.statistics == measure(tensor, self.formats):
+                return  # without operators a write in between goes unseen, so the statistics decide
+        call = Call("module", frame.inputs)
+        self._add(_Place(frame.path, site, None, True), call, tensor)
+
+    # Operators
+
+    def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = canonical(func)
+        seen = (args, kwargs)
+        if writes_in_place(func) and is_pointwise(func):  # what it combines is about to be written over
+            seen = tree_map_only(Tensor, torch.clone, seen)
+        operands = [
+            Operand(copy, self._origin(tensor))
+            for tensor, copy in zip(_floating((args, kwargs)), _floating(seen), strict=True)
+        ]
+        output = func(*args, **kwargs)
+        outputs = _floating(output)
+        if not outputs:
+            return output
+        with torch.no_grad():
+            if moves(func, operands[-1].tensor if operands else None, outputs[0]):
+                self._pass_on(name, operands, outputs)
+                return output
+            if is_factory(func) or all(operand.origin.kind == "constant" for operand in operands):
+                for tensor in outputs:
+                    self._remember(tensor, Origin("constant", name))
+                return output
+            frame = self.frames[-1]
+            index = frame.counts[name]
+            frame.counts[name] += 1
+            call = Call(name, operands, func, seen[0], seen[1])
+            for i, tensor in enumerate(outputs):
+                suffix = "" if i == 0 else f"[{i}]"
+                place = _Place(frame.path, f"{frame.path}/{name}.{index}{suffix}", name, False)
+                self._add(place, call, tensor)
+        return output
+
+    def _pass_on(self, name: str, operands: list[Operand], outputs: list[Tensor]) -> None:
+        """A move's output has its operand's origin, or a constant's where nothing floating went in."""
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if operands and storage._cdata == operands[0].tensor.untyped_storage()._cdata:
+                continue  # a view, or a write into memory that has an origin already
+            origins = [operand.origin for operand in operands]
+            if not origins or name in ("lift", "lift_fresh"):
+                origin = Origin("constant", name)
+            elif len(origins) == 1 or all(other is origins[0] for other in origins):
+                origin = origins[0]
+            else:
+                origin = Origin("computed", name, lost=any(o.lost for o in origins))
+            self._remember(tensor, origin)
+
+    # Records
+
+    def _add(self, place: "_Place", call: Call, tensor: Tensor) -> None:
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        masked = masked_elements(call, values)
+        statistics = measure(values, self.formats, masked)
+        folded = fold(values, self.rows, self.length)
+        entry = _Entry(
+            step=max(self.step, 0),
+            module=place.module,
+            site=place.site,
+            operator=place.operator,
+            is_module=place.is_module,
+            region=_region(tensor),
+            dtype=str(values.dtype).removeprefix("torch."),
+            shape=tuple(values.shape),
+            statistics=statistics,
+            row=None,
+            position=None,
+            channel=None,
+            positions=self._positions(folded),
+        )
+        if statistics.amax_index is not None:
+            entry.row, entry.position, entry.channel = self._locate(values, folded, statistics.amax_index)
+        if self.position_peaks and folded.position is not None:
+            entry.position_amax = _position_amax(folded)
+        origin = Origin("computed", place.site, len(self.entries), masked=masked)
+        if statistics.nonfinite:
+            self._judge(entry, judge(call, values, masked, folded), folded, origin)
+        if place.operator == "softmax" and call.operands:
+            logits = call.operands[0]
+            dim = int(call.args[1]) % values.ndim
+            entry.softmax = measure_softmax(logits.tensor, values, dim, _head(values, folded), logits.hides())
+        self.entries.append(entry)
+        self._remember(tensor, origin)
+
+    def _judge(self, entry: _Entry, finding: Finding, folded: Folded, origin: Origin) -> None:
+        origin.lost = True
+        lost = finding.lost.reshape(folded.tensor.shape)
+        entry.lost_channels = _count_slices(lost, {lost.ndim - 1})
+        kept = {d for d in (folded.row, folded.position) if d is not None}
+        entry.lost_positions = _count_slices(lost, kept) if folded.position is not None or folded.at_last else 0
+        if finding.broke is not None:
+            broke = finding.broke
+            position = broke.position
+            if position is None and folded.at_last:
+                position = (self.length or 1) - 1
+            entry.broke = replace(broke, position=None if position is None else position + self.start)
+            entry.broke_on = finding.origins
+
+    def _positions(self, folded: Folded) -> int | None:
+        rows = 1 if folded.row is None else folded.tensor.shape[folded.row]
+        if folded.position is not None:
+            return rows * folded.tensor.shape[folded.position]
+        return rows if folded.at_last else None
+
+    def _locate(
+        self, values: Tensor, folded: Folded, index: tuple[int, ...]
+    ) -> tuple[int | None, int | None, int | None]:
+        flat = 0
+        for size, i in zip(values.shape, index, strict=True):
+            flat = flat * size + i
+        place = [int(i) for i in torch.unravel_index(torch.tensor(flat), folded.tensor.shape)]
+        row = None if folded.row is None else place[folded.row]
+        position = None if folded.position is None else place[folded.position]
+        if folded.at_last:
+            position = (self.length or 1) - 1
+        return row, None if position is None else position + self.start, place[-1] if place else None
+
+    def _operand(self, tensor: Tensor) -> Operand:
+        return Operand(tensor, self._origin(tensor))
+
+    def _origin(self, tensor: Tensor) -> Origin:
+        key = tensor.untyped_storage()._cdata
+        held = self.origins.get(key)
+        if held is not None:
+            return held[1]
+        if key in self.weights:
+            return Origin("weight", self.weights[key])
+        return Origin("constant" if tensor.ndim == 0 else "input", "input")
+
+    def _remember(self, tensor: Tensor, origin: Origin) -> None:
+        # The weak reference keeps the storage's address from being used again, so a key never lies.
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.weights:
+            return
+        self.origins[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
+        if len(self.origins) > self.forget_at:
+            self.origins = {key: held for key, held in self.origins.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
+            self.forget_at = 2 * len(self.origins) + 256
+
+    # The result
+
+    def header(self, case: Mapping[str, Any]) -> Header:
+        parameter = next(self.model.parameters(), torch.empty(0))
+        return Header(
+            checkpoint=getattr(self.model, "source", None),
+            sha256=getattr(self.model, "sha256", None),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+            level=self.level,
+            matmul="native",
+            formats=self.formats,
+            rows=0,
+            tokens=None,
+            notes=tuple(getattr(self.model, "notes", ())),
+            case=dict(case),
+            versions={name: version(name) for name in ("stabilitykit", "torch", "numpy")}
+            | {"python": platform.python_version()},
+            machine={
+                "system": platform.system(),
+                "processor": platform.machine(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "accelerator": torch.cuda.get_device_name() if parameter.is_cuda else None,
+            },
+        )
+
+    def finish(
+        self, recording: Recording, piece: Callable[[int], str] | None, *, redact: bool, error: str | None
+    ) -> None:
+        used = sorted({token for row in self.tokens for token in row})
+        tokens = None if redact or not self.tokens else tuple(map(tuple, self.tokens))
+        texts = {token: piece(token) for token in used} if piece is not None and not redact else {}
+        recording.header = replace(recording.header, rows=self.rows or 0, tokens=tokens, token_texts=texts, error=error)
+        recording.records = [self._record(order, entry, recording.header) for order, entry in enumerate(self.entries)]
+        self.origins.clear()
+
+    def _record(self, order: int, entry: _Entry, header: Header) -> Record:
+        found = entry.statistics
+        layer = _LAYER.search(entry.module)
+        token = None
+        if header.tokens is not None and entry.position is not None:
+            ids = header.tokens[entry.row or 0]
+            token = ids[entry.position] if entry.position < len(ids) else None
+        broke = entry.broke
+        if broke is not None:
+            sites = tuple("constant" if origin is None else self._name(origin) for origin in entry.broke_on)
+            broke = replace(broke, operand_sites=sites)
+        return Record(
+            order=order,
+            step=entry.step,
+            site=entry.site,
+            label=label(entry.site, post_norms=self.post_norms),
+            module=entry.module,
+            operator=entry.operator,
+            layer=int(layer[1]) if layer else None,
+            dtype=entry.dtype,
+            shape=entry.shape,
+            elements=found.elements,
+            masked=found.masked,
+            nan=found.nan,
+            positive_inf=found.positive_inf,
+            negative_inf=found.negative_inf,
+            zero=found.zero,
+            subnormal=found.subnormal,
+            amax=found.amax,
+            smallest=found.smallest,
+            minimum=found.minimum,
+            maximum=found.maximum,
+            mean=found.mean,
+            rms=found.rms,
+            exponent_first=found.exponent_first,
+            exponents=found.exponents,
+            formats=found.formats,
+            amax_row=entry.row,
+            amax_position=entry.position,
+            amax_channel=entry.channel,
+            amax_token=token,
+            amax_token_text=header.text_of(entry.row, entry.position),
+            position_amax=entry.position_amax,
+            positions=entry.positions,
+            channels=entry.shape[-1] if entry.shape else None,
+            lost_positions=entry.lost_positions,
+            lost_channels=entry.lost_channels,
+            softmax=entry.softmax,
+            broke=broke,
+        )
+
+    def _name(self, origin: Origin) -> str:
+        return origin.name if origin.entry is None else self.entries[origin.entry].site
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    module: str
+    site: str
+    operator: str | None
+    is_module: bool
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix("model.") if name != "model" else ""
+
+
+def _is_layer(path: str) -> bool:
+    """Whether a path is the model itself, a direct child of it, or an element of its list of layers."""
+    parent, _, name = path.rpartition(".")
+    return not parent or (name.isdigit() and "." not in parent)
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    """The floating and complex tensors in nested arguments or results, in order."""
+    return [
+        leaf
+        for leaf in tree_leaves(tree)
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+
+
+def _region(tensor: Tensor) -> tuple[int, ...]:
+    """Which elements of which storage: equal for a tensor and any reshaped view of all of it."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor.element_size()
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return _region(one) == _region(other) and one.numel() > 0
+
+
+def _count_slices(lost: Tensor, kept: set[int]) -> int:
+    """How many index combinations over the `kept` dimensions hold at least one True."""
+    others = [dim for dim in range(lost.ndim) if dim not in kept]
+    return int((lost.any(dim=others) if others else lost).sum())
+
+
+def _head(values: Tensor, folded: Folded) -> int | None:
+    return folded.head if folded.tensor.shape == values.shape else None
+
+
+def _position_amax(folded: Folded) -> tuple[float, ...]:
+    """The largest finite magnitude at each position, rows in a row; 0 where a position has none."""
+    assert folded.position is not None
+    kept = {d for d in (folded.row, folded.position) if d is not None}
+    others = [dim for dim in range(folded.tensor.ndim) if dim not in kept]
+    magnitudes = folded.tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
+    return tuple((magnitudes.amax(dim=others) if others else magnitudes).flatten().tolist())

@@ -1,0 +1,341 @@
+"""What one tensor looked like, and the file that keeps it: the only bridge from measuring to reporting.
+
+Nothing here needs torch, so a recording can be read and explained years later on any machine. The file is
+Parquet: one row a tensor, and the header as JSON under the schema's metadata key `stabilitykit`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stabilitykit.errors import MisuseError
+
+SCHEMA_VERSION = 1
+_HEADER_KEY = b"stabilitykit"
+
+Level = Literal["layers", "modules", "operators"]
+
+BreakKind = Literal[
+    "overflow",  # the result, combined in wider arithmetic, is past the stored format's largest value
+    "reduction",  # the result would fit, but a partial sum on the way to it did not
+    "invalid",  # NaN out of finite operands: 0/0, sqrt(-1)
+    "division-by-zero",  # an exact infinity out of finite operands: x/0, rsqrt(0), log(0)
+    "masked-row",  # softmax over a row in which every key is masked
+    "weight",  # a parameter or buffer that is not finite to begin with
+    "input",  # an input that is not finite to begin with
+    "unresolved",  # seen only as a module's output; record operators to resolve it
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FormatCounts:
+    """Exact counts of the finite elements that would leave a format's normal range, ties included.
+
+    The same nearest-even rounding as a cast: `overflow` past the largest value, `subnormal` to a non-zero
+    subnormal, `zero` from non-zero to zero.
+    """
+
+    overflow: int
+    subnormal: int
+    zero: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Softmax:
+    """Statistics of one softmax; logits are its inputs with masked ones (-inf or a mask's minimum) left out.
+
+    Per-head tuples run over heads (one entry where there are none); entropies are in nats over rows that
+    are neither fully masked nor NaN, NaN where a head has no such row. `underflow_share` is the fraction of
+    unmasked probabilities that are exactly zero. `sum_error` is the largest |Σp - 1|.
+    """
+
+    max_logit: float | None
+    logit_range: float | None
+    entropy_min: tuple[float, ...]
+    entropy_mean: tuple[float, ...]
+    max_probability: float | None
+    sum_error: float | None
+    underflow_share: float
+    masked_rows: int
+    nan_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Break:
+    """How a site's output came to be non-finite although every operand was finite.
+
+    `count` elements of the tensor broke; `row`, `position` and `channel` locate the earliest one, `index` in
+    the tensor's own shape. `operands` are the operands at that element, or, where one element combines many
+    (a product, a sum), the largest magnitude among those it combines. `value` is what those operands give in
+    the next wider format, NaN and infinities included; None where it could not be recomputed.
+    """
+
+    kind: BreakKind
+    count: int
+    row: int | None
+    position: int | None
+    channel: int | None
+    index: tuple[int, ...]
+    operands: tuple[float, ...]
+    operand_sites: tuple[str, ...]
+    value: float | None
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The statistics of one tensor; statistics over finite elements are None where there are none.
+
+    `dtype` is the one in which the tensor was stored. Positions are absolute, rows count the batch.
+    `masked` elements are a mask at work (-inf, or the minimum that stands for it) and enter no other count or
+    statistic. `exponents[i]` counts the finite
+    non-zero elements with floor(log2|x|) = `exponent_first + i`. `lost_*` count what holds a non-finite element.
+    `position_amax` runs over rows, then positions; None unless asked for.
+    """
+
+    order: int
+    step: int
+    site: str
+    label: str | None
+    module: str
+    operator: str | None
+    layer: int | None
+    dtype: str
+    shape: tuple[int, ...]
+
+    elements: int
+    masked: int
+    nan: int
+    positive_inf: int
+    negative_inf: int
+    zero: int
+    subnormal: int
+    amax: float | None
+    smallest: float | None
+    minimum: float | None
+    maximum: float | None
+    mean: float | None
+    rms: float | None
+    exponent_first: int
+    exponents: tuple[int, ...]
+    formats: dict[str, FormatCounts]
+
+    amax_row: int | None
+    amax_position: int | None
+    amax_channel: int | None
+    amax_token: int | None = None
+    amax_token_text: str | None = None
+    position_amax: tuple[float, ...] | None = None
+
+    positions: int | None = None
+    channels: int | None = None
+    lost_positions: int = 0
+    lost_channels: int = 0
+
+    softmax: Softmax | None = None
+    broke: Break | None = None
+
+    @property
+    def lost(self) -> int:
+        """Elements that are not finite; masked ones are not among them."""
+        return self.nan + self.positive_inf + self.negative_inf
+
+    def row(self) -> dict[str, Any]:
+        """The record as one flat row: nested parts spread over prefixed columns."""
+        flat: dict[str, Any] = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name == "formats":
+                for name, counts in value.items():
+                    flat |= {f"{name}.{key}": number for key, number in dataclasses.asdict(counts).items()}
+            elif spec.name in _NESTED:
+                part = _NESTED[spec.name]
+                flat |= {
+                    f"{spec.name}.{inner.name}": None if value is None else getattr(value, inner.name)
+                    for inner in dataclasses.fields(part)
+                }
+            else:
+                flat[spec.name] = value
+        return flat
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Record":
+        """The inverse of `row`."""
+        named: dict[str, Any] = {"formats": {}}
+        parts: dict[str, dict[str, Any]] = {}
+        for column, value in row.items():
+            value = tuple(value) if isinstance(value, list) else value
+            part, _, name = column.rpartition(".")
+            if part:
+                parts.setdefault(part, {})[name] = value
+            else:
+                named[name] = value
+        for part, fields_ in parts.items():
+            if part in _NESTED:
+                present = any(value is not None for value in fields_.values())
+                named[part] = _NESTED[part](**fields_) if present else None
+            else:
+                named["formats"][part] = FormatCounts(**fields_)
+        return cls(**named)
+
+
+_NESTED: dict[str, type[Softmax] | type[Break]] = {"softmax": Softmax, "broke": Break}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What has to be known to read the records, and to make them again.
+
+    `tokens` holds the ids of every row, all steps joined; None when redacted. `token_texts` says what each id
+    in it stands for. `case` is free-form: prompt, stress, rounding and whatever else was chosen.
+    """
+
+    checkpoint: str | None
+    sha256: str | None
+    dtype: str
+    device: str
+    level: Level
+    matmul: str
+    formats: tuple[str, ...]
+    rows: int
+    tokens: tuple[tuple[int, ...], ...] | None
+    token_texts: dict[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    case: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    schema: int = SCHEMA_VERSION
+
+    def text_of(self, row: int | None, position: int | None) -> str | None:
+        """The token at a place, as text where it is known; None where there is none or it is redacted."""
+        if self.tokens is None or position is None:
+            return None
+        ids = self.tokens[row or 0] if (row or 0) < len(self.tokens) else ()
+        if not 0 <= position < len(ids):
+            return None
+        return self.token_texts.get(ids[position], str(ids[position]))
+
+
+@dataclass(slots=True)
+class Recording:
+    """A header and its records, in order of execution."""
+
+    header: Header
+    records: list[Record] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def at(self, site: str, step: int = 0) -> Record:
+        """The first record of `site` in `step`. Raises MisuseError, naming near ones, where there is none."""
+        for record in self.records:
+            if record.site == site and record.step == step:
+                return record
+        tail = site.rsplit(".", 1)[-1]
+        near = sorted({record.site for record in self.records if record.site.endswith(tail)})[:5]
+        raise MisuseError(f"A site is one that was recorded; {site!r} in step {step} was not. Near: {near or 'none'}.")
+
+    def first_break(self) -> Record | None:
+        """The first record in order of execution whose `broke` is set, or None."""
+        return next((record for record in self.records if record.broke is not None), None)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row a record, the columns as in the file."""
+        return pd.DataFrame([record.row() for record in self.records], columns=_columns(self.header.formats))
+
+    def save(self, path: Path) -> None:
+        """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
+        if path.exists():
+            raise MisuseError(f"A recording never overwrites a file, and {path} exists; choose another name.")
+        table = pa.Table.from_pylist([record.row() for record in self.records], schema=_schema(self.header.formats))
+        header = json.dumps(dataclasses.asdict(self.header), ensure_ascii=False)
+        table = table.replace_schema_metadata({_HEADER_KEY: header.encode()})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(handle)
+            try:
+                pq.write_table(table, aside)
+                Path(aside).replace(path)
+            finally:
+                Path(aside).unlink(missing_ok=True)
+        except OSError as error:
+            raise MisuseError(f"{path} cannot be written ({error.strerror}); choose another folder.") from None
+
+    @classmethod
+    def load(cls, path: Path) -> "Recording":
+        """Reads what `save` wrote. Raises MisuseError for a missing file or one that is no recording."""
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise MisuseError(f"A recording is a Parquet file, and {path} cannot be read as one: {error}") from None
+        text = (table.schema.metadata or {}).get(_HEADER_KEY)
+        if text is None:
+            raise MisuseError(f"{path} is Parquet, but no recording of stabilitykit's: it has no header.")
+        raw = json.loads(text)
+        if raw["schema"] != SCHEMA_VERSION:
+            raise MisuseError(
+                f"{path} has schema {raw['schema']} and this version reads {SCHEMA_VERSION}; "
+                f"read it with stabilitykit {raw['versions'].get('stabilitykit', 'of its time')}."
+            )
+        raw["token_texts"] = {int(key): value for key, value in raw["token_texts"].items()}
+        raw["tokens"] = None if raw["tokens"] is None else tuple(map(tuple, raw["tokens"]))
+        raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
+        return cls(Header(**raw), [Record.from_row(row) for row in table.to_pylist()])
+
+
+def finite_or_text(number: float | None) -> float | str | None:
+    """A number as JSON allows it: NaN and infinities become the strings "nan", "inf" and "-inf"."""
+    if number is None or math.isfinite(number):
+        return number
+    return str(number)
+
+
+def _columns(formats: Sequence[str]) -> list[str]:
+    return [name for name, _ in _column_types(formats)]
+
+
+def _schema(formats: Sequence[str]) -> pa.Schema:
+    return pa.schema(list(_column_types(formats)))
+
+
+def _column_types(formats: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+    hints = get_type_hints(Record)
+    for spec in dataclasses.fields(Record):
+        if spec.name == "formats":
+            for name in formats:
+                yield from ((f"{name}.{inner.name}", pa.int64()) for inner in dataclasses.fields(FormatCounts))
+        elif spec.name in _NESTED:
+            part = _NESTED[spec.name]
+            inner_hints = get_type_hints(part)
+            for inner in dataclasses.fields(part):
+                yield f"{spec.name}.{inner.name}", _arrow_type(inner_hints[inner.name])
+        else:
+            yield spec.name, _arrow_type(hints[spec.name])
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    plain = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    if hint in plain:
+        return plain[hint]
+    arguments = [argument for argument in get_args(hint) if argument is not type(None)]
+    if isinstance(arguments[0], str):  # a Literal
+        return pa.string()
+    if Ellipsis in arguments:  # tuple[x, ...]
+        return pa.list_(_arrow_type(arguments[0]))
+    return _arrow_type(arguments[0])
