@@ -68,10 +68,13 @@ class NumberFormat:
         return math.isnan(value) or magnitude > edge or (magnitude == edge and tie_overflows)
 
     def headroom(self, amax: float) -> float:
-        """log2(largest / amax), in bits: negative past the range, inf for amax 0, NaN for NaN."""
+        """log2(largest / amax), in bits: negative past the range, inf for amax 0, -inf for inf, NaN for NaN."""
         if amax == 0:
             return math.inf
-        return math.log2(self.largest) - math.log2(amax)
+        if not math.isfinite(amax):
+            return -amax
+        (top, high), (part, low) = math.frexp(self.largest), math.frexp(amax)
+        return math.log2(top / part) + high - low
 
 
 FLOAT64 = NumberFormat(name="float64", precision=53, emax=1023, emin=-1022, bits=64)

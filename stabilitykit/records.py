@@ -150,6 +150,16 @@ class Record:
         """Elements that are not finite; masked ones are not among them."""
         return self.nan + self.positive_inf + self.negative_inf
 
+    @property
+    def broke_at(self) -> int | None:
+        """Row-major index of the element that broke first; None where nothing broke."""
+        if self.broke is None:
+            return None
+        flat = 0
+        for size, i in zip(self.shape, self.broke.index, strict=True):
+            flat = flat * size + i
+        return flat
+
     def row(self) -> dict[str, Any]:
         """The record as one flat row: nested parts spread over prefixed columns."""
         flat: dict[str, Any] = {}
@@ -197,7 +207,8 @@ class Header:
     """What has to be known to read the records, and to make them again.
 
     `tokens` holds the ids of every row, all steps joined; None when redacted. `token_texts` says what each id
-    in it stands for. `case` is free-form: prompt, stress, rounding and whatever else was chosen.
+    in it stands for. `watched` are elements asked for: site, row-major index, value. `case` is free-form: prompt,
+    stress, rounding and whatever else was chosen.
     """
 
     checkpoint: str | None
@@ -214,6 +225,7 @@ class Header:
     case: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    watched: tuple[tuple[str, int, float], ...] = ()
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
@@ -295,6 +307,7 @@ class Recording:
             )
         raw["token_texts"] = {int(key): value for key, value in raw["token_texts"].items()}
         raw["tokens"] = None if raw["tokens"] is None else tuple(map(tuple, raw["tokens"]))
+        raw["watched"] = tuple(map(tuple, raw["watched"]))
         raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
         return cls(Header(**raw), [Record.from_row(row) for row in table.to_pylist()])
 

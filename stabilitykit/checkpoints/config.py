@@ -85,7 +85,8 @@ RELEASED: dict[str, GemmaConfig] = {
     "gemma2-2b": _GEMMA_2,
     "gemma2-9b": replace(_GEMMA_2, layers=42, hidden_size=3584, feed_forward=14336, heads=16, kv_heads=8),
     "gemma2-27b": replace(
-        _GEMMA_2, layers=46, hidden_size=4608, feed_forward=36864, heads=32, kv_heads=16, head_dim=128, query_scalar=144.0
+        _GEMMA_2, layers=46, hidden_size=4608, feed_forward=36864, heads=32, kv_heads=16, head_dim=128,
+        query_scalar=144.0,
     ),
     "gemma3-270m": _GEMMA_3,
     "gemma3-1b": replace(_GEMMA_3, layers=26, hidden_size=1152, feed_forward=6912),

@@ -48,6 +48,7 @@ def record(
     level: Level = "operators",
     formats: Sequence[str] = DEFAULT_FORMATS,
     position_peaks: bool = False,
+    watch: Sequence[tuple[str, int]] = (),
     token_text: Callable[[int], str] | None = None,
     redact: bool = False,
     case: Mapping[str, Any] | None = None,
@@ -56,7 +57,8 @@ def record(
 
     `level`: "layers" sees the outputs of the decoder layers and the model's direct children, "modules" those of
     every module, "operators" every operator too. `formats`: those for which exact counts are kept.
-    `position_peaks` keeps each position's amax. `token_text` gives a token id's text; a model with a `tokenizer`
+    `position_peaks` keeps each position's amax. `watch` names single elements, by site and row-major index, whose
+    values the header keeps as `watched`. `token_text` gives a token id's text; a model with a `tokenizer`
     that has `piece` needs none. `redact` keeps tokens out of the recording. `case` goes into the header as it is.
 
     Each call of `model` is a step. The tokens are its first integer tensor of shape [L] or [B, L]. An exception
@@ -68,7 +70,7 @@ def record(
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
     for name in formats:
         number_format(name)
-    recorder = _Recorder(model, level, tuple(formats), position_peaks)
+    recorder = _Recorder(model, level, tuple(formats), position_peaks, watch)
     recording = Recording(recorder.header(case or {}))
     error: str | None = None
     try:
@@ -136,11 +138,20 @@ class _Entry:
 
 
 class _Recorder:
-    def __init__(self, model: nn.Module, level: Level, formats: tuple[str, ...], position_peaks: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        level: Level,
+        formats: tuple[str, ...],
+        position_peaks: bool,
+        watch: Sequence[tuple[str, int]],
+    ) -> None:
         self.model = model
         self.level = level
         self.formats = formats
         self.position_peaks = position_peaks
+        self.watch = watch
+        self.watched: list[tuple[str, int, float]] = []
         self.frames = [_Frame("", 0, [])]
         self.entries: list[_Entry] = []
         self.step = -1
@@ -216,6 +227,7 @@ class _Recorder:
             if whole and self.level == "operators":
                 if not entry.is_module:
                     entry.site, entry.is_module = site, True
+                    self._look_at(site, tensor)
                 return
             if whole and entry.statistics == measure(tensor, self.formats):
                 return  # without operators a write in between goes unseen, so the statistics decide
@@ -305,6 +317,12 @@ class _Recorder:
             entry.softmax = measure_softmax(logits.tensor, values, dim, _head(values, folded), logits.hides())
         self.entries.append(entry)
         self._remember(tensor, origin)
+        self._look_at(place.site, values)
+
+    def _look_at(self, site: str, tensor: Tensor) -> None:
+        for watched, index in self.watch:
+            if watched == site and index < tensor.numel():
+                self.watched.append((site, index, float(tensor.reshape(-1)[index])))
 
     def _judge(self, entry: _Entry, finding: Finding, folded: Folded, origin: Origin) -> None:
         origin.lost = True
@@ -394,7 +412,14 @@ class _Recorder:
         used = sorted({token for row in self.tokens for token in row})
         tokens = None if redact or not self.tokens else tuple(map(tuple, self.tokens))
         texts = {token: piece(token) for token in used} if piece is not None and not redact else {}
-        recording.header = replace(recording.header, rows=self.rows or 0, tokens=tokens, token_texts=texts, error=error)
+        recording.header = replace(
+            recording.header,
+            watched=tuple(self.watched),
+            rows=self.rows or 0,
+            tokens=tokens,
+            token_texts=texts,
+            error=error,
+        )
         recording.records = [self._record(order, entry, recording.header) for order, entry in enumerate(self.entries)]
         self.origins.clear()
 

@@ -155,7 +155,7 @@ def _rms(finite: Tensor) -> float:
     """Root of the mean square, scaled so that float64 does not overflow on its own largest numbers."""
     scale = float(finite.abs().max()) if finite.dtype == torch.float64 else 1.0
     norm = float(torch.linalg.vector_norm(finite / scale if scale not in (0.0, 1.0) else finite, dtype=torch.float64))
-    return norm * (scale or 1.0) / math.sqrt(finite.numel())
+    return norm / math.sqrt(finite.numel()) * (scale or 1.0)
 
 
 def _without_finite_elements(

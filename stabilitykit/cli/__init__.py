@@ -1,0 +1,44 @@
+"""The command line: one file per command. Torch is imported by the commands, not by `--help`."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from stabilitykit.cli.profile import profile
+from stabilitykit.cli.reproduce import reproduce
+from stabilitykit.errors import MisuseError, StabilityKitError
+
+app = typer.Typer(
+    help="Find where, and why, Gemma leaves float16's range.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(profile)
+app.command()(reproduce)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        print(version("stabilitykit"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs a command. The kit's own errors become one sentence on standard error and exit code 2 (misuse) or 1."""
+    try:
+        app()
+    except StabilityKitError as error:
+        print(f"stabilitykit: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, MisuseError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

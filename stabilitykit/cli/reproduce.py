@@ -1,0 +1,78 @@
+"""`stabilitykit reproduce`: make the failure happen, for real, and show how it came about."""
+
+from typing import Annotated
+
+import typer
+
+from stabilitykit.errors import MisuseError
+
+
+def reproduce(
+    scenario: Annotated[str, typer.Argument(help="Which failure; --list shows them.")] = "float16-overflow",
+    list_: Annotated[bool, typer.Option("--list", help="List the scenarios.")] = False,
+    checkpoint: Annotated[
+        str, typer.Option(help="gemma3-270m (extra: demo), a .gguf file, or random:SIZE?layers=2&seed=0.")
+    ] = "gemma3-270m",
+    prompt: Annotated[str, typer.Option(help="The text to run.")] = "The capital of France is",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    stress: Annotated[
+        float, typer.Option(help="Scale the residual stream by this power of two: a large one breaks any checkpoint.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    raise_: Annotated[bool, typer.Option("--raise", help="Raise the error itself, with its traceback.")] = False,
+) -> None:
+    """Make the failure happen, for real, and show the error and the chain that led to it.
+
+    Exits 0 when the failure was reproduced, 1 when it was not.
+    """
+    from stabilitykit.experiment.scenarios import SCENARIOS, Setup
+    from stabilitykit.experiment.scenarios import scenario as find
+
+    chosen = find(scenario)
+    from stabilitykit.cli import screen
+
+    if list_:
+        if as_json:
+            screen.print_json([{"scenario": known.name, "summary": known.summary} for known in SCENARIOS.values()])
+            return
+        for known in SCENARIOS.values():
+            screen.output.print(f"{known.name:22} {known.summary}")
+        return
+    if not prompt:
+        raise MisuseError("A prompt has at least one character; this one is empty. Write some text.")
+
+    from stabilitykit.checkpoints import open_checkpoint
+    from stabilitykit.diagnosis import cause, document
+    from stabilitykit.gemma.load import parse_device
+
+    parse_device(device)
+    with screen.progress_bar() as progress:
+        opened = open_checkpoint(checkpoint, progress=lambda done, total: progress("reading weights", done, total))
+        run = chosen.run(Setup(checkpoint=opened, prompt=prompt, device=device, stress=stress, progress=progress))
+    if raise_ and run.error is not None:
+        raise run.error
+    why = cause(run.recording)
+    reproduced = run.error is not None and why is not None and why.name == chosen.expected
+    if as_json:
+        screen.print_json({"scenario": chosen.name, "reproduced": reproduced, **document(run.recording)})
+    else:
+        _print(chosen.name, chosen.summary, run.error, reproduced)
+        screen.print_verdict(run.recording, None)
+        screen.print_chain(run.recording)
+    if not reproduced:
+        raise typer.Exit(1)
+
+
+def _print(name: str, summary: str, error: RuntimeError | None, reproduced: bool) -> None:
+    from rich.markup import escape
+
+    from stabilitykit.cli import screen
+
+    screen.output.print(f"[bold]{name}[/bold]: {summary}")
+    screen.output.print()
+    if error is not None:
+        screen.output.print(f"{type(error).__name__}: {escape(str(error))}", style="bold")
+    else:
+        screen.output.print("Nothing was raised.", style="bold")
+    screen.output.print("Reproduced." if reproduced else "Not reproduced: the cause found is not this scenario's.")
+    screen.output.print()

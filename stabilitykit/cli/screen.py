@@ -1,0 +1,142 @@
+"""What the commands print: progress on standard error, findings on standard output."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from stabilitykit.diagnosis import Link, by_layer, chain, verdict
+from stabilitykit.diagnosis.verdict import number
+from stabilitykit.records import Recording
+
+# Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
+_PATIENCE = 1.0
+
+output = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, strictly: anything that JSON cannot hold is an error here, not in the reader."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
+
+
+class ProgressBar:
+    """Called with (what, done, total); shows itself when the work outlasts a second, and never in a pipe."""
+
+    def __init__(self) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=messages,
+            transient=True,
+        )
+        self._began = time.monotonic()
+        self._tasks: dict[str, TaskID] = {}
+        self._shown = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            for task in self._tasks.values():
+                self._bars.update(task, visible=False)
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done)
+        if not self._shown and messages.is_terminal and time.monotonic() - self._began > _PATIENCE:
+            self._bars.start()
+            self._shown = True
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressBar]:
+    bar = ProgressBar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def print_verdict(recording: Recording, reference: Recording | None) -> None:
+    broken = recording.first_break() is not None or recording.header.error is not None
+    output.print(Text(verdict(recording, reference), style="bold red" if broken else "bold green"))
+    output.print()
+
+
+def print_layers(recording: Recording) -> None:
+    """The table by layer. Sizes are those of tensors stored in the run's dtype."""
+    dtype = recording.header.dtype
+    wide = dtype != "float16"
+    table = Table(title=f"{dtype}, by layer", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("layer")
+    for name in ("amax", "headroom", "not finite", "subnormal"):
+        table.add_column(name, justify="right")
+    if wide:
+        table.add_column("past float16", justify="right")
+    table.add_column("entropy", justify="right")
+    table.add_column("peak at", overflow="fold")
+    for row in by_layer(recording):
+        token = "" if row.token is None else f" {row.token!r}"
+        at = "" if row.position is None else f", token {row.position}{token}"
+        cells = [
+            row.name,
+            "-" if row.amax is None else number(row.amax),
+            _bits(row.headroom),
+            _zero_as_dash(row.lost),
+            _zero_as_dash(row.subnormal),
+            *([_zero_as_dash(row.past_float16)] if wide else []),
+            "" if row.entropy_min is None else f"{row.entropy_min:.2f} / {row.entropy_mean:.2f}",
+            escape(f"{row.label or row.site or ''}{at}"),
+        ]
+        table.add_row(*cells, style="red" if row.lost else None)
+    output.print(table)
+    output.print(
+        Text(
+            "amax: largest finite magnitude. headroom: bits between it and the format's end; below 1, a prompt that "
+            "doubles it overflows. entropy: of attention, least / mean, in nats.",
+            style="dim",
+        )
+    )
+    output.print()
+
+
+def print_chain(recording: Recording) -> None:
+    links = chain(recording)
+    if not links:
+        return
+    table = Table(title="How it spread", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in ("", "site", "what happened"):
+        table.add_column(name, overflow="fold")
+    for link in links:
+        table.add_row(link.event, escape(_site(link)), escape(link.text))
+    output.print(table)
+    output.print()
+
+
+def print_note(text: str) -> None:
+    output.print(Padding(Text(text, style="dim"), 0))
+
+
+def _site(link: Link) -> str:
+    return " ".join(part for part in (link.site, f"({link.label})" if link.label else None) if part)
+
+
+def _bits(headroom: float | None) -> str:
+    return "-" if headroom is None or math.isinf(headroom) else f"{headroom:.1f} bits"
+
+
+def _zero_as_dash(count: int) -> str:
+    return f"{count:,}" if count else "-"

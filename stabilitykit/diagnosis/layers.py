@@ -1,0 +1,92 @@
+"""A recording, layer by layer: how large, how close to the limit, how much lost, how sharp the attention."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from stabilitykit.formats import number_format
+from stabilitykit.records import Record, Recording
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRow:
+    """One layer, or one part outside the layers, over all tensors it stored in the run's dtype.
+
+    `amax` and where it sits (`site`, `label`, `position`, `token`); `headroom` in bits of the run's dtype,
+    `headroom_float16` in float16's; `lost`, `subnormal` and `past_float16` are counts of elements.
+    Entropies of the attention probabilities are in nats; None where there is no softmax.
+    """
+
+    name: str
+    layer: int | None
+    amax: float | None
+    site: str | None
+    label: str | None
+    position: int | None
+    token: str | None
+    headroom: float | None
+    headroom_float16: float | None
+    lost: int
+    subnormal: int
+    past_float16: int
+    entropy_min: float | None
+    entropy_mean: float | None
+
+
+_PARTS = {"embed_tokens": "embedding", "norm": "final norm", "lm_head": "logits", "sampler": "sampler"}
+
+
+def by_layer(recording: Recording, step: int = 0) -> list[LayerRow]:
+    """Rows in order of execution. Tensors computed wider on purpose (RMSNorm, softmax) do not enter sizes."""
+    records = [record for record in recording if record.step == step and _part(record) is not None]
+    records.sort(key=lambda record: (_rank(record), record.order))
+    return [_row(recording, part or "", list(group)) for part, group in groupby(records, key=_part)]
+
+
+def stored(recording: Recording) -> Iterable[Record]:
+    """The records whose tensor was stored in the run's own dtype."""
+    return (record for record in recording if record.dtype == recording.header.dtype)
+
+
+def peak(records: Iterable[Record]) -> Record | None:
+    """The record with the largest amax, the first of equals; None where nothing finite was stored."""
+    return max((r for r in records if r.amax is not None), key=lambda r: r.amax or 0.0, default=None)
+
+
+def _part(record: Record) -> str | None:
+    if record.layer is not None:
+        return str(record.layer)
+    return _PARTS.get(record.module.split(".")[0])
+
+
+def _rank(record: Record) -> int:
+    if record.layer is not None:
+        return record.layer
+    return -1 if record.module.startswith("embed_tokens") else 1_000_000
+
+
+def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
+    dtype = recording.header.dtype
+    own = [record for record in records if record.dtype == dtype]
+    top = peak(own)
+    softmaxes = [record.softmax for record in records if record.softmax is not None]
+    least = [e for s in softmaxes for e in s.entropy_min if not math.isnan(e)]
+    mean = [e for s in softmaxes for e in s.entropy_mean if not math.isnan(e)]
+    amax = None if top is None else top.amax
+    return LayerRow(
+        name=part,
+        layer=records[0].layer,
+        amax=amax,
+        site=None if top is None else top.site,
+        label=None if top is None else top.label,
+        position=None if top is None else top.amax_position,
+        token=None if top is None else top.amax_token_text,
+        headroom=None if amax is None else number_format(dtype).headroom(amax),
+        headroom_float16=None if amax is None else number_format("float16").headroom(amax),
+        lost=sum(record.lost for record in own),
+        subnormal=sum(record.subnormal for record in own),
+        past_float16=sum(record.formats["float16"].overflow for record in own if "float16" in record.formats),
+        entropy_min=min(least) if least else None,
+        entropy_mean=sum(mean) / len(mean) if mean else None,
+    )

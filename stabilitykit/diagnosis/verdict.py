@@ -1,0 +1,202 @@
+"""The findings of a run: one paragraph for people, one document for scripts."""
+
+import dataclasses
+from typing import Any
+
+from stabilitykit.diagnosis.cause import Cause, cause
+from stabilitykit.diagnosis.chain import Link, chain, logits_of
+from stabilitykit.diagnosis.layers import peak, stored
+from stabilitykit.formats import number_format
+from stabilitykit.records import Break, Record, Recording, finite_or_text
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
+
+
+def is_finite(recording: Recording) -> bool:
+    """Whether every logit of the last step is finite; without a head, whether every record is."""
+    step = max((record.step for record in recording), default=0)
+    logits = logits_of(recording, step)
+    return logits.lost == 0 if logits is not None else all(record.lost == 0 for record in recording)
+
+
+def reference_value(recording: Recording, reference: Recording | None) -> float | None:
+    """What the reference run had at the element that broke first, if it watched that element."""
+    first = recording.first_break()
+    if first is None or first.broke is None or reference is None:
+        return None
+    wanted = first.site, first.broke_at
+    return next((value for site, index, value in reference.header.watched if (site, index) == wanted), None)
+
+
+def document(recording: Recording, reference: Recording | None = None) -> dict[str, Any]:
+    """The findings as plain JSON values: a number that is not finite is a string."""
+    header, first = recording.header, recording.first_break()
+    why = cause(recording)
+    return {
+        "checkpoint": header.checkpoint,
+        "dtype": header.dtype,
+        "tokens": None if header.tokens is None else list(header.tokens[0]),
+        "finite": is_finite(recording),
+        "verdict": verdict(recording, reference),
+        "first_break": None if first is None else _break_document(recording, first, reference),
+        "cause": None if why is None else why.name,
+        "chain": [dataclasses.asdict(link) for link in chain(recording)],
+        "error": header.error,
+    }
+
+
+def _break_document(recording: Recording, first: Record, reference: Recording | None) -> dict[str, Any]:
+    broke = _broke(first)
+    return {
+        "site": first.site,
+        "label": first.label,
+        "layer": first.layer,
+        "operator": first.operator,
+        "kind": broke.kind,
+        "position": broke.position,
+        "row": broke.row,
+        "channel": broke.channel,
+        "count": broke.count,
+        "token": recording.header.text_of(broke.row, broke.position),
+        "value": finite_or_text(broke.value),
+        "reference_value": finite_or_text(reference_value(recording, reference)),
+        "limit": broke.limit,
+        "operands": [finite_or_text(operand) for operand in broke.operands],
+        "operand_sites": list(broke.operand_sites),
+    }
+
+
+def verdict(recording: Recording, reference: Recording | None = None) -> str:
+    """One paragraph: what broke, where, why, and how it became the error; or how much room was left."""
+    first = recording.first_break()
+    if first is None:
+        return _clean(recording)
+    parts = [_first_sentence(recording, first), _reference_sentence(recording, reference)]
+    why = cause(recording)
+    if why is not None and why.name != "range":
+        parts.append(why.sentence)
+    elif why is not None:
+        parts.append(_dependence(recording, first))
+    parts.append(_consequences(chain(recording)))
+    parts.append(_advice(why))
+    return " ".join(part for part in parts if part)
+
+
+def _clean(recording: Recording) -> str:
+    dtype = recording.header.dtype
+    top = peak(stored(recording))
+    if top is None or top.amax is None:
+        return f"{dtype}: nothing was recorded."
+    room = number_format(dtype).headroom(top.amax)
+    ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
+    return (
+        f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {_where(top)}"
+        f"{_at(recording, top.amax_row, top.amax_position)}, {room:.1f} bits below the format's end at "
+        f"{number(number_format(dtype).largest)}.{ending}"
+    )
+
+
+def _first_sentence(recording: Recording, first: Record) -> str:
+    broke, dtype = _broke(first), first.dtype
+    place = f"{_where(first)}{_at(recording, broke.row, broke.position)}"
+    count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
+    match broke.kind:
+        case "overflow":
+            return f"{dtype} breaks in {place}{count}: {_made(first)}, and {dtype} ends at {number(broke.limit)}."
+        case "reduction":
+            return (
+                f"{dtype} breaks in {place}{count}: the result would be {number(broke.value)}, which fits, but a "
+                f"partial sum on the way to it passed {number(broke.limit)}."
+            )
+        case "invalid" | "division-by-zero":
+            return f"{place} is {'NaN' if broke.kind == 'invalid' else 'infinite'}{count}: {_made(first)}."
+        case "masked-row":
+            return f"{place} is NaN{count}: every key of that row is masked."
+        case "weight" | "input":
+            source = " and ".join(broke.operand_sites)
+            return f"{place} is the first tensor that is not finite{count}, because {source} is not."
+        case "unresolved":
+            return f"{place} is the first tensor that is not finite{count}; record operators to see how."
+
+
+def _reference_sentence(recording: Recording, reference: Recording | None) -> str:
+    value = reference_value(recording, reference)
+    if value is None or reference is None:
+        return ""
+    return f"The {reference.header.dtype} run has {number(value)} there."
+
+
+def _dependence(recording: Recording, first: Record) -> str:
+    position = _broke(first).position
+    if position is None:
+        return ""
+    token = recording.header.text_of(_broke(first).row, position)
+    if position == 0:
+        named = f"the token {token}" if token else "its first token"
+        return f"That depends on {named} alone, whatever follows: every prompt that begins with it breaks here."
+    return f"That depends on the first {position + 1} tokens alone: every prompt that begins with them breaks here."
+
+
+def _consequences(links: tuple[Link, ...]) -> str:
+    nan = next((link for link in links if link.event == "first NaN"), None)
+    layers = [link for link in links if link.event == "layer"]
+    whole = next((link for link in layers if link.lost_positions and link.lost_positions == link.positions), None)
+    logits = next((link for link in links if link.event == "logits"), None)
+    error = next((link for link in links if link.event == "error"), None)
+    greedy = next((link for link in links if link.event == "greedy"), None)
+    parts = []
+    if nan is not None:
+        parts.append(f"{_where(nan)} turns it into NaN ({nan.text.split(' makes')[0]})")
+    if whole is not None:
+        parts.append(f"after layer {whole.layer} {'the' if whole.positions == 1 else 'every'} token is lost")
+    if logits is not None:
+        parts.append(f"{logits.text.replace('NaN', 'is NaN', 1) if logits.text.startswith('every') else logits.text}")
+    if error is not None:
+        parts.append(f"sampling raises: {error.text}")
+    text = ", ".join(parts)
+    text = f"{text[0].upper()}{text[1:]}." if text else ""
+    return f"{text} {greedy.text[0].upper()}{greedy.text[1:]}." if greedy is not None else text
+
+
+def _advice(why: Cause | None) -> str:
+    return "" if why is None else why.remedy
+
+
+def _made(record: Record) -> str:
+    """The arithmetic that broke, with its numbers."""
+    broke = _broke(record)
+    sign = _SIGNS.get(record.operator or "")
+    if sign and len(broke.operands) == 2:
+        return f"{number(broke.operands[0])} {sign} {number(broke.operands[1])} = {number(broke.value)}"
+    operands = " and ".join(number(operand) for operand in broke.operands)
+    of = f" of operands up to {operands}" if operands else ""
+    return f"{record.operator or 'it'}{of} gives {number(broke.value)}"
+
+
+def _where(record: Record | Link) -> str:
+    layer = "" if record.layer is None else f"layer {record.layer}, "
+    operator = f", operator {record.operator}" if record.operator else ""
+    named = record.label or record.site or ""
+    return f"{layer}{named} ({record.site}{operator})" if named != record.site else f"{layer}{named}{operator}"
+
+
+def _at(recording: Recording, row: int | None, position: int | None) -> str:
+    if position is None:
+        return ""
+    token = recording.header.text_of(row, position)
+    return f", at token {position}" + (f" {token!r}" if token else "")
+
+
+def _broke(record: Record) -> Break:
+    if record.broke is None:
+        raise ValueError(f"{record.site} did not break")
+    return record.broke
+
+
+def number(value: float | None) -> str:
+    """For reading: thousands with separators, small numbers with four digits."""
+    if value is None:
+        return "a value that could not be recomputed"
+    if 1000 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

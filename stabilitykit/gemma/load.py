@@ -1,0 +1,129 @@
+"""From a checkpoint to a model that runs."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stabilitykit.checkpoints.checkpoint import Checkpoint
+from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.gemma.model import Gemma, RoundingName, at_least_float32
+from stabilitykit.gemma.stress import check_gamma, stress_norms, weight_factor
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+Progress = Callable[[int, int], None]
+"""Called with the tensors done and their number, after each."""
+
+
+def build(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    rounding: RoundingName = "transformers",
+    stress: float = 1.0,
+    progress: Progress | None = None,
+) -> Gemma:
+    """The checkpoint's model in `dtype` on `device`, for inference: eval mode, no parameter needs a gradient.
+
+    Weights are scaled by the stress γ in float32, then rounded to `dtype` (nearest even; magnitudes
+    past its range become infinite), then moved, one at a time: the peak is the model and one tensor. Tensors that
+    need none of it are used as they are, memory-mapped where the checkpoint's are: replace parameters, never write.
+
+    Raises CheckpointError, listing them, for tensors that are missing, unexpected or of another shape than the
+    config says; MisuseError for an unknown dtype or rounding, a device that is not there, or γ no power of two.
+    """
+    target = parse_dtype(dtype)
+    place = parse_device(device)
+    check_gamma(stress)
+    shapes = parameter_shapes(checkpoint.config)
+    _check_names(checkpoint, shapes)
+    with torch.device("meta"):
+        model = Gemma(checkpoint.config, rounding=rounding)
+
+    misshapen = []
+    for done, (name, shape) in enumerate(shapes.items(), start=1):
+        tensor = checkpoint.tensors[name]
+        if tuple(tensor.shape) != shape:
+            misshapen.append(f"{name} is {list(tensor.shape)} and not {list(shape)}")
+            continue
+        path, _, leaf = name.rpartition(".")
+        weight = _cast(tensor, weight_factor(checkpoint.config, name, stress), target, place)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+        if progress is not None:
+            progress(done, len(shapes))
+    if misshapen:
+        raise CheckpointError(
+            f"{checkpoint.source}: tensors have the shapes that the config gives; {_some(misshapen)}."
+        )
+
+    model.lm_head.weight = model.embed_tokens.weight
+    stress_norms(model, stress)
+    model.source, model.sha256, model.notes = checkpoint.source, checkpoint.sha256, checkpoint.notes
+    model.vocabulary = checkpoint.vocabulary
+    return model.eval()
+
+
+def load(
+    source: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    rounding: RoundingName = "transformers",
+    stress: float = 1.0,
+    progress: Progress | None = None,
+) -> Gemma:
+    """`build` of the checkpoint that `source` names: a file, a folder, `random:...` or a bundled model."""
+    from stabilitykit.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(source)
+    return build(checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, progress=progress)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`torch.float16` from itself, "float16" or "torch.float16". Raises MisuseError for what a model cannot run in."""
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise MisuseError(f"A model runs in one of {', '.join(DTYPES)}; {str(dtype)!r} is none of them.")
+    return found
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device, once something could be put on it. Raises MisuseError with torch's reason where it cannot."""
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise MisuseError(f"The device {str(device)!r} cannot be used here: {reason}. Try 'cpu'.") from error
+    return place
+
+
+def _cast(tensor: Tensor, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if factor != 1.0:
+        tensor = tensor.to(at_least_float32(tensor.dtype)) * factor
+    return tensor.to(dtype).to(device)
+
+
+def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in shapes if name not in checkpoint.tensors]
+    unexpected = [name for name in checkpoint.tensors if name not in shapes]
+    if missing or unexpected:
+        parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
+        parts += [f"{len(unexpected)} unexpected ({_some(unexpected)})"] if unexpected else []
+        raise CheckpointError(
+            f"{checkpoint.source}: tensors are those that the config gives; {' and '.join(parts)}. "
+            "Another generation or size of Gemma, or quantised layers?"
+        )
+
+
+def _some(items: list[str], shown: int = 6) -> str:
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more
