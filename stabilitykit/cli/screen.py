@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from stabilitykit.diagnosis import Link, by_layer, chain, verdict
+from stabilitykit.diagnosis import by_layer, chain, verdict
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording
 
@@ -82,31 +83,30 @@ def print_layers(recording: Recording) -> None:
     wide = dtype != "float16"
     table = Table(title=f"{dtype}, by layer", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("layer")
-    for name in ("amax", "headroom", "not finite", "subnormal"):
+    for name in ("amax", "bits left", "lost", "subnormal"):
         table.add_column(name, justify="right")
     if wide:
         table.add_column("past float16", justify="right")
     table.add_column("entropy", justify="right")
-    table.add_column("peak at", overflow="fold")
+    table.add_column("largest at", overflow="fold")
     for row in by_layer(recording):
-        token = "" if row.token is None else f" {row.token!r}"
-        at = "" if row.position is None else f", token {row.position}{token}"
+        at = "" if row.position is None else f", {row.token or row.position}"
         cells = [
             row.name,
             "-" if row.amax is None else number(row.amax),
-            _bits(row.headroom),
+            "-" if row.headroom is None or math.isinf(row.headroom) else f"{row.headroom:.1f}",
             _zero_as_dash(row.lost),
             _zero_as_dash(row.subnormal),
             *([_zero_as_dash(row.past_float16)] if wide else []),
-            "" if row.entropy_min is None else f"{row.entropy_min:.2f} / {row.entropy_mean:.2f}",
+            "" if row.entropy_mean is None else f"{row.entropy_mean:.2f}",
             escape(f"{row.label or row.site or ''}{at}"),
         ]
         table.add_row(*cells, style="red" if row.lost else None)
     output.print(table)
     output.print(
         Text(
-            "amax: largest finite magnitude. headroom: bits between it and the format's end; below 1, a prompt that "
-            "doubles it overflows. entropy: of attention, least / mean, in nats.",
+            "amax: largest finite magnitude stored. bits left: between it and the format's end; below 1, twice as much "
+            "overflows. lost: elements infinite or NaN. entropy: mean over attention heads and rows, in nats.",
             style="dim",
         )
     )
@@ -120,22 +120,17 @@ def print_chain(recording: Recording) -> None:
     table = Table(title="How it spread", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in ("", "site", "what happened"):
         table.add_column(name, overflow="fold")
-    for link in links:
-        table.add_row(link.event, escape(_site(link)), escape(link.text))
+    for _, group in groupby(links, key=lambda link: (link.event, link.text)):
+        first, *rest = group
+        site = f"{first.site} ... {rest[-1].site}" if rest else first.site or ""
+        named = f" ({first.label})" if first.label else ""
+        table.add_row(first.event, escape(f"{site}{named}"), escape(first.text))
     output.print(table)
     output.print()
 
 
 def print_note(text: str) -> None:
     output.print(Padding(Text(text, style="dim"), 0))
-
-
-def _site(link: Link) -> str:
-    return " ".join(part for part in (link.site, f"({link.label})" if link.label else None) if part)
-
-
-def _bits(headroom: float | None) -> str:
-    return "-" if headroom is None or math.isinf(headroom) else f"{headroom:.1f} bits"
 
 
 def _zero_as_dash(count: int) -> str:

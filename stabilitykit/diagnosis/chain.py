@@ -49,9 +49,9 @@ class Link:
 
 def logits_of(recording: Recording, step: int = 0) -> Record | None:
     """The logits of a step: what the head made, after a soft-cap if there is one. None where there is no head."""
-    made = [r for r in recording if r.step == step and r.site == "lm_head"]
-    capped = [r for r in recording if r.step == step and r.label == "logits, soft-capped"]
-    return next(reversed(capped or made), None)
+    made = [r for r in recording if r.step == step and r.site in ("lm_head", "/mul.0", "/output")]
+    heads = [r for r in made if r.site == "lm_head"]
+    return next((r for r in reversed(made) if heads and r.order >= heads[-1].order), None)
 
 
 def chain(recording: Recording) -> tuple[Link, ...]:
@@ -74,21 +74,20 @@ def _links(recording: Recording) -> Iterator[Link]:
             how = _INVALID.get(nan.operator or "", "an invalid operation")
             yield _link("first NaN", nan, f"{how} makes {_count(nan.nan, 'NaN', 'NaN')}")
         layers = {r.layer: r for r in after if r.layer is not None and r.site.endswith(f"layers.{r.layer}")}
-        for layer, record in layers.items():
+        for record in layers.values():
             if record is not first and record.lost:
-                yield _link("layer", record, f"after layer {layer}: {_losses(record)}")
+                yield _link("layer", record, _losses(record))
         logits = logits_of(recording, step)
         if logits is not None and logits.lost:
             share = (
-                "every logit" if logits.lost == logits.elements else f"{logits.lost:,} of {logits.elements:,} logits"
+                "every logit is" if logits.lost == logits.elements else _count(logits.lost, "logit is", "logits are")
             )
             what = "NaN" if logits.nan == logits.lost else "infinite" if not logits.nan else "NaN or infinite"
             yield _link("logits", logits, f"{share} {what}")
         probabilities = next((r for r in after if r.site == "sampler/softmax.0" and r.lost), None)
         if probabilities is not None:
-            yield _link(
-                "probabilities", probabilities, f"{_count(probabilities.nan, 'probability', 'probabilities')} NaN"
-            )
+            lost = _count(probabilities.nan, "probability is", "probabilities are")
+            yield _link("probabilities", probabilities, f"{lost} NaN")
     if recording.header.error is not None:
         yield Link(event="error", site="sampler", text=recording.header.error)
     greedy = recording.header.case.get("greedy_text")

@@ -150,10 +150,10 @@ def _consequences(links: tuple[Link, ...]) -> str:
     if whole is not None:
         parts.append(f"after layer {whole.layer} {'the' if whole.positions == 1 else 'every'} token is lost")
     if logits is not None:
-        parts.append(f"{logits.text.replace('NaN', 'is NaN', 1) if logits.text.startswith('every') else logits.text}")
+        parts.append(logits.text)
     if error is not None:
         parts.append(f"sampling raises: {error.text}")
-    text = ", ".join(parts)
+    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     text = f"{text[0].upper()}{text[1:]}." if text else ""
     return f"{text} {greedy.text[0].upper()}{greedy.text[1:]}." if greedy is not None else text
 

@@ -1,12 +1,16 @@
 """From a checkpoint to a model that runs."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.gemma.model import Gemma, RoundingName, at_least_float32
 from stabilitykit.gemma.stress import check_gamma, stress_norms, weight_factor
@@ -17,9 +21,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-Progress = Callable[[int, int], None]
-"""Called with the tensors done and their number, after each."""
 
 
 def build(
@@ -36,6 +37,7 @@ def build(
     Weights are scaled by the stress γ in float32, then rounded to `dtype` (nearest even; magnitudes
     past its range become infinite), then moved, one at a time: the peak is the model and one tensor. Tensors that
     need none of it are used as they are, memory-mapped where the checkpoint's are: replace parameters, never write.
+    `progress` is called with the bytes of the model that are done and those in all, after each tensor.
 
     Raises CheckpointError, listing them, for tensors that are missing, unexpected or of another shape than the
     config says; MisuseError for an unknown dtype or rounding, a device that is not there, or γ no power of two.
@@ -49,7 +51,8 @@ def build(
         model = Gemma(checkpoint.config, rounding=rounding)
 
     misshapen = []
-    for done, (name, shape) in enumerate(shapes.items(), start=1):
+    done, total = 0, sum(map(math.prod, shapes.values())) * target.itemsize
+    for name, shape in shapes.items():
         tensor = checkpoint.tensors[name]
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{name} is {list(tensor.shape)} and not {list(shape)}")
@@ -57,8 +60,9 @@ def build(
         path, _, leaf = name.rpartition(".")
         weight = _cast(tensor, weight_factor(checkpoint.config, name, stress), target, place)
         setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+        done += weight.nbytes
         if progress is not None:
-            progress(done, len(shapes))
+            progress(done, total)
     if misshapen:
         raise CheckpointError(
             f"{checkpoint.source}: tensors have the shapes that the config gives; {_some(misshapen)}."
@@ -67,23 +71,25 @@ def build(
     model.lm_head.weight = model.embed_tokens.weight
     stress_norms(model, stress)
     model.source, model.sha256, model.notes = checkpoint.source, checkpoint.sha256, checkpoint.notes
-    model.vocabulary = checkpoint.vocabulary
+    model.vocabulary, model.eos = checkpoint.vocabulary, checkpoint.vocabulary.eos
     return model.eval()
 
 
 def load(
-    source: str,
+    source: str | Path,
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     rounding: RoundingName = "transformers",
     stress: float = 1.0,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Gemma:
-    """`build` of the checkpoint that `source` names: a file, a folder, `random:...` or a bundled model."""
-    from stabilitykit.checkpoints import open_checkpoint
+    """`build` of the checkpoint that `source` names; see `open_checkpoint` for sources and `cache`.
 
-    checkpoint = open_checkpoint(source)
+    `progress` counts bytes: of the cache where it must be filled first, then of the model.
+    """
+    checkpoint = open_checkpoint(source, cache=cache, progress=progress)
     return build(checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, progress=progress)
 
 

@@ -61,7 +61,12 @@ _OPERATORS = {
         "sum.0": "total probability kept",
         "div.1": "probabilities, renormalised",
     },
-    "": {"div.0": "logits ÷ soft-cap", "tanh.0": "tanh of the logits", "mul.0": "logits, soft-capped"},
+    "": {
+        "div.0": "logits ÷ soft-cap",
+        "tanh.0": "tanh of the logits",
+        "mul.0": "logits, soft-capped",
+        "output": "model output",
+    },
 }
 
 

@@ -15,7 +15,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, get_args
@@ -83,8 +83,7 @@ def record(
         error = str(raised)
         raise
     finally:
-        piece = token_text or getattr(getattr(model, "tokenizer", None), "piece", None)
-        recorder.finish(recording, piece, redact=redact, error=error)
+        recorder.finish(recording, token_text, redact=redact, error=error)
 
 
 class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -211,12 +210,14 @@ class _Recorder:
             self.tokens = [old + new for old, new in zip(before, ids.tolist(), strict=True)]
         elif embedded is not None:
             self.rows, self.length = embedded.shape[:2]
+        for tensor in _floating((args, kwargs)):  # made inside the block it would pass for a constant
+            self._remember(tensor, Origin("input", "input"))
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         held = getattr(cache, "get_seq_length", None)
         self.start = int(held()) if held is not None else 0
 
     def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
-        site = frame.path if index == 0 else f"{frame.path}[{index}]"
+        site = (frame.path or "/output") + (f"[{index}]" if index else "")
         origin = self._origin(tensor)
         region = _region(tensor)
         if any(_same_memory(tensor, operand.tensor) for operand in frame.inputs):
@@ -225,7 +226,7 @@ class _Recorder:
             entry = self.entries[origin.entry]
             whole = entry.region == region
             if whole and self.level == "operators":
-                if not entry.is_module:
+                if not entry.is_module and frame.path:  # the model itself has no path to be called by
                     entry.site, entry.is_module = site, True
                     self._look_at(site, tensor)
                 return
@@ -411,7 +412,9 @@ class _Recorder:
     ) -> None:
         used = sorted({token for row in self.tokens for token in row})
         tokens = None if redact or not self.tokens else tuple(map(tuple, self.tokens))
-        texts = {token: piece(token) for token in used} if piece is not None and not redact else {}
+        if tokens is not None and piece is None:
+            piece = getattr(getattr(self.model, "tokenizer", None), "piece", None)
+        texts = {} if tokens is None or piece is None else _texts(used, piece)
         recording.header = replace(
             recording.header,
             watched=tuple(self.watched),
@@ -484,6 +487,15 @@ class _Place:
     site: str
     operator: str | None
     is_module: bool
+
+
+def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]:
+    """Ids that the vocabulary does not have stay without text: the model has refused them already."""
+    texts = {}
+    for token in tokens:
+        with suppress(LookupError, ValueError):
+            texts[token] = piece(token)
+    return texts
 
 
 def _without_prefix(name: str) -> str:

