@@ -1,7 +1,5 @@
 """Continue a prompt, one forward pass per token."""
 
-# ruff: noqa: N806 - names end in the shape, one capital per axis
-
 from collections.abc import Sequence
 from typing import overload
 

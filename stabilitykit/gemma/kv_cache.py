@@ -1,7 +1,5 @@
 """Keys and values of the tokens already seen."""
 
-# ruff: noqa: N803 - names end in the shape, one capital per axis
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ Modules carry Hugging Face's paths without the leading `model.`, and every opera
 `forward` of the module it belongs to, so that an observer of operators can say where each tensor arose.
 """
 
-# ruff: noqa: N803, N806 - names end in the shape, one capital per axis
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,18 +83,12 @@ class Gemma(nn.Module):
         self.eos = 1  # <eos> in every Gemma's vocabulary
 
         self.embed_tokens = Embedding(config)
+        self.rotary_emb = RotaryEmbedding(config, ROUNDINGS[rounding])
         self.layers = nn.ModuleList(DecoderLayer(config, index, ROUNDINGS[rounding]) for index in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
         self.lm_head.weight = self.embed_tokens.weight
         self.sampler = Sampler()
-
-        # Plain attributes on the CPU, not buffers: `.to(torch.float16)` must not reach them, and `pow` on
-        # another device may differ in the last bit.
-        self._frequencies = {
-            False: rope_frequencies(config.head_dim, config.rope_base_local),
-            True: rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling),
-        }
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -139,7 +131,7 @@ class Gemma(nn.Module):
         masks, rope = {}, {}
         for is_global in sorted({self.config.is_global(index) for index in range(self.config.layers)}):
             masks[is_global] = self._mask(is_global, batch, past, seen, padding) if mask is None else mask
-            rope[is_global] = self._rope(is_global, past, seen)
+            rope[is_global] = self.rotary_emb(is_global, past, seen, dtype=self.dtype, device=self.device)
         if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, new, seen)):
             raise MisuseError(
                 f"A mask for these tokens has shape [{batch} or 1, 1, {new}, {seen}]; it is {list(mask.shape)}."
@@ -177,15 +169,31 @@ class Gemma(nn.Module):
             dtype, blocked = self.dtype, torch.finfo(self.dtype).min
         return torch.where(allowed, torch.zeros((), dtype=dtype, device=self.device), blocked)
 
-    def _rope(self, is_global: bool, past: int, seen: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, D] of the new tokens' angles, computed in float32."""
-        positions_T1 = torch.arange(past, seen, device=self.device)[:, None].float()
-        angles = positions_T1 * self._frequencies[is_global].to(self.device)
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of every position's angles: one table for the local layers, one for the global ones."""
+
+    def __init__(self, config: GemmaConfig, rounding: Rounding) -> None:
+        super().__init__()
+        self.float32_tables = rounding.float32_rope
+        # Plain attributes on the CPU, not buffers: `.to(torch.float16)` must not reach them, and `pow` on
+        # another device may differ in the last bit.
+        self.frequencies = {
+            False: rope_frequencies(config.head_dim, config.rope_base_local),
+            True: rope_frequencies(config.head_dim, config.rope_base, config.rope_scaling),
+        }
+
+    def forward(
+        self, is_global: bool, past: int, seen: int, *, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D] of positions `past` to `seen` - 1, computed in float32."""
+        positions_T1 = torch.arange(past, seen, device=device)[:, None].float()
+        angles = positions_T1 * self.frequencies[is_global].to(device)
         angles_TD = torch.cat((angles, angles), dim=-1)
-        if ROUNDINGS[self.rounding].float32_rope:
+        if self.float32_tables:
             turns_TD = torch.polar(torch.ones_like(angles_TD), angles_TD)  # not the last bit of cos() and sin()
             return turns_TD.real, turns_TD.imag
-        return angles_TD.cos().to(self.dtype), angles_TD.sin().to(self.dtype)
+        return angles_TD.cos().to(dtype), angles_TD.sin().to(dtype)
 
 
 class DecoderLayer(nn.Module):

@@ -1,7 +1,5 @@
 """Temperature, top-p and top-k: from logits to the next token."""
 
-# ruff: noqa: N803, N806 - names end in the shape, one capital per axis
-
 import torch
 from torch import Tensor, nn
 

@@ -84,16 +84,14 @@ class Tokenizer:
     def chat(self, prompt: str, *, generation: Generation, system: str | None = None, bos: bool = True) -> list[int]:
         """The ids of a user's turn in Gemma's template, after `<bos>`, up to where the model's turn begins.
 
-        The prompt is plain text, as it is: `<end_of_turn>` written in it ends nothing, spaces around it stay.
-        Generation 3 reads `system` before the prompt, a blank line between them. Raises MisuseError for a system
-        text in generations 1 and 2, which have no such role, and for a vocabulary without turns.
+        The prompt is plain text: `<end_of_turn>` written in it ends nothing. White space around it goes, as in the
+        released templates. Generation 3 reads `system` before the prompt, a blank line between them. Raises
+        MisuseError for a system text in generations 1 and 2, which have no such role, and for a vocabulary without
+        turns.
         """
-        if system is not None:
-            if generation < 3:
-                raise MisuseError(
-                    f"Gemma {generation} has no system role; a system text was given: put it in the prompt."
-                )
-            prompt = f"{system}\n\n{prompt}"
+        if system is not None and generation < 3:
+            raise MisuseError(f"Gemma {generation} has no system role; a system text was given: put it in the prompt.")
+        prompt = prompt.strip() if system is None else f"{system}\n\n{prompt.strip()}"
         if _START not in self._controls or _END not in self._controls:
             raise MisuseError(f"A chat needs a vocabulary with {_START} and {_END}; this one lacks them. Use encode.")
         start, end = self._controls[_START], self._controls[_END]

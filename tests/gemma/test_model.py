@@ -229,7 +229,9 @@ def test_float64_is_the_same_function(config: GemmaConfig, rounding: RoundingNam
 
 def test_positions_reach_half_precision_unrounded() -> None:
     """bfloat16 holds integers to 256, float16 to 2,048: past them angles computed there would repeat."""
-    cos_td, _ = random_model(TINY["gemma 1, multi-query"], torch.bfloat16)._rope(True, 0, 4001)
+    cos_td, _ = random_model(TINY["gemma 1, multi-query"], torch.bfloat16).rotary_emb(
+        True, 0, 4001, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
     assert torch.equal(cos_td[:, 0], torch.arange(4001.0).cos().bfloat16())
 
 

@@ -102,7 +102,7 @@ def test_bos_is_added_once_and_only_when_asked(tokenizer: Tokenizer) -> None:
 
 def test_chat_is_gemmas_turn_template(tokenizer: Tokenizer, reference: Any) -> None:
     turn = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
-    assert tokenizer.chat("Why?", generation=2) == reference.encode(turn.format("Why?"))
+    assert tokenizer.chat(" Why?\n", generation=2) == reference.encode(turn.format("Why?"))
     assert tokenizer.chat("Why?", generation=3, bos=False) == reference.encode(
         turn.format("Why?"), add_special_tokens=False
     )

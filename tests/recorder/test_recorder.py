@@ -127,7 +127,17 @@ def test_levels_nest_and_agree(small: Small, tokens: torch.Tensor) -> None:
         with torch.inference_mode(), record(model, level=level) as recording:
             model(tokens)
         seen[level] = {r.site: (r.amax, r.mean, r.elements, r.amax_position) for r in recording}
-    assert set(seen["layers"]) == {"embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "lm_head", "/output"}
+    rotary = {"rotary_emb", "rotary_emb[1]"}
+    assert set(seen["layers"]) == {
+        *rotary,
+        "embed_tokens",
+        "layers.0",
+        "layers.1",
+        "layers.2",
+        "norm",
+        "lm_head",
+        "/output",
+    }
     assert seen["layers"].items() <= seen["modules"].items()
     assert {"layers.0.mlp.gate_proj", "layers.2.self_attn.o_proj"} <= set(seen["modules"])
     # The model has no path to be called by, so its own last operator keeps its name.
@@ -280,7 +290,7 @@ def test_softmax_statistics_against_float64(small: Small, tokens: torch.Tensor) 
     with torch.no_grad():
         model(tokens)
     handle.remove(), other.remove()
-    cos, sin = model._rope(model.config.is_global(2), 0, tokens.shape[1])
+    cos, sin = model.rotary_emb(model.config.is_global(2), 0, tokens.shape[1], dtype=model.dtype, device=model.device)
 
     def turned(t: torch.Tensor) -> torch.Tensor:
         first, last = t.double().chunk(2, -1)

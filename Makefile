@@ -1,0 +1,39 @@
+# make demo     set up, then run the main job on the real Gemma 3 270M
+# make test     set up, then run the tests
+# make lint     set up, then check style and types
+# make install  set up alone: .venv with pinned versions
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: install demo test lint wheel clean
+
+install: .venv/.installed
+
+demo: install
+	$(BIN)/stabilitykit profile gemma3-270m --prompt "The capital of France is" \
+		--dtype float16 --dtype bfloat16 --dtype float32
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/.installed-dev
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf .venv dist
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable ".[demo]"
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable ".[demo,dev]"
+	touch $@
