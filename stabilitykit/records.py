@@ -153,12 +153,7 @@ class Record:
     @property
     def broke_at(self) -> int | None:
         """Row-major index of the element that broke first; None where nothing broke."""
-        if self.broke is None:
-            return None
-        flat = 0
-        for size, i in zip(self.shape, self.broke.index, strict=True):
-            flat = flat * size + i
-        return flat
+        return None if self.broke is None else flat_index(self.broke.index, self.shape)
 
     def row(self) -> dict[str, Any]:
         """The record as one flat row: nested parts spread over prefixed columns."""
@@ -310,6 +305,23 @@ class Recording:
         raw["watched"] = tuple(map(tuple, raw["watched"]))
         raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
         return cls(Header(**raw), [Record.from_row(row) for row in table.to_pylist()])
+
+
+def flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
+    """The row-major position of an element in a tensor of this shape."""
+    flat = 0
+    for size, i in zip(shape, index, strict=True):
+        flat = flat * size + i
+    return flat
+
+
+def index_at(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The inverse of `flat_index`."""
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        index.append(i)
+    return tuple(reversed(index))
 
 
 def finite_or_text(number: float | None) -> float | str | None:

@@ -102,6 +102,7 @@ def profile(
             sampling=Sampling(temperature=temperature or None, top_p=top_p, top_k=top_k, seed=seed),
             level=level.value,
             redact=redact,
+            token_text=tokenizer.piece,
             progress=progress,
         )
     recordings = [run.recording for run in runs]
@@ -120,6 +121,7 @@ def profile(
     for recording in recordings:
         screen.print_layers(recording)
         screen.print_chain(recording)
+    screen.print_note(screen.LEGEND)
     if out is not None:
         screen.print_note(f"Records and findings: {out}")
 
@@ -144,7 +146,9 @@ def _print_subject(recording: "Recording", tokens: list[int], tokenizer: "Tokeni
     from stabilitykit.cli import screen
 
     header = recording.header
-    screen.print_note(f"{header.checkpoint}: {' '.join(header.notes)}".rstrip(": "))
+    screen.print_note(str(header.checkpoint))
+    for note in header.notes:
+        screen.print_note(f"{note}.")
     if redact:
         screen.print_note(f"{len(tokens)} tokens, redacted.")
     else:

@@ -1,9 +1,9 @@
 """What the commands print: progress on standard error, findings on standard output."""
 
 import json
-import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -16,14 +16,14 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from stabilitykit.diagnosis import by_layer, chain, verdict
+from stabilitykit.diagnosis import LayerRow, by_layer, chain, verdict
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
 
-output = Console(highlight=False)
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 messages = Console(stderr=True, highlight=False)
 
 
@@ -59,7 +59,8 @@ class ProgressBar:
             self._shown = True
 
     def close(self) -> None:
-        self._bars.stop()
+        if self._shown:  # stopping bars that never started prints an empty line
+            self._bars.stop()
 
 
 @contextmanager
@@ -78,46 +79,47 @@ def print_verdict(recording: Recording, reference: Recording | None) -> None:
 
 
 def print_layers(recording: Recording) -> None:
-    """The table by layer. Sizes are those of tensors stored in the run's dtype."""
-    dtype = recording.header.dtype
-    wide = dtype != "float16"
-    table = Table(title=f"{dtype}, by layer", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    """The table by layer; LEGEND explains its columns."""
+    dtype, rows = recording.header.dtype, by_layer(recording)
+    columns: dict[str, Callable[[LayerRow], str]] = {
+        "amax": lambda row: "-" if row.amax is None else number(row.amax),
+        "headroom": lambda row: "-" if row.headroom is None else f"{row.headroom:.1f}",
+        "subnormal": lambda row: _zero_as_dash(row.subnormal),
+        "entropy": lambda row: "" if row.entropy_mean is None else f"{row.entropy_mean:.2f}",
+    }
+    if any(row.lost for row in rows):
+        columns["lost"] = lambda row: _zero_as_dash(row.lost)
+    if dtype != "float16":
+        columns[">float16"] = lambda row: _zero_as_dash(row.past_float16)
+    table = _table(f"{dtype}, by layer")
     table.add_column("layer")
-    for name in ("amax", "bits left", "lost", "subnormal"):
+    for name in columns:
         table.add_column(name, justify="right")
-    if wide:
-        table.add_column("past float16", justify="right")
-    table.add_column("entropy", justify="right")
-    table.add_column("largest at", overflow="fold")
-    for row in by_layer(recording):
+    table.add_column("amax is in", overflow="fold")
+    for row in rows:
         at = "" if row.position is None else f", {row.token or row.position}"
-        cells = [
+        table.add_row(
             row.name,
-            "-" if row.amax is None else number(row.amax),
-            "-" if row.headroom is None or math.isinf(row.headroom) else f"{row.headroom:.1f}",
-            _zero_as_dash(row.lost),
-            _zero_as_dash(row.subnormal),
-            *([_zero_as_dash(row.past_float16)] if wide else []),
-            "" if row.entropy_mean is None else f"{row.entropy_mean:.2f}",
+            *(cell(row) for cell in columns.values()),
             escape(f"{row.label or row.site or ''}{at}"),
-        ]
-        table.add_row(*cells, style="red" if row.lost else None)
-    output.print(table)
-    output.print(
-        Text(
-            "amax: largest finite magnitude stored. bits left: between it and the format's end; below 1, twice as much "
-            "overflows. lost: elements infinite or NaN. entropy: mean over attention heads and rows, in nats.",
-            style="dim",
+            style="red" if row.lost else None,
         )
-    )
+    output.print(table)
     output.print()
+
+
+LEGEND = (
+    "amax: largest finite magnitude stored in the dtype. headroom: bits between it and the format's end; with less "
+    "than 1, twice as much overflows. subnormal, lost (inf or NaN), >float16 (past its range): elements. entropy: of "
+    "the softmax, mean over heads and rows, in nats."
+)
 
 
 def print_chain(recording: Recording) -> None:
     links = chain(recording)
     if not links:
         return
-    table = Table(title="How it spread", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = _table("How it spread")
     for name in ("", "site", "what happened"):
         table.add_column(name, overflow="fold")
     for _, group in groupby(links, key=lambda link: (link.event, link.text)):
@@ -131,6 +133,10 @@ def print_chain(recording: Recording) -> None:
 
 def print_note(text: str) -> None:
     output.print(Padding(Text(text, style="dim"), 0))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
 
 
 def _zero_as_dash(count: int) -> str:

@@ -1,7 +1,7 @@
 """A recording, layer by layer: how large, how close to the limit, how much lost, how sharp the attention."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,7 +15,7 @@ class LayerRow:
 
     `amax` and where it sits (`site`, `label`, `position`, `token`); `headroom` in bits of the run's dtype,
     `headroom_float16` in float16's; `lost`, `subnormal` and `past_float16` are counts of elements.
-    Entropies of the attention probabilities are in nats; None where there is no softmax.
+    Entropies of its softmax are in nats; None where there is no softmax.
     """
 
     name: str
@@ -34,7 +34,7 @@ class LayerRow:
     entropy_mean: float | None
 
 
-_PARTS = {"embed_tokens": "embedding", "norm": "final norm", "lm_head": "logits", "sampler": "sampler"}
+_PARTS = {"embed_tokens": "embed", "norm": "norm", "lm_head": "logits", "sampler": "sampler"}
 
 
 def by_layer(recording: Recording, step: int = 0) -> list[LayerRow]:
@@ -44,9 +44,20 @@ def by_layer(recording: Recording, step: int = 0) -> list[LayerRow]:
     return [_row(recording, part or "", list(group)) for part, group in groupby(records, key=_part)]
 
 
-def stored(recording: Recording) -> Iterable[Record]:
-    """The records whose tensor was stored in the run's own dtype."""
-    return (record for record in recording if record.dtype == recording.header.dtype)
+def stored(recording: Recording) -> Iterator[Record]:
+    """The records of tensors that are stored in the run's dtype, whatever that is.
+
+    Gemma computes the insides of RMSNorm, and softmax, in float32 in every dtype. In a float32 run the dtype does
+    not tell these apart, so the sites do; what the squares in a norm reach says nothing about float16.
+    """
+    return (r for r in recording if r.dtype == recording.header.dtype and not _wide_by_design(r))
+
+
+def _wide_by_design(record: Record) -> bool:
+    module, _, operator = record.site.partition("/")
+    if module == "sampler":
+        return operator != "div.0"
+    return operator.startswith("softmax") or (module.endswith("norm") and operator != "")
 
 
 def peak(records: Iterable[Record]) -> Record | None:
@@ -68,7 +79,7 @@ def _rank(record: Record) -> int:
 
 def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
     dtype = recording.header.dtype
-    own = [record for record in records if record.dtype == dtype]
+    own = [record for record in records if record.dtype == dtype and not _wide_by_design(record)]
     top = peak(own)
     softmaxes = [record.softmax for record in records if record.softmax is not None]
     least = [e for s in softmaxes for e in s.entropy_min if not math.isnan(e)]

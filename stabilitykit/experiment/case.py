@@ -47,6 +47,7 @@ def run_case(
     level: Level = "operators",
     watch: Sequence[tuple[str, int]] = (),
     redact: bool = False,
+    token_text: Callable[[int], str] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Run:
@@ -81,7 +82,9 @@ def run_case(
         with torch.inference_mode(), ExitStack() as stack:
             if progress is not None:
                 _announce_layers(model, progress, stack)
-            recording = stack.enter_context(record(model, level=level, watch=watch, redact=redact, case=case))
+            recording = stack.enter_context(
+                record(model, level=level, watch=watch, token_text=token_text, redact=redact, case=case)
+            )
             logits = model(ids, padding=padding, mask=mask, last_only=True)
             model.sampler(
                 logits[:, -1],
@@ -96,7 +99,7 @@ def run_case(
         error = raised
     if not bool(logits.isfinite().all()):
         greedy = int(logits[0, -1].argmax())
-        text = str(greedy) if model.tokenizer is None else model.tokenizer.piece(greedy)
+        text = (token_text or (str if model.tokenizer is None else model.tokenizer.piece))(greedy)
         recording.header = replace(recording.header, case={**recording.header.case, "greedy_text": text})
     return Run(recording=recording, error=error)
 
@@ -113,6 +116,7 @@ def run_dtypes(
     sampling: Sampling | None = None,
     level: Level = "operators",
     redact: bool = False,
+    token_text: Callable[[int], str] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Run]:
@@ -142,6 +146,7 @@ def run_dtypes(
             level=level,
             watch=watch,
             redact=redact,
+            token_text=token_text,
             facts=facts,
             progress=announce_layer,
         )

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from stabilitykit.formats import number_format
 from stabilitykit.recorder.axes import Folded
 from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, is_pointwise
-from stabilitykit.records import Break, BreakKind
+from stabilitykit.records import Break, BreakKind, flat_index, index_at
 
 OriginKind = Literal["weight", "constant", "input", "computed"]
 
@@ -124,7 +124,7 @@ def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded) -> 
         return Finding(lost, broke, (culprit.origin,))
 
     flat = _earliest(lost, folded)
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), output.shape))
+    index = index_at(flat, output.shape)
     value = _widened(call, index)
     kind_found = _kind(call, output, index, value, output.dtype)
     operands, sites = _operands_at(call, output.shape, index)
@@ -159,11 +159,8 @@ def _earliest(lost: Tensor, folded: Folded) -> int:
         return int(lost.flatten().int().argmax())
     places = lost.reshape(folded.tensor.shape).nonzero()
     positions = places[:, folded.position]
-    first = places[int((positions == positions.min()).int().argmax())].tolist()
-    flat = 0
-    for size, i in zip(folded.tensor.shape, first, strict=True):
-        flat = flat * size + i
-    return flat
+    first = places[int((positions == positions.min()).int().argmax())]
+    return flat_index(first.tolist(), folded.tensor.shape)
 
 
 def _break(
@@ -174,15 +171,15 @@ def _break(
     value: float | None,
     dtype: torch.dtype,
 ) -> Break:
-    flat = torch.tensor(_earliest(lost, folded))
-    place = [int(i) for i in torch.unravel_index(flat, folded.tensor.shape)]
+    flat = _earliest(lost, folded)
+    place = index_at(flat, folded.tensor.shape)
     return Break(
         kind=kind,
         count=int(lost.sum()),
         row=None if folded.row is None else place[folded.row],
         position=None if folded.position is None else place[folded.position],
         channel=place[-1] if place else None,
-        index=tuple(int(i) for i in torch.unravel_index(flat, lost.shape)),
+        index=index_at(flat, lost.shape),
         operands=tuple(operands),
         operand_sites=(),
         value=value,

@@ -34,7 +34,7 @@ from stabilitykit.recorder.labels import label
 from stabilitykit.recorder.operators import canonical, is_composite, is_factory, is_pointwise, moves, writes_in_place
 from stabilitykit.recorder.softmax import measure_softmax
 from stabilitykit.recorder.statistics import Statistics, measure
-from stabilitykit.records import Break, Header, Level, Record, Recording, Softmax
+from stabilitykit.records import Break, Header, Level, Record, Recording, Softmax, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
@@ -90,6 +90,10 @@ class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: "_Recorder") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -348,10 +352,7 @@ class _Recorder:
     def _locate(
         self, values: Tensor, folded: Folded, index: tuple[int, ...]
     ) -> tuple[int | None, int | None, int | None]:
-        flat = 0
-        for size, i in zip(values.shape, index, strict=True):
-            flat = flat * size + i
-        place = [int(i) for i in torch.unravel_index(torch.tensor(flat), folded.tensor.shape)]
+        place = index_at(flat_index(index, values.shape), folded.tensor.shape)
         row = None if folded.row is None else place[folded.row]
         position = None if folded.position is None else place[folded.position]
         if folded.at_last:

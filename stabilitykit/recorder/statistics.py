@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.formats import NumberFormat, number_format
-from stabilitykit.records import FormatCounts
+from stabilitykit.records import FormatCounts, index_at
 
 _INTEGERS = {
     torch.float16: torch.int16,
@@ -77,6 +77,8 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
     counts as zero. float8 tensors are measured through float32, which holds all their values.
     """
     tensor = tensor.detach()
+    if tensor.device.type == "mps":  # has no float64 to sum in
+        tensor, masked = tensor.cpu(), None if masked is None else masked.cpu()
     if tensor.dtype not in _INTEGERS:
         tensor = tensor.float()
     edges = _edges(tensor.dtype, tuple(formats))
@@ -87,8 +89,9 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
     if masked is not None and hidden:
         tensor = tensor.masked_fill(masked, 0)
     codes = magnitude_codes(tensor).reshape(-1)
-    bounds = torch.tensor(edges.codes, dtype=codes.dtype, device=codes.device)
-    bins = torch.bucketize(codes, bounds, right=True, out_int32=True).bincount(minlength=len(edges.codes) + 1)
+    bins = torch.bucketize(codes, _bounds(edges.codes, codes.dtype, codes.device), right=True, out_int32=True).bincount(
+        minlength=len(edges.codes) + 1
+    )
     at_least = list(accumulate(reversed(bins.tolist())))[::-1][1:]
 
     nonfinite, nan = at_least[edges.infinity], at_least[edges.nan]
@@ -105,7 +108,7 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
         keep = (codes >= 0).view(tensor.shape)
         finite = tensor[keep if masked is None else keep & ~masked]
     peak = int(codes.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(peak), tensor.shape))
+    index = index_at(peak, tensor.shape)
     nonzero = at_least[edges.nonzero] - nonfinite
     smallest = int(torch.where(codes > 0, codes, torch.iinfo(codes.dtype).max).min()) if nonzero else 0
     low, high = torch.aminmax(finite)
@@ -191,6 +194,12 @@ def _code_at(value: float, dtype: torch.dtype, *, above: bool = False) -> int:
     code = int(magnitude_codes(torch.tensor(value, dtype=torch.float64).to(dtype)))
     held = _value(code, dtype)
     return code + 1 if held < value or (above and held == value) else code
+
+
+@lru_cache(maxsize=64)
+def _bounds(codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or it could not be used again outside of that mode
+        return torch.tensor(codes, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,121 @@
+"""The package as a whole: what it exports, what it imports when, and that a wheel of it works."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import stabilitykit
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "stabilitykit"
+
+# Imports go down only; a part may import those in lower rows, and itself.
+FLOORS = [
+    {"errors"},
+    {"formats"},
+    {"checkpoints", "records"},
+    {"gemma", "recorder", "diagnosis"},
+    {"experiment"},
+    {"cli"},
+]
+
+
+def test_every_public_name_is_there() -> None:
+    for name in stabilitykit.__all__:
+        assert getattr(stabilitykit, name) is not None
+    assert set(stabilitykit.__all__) <= set(dir(stabilitykit))
+    with pytest.raises(AttributeError, match="nothing"):
+        stabilitykit.nothing  # noqa: B018
+
+
+def imported(source: str) -> set[str]:
+    """The parts of the kit that a module imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stabilitykit."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("stabilitykit.")}
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    height = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part in ("__init__", "__main__"):
+            continue
+        for target in imported(path.read_text()):
+            if target != part and height[target] >= height[part]:
+                upward.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert upward == []
+    assert imported("from stabilitykit.cli import main") == {"cli"}  # it can fail
+
+
+TORCHLESS = (
+    "stabilitykit",
+    "stabilitykit.cli",
+    "stabilitykit.diagnosis",
+    "stabilitykit.records",
+    "stabilitykit.formats",
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "torch_follows"), [*((name, False) for name in TORCHLESS), ("stabilitykit.gemma", True)]
+)
+def test_torch_is_imported_only_where_it_is_needed(module: str, torch_follows: bool) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == torch_follows
+
+
+def test_a_recording_is_read_and_explained_where_there_is_no_torch(tmp_path: Path) -> None:
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad(), stabilitykit.record(model) as recording:
+        model(torch.tensor([[float("inf"), 0.0]]))
+    recording.save(tmp_path / "run.parquet")
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from stabilitykit import Recording, verdict\n"
+        f"print(verdict(Recording.load(Path({str(tmp_path / 'run.parquet')!r}))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "the first tensor that is not finite" in result.stdout
+
+
+def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("stabilitykit-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "unpacked")
+    assert "stabilitykit/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"stabilitykit"}
+    sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    assert sources == {name for name in names if name.endswith(".py")}
+    code = "import sys; sys.path.insert(0, sys.argv.pop()); from stabilitykit.cli import main; main()"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "reproduce", "--list", str(tmp_path / "unpacked")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "float16-overflow" in shown.stdout
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from stabilitykit.cli import app
+
+    readme = (ROOT / "README.md").read_text()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert f"stabilitykit {command.callback.__name__}" in readme

@@ -1,0 +1,94 @@
+"""A recording survives its file, and its file survives accidents."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.recorder import record
+from stabilitykit.records import SCHEMA_VERSION, Recording, finite_or_text, flat_index, index_at
+
+
+class Breaks(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x * 4, -1)
+
+
+@pytest.fixture
+def recording() -> Recording:
+    model = Breaks()
+    with torch.no_grad(), record(model, position_peaks=True, watch=[("/mul.0", 1)], case={"why": "a test"}) as seen:
+        model(torch.tensor([[[1.0, 40000.0], [-2.0, 0.0]]], dtype=torch.float16))
+    return seen
+
+
+def test_what_is_read_is_what_was_written(recording: Recording, tmp_path: Path) -> None:
+    assert recording.first_break() is not None
+    assert recording.records[1].softmax is not None
+    recording.save(tmp_path / "run.parquet")
+    read = Recording.load(tmp_path / "run.parquet")
+    assert read.header == recording.header
+    assert repr(read.records) == repr(recording.records)  # NaN entropies are equal by their text only
+
+
+def test_the_frame_has_the_files_columns(recording: Recording, tmp_path: Path) -> None:
+    recording.save(tmp_path / "run.parquet")
+    assert list(recording.frame.columns) == pq.read_schema(tmp_path / "run.parquet").names
+    assert recording.frame.loc[0, "float16.overflow"] == 0
+    assert recording.frame.loc[0, "broke.kind"] == "overflow"
+
+
+def test_an_empty_recording_is_one_too(tmp_path: Path) -> None:
+    with record(Breaks()) as nothing:
+        pass
+    nothing.save(tmp_path / "empty.parquet")
+    read = Recording.load(tmp_path / "empty.parquet")
+    assert (len(read), read.first_break()) == (0, None)
+    assert list(read.frame.columns) == list(nothing.frame.columns)
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_beside(recording: Recording, tmp_path: Path) -> None:
+    path = tmp_path / "run.parquet"
+    path.write_text("mine")
+    with pytest.raises(MisuseError, match="never overwrites"):
+        recording.save(path)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_files_are_refused_in_a_sentence(recording: Recording, tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match="cannot be read as one"):
+        Recording.load(tmp_path / "nowhere.parquet")
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    with pytest.raises(MisuseError, match="cannot be read as one"):
+        Recording.load(tmp_path / "text.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(MisuseError, match="no recording of stabilitykit's"):
+        Recording.load(tmp_path / "other.parquet")
+    header = {"schema": SCHEMA_VERSION + 1, "versions": {"stabilitykit": "9.9"}}
+    table = pa.table({"a": [1]}).replace_schema_metadata({b"stabilitykit": json.dumps(header).encode()})
+    pq.write_table(table, tmp_path / "newer.parquet")
+    with pytest.raises(MisuseError, match=r"read it with stabilitykit 9\.9"):
+        Recording.load(tmp_path / "newer.parquet")
+
+
+def test_a_site_that_was_not_recorded_is_told_its_neighbours(recording: Recording) -> None:
+    with pytest.raises(MisuseError, match=r"'layers\.3/mul\.0' in step 0 was not"):
+        recording.at("layers.3/mul.0")
+
+
+def test_row_major_indices() -> None:
+    shape = (2, 3, 4)
+    assert [flat_index(index_at(i, shape), shape) for i in range(24)] == list(range(24))
+    assert index_at(23, shape) == (1, 2, 3)
+    assert (index_at(0, ()), flat_index((), ())) == ((), 0)
+
+
+def test_numbers_that_json_cannot_hold_become_text() -> None:
+    numbers = (1.5, None, float("inf"), -float("inf"), float("nan"))
+    assert [finite_or_text(number) for number in numbers] == [1.5, None, "inf", "-inf", "nan"]
