@@ -19,7 +19,7 @@ _INVALID = {
     "sub": "inf - inf",
     "div": "inf / inf or 0 / 0",
     "matmul": "inf · 0 or inf - inf in a sum of products",
-    "softmax": "inf - inf: a row whose largest logit is inf, or that is masked whole",
+    "softmax": "inf - inf",
     "sum": "inf - inf",
     "mean": "inf - inf",
     "gelu": "-inf · 0",
@@ -95,7 +95,7 @@ def _links(recording: Recording) -> Iterator[Link]:
         yield Link(
             event="greedy",
             site="sampler",
-            text=f"greedy decoding raises nothing and prints {greedy}, the first of equals among NaN",
+            text=f"greedy decoding raises nothing and prints {greedy}, the argmax of NaN",
         )
 
 

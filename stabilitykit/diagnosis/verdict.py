@@ -128,7 +128,7 @@ def _reference_sentence(recording: Recording, reference: Recording | None) -> st
 
 def _dependence(recording: Recording, first: Record) -> str:
     position = _broke(first).position
-    if position is None:
+    if position is None or first.layer is None:
         return ""
     token = recording.header.text_of(_broke(first).row, position)
     if position == 0:
@@ -146,7 +146,7 @@ def _consequences(links: tuple[Link, ...]) -> str:
     greedy = next((link for link in links if link.event == "greedy"), None)
     parts = []
     if nan is not None:
-        parts.append(f"{_where(nan)} turns it into NaN ({nan.text.split(' makes')[0]})")
+        parts.append(f"in {_where(nan)} infinity becomes NaN ({nan.text.split(' makes')[0]})")
     if whole is not None:
         parts.append(f"after layer {whole.layer} {'the' if whole.positions == 1 else 'every'} token is lost")
     if logits is not None:

@@ -1,0 +1,179 @@
+"""What is said of a run, on records made by hand, so that every sentence can be compared whole."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from stabilitykit.diagnosis import by_layer, cause, chain, document, is_finite, verdict
+from stabilitykit.records import Break, BreakKind, FormatCounts, Header, Record, Recording, Softmax
+
+HEADER = Header(
+    checkpoint="toy",
+    sha256=None,
+    dtype="float16",
+    device="cpu",
+    level="operators",
+    matmul="native",
+    formats=("float16",),
+    rows=1,
+    tokens=((2, 7, 9),),
+    token_texts={2: "<bos>", 7: " a", 9: "."},
+)
+
+
+def made(order: int, site: str, **changes: Any) -> Record:
+    """A healthy record of 3 tokens and 4 channels, with changes."""
+    layer = int(site.split(".")[1].split("/")[0]) if site.startswith("layers.") else None
+    healthy = Record(
+        order=order, step=0, site=site, label=None, module=site.partition("/")[0], operator="add", layer=layer,
+        dtype="float16", shape=(1, 3, 4), elements=12, masked=0, nan=0, positive_inf=0, negative_inf=0, zero=0,
+        subnormal=0, amax=8.0, smallest=0.5, minimum=-8.0, maximum=1.0, mean=0.0, rms=1.0, exponent_first=-1,
+        exponents=(11, 0, 0, 0, 1), formats={"float16": FormatCounts(0, 0, 0)}, amax_row=0, amax_position=1,
+        amax_channel=2, amax_token=7, amax_token_text=" a", positions=3, channels=4,
+    )  # fmt: skip
+    return replace(healthy, **changes)
+
+
+def broke(kind: BreakKind = "overflow", position: int = 0, **changes: Any) -> Break:
+    healthy = Break(
+        kind=kind, count=1, row=0, position=position, channel=2, index=(0, position, 2), operands=(60000.0, 8000.0),
+        operand_sites=("layers.0/add.0", "layers.0.mlp.down_proj"), value=68000.0, limit=65504.0,
+    )  # fmt: skip
+    return replace(healthy, **changes)
+
+
+def lost_everything(order: int, site: str, **changes: Any) -> Record:
+    return made(order, site, nan=12, amax=None, lost_positions=3, lost_channels=4, **changes)
+
+
+BROKEN = [
+    made(0, "embed_tokens", label="embedding, scaled"),
+    made(1, "layers.0/add.0", amax=60000.0, label="residual after attention"),
+    made(
+        2,
+        "layers.0",
+        label="residual after MLP",
+        positive_inf=1,
+        lost_positions=1,
+        lost_channels=1,
+        broke=broke(),
+    ),
+    made(3, "layers.1.input_layernorm/mul.0", operator="mul", dtype="float32", nan=1, label="normalised in a norm"),
+    lost_everything(4, "layers.1", label="residual after MLP"),
+    lost_everything(5, "lm_head", operator="matmul", label="logits"),
+    lost_everything(6, "sampler/softmax.0", operator="softmax", dtype="float32"),
+]
+
+
+def test_a_break_is_told_from_its_operands_to_its_error() -> None:
+    header = replace(HEADER, error="not a probability", case={"greedy_text": "<pad>"})
+    recording = Recording(header, BROKEN)
+    reference = Recording(replace(HEADER, dtype="float32", watched=(("layers.0", 2, 68123.0),)), [])
+    assert verdict(recording, reference) == (
+        "float16 breaks in layer 0, residual after MLP (layers.0, operator add), at token 0 '<bos>': 60,000 + "
+        "8,000 = 68,000, and float16 ends at 65,504. The float32 run has 68,123 there. That depends on the token "
+        "<bos> alone, whatever follows: every prompt that begins with it breaks here. In layer 1, normalised in a "
+        "norm (layers.1.input_layernorm/mul.0, operator mul) infinity becomes NaN (inf · 0), after layer 1 every "
+        "token is lost, every logit is NaN and sampling raises: not a probability. Greedy decoding raises nothing "
+        "and prints <pad>, the argmax of NaN. Use a format with a wider range (bfloat16, float32), or scale the "
+        "residual stream down by a power of two."
+    )
+    assert [(link.event, link.site) for link in chain(recording)] == [
+        ("break", "layers.0"),
+        ("first NaN", "layers.1.input_layernorm/mul.0"),
+        ("layer", "layers.1"),
+        ("logits", "lm_head"),
+        ("probabilities", "sampler/softmax.0"),
+        ("error", "sampler"),
+        ("greedy", "sampler"),
+    ]
+    found = document(recording, reference)
+    assert found["first_break"]["reference_value"] == 68123.0
+    assert (found["finite"], found["cause"], found["tokens"]) == (False, "range", [2, 7, 9])
+
+
+def test_a_healthy_run_says_how_much_room_is_left() -> None:
+    recording = Recording(HEADER, [made(0, "layers.0", amax=16376.0, label="residual after MLP")])
+    assert verdict(recording) == (
+        "float16 is finite throughout. Its largest value is 16,376, in layer 0, residual after MLP (layers.0, operator "
+        "add), at token 1 ' a', 2.0 bits below the format's end at 65,504."
+    )
+    assert chain(recording) == ()
+    assert cause(recording) is None
+    assert is_finite(recording)
+
+
+def test_an_empty_recording_says_so() -> None:
+    assert verdict(Recording(HEADER, [])) == "float16: nothing was recorded."
+    assert by_layer(Recording(HEADER, [])) == []
+
+
+def test_redacted_findings_name_positions_only() -> None:
+    recording = Recording(replace(HEADER, tokens=None, token_texts={}), BROKEN)
+    assert "at token 0:" in verdict(recording)
+    assert "bos" not in str(document(recording))
+
+
+def test_a_later_position_depends_on_the_tokens_up_to_it() -> None:
+    later = replace(BROKEN[2], broke=broke(position=2))
+    assert "depends on the first 3 tokens alone" in verdict(Recording(HEADER, [*BROKEN[:2], later]))
+
+
+@pytest.mark.parametrize(
+    ("site", "kind", "case", "name"),
+    [
+        ("layers.0", "overflow", {}, "range"),
+        ("layers.0", "reduction", {}, "range"),
+        ("layers.0", "unresolved", {}, "range"),
+        ("layers.0", "invalid", {}, "invalid-operation"),
+        ("layers.0.self_attn/softmax.0", "masked-row", {}, "masked-row"),
+        ("layers.0", "weight", {}, "weights"),
+        ("layers.0", "input", {}, "input"),
+        ("sampler/div.0", "overflow", {"temperature": 1e-4}, "temperature"),
+        ("sampler/div.1", "invalid", {"top_k": 0}, "top-k"),
+        ("sampler/div.1", "invalid", {"top_k": 5, "top_p": -1.0}, "top-p"),
+        ("layers.0", "overflow", {"loading": {"unexpected": ["a.weight_scaler"]}}, "int8-scalers-dropped"),
+        ("layers.0", "weight", {"loading": {"missing": ["a.weight"], "unexpected": ["b"]}}, "parameter-names"),
+    ],
+)
+def test_causes_are_told_apart(site: str, kind: BreakKind, case: dict[str, Any], name: str) -> None:
+    record = made(0, site, positive_inf=1, broke=broke(kind))
+    recording = Recording(replace(HEADER, case=case), [record])
+    found = cause(recording)
+    assert found is not None
+    assert found.name == name
+    assert found.remedy in verdict(recording)
+
+
+def test_layers_are_judged_by_what_is_stored_in_the_dtype() -> None:
+    softmax = Softmax(
+        max_logit=1.0, logit_range=1.0, entropy_min=(0.1, 0.3), entropy_mean=(1.0, 2.0), max_probability=1.0,
+        sum_error=0.0, underflow_share=0.0, masked_rows=0, nan_rows=0,
+    )  # fmt: skip
+    records = [
+        made(0, "embed_tokens", amax=1.0),
+        made(1, "layers.0.input_layernorm/pow.0", dtype="float32", amax=1e10),
+        made(2, "layers.0.self_attn/softmax.0", dtype="float32", amax=1.0, softmax=softmax),
+        made(3, "layers.0", amax=32752.0, subnormal=3, formats={"float16": FormatCounts(5, 0, 0)}),
+        made(4, "norm", amax=None, nan=12),
+        made(5, "elsewhere"),
+    ]
+    rows = by_layer(Recording(HEADER, records))
+    assert [(row.name, row.amax, row.lost) for row in rows] == [
+        ("embed", 1.0, 0),
+        ("0", 32752.0, 0),
+        ("norm", None, 12),
+    ]
+    layer = rows[1]
+    assert (layer.headroom, layer.subnormal, layer.past_float16) == (1.0, 3, 5)
+    assert (layer.entropy_min, layer.entropy_mean) == (0.1, 1.5)
+    # In a float32 run the squares in a norm have the run's dtype, and still are no residual.
+    as_float32 = [replace(record, dtype="float32") for record in records]
+    assert by_layer(Recording(replace(HEADER, dtype="float32"), as_float32))[1].amax == 32752.0
+
+
+def test_of_several_generations_steps_the_last_logits_count() -> None:
+    second = [replace(lost_everything(9, "lm_head"), step=1)]
+    assert not is_finite(Recording(HEADER, [made(0, "lm_head"), *second]))
+    assert is_finite(Recording(HEADER, [*second, made(10, "lm_head", step=2)]))
