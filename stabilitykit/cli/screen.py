@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -132,7 +131,7 @@ def print_chain(recording: Recording) -> None:
 
 
 def print_note(text: str) -> None:
-    output.print(Padding(Text(text, style="dim"), 0))
+    output.print(Text(text, style="dim"))
 
 
 def _table(title: str) -> Table:
