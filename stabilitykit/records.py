@@ -224,14 +224,15 @@ class Header:
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
+    def token_at(self, row: int | None, position: int | None) -> int | None:
+        """The token's id at a place (row None is the first); None where there is none or it is redacted."""
+        ids = self.tokens[row or 0] if self.tokens is not None and (row or 0) < len(self.tokens) else ()
+        return ids[position] if position is not None and 0 <= position < len(ids) else None
+
     def text_of(self, row: int | None, position: int | None) -> str | None:
-        """The token at a place, as text where it is known; None where there is none or it is redacted."""
-        if self.tokens is None or position is None:
-            return None
-        ids = self.tokens[row or 0] if (row or 0) < len(self.tokens) else ()
-        if not 0 <= position < len(ids):
-            return None
-        return self.token_texts.get(ids[position], str(ids[position]))
+        """The token at a place as text, or as its id where the text is not known; None as for `token_at`."""
+        token = self.token_at(row, position)
+        return None if token is None else self.token_texts.get(token, str(token))
 
 
 @dataclass(slots=True)

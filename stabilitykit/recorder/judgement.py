@@ -8,7 +8,7 @@ the way to a result that fits, and from an operation that has no finite result i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,26 +17,10 @@ from torch.utils._pytree import tree_map
 from stabilitykit.formats import number_format
 from stabilitykit.recorder.axes import Folded
 from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, is_pointwise
+from stabilitykit.recorder.origins import Origin
 from stabilitykit.records import Break, BreakKind, flat_index, index_at
 
-OriginKind = Literal["weight", "constant", "input", "computed"]
-
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
-
-
-@dataclass(slots=True)
-class Origin:
-    """Where a tensor's values came from, whether any was lost, and which a mask hides (None: none)."""
-
-    kind: OriginKind
-    name: str  # a parameter's path, or what stands in for a site
-    entry: int | None = None  # which record, when it has one
-    lost: bool = False
-    masked: Tensor | None = None
-
-    @property
-    def may_mask(self) -> bool:
-        return self.kind in ("constant", "input")
 
 
 @dataclass(slots=True)

@@ -12,7 +12,6 @@ block. Each tensor costs a few passes over its elements and one wait for the dev
 
 import os
 import platform
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,23 +21,21 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.recorder.axes import Folded, fold
-from stabilitykit.recorder.judgement import Call, Finding, Operand, Origin, judge, masked_elements
-from stabilitykit.recorder.labels import label
+from stabilitykit.recorder.entry import Entry
+from stabilitykit.recorder.judgement import Call, Finding, Operand, judge, masked_elements
 from stabilitykit.recorder.operators import canonical, is_composite, is_factory, is_pointwise, moves, writes_in_place
+from stabilitykit.recorder.origins import Origin, Origins, region
 from stabilitykit.recorder.softmax import measure_softmax
-from stabilitykit.recorder.statistics import Statistics, measure
-from stabilitykit.records import Break, Header, Level, Record, Recording, Softmax, flat_index, index_at
+from stabilitykit.recorder.statistics import measure
+from stabilitykit.records import Header, Level, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
 
 
 @contextmanager
@@ -115,31 +112,6 @@ class _Frame:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A record in the making; its site is final only when every module around it has returned."""
-
-    step: int
-    module: str
-    site: str
-    operator: str | None
-    is_module: bool
-    region: tuple[int, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    statistics: Statistics
-    row: int | None
-    position: int | None
-    channel: int | None
-    positions: int | None
-    lost_positions: int = 0
-    lost_channels: int = 0
-    softmax: Softmax | None = None
-    broke: Break | None = None
-    broke_on: tuple[Origin | None, ...] = ()
-    position_amax: tuple[float, ...] | None = None
-
-
 class _Recorder:
     def __init__(
         self,
@@ -156,19 +128,16 @@ class _Recorder:
         self.watch = watch
         self.watched: list[tuple[str, int, float]] = []
         self.frames = [_Frame("", 0, [])]
-        self.entries: list[_Entry] = []
+        self.entries: list[Entry] = []
         self.step = -1
         self.rows: int | None = None
         self.length: int | None = None
         self.start = 0
         self.tokens: list[list[int]] = []
-        self.origins: dict[int, tuple[StorageWeakRef, Origin]] = {}
-        self.forget_at = 256
+        self.origins = Origins(
+            (_without_prefix(name), tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        )
         self.post_norms = any(name.endswith("pre_feedforward_layernorm") for name, _ in model.named_modules())
-        self.weights = {
-            tensor.untyped_storage()._cdata: _without_prefix(name)
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
 
     # Hooks
 
@@ -188,7 +157,7 @@ class _Recorder:
             with _disable_current_modes(), torch.no_grad():
                 if module is self.model:
                     self._begin_step(args, kwargs)
-                inputs = [self._operand(tensor) for tensor in _floating((args, kwargs))]
+                inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
                 self.frames.append(_Frame(path, len(self.entries), inputs))
 
         return hook
@@ -215,29 +184,29 @@ class _Recorder:
         elif embedded is not None:
             self.rows, self.length = embedded.shape[:2]
         for tensor in _floating((args, kwargs)):  # made inside the block it would pass for a constant
-            self._remember(tensor, Origin("input", "input"))
+            self.origins.remember(tensor, Origin("input", "input"))
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         held = getattr(cache, "get_seq_length", None)
         self.start = int(held()) if held is not None else 0
 
     def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
         site = (frame.path or "/output") + (f"[{index}]" if index else "")
-        origin = self._origin(tensor)
-        region = _region(tensor)
-        if any(_same_memory(tensor, operand.tensor) for operand in frame.inputs):
+        origin = self.origins.of(tensor)
+        memory = region(tensor)
+        if any(memory == region(operand.tensor) for operand in frame.inputs):
             return  # handed on as it came
         if origin.entry is not None and origin.entry >= frame.first_entry:
             entry = self.entries[origin.entry]
-            whole = entry.region == region
+            whole = entry.region == memory
             if whole and self.level == "operators":
-                if not entry.is_module and frame.path:  # the model itself has no path to be called by
-                    entry.site, entry.is_module = site, True
+                if "/" in entry.site and frame.path:  # the model itself has no path to be called by
+                    entry.site = site
                     self._look_at(site, tensor)
                 return
             if whole and entry.statistics == measure(tensor, self.formats):
                 return  # without operators a write in between goes unseen, so the statistics decide
         call = Call("module", frame.inputs)
-        self._add(_Place(frame.path, site, None, True), call, tensor)
+        self._add(call, tensor, frame.path, site)
 
     # Operators
 
@@ -247,7 +216,7 @@ class _Recorder:
         if writes_in_place(func) and is_pointwise(func):  # what it combines is about to be written over
             seen = tree_map_only(Tensor, torch.clone, seen)
         operands = [
-            Operand(copy, self._origin(tensor))
+            Operand(copy, self.origins.of(tensor))
             for tensor, copy in zip(_floating((args, kwargs)), _floating(seen), strict=True)
         ]
         output = func(*args, **kwargs)
@@ -260,7 +229,7 @@ class _Recorder:
                 return output
             if is_factory(func) or all(operand.origin.kind == "constant" for operand in operands):
                 for tensor in outputs:
-                    self._remember(tensor, Origin("constant", name))
+                    self.origins.remember(tensor, Origin("constant", name))
                 return output
             frame = self.frames[-1]
             index = frame.counts[name]
@@ -268,8 +237,7 @@ class _Recorder:
             call = Call(name, operands, func, seen[0], seen[1])
             for i, tensor in enumerate(outputs):
                 suffix = "" if i == 0 else f"[{i}]"
-                place = _Place(frame.path, f"{frame.path}/{name}.{index}{suffix}", name, False)
-                self._add(place, call, tensor)
+                self._add(call, tensor, frame.path, f"{frame.path}/{name}.{index}{suffix}")
         return output
 
     def _pass_on(self, name: str, operands: list[Operand], outputs: list[Tensor]) -> None:
@@ -285,51 +253,47 @@ class _Recorder:
                 origin = origins[0]
             else:
                 origin = Origin("computed", name, lost=any(o.lost for o in origins))
-            self._remember(tensor, origin)
+            self.origins.remember(tensor, origin)
 
     # Records
 
-    def _add(self, place: "_Place", call: Call, tensor: Tensor) -> None:
+    def _add(self, call: Call, tensor: Tensor, module: str, site: str) -> None:
         values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         masked = masked_elements(call, values)
         statistics = measure(values, self.formats, masked)
         folded = fold(values, self.rows, self.length)
-        entry = _Entry(
+        entry = Entry(
             step=max(self.step, 0),
-            module=place.module,
-            site=place.site,
-            operator=place.operator,
-            is_module=place.is_module,
-            region=_region(tensor),
+            module=module,
+            site=site,
+            operator=None if call.func is None else call.name,
+            region=region(tensor),
             dtype=str(values.dtype).removeprefix("torch."),
             shape=tuple(values.shape),
             statistics=statistics,
-            row=None,
-            position=None,
-            channel=None,
             positions=self._positions(folded),
         )
         if statistics.amax_index is not None:
             entry.row, entry.position, entry.channel = self._locate(values, folded, statistics.amax_index)
         if self.position_peaks and folded.position is not None:
             entry.position_amax = _position_amax(folded)
-        origin = Origin("computed", place.site, len(self.entries), masked=masked)
+        origin = Origin("computed", site, len(self.entries), masked=masked)
         if statistics.nonfinite:
             self._judge(entry, judge(call, values, masked, folded), folded, origin)
-        if place.operator == "softmax" and call.operands:
+        if call.name == "softmax" and call.operands:
             logits = call.operands[0]
             dim = int(call.args[1]) % values.ndim
             entry.softmax = measure_softmax(logits.tensor, values, dim, _head(values, folded), logits.hides())
         self.entries.append(entry)
-        self._remember(tensor, origin)
-        self._look_at(place.site, values)
+        self.origins.remember(tensor, origin)
+        self._look_at(site, values)
 
     def _look_at(self, site: str, tensor: Tensor) -> None:
         for watched, index in self.watch:
             if watched == site and index < tensor.numel():
                 self.watched.append((site, index, float(tensor.reshape(-1)[index])))
 
-    def _judge(self, entry: _Entry, finding: Finding, folded: Folded, origin: Origin) -> None:
+    def _judge(self, entry: Entry, finding: Finding, folded: Folded, origin: Origin) -> None:
         origin.lost = True
         lost = finding.lost.reshape(folded.tensor.shape)
         entry.lost_channels = _count_slices(lost, {lost.ndim - 1})
@@ -358,28 +322,6 @@ class _Recorder:
         if folded.at_last:
             position = (self.length or 1) - 1
         return row, None if position is None else position + self.start, place[-1] if place else None
-
-    def _operand(self, tensor: Tensor) -> Operand:
-        return Operand(tensor, self._origin(tensor))
-
-    def _origin(self, tensor: Tensor) -> Origin:
-        key = tensor.untyped_storage()._cdata
-        held = self.origins.get(key)
-        if held is not None:
-            return held[1]
-        if key in self.weights:
-            return Origin("weight", self.weights[key])
-        return Origin("constant" if tensor.ndim == 0 else "input", "input")
-
-    def _remember(self, tensor: Tensor, origin: Origin) -> None:
-        # The weak reference keeps the storage's address from being used again, so a key never lies.
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.weights:
-            return
-        self.origins[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
-        if len(self.origins) > self.forget_at:
-            self.origins = {key: held for key, held in self.origins.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
-            self.forget_at = 2 * len(self.origins) + 256
 
     # The result
 
@@ -424,70 +366,14 @@ class _Recorder:
             token_texts=texts,
             error=error,
         )
-        recording.records = [self._record(order, entry, recording.header) for order, entry in enumerate(self.entries)]
-        self.origins.clear()
+        recording.records = [
+            entry.record(order, recording.header, post_norms=self.post_norms, site_of=self._site_of)
+            for order, entry in enumerate(self.entries)
+        ]
+        self.origins.forget()
 
-    def _record(self, order: int, entry: _Entry, header: Header) -> Record:
-        found = entry.statistics
-        layer = _LAYER.search(entry.module)
-        token = None
-        if header.tokens is not None and entry.position is not None:
-            ids = header.tokens[entry.row or 0]
-            token = ids[entry.position] if entry.position < len(ids) else None
-        broke = entry.broke
-        if broke is not None:
-            sites = tuple("constant" if origin is None else self._name(origin) for origin in entry.broke_on)
-            broke = replace(broke, operand_sites=sites)
-        return Record(
-            order=order,
-            step=entry.step,
-            site=entry.site,
-            label=label(entry.site, post_norms=self.post_norms),
-            module=entry.module,
-            operator=entry.operator,
-            layer=int(layer[1]) if layer else None,
-            dtype=entry.dtype,
-            shape=entry.shape,
-            elements=found.elements,
-            masked=found.masked,
-            nan=found.nan,
-            positive_inf=found.positive_inf,
-            negative_inf=found.negative_inf,
-            zero=found.zero,
-            subnormal=found.subnormal,
-            amax=found.amax,
-            smallest=found.smallest,
-            minimum=found.minimum,
-            maximum=found.maximum,
-            mean=found.mean,
-            rms=found.rms,
-            exponent_first=found.exponent_first,
-            exponents=found.exponents,
-            formats=found.formats,
-            amax_row=entry.row,
-            amax_position=entry.position,
-            amax_channel=entry.channel,
-            amax_token=token,
-            amax_token_text=header.text_of(entry.row, entry.position),
-            position_amax=entry.position_amax,
-            positions=entry.positions,
-            channels=entry.shape[-1] if entry.shape else None,
-            lost_positions=entry.lost_positions,
-            lost_channels=entry.lost_channels,
-            softmax=entry.softmax,
-            broke=broke,
-        )
-
-    def _name(self, origin: Origin) -> str:
+    def _site_of(self, origin: Origin) -> str:
         return origin.name if origin.entry is None else self.entries[origin.entry].site
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    module: str
-    site: str
-    operator: str | None
-    is_module: bool
 
 
 def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]:
@@ -516,15 +402,6 @@ def _floating(tree: Any) -> list[Tensor]:
         for leaf in tree_leaves(tree)
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     ]
-
-
-def _region(tensor: Tensor) -> tuple[int, ...]:
-    """Which elements of which storage: equal for a tensor and any reshaped view of all of it."""
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor.element_size()
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return _region(one) == _region(other) and one.numel() > 0
 
 
 def _count_slices(lost: Tensor, kept: set[int]) -> int:

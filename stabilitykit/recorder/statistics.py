@@ -35,18 +35,18 @@ class Statistics:
     nan: int
     positive_inf: int
     negative_inf: int
-    zero: int
-    subnormal: int
-    amax: float | None
-    smallest: float | None
-    minimum: float | None
-    maximum: float | None
-    mean: float | None
-    rms: float | None
-    exponent_first: int
-    exponents: tuple[int, ...]
+    zero: int = 0
+    subnormal: int = 0
+    amax: float | None = None
+    smallest: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    mean: float | None = None
+    rms: float | None = None
+    exponent_first: int = 0
+    exponents: tuple[int, ...] = ()
     formats: dict[str, FormatCounts]
-    amax_index: tuple[int, ...] | None
+    amax_index: tuple[int, ...] | None = None
 
     @property
     def nonfinite(self) -> int:
@@ -170,18 +170,7 @@ def _without_finite_elements(
         nan=nan,
         positive_inf=positive_inf,
         negative_inf=negative_inf,
-        zero=0,
-        subnormal=0,
-        amax=None,
-        smallest=None,
-        minimum=None,
-        maximum=None,
-        mean=None,
-        rms=None,
-        exponent_first=0,
-        exponents=(),
         formats=dict.fromkeys(formats, FormatCounts(0, 0, 0)),
-        amax_index=None,
     )
 
 
