@@ -17,6 +17,7 @@ _MODULES = {
     "k_norm": "key norm",
     "gate_proj": "gate projection",
     "up_proj": "up projection",
+    "act_fn": "gate, activated",
     "down_proj": "down projection",
     "norm": "final norm",
     "lm_head": "logits",

@@ -30,7 +30,7 @@ _SAME = {
 
 # They place values and never compute any, so what comes out was finite if what went in was.
 _MOVES = frozenset(
-    "alias cat clone constant_pad_nd contiguous expand_copy flip gather index index_copy index_put index_select "
+    "alias cat clone constant_pad_nd contiguous detach expand_copy flip gather index index_copy index_put index_select "
     "lift lift_fresh masked_select pad repeat repeat_interleave roll scatter select_scatter slice_scatter sort stack "
     "take topk unfold_copy _index_put_impl _reshape_copy _unsafe_index _unsafe_view unsafe_split view_copy".split()
 )

@@ -197,13 +197,15 @@ class _Recorder:
             return  # handed on as it came
         if origin.entry is not None and origin.entry >= frame.first_entry:
             entry = self.entries[origin.entry]
-            whole = entry.region == memory
-            if whole and self.level == "operators":
-                if "/" in entry.site and frame.path:  # the model itself has no path to be called by
-                    entry.site = site
-                    self._look_at(site, tensor)
-                return
-            if whole and entry.statistics == measure(tensor, self.formats):
+            if self.level == "operators":
+                if index and entry.statistics.elements == tensor.numel():
+                    return  # what a module hands out besides keeps its operator's name, as where it is not handed out
+                if entry.region == memory:
+                    if "/" in entry.site and frame.path:  # the model itself has no path to be called by
+                        entry.site = site
+                        self._look_at(site, tensor)
+                    return
+            elif entry.region == memory and entry.statistics == measure(tensor, self.formats):
                 return  # without operators a write in between goes unseen, so the statistics decide
         call = Call("module", frame.inputs)
         self._add(call, tensor, frame.path, site)

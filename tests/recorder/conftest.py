@@ -8,7 +8,7 @@ import torch
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.gemma import Gemma, build
 
-SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"
+SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPECS = {
     1: f"random:gemma-2b?{SHAPE}",
     2: f"random:gemma2-2b?{SHAPE}&window=4",
