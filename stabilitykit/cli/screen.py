@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -38,7 +38,7 @@ class ProgressBar:
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             console=messages,
             transient=True,
@@ -96,7 +96,7 @@ def print_layers(recording: Recording) -> None:
         table.add_column(name, justify="right")
     table.add_column("amax is in", overflow="fold")
     for row in rows:
-        at = "" if row.position is None else f", {row.token or row.position}"
+        at = "" if row.position is None else f", {row.position if row.token is None else repr(row.token)}"
         table.add_row(
             row.name,
             *(cell(row) for cell in columns.values()),
@@ -135,7 +135,7 @@ def print_note(text: str) -> None:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, collapse_padding=True)
 
 
 def _zero_as_dash(count: int) -> str:
