@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stabilitykit.diagnosis import chain
-from stabilitykit.gemma import Gemma
+from stabilitykit.gemma import Gemma, KVCache
 from stabilitykit.recorder import record
 from stabilitykit.records import Record, Recording
 
@@ -179,6 +179,18 @@ def test_the_culprit_token_is_the_earliest_position_that_broke(small: Small, tok
     assert (first.site, first.broke.position, first.broke.channel) == ("embed_tokens", 4, 5)
     assert first.lost_positions == 1
     assert first.lost_channels == 1
+
+
+def test_positions_are_absolute_and_rows_told_apart_when_a_later_step_breaks(small: Small) -> None:
+    model = small(3, "float16")
+    model.embed_tokens.weight.data[73, 5] = 60000.0
+    cache = KVCache(model.config, batch=2, length=4, dtype=model.dtype)
+    with torch.inference_mode(), record(model) as recording:
+        model(torch.tensor([[2, 70, 71], [2, 72, 70]]), cache=cache)
+        model(torch.tensor([[70], [73]]), cache=cache)
+    first = first_break(recording)
+    assert (first.step, first.site, first.broke.row, first.broke.position) == (1, "embed_tokens", 1, 3)
+    assert recording.header.text_of(1, 3) == model.tokenizer.piece(73)
 
 
 @pytest.mark.parametrize("generation", [1, 2, 3])
