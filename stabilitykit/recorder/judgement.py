@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from stabilitykit.formats import number_format
+from stabilitykit.formats import NumberFormat
 from stabilitykit.recorder.axes import Folded
 from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, is_pointwise
 from stabilitykit.recorder.origins import Origin
@@ -31,6 +31,8 @@ class Operand:
     def hides(self) -> Tensor | None:
         """Where this operand is a mask or was hidden by one."""
         masked = self.origin.masked
+        if self.tensor.is_complex():
+            return None
         if masked is not None and masked.shape == self.tensor.shape:
             return masked
         # A view of masked memory, in a shape of its own, shows its mask by value.
@@ -90,10 +92,11 @@ def masked_elements(call: Call, output: Tensor) -> Tensor | None:
     return union if bool(union.any()) else None
 
 
-def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded) -> Finding:
+def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded, stored: NumberFormat) -> Finding:
     """Looks closer at an `output` that holds at least one NaN or infinity which is not masked.
 
-    `folded.tensor` is the same elements in a shape whose axes are known.
+    `folded.tensor` is the same elements in a shape whose axes are known; `stored` is the format they were
+    stored in.
     """
     lost = ~output.isfinite() if masked is None else ~output.isfinite() & ~masked
     if call.name in SELECTIONS:
@@ -104,15 +107,15 @@ def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded) -> 
         if kind == "computed":
             return Finding(lost, None)
         found: BreakKind = "weight" if kind == "weight" else "input"
-        broke = _break(found, lost, folded, (), None, output.dtype)
+        broke = _break(found, lost, folded, (), None, stored)
         return Finding(lost, broke, (culprit.origin,))
 
     flat = _earliest(lost, folded)
     index = index_at(flat, output.shape)
     value = _widened(call, index)
-    kind_found = _kind(call, output, index, value, output.dtype)
+    kind_found = _kind(call, output, index, value, stored)
     operands, sites = _operands_at(call, output.shape, index)
-    return Finding(lost, _break(kind_found, lost, folded, operands, value, output.dtype), sites)
+    return Finding(lost, _break(kind_found, lost, folded, operands, value, stored), sites)
 
 
 def _placed(call: Call, output: Tensor) -> list[Tensor | None]:
@@ -153,7 +156,7 @@ def _break(
     folded: Folded,
     operands: Sequence[float],
     value: float | None,
-    dtype: torch.dtype,
+    stored: NumberFormat,
 ) -> Break:
     flat = _earliest(lost, folded)
     place = index_at(flat, folded.tensor.shape)
@@ -167,11 +170,11 @@ def _break(
         operands=tuple(operands),
         operand_sites=(),
         value=value,
-        limit=number_format(str(dtype)).largest,
+        limit=stored.largest,
     )
 
 
-def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | None, dtype: torch.dtype) -> BreakKind:
+def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | None, stored: NumberFormat) -> BreakKind:
     if call.name in ("softmax", "log_softmax") and call.operands:
         dim = call.args[1] if len(call.args) > 1 else -1
         row = call.operands[0].tensor.movedim(dim, -1)
@@ -185,7 +188,7 @@ def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | Non
         return "invalid"
     if math.isinf(value):
         return "division-by-zero" if call.name in POLES else "overflow"
-    if number_format(str(dtype)).overflows(value):
+    if stored.overflows(value):
         return "overflow"
     return "reduction"
 
@@ -210,14 +213,14 @@ def _widened(call: Call, index: tuple[int, ...]) -> float | None:
     except (RuntimeError, TypeError, IndexError):  # not every kernel exists in every dtype
         return None
     result = wide[0] if isinstance(wide, tuple | list) else wide
-    return float(result[index])
+    return float((torch.view_as_real(result) if result.is_complex() else result)[index])
 
 
 def _operands_at(
     call: Call, shape: torch.Size, index: tuple[int, ...]
 ) -> tuple[tuple[float, ...], tuple[Origin | None, ...]]:
-    """What the element at `index` was made of; Python scalars have no origin."""
-    if call.func is None:
+    """What the element at `index` was made of; Python scalars have no origin, complex numbers no magnitude here."""
+    if call.func is None or any(operand.tensor.is_complex() for operand in call.operands):
         return (), ()
     if is_pointwise(call.func):
         values: list[float] = []

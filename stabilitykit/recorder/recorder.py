@@ -25,14 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import number_format
+from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.axes import Folded, fold
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.judgement import Call, Finding, Operand, judge, masked_elements
 from stabilitykit.recorder.operators import canonical, is_composite, is_factory, is_pointwise, moves, writes_in_place
 from stabilitykit.recorder.origins import Origin, Origins, region
 from stabilitykit.recorder.softmax import measure_softmax
-from stabilitykit.recorder.statistics import measure
+from stabilitykit.recorder.statistics import measurable, measure
 from stabilitykit.records import Header, Level, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -61,12 +61,17 @@ def record(
     Each call of `model` is a step. The tokens are its first integer tensor of shape [L] or [B, L]. An exception
     raised in the block is kept as the header's `error` and passed on.
 
-    Raises MisuseError for an unknown level or format.
+    Raises MisuseError for an unknown level or format, and for a model that went through `torch.compile`.
     """
     if level not in get_args(Level):
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
     for name in formats:
         number_format(name)
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise MisuseError(
+            "A recorded model runs operator by operator; this one, or a part of it, is compiled into kernels that no "
+            "hook sees. Record the model from before torch.compile, which is kept as `_orig_mod`."
+        )
     recorder = _Recorder(model, level, tuple(formats), position_peaks, watch)
     recording = Recording(recorder.header(case or {}))
     error: str | None = None
@@ -260,7 +265,8 @@ class _Recorder:
     # Records
 
     def _add(self, call: Call, tensor: Tensor, module: str, site: str) -> None:
-        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        values = measurable(tensor)
+        dtype = str(values.dtype if tensor.is_complex() else tensor.dtype).removeprefix("torch.")
         masked = masked_elements(call, values)
         statistics = measure(values, self.formats, masked)
         folded = fold(values, self.rows, self.length)
@@ -270,7 +276,7 @@ class _Recorder:
             site=site,
             operator=None if call.func is None else call.name,
             region=region(tensor),
-            dtype=str(values.dtype).removeprefix("torch."),
+            dtype=dtype,
             shape=tuple(values.shape),
             statistics=statistics,
             positions=self._positions(folded),
@@ -281,7 +287,7 @@ class _Recorder:
             entry.position_amax = _position_amax(folded)
         origin = Origin("computed", site, len(self.entries), masked=masked)
         if statistics.nonfinite:
-            self._judge(entry, judge(call, values, masked, folded), folded, origin)
+            self._judge(entry, judge(call, values, masked, folded, FORMATS.get(dtype, FLOAT32)), folded, origin)
         if call.name == "softmax" and call.operands:
             logits = call.operands[0]
             dim = int(call.args[1]) % values.ndim

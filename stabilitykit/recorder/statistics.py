@@ -79,8 +79,7 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
     tensor = tensor.detach()
     if tensor.device.type == "mps":  # has no float64 to sum in
         tensor, masked = tensor.cpu(), None if masked is None else masked.cpu()
-    if tensor.dtype not in _INTEGERS:
-        tensor = tensor.float()
+    tensor = measurable(tensor)
     edges = _edges(tensor.dtype, tuple(formats))
     elements = tensor.numel()
     hidden = 0 if masked is None else int(masked.sum())
@@ -142,6 +141,13 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
         },
         amax_index=index,
     )
+
+
+def measurable(tensor: Tensor) -> Tensor:
+    """The same values in a dtype that has order and bits: complex numbers as pairs, float8 as float32."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor if tensor.dtype in _INTEGERS else tensor.float()
 
 
 def magnitude_codes(tensor: Tensor) -> Tensor:

@@ -357,3 +357,31 @@ def test_single_elements_can_be_watched(small: Small, tokens: torch.Tensor) -> N
 def test_an_unknown_level_is_told_the_known_ones(small: Small) -> None:
     with pytest.raises(MisuseError, match="layers, modules, operators; 'all' is none"), record(small(1), level="all"):
         pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
+def test_a_compiled_model_is_refused_rather_than_seen_in_part(small: Small) -> None:
+    model = small(3)
+    model.layers[1] = torch.compile(model.layers[1])
+    with pytest.raises(MisuseError, match=r"before torch\.compile"), record(model):
+        pass
+    assert hooks(model) == 0
+
+
+def test_complex_numbers_and_float8_are_measured_too() -> None:
+    class Unusual(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            turned = torch.view_as_complex(x) * torch.polar(torch.tensor(3e38), torch.tensor(0.1))
+            return turned * 2.0, (x * 96).to(torch.float8_e4m3fn)
+
+    model = Unusual()
+    with torch.no_grad(), record(model) as recording:
+        model(torch.tensor([[[1.0, 0.0], [2.0, 4.0]]]))
+    assert recording.at("/mul.0").dtype == "float32"
+    assert recording.at("/mul.0").shape == (1, 2, 2)
+    first = recording.first_break()
+    assert first is not None
+    assert first.broke is not None
+    assert (first.operator, first.broke.kind) == ("mul", "overflow")
+    cast = recording.at("/cast.0")
+    assert (cast.dtype, cast.amax) == ("float8_e4m3fn", 384.0)
