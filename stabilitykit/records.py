@@ -75,9 +75,9 @@ class Break:
     """How a site's output came to be non-finite although every operand was finite.
 
     `count` elements of the tensor broke; `row`, `position` and `channel` locate the earliest one, `index` in
-    the tensor's own shape. `operands` are the operands at that element, or, where one element combines many
-    (a product, a sum), the largest magnitude among those it combines. `value` is what those operands give in
-    the next wider format, NaN and infinities included; None where it could not be recomputed.
+    the tensor's own shape; `token` is the id there. `operands` are the operands at that element, or, where one
+    element combines many (a product, a sum), the largest magnitude among those it combines. `value` is what those
+    operands give in the next wider format, NaN and infinities included; None where it could not be recomputed.
     """
 
     kind: BreakKind
@@ -85,6 +85,7 @@ class Break:
     row: int | None
     position: int | None
     channel: int | None
+    token: int | None
     index: tuple[int, ...]
     operands: tuple[float, ...]
     operand_sites: tuple[str, ...]
@@ -201,7 +202,8 @@ _NESTED: dict[str, type[Softmax] | type[Break]] = {"softmax": Softmax, "broke": 
 class Header:
     """What has to be known to read the records, and to make them again.
 
-    `tokens` holds the ids of every row, all steps joined; None when redacted. `token_texts` says what each id
+    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
+    redacted. `token_texts` says what each id
     in it stands for. `watched` are elements asked for: site, row-major index, value. `case` is free-form: prompt,
     stress, rounding and whatever else was chosen.
     """
@@ -224,14 +226,8 @@ class Header:
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
-    def token_at(self, row: int | None, position: int | None) -> int | None:
-        """The token's id at a place (row None is the first); None where there is none or it is redacted."""
-        ids = self.tokens[row or 0] if self.tokens is not None and (row or 0) < len(self.tokens) else ()
-        return ids[position] if position is not None and 0 <= position < len(ids) else None
-
-    def text_of(self, row: int | None, position: int | None) -> str | None:
-        """The token at a place as text, or as its id where the text is not known; None as for `token_at`."""
-        token = self.token_at(row, position)
+    def text_of(self, token: int | None) -> str | None:
+        """A token as text, or as its id where the text is not known; None for none or a redacted one."""
         return None if token is None else self.token_texts.get(token, str(token))
 
 
@@ -279,6 +275,7 @@ class Recording:
             os.close(handle)
             try:
                 pq.write_table(table, aside)
+                Path(aside).chmod(0o644)  # mkstemp keeps to its owner what a folder of findings is meant to share
                 Path(aside).replace(path)
             finally:
                 Path(aside).unlink(missing_ok=True)

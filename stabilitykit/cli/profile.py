@@ -1,6 +1,7 @@
 """`stabilitykit profile`: run a prompt in each dtype and say where, and why, numbers leave its range."""
 
 import json
+import math
 import shutil
 import tempfile
 from enum import StrEnum
@@ -54,7 +55,7 @@ def profile(
     temperature: Annotated[float, typer.Option(help="Of the sampling step.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of the sampling step.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Of the sampling step.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the sampling step.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling step.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="A new folder for the records (Parquet) and findings (JSON).")
@@ -69,6 +70,8 @@ def profile(
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MisuseError(f"--out names a new or an empty folder, and {out} holds something already; choose another.")
+    if not (0 <= temperature < math.inf):
+        raise MisuseError(f"A temperature is 0 (greedy) or a positive number; {temperature} is neither.")
     dtypes = dtype or ["float16"]
     text = _read_prompt(prompt)
 

@@ -63,7 +63,7 @@ def _links(recording: Recording) -> Iterator[Link]:
     first = recording.first_break()
     step = first.step if first else 0
     if first is not None and first.broke is not None:
-        place = recording.header.text_of(first.broke.row, first.broke.position)
+        place = recording.header.text_of(first.broke.token)
         at = "" if first.broke.position is None else f" at position {first.broke.position}"
         token = f" {place!r}" if place else ""
         yield _link("break", first, f"{first.broke.kind}: {_count(first.lost, 'element')} lost{at}{token}")

@@ -57,7 +57,7 @@ def _break_document(recording: Recording, first: Record, reference: Recording | 
         "row": broke.row,
         "channel": broke.channel,
         "count": broke.count,
-        "token": recording.header.text_of(broke.row, broke.position),
+        "token": recording.header.text_of(broke.token),
         "value": finite_or_text(broke.value),
         "reference_value": finite_or_text(reference_value(recording, reference)),
         "limit": broke.limit,
@@ -91,14 +91,14 @@ def _clean(recording: Recording) -> str:
     ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
     return (
         f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {_where(top)}"
-        f"{_at(recording, top.amax_row, top.amax_position)}, {room:.1f} bits below the format's end at "
+        f"{_at(top.amax_position, top.amax_token_text)}, {room:.1f} bits below the format's end at "
         f"{number(number_format(dtype).largest)}.{ending}"
     )
 
 
 def _first_sentence(recording: Recording, first: Record) -> str:
     broke, dtype = _broke(first), first.dtype
-    place = f"{_where(first)}{_at(recording, broke.row, broke.position)}"
+    place = f"{_where(first)}{_at(broke.position, recording.header.text_of(broke.token))}"
     count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
     match broke.kind:
         case "overflow":
@@ -130,7 +130,7 @@ def _dependence(recording: Recording, first: Record) -> str:
     position = _broke(first).position
     if position is None or first.layer is None:
         return ""
-    token = recording.header.text_of(_broke(first).row, position)
+    token = recording.header.text_of(_broke(first).token)
     if position == 0:
         named = f"the token {token}" if token else "its first token"
         return f"That depends on {named} alone, whatever follows: every prompt that begins with it breaks here."
@@ -180,10 +180,9 @@ def _where(record: Record | Link) -> str:
     return f"{layer}{named} ({record.site}{operator})" if named != record.site else f"{layer}{named}{operator}"
 
 
-def _at(recording: Recording, row: int | None, position: int | None) -> str:
+def _at(position: int | None, token: str | None) -> str:
     if position is None:
         return ""
-    token = recording.header.text_of(row, position)
     return f", at token {position}" + (f" {token!r}" if token else "")
 
 

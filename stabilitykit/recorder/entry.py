@@ -31,6 +31,7 @@ class Entry:
     row: int | None = None
     position: int | None = None
     channel: int | None = None
+    token: int | None = None
     positions: int | None = None
     position_amax: tuple[float, ...] | None = None
     lost_positions: int = 0
@@ -44,7 +45,8 @@ class Entry:
         broke = self.broke
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
-            broke = replace(broke, operand_sites=sites)
+            broke = replace(broke, operand_sites=sites, token=None if header.tokens is None else broke.token)
+        token = None if header.tokens is None else self.token
         return Record(
             order=order,
             step=self.step,
@@ -59,8 +61,8 @@ class Entry:
             amax_row=self.row,
             amax_position=self.position,
             amax_channel=self.channel,
-            amax_token=header.token_at(self.row, self.position),
-            amax_token_text=header.text_of(self.row, self.position),
+            amax_token=token,
+            amax_token_text=header.text_of(token),
             position_amax=self.position_amax,
             positions=self.positions,
             channels=self.shape[-1] if self.shape else None,

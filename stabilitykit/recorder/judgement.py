@@ -33,10 +33,14 @@ class Operand:
         masked = self.origin.masked
         if self.tensor.is_complex():
             return None
-        if masked is not None and masked.shape == self.tensor.shape:
+        if masked is not None and masked.shape == self.tensor.shape and masked.stride() == self.tensor.stride():
             return masked
-        # A view of masked memory, in a shape of its own, shows its mask by value.
-        return blocks(self.tensor) if masked is not None or (self.origin.may_mask and self.tensor.ndim > 1) else None
+        if masked is not None or (self.origin.kind == "constant" and self.tensor.ndim > 1):
+            return blocks(self.tensor)  # a view of masked memory, in an order of its own, shows its mask by value
+        if self.origin.kind == "input" and self.tensor.ndim > 1:
+            # Attention masks come with four dimensions; what has fewer may be a hidden state, large and negative.
+            return blocks(self.tensor) if self.tensor.ndim > 3 else self.tensor == -math.inf
+        return None
 
 
 @dataclass(slots=True)
@@ -64,6 +68,8 @@ def blocks(operand: Tensor) -> Tensor:
 
     transformers uses the dtype's minimum, gemma_pytorch -2.38e38; both are past half the minimum.
     """
+    if operand.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return torch.zeros_like(operand, dtype=torch.bool)  # complex numbers and float8 have no order on every device
     return operand <= torch.finfo(operand.dtype).min / 2
 
 
@@ -78,7 +84,7 @@ def masked_elements(call: Call, output: Tensor) -> Tensor | None:
         return None
     if call.name in SELECTIONS:
         hidden = _placed(call, output)
-    elif is_pointwise(call.func):
+    elif is_pointwise(call.func) or call.name == "log_softmax":
         hidden = [operand.hides() for operand in call.operands]
     else:
         return None
@@ -166,6 +172,7 @@ def _break(
         row=None if folded.row is None else place[folded.row],
         position=None if folded.position is None else place[folded.position],
         channel=place[-1] if place else None,
+        token=None,
         index=index_at(flat, lost.shape),
         operands=tuple(operands),
         operand_sites=(),
@@ -195,7 +202,9 @@ def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | Non
 
 def _widened(call: Call, index: tuple[int, ...]) -> float | None:
     """The element at `index` of the same operator on the same operands in the next wider format."""
-    if call.func is None:
+    if (
+        call.func is None or torch.Tag.nondeterministic_seeded in call.func.tags
+    ):  # drawing again would change the user's
         return None
 
     def widen(argument: Any) -> Any:

@@ -69,6 +69,12 @@ def is_pointwise(func: Any) -> bool:
 
 
 @cache
+def combines(func: Any) -> bool:
+    """Whether the result is made of its operands' values rather than only placing them."""
+    return is_pointwise(func) or canonical(func) not in _MOVES
+
+
+@cache
 def is_view(func: Any) -> bool:
     returned = func._schema.returns
     alias = returned[0].alias_info if returned else None

@@ -31,8 +31,10 @@ class Origin:
 class Origins:
     """The origin of each storage in use: views share it, whatever is written anew replaces it."""
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, *, weights: Iterable[tuple[str, Tensor]], constants: Iterable[tuple[str, Tensor]]) -> None:
+        """`weights` are parameters; `constants` are buffers, which may hold masks and be written to."""
         self._weights = {tensor.untyped_storage()._cdata: name for name, tensor in weights}
+        self._constants = {tensor.untyped_storage()._cdata: name for name, tensor in constants}
         self._held: dict[int, tuple[StorageWeakRef, Origin]] = {}
         self._forget_at = 256
 
@@ -43,6 +45,8 @@ class Origins:
             return self._held[key][1]
         if key in self._weights:
             return Origin("weight", self._weights[key])
+        if key in self._constants:
+            return Origin("constant", self._constants[key])
         return Origin("constant" if tensor.ndim == 0 else "input", "input")
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:

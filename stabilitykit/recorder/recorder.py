@@ -28,8 +28,8 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.axes import Folded, fold
 from stabilitykit.recorder.entry import Entry
-from stabilitykit.recorder.judgement import Call, Finding, Operand, judge, masked_elements
-from stabilitykit.recorder.operators import canonical, is_composite, is_factory, is_pointwise, moves, writes_in_place
+from stabilitykit.recorder.judgement import Call, Finding, Operand, blocks, judge, masked_elements
+from stabilitykit.recorder.operators import canonical, combines, is_composite, is_factory, moves, writes_in_place
 from stabilitykit.recorder.origins import Origin, Origins, region
 from stabilitykit.recorder.softmax import measure_softmax
 from stabilitykit.recorder.statistics import measurable, measure
@@ -112,8 +112,9 @@ class _Frame:
     """A module that is being executed."""
 
     path: str
+    module: nn.Module | None
     first_entry: int
-    inputs: list[Operand]
+    inputs: list[Operand] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -132,15 +133,17 @@ class _Recorder:
         self.position_peaks = position_peaks
         self.watch = watch
         self.watched: list[tuple[str, int, float]] = []
-        self.frames = [_Frame("", 0, [])]
+        self.frames = [_Frame("", None, 0)]
         self.entries: list[Entry] = []
         self.step = -1
         self.rows: int | None = None
         self.length: int | None = None
         self.start = 0
-        self.tokens: list[list[int]] = []
+        self.tokens: list[list[int]] = []  # of the sequences now running, with what their cache holds
+        self.seen: set[int] = set()
         self.origins = Origins(
-            (_without_prefix(name), tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            weights=((_without_prefix(name), tensor) for name, tensor in model.named_parameters()),
+            constants=((_without_prefix(name), tensor) for name, tensor in model.named_buffers()),
         )
         self.post_norms = any(name.endswith("pre_feedforward_layernorm") for name, _ in model.named_modules())
 
@@ -159,16 +162,19 @@ class _Recorder:
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            frame = _Frame(path, module, len(self.entries))
+            self.frames.append(frame)
             with _disable_current_modes(), torch.no_grad():
                 if module is self.model:
                     self._begin_step(args, kwargs)
-                inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
-                self.frames.append(_Frame(path, len(self.entries), inputs))
+                frame.inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
 
         return hook
 
     def _leave(self) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.frames[-1].module is not module:
+                return  # never entered: somebody else's hook raised before ours
             frame = self.frames.pop()
             with _disable_current_modes(), torch.no_grad():
                 for index, tensor in enumerate(_floating(output)):
@@ -178,21 +184,23 @@ class _Recorder:
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        held = getattr(cache, "get_seq_length", None)
+        self.start = int(held()) if held is not None else 0
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ids = next((t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.ndim in (1, 2)), None)
         embedded = next((t for t in tensors if t.is_floating_point() and t.ndim == 3), None)
         if ids is not None:
             ids = ids.reshape(-1, ids.shape[-1])
             self.rows, self.length = ids.shape
-            before = [*self.tokens, *([] for _ in range(self.rows - len(self.tokens)))]
-            self.tokens = [old + new for old, new in zip(before, ids.tolist(), strict=True)]
+            new = ids.tolist()
+            self.seen.update(*new)
+            continues = self.start > 0 and len(self.tokens) == len(new)
+            self.tokens = [old + more for old, more in zip(self.tokens, new, strict=True)] if continues else new
         elif embedded is not None:
             self.rows, self.length = embedded.shape[:2]
         for tensor in _floating((args, kwargs)):  # made inside the block it would pass for a constant
             self.origins.remember(tensor, Origin("input", "input"))
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        held = getattr(cache, "get_seq_length", None)
-        self.start = int(held()) if held is not None else 0
 
     def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
         site = (frame.path or "/output") + (f"[{index}]" if index else "")
@@ -220,7 +228,7 @@ class _Recorder:
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = canonical(func)
         seen = (args, kwargs)
-        if writes_in_place(func) and is_pointwise(func):  # what it combines is about to be written over
+        if writes_in_place(func) and combines(func):  # what it combines is about to be written over
             seen = tree_map_only(Tensor, torch.clone, seen)
         operands = [
             Operand(copy, self.origins.of(tensor))
@@ -230,9 +238,9 @@ class _Recorder:
         outputs = _floating(output)
         if not outputs:
             return output
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             if moves(func, operands[-1].tensor if operands else None, outputs[0]):
-                self._pass_on(name, operands, outputs)
+                self._pass_on(func, name, operands, outputs)
                 return output
             if is_factory(func) or all(operand.origin.kind == "constant" for operand in operands):
                 for tensor in outputs:
@@ -247,19 +255,24 @@ class _Recorder:
                 self._add(call, tensor, frame.path, f"{frame.path}/{name}.{index}{suffix}")
         return output
 
-    def _pass_on(self, name: str, operands: list[Operand], outputs: list[Tensor]) -> None:
+    def _pass_on(self, func: Any, name: str, operands: list[Operand], outputs: list[Tensor]) -> None:
         """A move's output has its operand's origin, or a constant's where nothing floating went in."""
+        origins = [operand.origin for operand in operands]
         for tensor in outputs:
-            storage = tensor.untyped_storage()
-            if operands and storage._cdata == operands[0].tensor.untyped_storage()._cdata:
-                continue  # a view, or a write into memory that has an origin already
-            origins = [operand.origin for operand in operands]
+            if writes_in_place(func):
+                if any(origin.kind != "constant" for origin in origins):
+                    self.origins.remember(tensor, Origin("computed", name, lost=any(o.lost for o in origins)))
+                continue
+            if operands and region(tensor)[0] == region(operands[0].tensor)[0]:
+                continue  # a view shares its memory's origin
             if not origins or name in ("lift", "lift_fresh"):
                 origin = Origin("constant", name)
             elif len(origins) == 1 or all(other is origins[0] for other in origins):
                 origin = origins[0]
             else:
                 origin = Origin("computed", name, lost=any(o.lost for o in origins))
+            if any(operand.hides() is not None for operand in operands):  # elements moved, and the mask with them
+                origin = replace(origin, masked=blocks(measurable(tensor)))
             self.origins.remember(tensor, origin)
 
     # Records
@@ -283,12 +296,13 @@ class _Recorder:
         )
         if statistics.amax_index is not None:
             entry.row, entry.position, entry.channel = self._locate(values, folded, statistics.amax_index)
+            entry.token = self._token(entry.row, entry.position)
         if self.position_peaks and folded.position is not None:
             entry.position_amax = _position_amax(folded)
         origin = Origin("computed", site, len(self.entries), masked=masked)
         if statistics.nonfinite:
             self._judge(entry, judge(call, values, masked, folded, FORMATS.get(dtype, FLOAT32)), folded, origin)
-        if call.name == "softmax" and call.operands:
+        if call.name == "softmax" and call.operands and values.ndim and values.numel():
             logits = call.operands[0]
             dim = int(call.args[1]) % values.ndim
             entry.softmax = measure_softmax(logits.tensor, values, dim, _head(values, folded), logits.hides())
@@ -312,7 +326,8 @@ class _Recorder:
             position = broke.position
             if position is None and folded.at_last:
                 position = (self.length or 1) - 1
-            entry.broke = replace(broke, position=None if position is None else position + self.start)
+            position = None if position is None else position + self.start
+            entry.broke = replace(broke, position=position, token=self._token(broke.row, position))
             entry.broke_on = finding.origins
 
     def _positions(self, folded: Folded) -> int | None:
@@ -330,6 +345,10 @@ class _Recorder:
         if folded.at_last:
             position = (self.length or 1) - 1
         return row, None if position is None else position + self.start, place[-1] if place else None
+
+    def _token(self, row: int | None, position: int | None) -> int | None:
+        ids = self.tokens[row or 0] if (row or 0) < len(self.tokens) else ()
+        return ids[position] if position is not None and position < len(ids) else None
 
     # The result
 
@@ -361,11 +380,10 @@ class _Recorder:
     def finish(
         self, recording: Recording, piece: Callable[[int], str] | None, *, redact: bool, error: str | None
     ) -> None:
-        used = sorted({token for row in self.tokens for token in row})
         tokens = None if redact or not self.tokens else tuple(map(tuple, self.tokens))
         if tokens is not None and piece is None:
             piece = getattr(getattr(self.model, "tokenizer", None), "piece", None)
-        texts = {} if tokens is None or piece is None else _texts(used, piece)
+        texts = {} if tokens is None or piece is None else _texts(sorted(self.seen), piece)
         recording.header = replace(
             recording.header,
             watched=tuple(self.watched),
@@ -385,10 +403,10 @@ class _Recorder:
 
 
 def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]:
-    """Ids that the vocabulary does not have stay without text: the model has refused them already."""
+    """Ids without a text stay so: this runs while an exception may be on its way, and must not replace it."""
     texts = {}
     for token in tokens:
-        with suppress(LookupError, ValueError):
+        with suppress(Exception):
             texts[token] = piece(token)
     return texts
 
@@ -404,12 +422,20 @@ def _is_layer(path: str) -> bool:
 
 
 def _floating(tree: Any) -> list[Tensor]:
-    """The floating and complex tensors in nested arguments or results, in order."""
-    return [
-        leaf
-        for leaf in tree_leaves(tree)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
+    """The floating and complex tensors in nested arguments or results, in order.
+
+    Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
+    """
+    return [leaf for leaf in tree_leaves(tree) if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf)]
+
+
+def _has_elements(tensor: Tensor) -> bool:
+    return (
+        (tensor.is_floating_point() or tensor.is_complex())
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_meta)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _count_slices(lost: Tensor, kept: set[int]) -> int:

@@ -37,7 +37,8 @@ def made(order: int, site: str, **changes: Any) -> Record:
 
 def broke(kind: BreakKind = "overflow", position: int = 0, **changes: Any) -> Break:
     healthy = Break(
-        kind=kind, count=1, row=0, position=position, channel=2, index=(0, position, 2), operands=(60000.0, 8000.0),
+        kind=kind, count=1, row=0, position=position, channel=2, token=(2, 7, 9)[position],
+        index=(0, position, 2), operands=(60000.0, 8000.0),
         operand_sites=("layers.0/add.0", "layers.0.mlp.down_proj"), value=68000.0, limit=65504.0,
     )  # fmt: skip
     return replace(healthy, **changes)
@@ -110,7 +111,8 @@ def test_an_empty_recording_says_so() -> None:
 
 
 def test_redacted_findings_name_positions_only() -> None:
-    recording = Recording(replace(HEADER, tokens=None, token_texts={}), BROKEN)
+    unnamed = replace(BROKEN[2], broke=broke(token=None))
+    recording = Recording(replace(HEADER, tokens=None, token_texts={}), [*BROKEN[:2], unnamed, *BROKEN[3:]])
     assert "at token 0:" in verdict(recording)
     assert "bos" not in str(document(recording))
 
