@@ -17,7 +17,7 @@ from stabilitykit.checkpoints.cache import Progress, cached_tensors, file_sha256
 from stabilitykit.checkpoints.checkpoint import Checkpoint, PieceType, Vocabulary
 from stabilitykit.checkpoints.config import GemmaConfig, Generation
 from stabilitykit.checkpoints.gguf_file import GgufFile, GgufTensor, Value, read_gguf_file
-from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.errors import CheckpointError
 
 GENERATIONS: dict[str, Generation] = {"gemma": 1, "gemma2": 2, "gemma3": 3}
@@ -250,8 +250,8 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], names: di
     missing = [name for name in names.values() if name not in stored]
     unexpected = [name for name in stored if name not in names.values()]
     if missing or unexpected:
-        parts = [f"missing: {_some(missing)}"] if missing else []
-        parts += [f"unexpected: {_some([f'{name!r:.60}' for name in unexpected])}"] if unexpected else []
+        parts = [f"missing: {some(missing)}"] if missing else []
+        parts += [f"unexpected: {some([f'{name!r:.60}' for name in unexpected])}"] if unexpected else []
         raise CheckpointError(
             f"{file.path}: the tensors are those that the metadata describes; {'; '.join(parts)}. "
             "Fetch or convert the file again."
@@ -262,7 +262,7 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], names: di
         if stored[name].shape != shapes[ours]
     ]
     if wrong:
-        raise CheckpointError(f"{file.path}: tensors have the shapes that the metadata gives; {_some(wrong)}.")
+        raise CheckpointError(f"{file.path}: tensors have the shapes that the metadata gives; {some(wrong)}.")
     if head is not None and embedding is not None and not _equal(head, embedding):
         raise CheckpointError(
             f"{file.path}: a Gemma's head is its embedding; {_HEAD} differs from token_embd.weight. "
@@ -272,11 +272,6 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], names: di
 
 def _equal(one: GgufTensor, other: GgufTensor) -> bool:
     return (one.type, one.shape) == (other.type, other.shape) and np.array_equal(one.rows, other.rows)
-
-
-def _some(items: list[str], shown: int = 6) -> str:
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
 
 
 def _vocabulary(metadata: _Metadata, config: GemmaConfig) -> Vocabulary:

@@ -32,3 +32,9 @@ def parameter_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (hidden,)
     return shapes
+
+
+def some(items: list[str], shown: int = 6) -> str:
+    """The first few of a long list of names, and how many more there are, for a message."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more

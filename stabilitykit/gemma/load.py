@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
-from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.gemma.model import Gemma, RoundingName, at_least_float32
@@ -64,9 +64,7 @@ def build(
         if progress is not None:
             progress(done, total)
     if misshapen:
-        raise CheckpointError(
-            f"{checkpoint.source}: tensors have the shapes that the config gives; {_some(misshapen)}."
-        )
+        raise CheckpointError(f"{checkpoint.source}: tensors have the shapes that the config gives; {some(misshapen)}.")
 
     model.lm_head.weight = model.embed_tokens.weight
     stress_norms(model, stress)
@@ -122,14 +120,9 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) 
     missing = [name for name in shapes if name not in checkpoint.tensors]
     unexpected = [name for name in checkpoint.tensors if name not in shapes]
     if missing or unexpected:
-        parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
-        parts += [f"{len(unexpected)} unexpected ({_some(unexpected)})"] if unexpected else []
+        parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
+        parts += [f"{len(unexpected)} unexpected ({some(unexpected)})"] if unexpected else []
         raise CheckpointError(
             f"{checkpoint.source}: tensors are those that the config gives; {' and '.join(parts)}. "
             "Another generation or size of Gemma, or quantised layers?"
         )
-
-
-def _some(items: list[str], shown: int = 6) -> str:
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
