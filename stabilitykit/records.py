@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from stabilitykit.errors import MisuseError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _HEADER_KEY = b"stabilitykit"
 
 Level = Literal["layers", "modules", "operators"]
@@ -94,8 +94,40 @@ class Break:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """How far a tensor is from the same site of the reference run, over elements that are finite in both.
+
+    `sqnr` is 10 · log10(Σ reference² / Σ error²) in dB: inf for no error, None without a finite element or with a
+    reference of zeros. `largest_ulp` is the largest error in units in the last place of the tensor's own dtype, at
+    the reference's magnitude. `compared` counts the elements.
+    """
+
+    sqnr: float | None
+    largest: float | None
+    largest_ulp: float | None
+    compared: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsError:
+    """Logits against the reference run's, over the positions at which both are finite.
+
+    KL is that of the reference's distribution to this one, Σ p · log(p / q), in nats a token. `top1` is the
+    fraction of positions with the same likeliest token; a tie counts for the lower id. All None for no positions.
+    """
+
+    kl_mean: float | None
+    kl_max: float | None
+    top1: float | None
+    compared: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """The statistics of one tensor; statistics over finite elements are None where there are none.
+
+    A run that records peaks alone leaves `zero`, `subnormal`, `smallest`, `mean`, `rms`, `exponents` and `formats` out.
 
     `dtype` is the one in which the tensor was stored. Positions are absolute, rows count the batch.
     `masked` elements are a mask at work (-inf, or the minimum that stands for it) and enter no other count or
@@ -119,8 +151,8 @@ class Record:
     nan: int
     positive_inf: int
     negative_inf: int
-    zero: int
-    subnormal: int
+    zero: int | None
+    subnormal: int | None
     amax: float | None
     smallest: float | None
     minimum: float | None
@@ -144,6 +176,7 @@ class Record:
     lost_channels: int = 0
 
     softmax: Softmax | None = None
+    deviation: Deviation | None = None
     broke: Break | None = None
 
     @property
@@ -195,7 +228,11 @@ class Record:
         return cls(**named)
 
 
-_NESTED: dict[str, type[Softmax] | type[Break]] = {"softmax": Softmax, "broke": Break}
+_NESTED: dict[str, type[Softmax] | type[Deviation] | type[Break]] = {
+    "softmax": Softmax,
+    "deviation": Deviation,
+    "broke": Break,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,12 +260,24 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     watched: tuple[tuple[str, int, float], ...] = ()
+    logits_error: LogitsError | None = None
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
     def text_of(self, token: int | None) -> str | None:
         """A token as text, or as its id where the text is not known; None for none or a redacted one."""
         return None if token is None else self.token_texts.get(token, str(token))
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "Header":
+        """The inverse of `dataclasses.asdict` and JSON, in which keys are strings and tuples lists."""
+        raw = dict(raw)
+        raw["token_texts"] = {int(key): value for key, value in raw["token_texts"].items()}
+        raw["tokens"] = None if raw["tokens"] is None else tuple(map(tuple, raw["tokens"]))
+        raw["watched"] = tuple(map(tuple, raw["watched"]))
+        raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
+        raw["logits_error"] = None if raw["logits_error"] is None else LogitsError(**raw["logits_error"])
+        return cls(**raw)
 
 
 @dataclass(slots=True)
@@ -264,45 +313,58 @@ class Recording:
 
     def save(self, path: Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
-        if path.exists():
-            raise MisuseError(f"A recording never overwrites a file, and {path} exists; choose another name.")
         table = pa.Table.from_pylist([record.row() for record in self.records], schema=_schema(self.header.formats))
-        header = json.dumps(dataclasses.asdict(self.header), ensure_ascii=False)
-        table = table.replace_schema_metadata({_HEADER_KEY: header.encode()})
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            os.close(handle)
-            try:
-                pq.write_table(table, aside)
-                Path(aside).chmod(0o644)  # mkstemp keeps to its owner what a folder of findings is meant to share
-                Path(aside).replace(path)
-            finally:
-                Path(aside).unlink(missing_ok=True)
-        except OSError as error:
-            raise MisuseError(f"{path} cannot be written ({error.strerror}); choose another folder.") from None
+        write_table(path, table, dataclasses.asdict(self.header))
 
     @classmethod
     def load(cls, path: Path) -> "Recording":
         """Reads what `save` wrote. Raises MisuseError for a missing file or one that is no recording."""
+        table, raw = read_table(path)
+        return cls(Header.from_json(raw), [Record.from_row(row) for row in table.to_pylist()])
+
+
+def write_table(path: Path, table: pa.Table, header: dict[str, Any]) -> None:
+    """Writes Parquet with `header` as JSON beside `path`, and renames it: it is there whole or not at all.
+
+    Raises MisuseError if `path` exists or cannot be written.
+    """
+    if path.exists():
+        raise MisuseError(f"A recording never overwrites a file, and {path} exists; choose another name.")
+    text = json.dumps(header, ensure_ascii=False)
+    table = table.replace_schema_metadata({_HEADER_KEY: text.encode()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise MisuseError(f"A recording is a Parquet file, and {path} cannot be read as one: {error}") from None
-        text = (table.schema.metadata or {}).get(_HEADER_KEY)
-        if text is None:
-            raise MisuseError(f"{path} is Parquet, but no recording of stabilitykit's: it has no header.")
-        raw = json.loads(text)
-        if raw["schema"] != SCHEMA_VERSION:
-            raise MisuseError(
-                f"{path} has schema {raw['schema']} and this version reads {SCHEMA_VERSION}; "
-                f"read it with stabilitykit {raw['versions'].get('stabilitykit', 'of its time')}."
-            )
-        raw["token_texts"] = {int(key): value for key, value in raw["token_texts"].items()}
-        raw["tokens"] = None if raw["tokens"] is None else tuple(map(tuple, raw["tokens"]))
-        raw["watched"] = tuple(map(tuple, raw["watched"]))
-        raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
-        return cls(Header(**raw), [Record.from_row(row) for row in table.to_pylist()])
+            pq.write_table(table, aside)
+            Path(aside).chmod(0o644)  # mkstemp keeps to its owner what a folder of findings is meant to share
+            Path(aside).replace(path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    except OSError as error:
+        raise MisuseError(f"{path} cannot be written ({error.strerror}); choose another folder.") from None
+
+
+def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The table and the header that `write_table` wrote.
+
+    Raises MisuseError for a missing file, one that has no such header, or one of another schema.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise MisuseError(f"A recording is a Parquet file, and {path} cannot be read as one: {error}") from None
+    text = (table.schema.metadata or {}).get(_HEADER_KEY)
+    if text is None:
+        raise MisuseError(f"{path} is Parquet, but no recording of stabilitykit's: it has no header.")
+    raw: dict[str, Any] = json.loads(text)
+    if raw["schema"] != SCHEMA_VERSION:
+        raise MisuseError(
+            f"{path} has schema {raw['schema']} and this version reads {SCHEMA_VERSION}; "
+            f"read it with stabilitykit {raw['versions'].get('stabilitykit', 'of its time')}."
+        )
+    return table, raw
 
 
 def flat_index(index: Sequence[int], shape: Sequence[int]) -> int:

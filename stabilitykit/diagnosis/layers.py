@@ -96,7 +96,7 @@ def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
         headroom=None if amax is None else number_format(dtype).headroom(amax),
         headroom_float16=None if amax is None else number_format("float16").headroom(amax),
         lost=sum(record.lost for record in own),
-        subnormal=sum(record.subnormal for record in own),
+        subnormal=sum(record.subnormal or 0 for record in own),
         past_float16=sum(record.formats["float16"].overflow for record in own if "float16" in record.formats),
         entropy_min=min(least) if least else None,
         entropy_mean=sum(mean) / len(mean) if mean else None,

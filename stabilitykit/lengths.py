@@ -1,0 +1,173 @@
+"""What one text does at every length, from as few forward passes as can say it; Parquet in and out, without torch.
+
+In a causal model the values at a position do not depend on later tokens. So the running maximum of a tensor's
+peaks over positions is its amax at every shorter length, and the first break of the longest run is that of every
+length that holds the broken position. Shorter ones need a run of their own, because a lost position spreads:
+0 · NaN = NaN, masked or not.
+"""
+
+import bisect
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stabilitykit.records import Break, Header, read_table, write_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Neighbouring lengths, `first` to `last` in tokens, at which the same element breaks first, or none does.
+
+    `run` is the length of the forward pass that says so. Where `direct`, that pass was of this very length. Where
+    `near`, the value that decides lies within four ulp of the format's limit and kernels of another shape might
+    round it to the other side: such a span says what the pass saw, and is decided only where it is `direct`.
+    """
+
+    first: int
+    last: int
+    run: int
+    site: str | None = None
+    label: str | None = None
+    layer: int | None = None
+    operator: str | None = None
+    order: int | None = None
+    token_text: str | None = None
+    broke: Break | None = None
+    direct: bool = False
+    near: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """A place where the running maximum of a site's magnitudes grows: from `position` on its amax is `amax`."""
+
+    run: int
+    order: int
+    site: str
+    label: str | None
+    layer: int | None
+    position: int
+    amax: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A length that was run again directly, and how its peaks compare with those read off the longer run.
+
+    `site` and `direct_site` are the first breaks by either way, None for none. `ulp` is the largest difference of a
+    peak in units in the last place of the dtype, at `ulp_site`, over `compared` sites; `relative` that difference's
+    largest relative size. `agrees`: the same site, and no peak further apart than four ulp.
+    """
+
+    length: int
+    site: str | None
+    direct_site: str | None
+    ulp: float
+    ulp_site: str | None
+    relative: float
+    compared: int
+    agrees: bool
+
+
+@dataclass(slots=True)
+class LengthMap:
+    """Every length from 1 to the last span's, of one text in one dtype; spans ascend and leave no gap.
+
+    Peaks are of the tensors stored in the run's dtype, as in `diagnosis.stored`.
+    """
+
+    header: Header
+    spans: tuple[Span, ...]
+    peaks: tuple[Peak, ...]
+    checks: tuple[Check, ...] = ()
+    _steps: dict[tuple[int, str], tuple[list[int], list[float]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def longest(self) -> int:
+        return self.spans[-1].last
+
+    @property
+    def first_broken(self) -> int | None:
+        """The least length that breaks; None where none does."""
+        return next((span.first for span in self.spans if span.broke is not None), None)
+
+    def span(self, length: int) -> Span:
+        """The span that holds `length`. Raises ValueError outside 1 to `longest`."""
+        at = bisect.bisect_right([span.first for span in self.spans], length) - 1
+        if not 1 <= length <= self.longest:
+            raise ValueError(f"lengths are 1 to {self.longest}, not {length}")
+        return self.spans[at]
+
+    def sites(self, length: int) -> list[str]:
+        """The sites whose amax at `length` is known, in order of execution: those before the first break."""
+        span = self.span(length)
+        return [site for site, order in self._orders[span.run] if span.order is None or order < span.order]
+
+    def amax(self, site: str, length: int) -> float | None:
+        """The largest finite magnitude at `site` in a run of `length` tokens; None where it is not known."""
+        run = self.span(length).run
+        if not self._steps:
+            for peak in self.peaks:
+                positions, values = self._steps.setdefault((peak.run, peak.site), ([], []))
+                positions.append(peak.position)
+                values.append(peak.amax)
+        positions, values = self._steps.get((run, site), ([], []))
+        at = bisect.bisect_right(positions, length - 1) - 1
+        return values[at] if at >= 0 else None
+
+    def peak(self, length: int) -> tuple[str, float] | None:
+        """The site with the largest amax at `length`, among those that are known, and that amax."""
+        found = [(self.amax(site, length), site) for site in self.sites(length)]
+        known = [(amax, site) for amax, site in found if amax is not None]
+        if not known:
+            return None
+        amax, site = max(known, key=lambda pair: pair[0])
+        return site, amax
+
+    @property
+    def _orders(self) -> dict[int, list[tuple[str, int]]]:
+        runs: dict[int, dict[str, int]] = {}
+        for peak in self.peaks:
+            runs.setdefault(peak.run, {}).setdefault(peak.site, peak.order)
+        return {run: sorted(sites.items(), key=lambda pair: pair[1]) for run, sites in runs.items()}
+
+    def save(self, path: Path) -> None:
+        """As `Recording.save`."""
+        rows = [dataclasses.asdict(peak) for peak in self.peaks]
+        header = dataclasses.asdict(self.header) | {
+            "spans": [dataclasses.asdict(span) for span in self.spans],
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+        }
+        write_table(path, pa.Table.from_pylist(rows, schema=_SCHEMA), header)
+
+    @classmethod
+    def load(cls, path: Path) -> "LengthMap":
+        """As `Recording.load`."""
+        table, raw = read_table(path)
+        spans = tuple(_span(span) for span in raw.pop("spans"))
+        checks = tuple(Check(**check) for check in raw.pop("checks"))
+        return cls(Header.from_json(raw), spans, tuple(Peak(**row) for row in table.to_pylist()), checks)
+
+
+_SCHEMA = pa.schema(
+    {
+        "run": pa.int64(),
+        "order": pa.int64(),
+        "site": pa.string(),
+        "label": pa.string(),
+        "layer": pa.int64(),
+        "position": pa.int64(),
+        "amax": pa.float64(),
+    }
+)
+
+
+def _span(raw: dict[str, Any]) -> Span:
+    broke = raw["broke"]
+    if broke is not None:
+        tuples = {name: tuple(broke[name]) for name in ("index", "operands", "operand_sites")}
+        broke = Break(**(broke | tuples))
+    return Span(**(raw | {"broke": broke}))
