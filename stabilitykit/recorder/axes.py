@@ -4,8 +4,12 @@ Shapes in a decoder of B rows, L tokens, H heads: `[B, L, D]`, `[B, H, L, D]`, `
 matrix products are flattened, `[B·L, D]` and `[B·H, L, D]`. A tensor with one vector a row and no dimension of
 length L (`[B, D]`, `[B, 1, D]`) belongs to the last position: logits and what a sampler makes of them. Where
 two dimensions are L long, the later one is taken, which is right for `[B, H, L, D]` with H = L.
+
+An element of the attention scores `[B, H, L, L]` joins a query and a key, and exists only in prompts that hold
+both: it belongs to the later of the two.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +24,13 @@ class Folded:
     position: int | None = None
     head: int | None = None
     at_last: bool = False  # no position axis: belongs to the last position
+    pairs: bool = False  # the channel counts positions too
+
+    def position_of(self, place: Sequence[int]) -> int | None:
+        """The position that the element at this index of `tensor` belongs to."""
+        if self.position is None:
+            return None
+        return max(place[self.position], place[-1]) if self.pairs else place[self.position]
 
 
 def fold(tensor: Tensor, rows: int | None, length: int | None) -> Folded:

@@ -4,10 +4,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+from torch import Tensor
+
 from stabilitykit.recorder.labels import label
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.statistics import Statistics
-from stabilitykit.records import Break, Header, Record, Softmax
+from stabilitykit.records import Break, Deviation, Header, Record, Softmax
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
@@ -33,10 +35,11 @@ class Entry:
     channel: int | None = None
     token: int | None = None
     positions: int | None = None
-    position_amax: tuple[float, ...] | None = None
+    position_amax: Tensor | None = None  # by row and position
     lost_positions: int = 0
     lost_channels: int = 0
     softmax: Softmax | None = None
+    deviation: Deviation | None = None
     broke: Break | None = None
     broke_on: tuple[Origin | None, ...] = ()
 
@@ -63,11 +66,12 @@ class Entry:
             amax_channel=self.channel,
             amax_token=token,
             amax_token_text=header.text_of(token),
-            position_amax=self.position_amax,
+            position_amax=None if self.position_amax is None else tuple(self.position_amax.flatten().tolist()),
             positions=self.positions,
             channels=self.shape[-1] if self.shape else None,
             lost_positions=self.lost_positions,
             lost_channels=self.lost_channels,
             softmax=self.softmax,
+            deviation=self.deviation,
             broke=broke,
         )

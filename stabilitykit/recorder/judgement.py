@@ -98,6 +98,23 @@ def masked_elements(call: Call, output: Tensor) -> Tensor | None:
     return union if bool(union.any()) else None
 
 
+def joins_positions(call: Call, output: Tensor, length: int | None) -> bool:
+    """Whether the last two dimensions of `output` both count the sequence's `length` positions: attention scores.
+
+    They begin as a product of two computed tensors, queries and keys, and stay what they are under pointwise
+    operators and softmax. Probabilities times values is a product too, of something that is already of this kind.
+    """
+    if length is None or output.ndim < 3 or tuple(output.shape[-2:]) != (length, length):
+        return False
+    if call.name in CONTRACTIONS:
+        return len(call.operands) == 2 and all(
+            operand.origin.kind == "computed" and not operand.origin.pairs for operand in call.operands
+        )
+    if call.func is None or not (is_pointwise(call.func) or call.name in ("softmax", *SELECTIONS)):
+        return False
+    return any(o.origin.pairs and o.tensor.numel() == output.numel() for o in call.operands)
+
+
 def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded, stored: NumberFormat) -> Finding:
     """Looks closer at an `output` that holds at least one NaN or infinity which is not masked.
 
@@ -152,6 +169,8 @@ def _earliest(lost: Tensor, folded: Folded) -> int:
         return int(lost.flatten().int().argmax())
     places = lost.reshape(folded.tensor.shape).nonzero()
     positions = places[:, folded.position]
+    if folded.pairs:
+        positions = positions.maximum(places[:, -1])
     first = places[int((positions == positions.min()).int().argmax())]
     return flat_index(first.tolist(), folded.tensor.shape)
 
@@ -170,7 +189,7 @@ def _break(
         kind=kind,
         count=int(lost.sum()),
         row=None if folded.row is None else place[folded.row],
-        position=None if folded.position is None else place[folded.position],
+        position=folded.position_of(place),
         channel=place[-1] if place else None,
         token=None,
         index=index_at(flat, lost.shape),

@@ -14,6 +14,7 @@ OriginKind = Literal["weight", "constant", "input", "computed"]
 class Origin:
     """What is known of a tensor's values: whether any was lost, and which ones a mask hides (None: none).
 
+    `pairs`: each joins two positions, as attention scores and probabilities do.
     `name` is a parameter's path or stands in for a site; `entry` is the number of its record, if it has one.
     """
 
@@ -22,6 +23,7 @@ class Origin:
     entry: int | None = None
     lost: bool = False
     masked: Tensor | None = None
+    pairs: bool = False
 
     @property
     def may_mask(self) -> bool:

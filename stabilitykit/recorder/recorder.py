@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.axes import Folded, fold
+from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Entry
-from stabilitykit.recorder.judgement import Call, Finding, Operand, blocks, judge, masked_elements
+from stabilitykit.recorder.judgement import Call, Finding, Operand, blocks, joins_positions, judge, masked_elements
 from stabilitykit.recorder.operators import canonical, combines, is_composite, is_factory, moves, writes_in_place
 from stabilitykit.recorder.origins import Origin, Origins, region
+from stabilitykit.recorder.peaks import measure_peaks, position_peaks
 from stabilitykit.recorder.softmax import measure_softmax
-from stabilitykit.recorder.statistics import measurable, measure
+from stabilitykit.recorder.statistics import Statistics, measurable, measure
 from stabilitykit.records import Header, Level, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+Detail = Literal["statistics", "peaks"]
 
 
 @contextmanager
@@ -43,8 +47,13 @@ def record(
     model: nn.Module,
     *,
     level: Level = "operators",
+    detail: Detail = "statistics",
     formats: Sequence[str] = DEFAULT_FORMATS,
     position_peaks: bool = False,
+    stop_at_break: bool = False,
+    keep: dict[str, Tensor] | None = None,
+    against: Mapping[str, Tensor] | None = None,
+    matmul: str = "native",
     watch: Sequence[tuple[str, int]] = (),
     token_text: Callable[[int], str] | None = None,
     redact: bool = False,
@@ -53,18 +62,28 @@ def record(
     """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
 
     `level`: "layers" sees the outputs of the decoder layers and the model's direct children, "modules" those of
-    every module, "operators" every operator too. `formats`: those for which exact counts are kept.
-    `position_peaks` keeps each position's amax. `watch` names single elements, by site and row-major index, whose
-    values the header keeps as `watched`. `token_text` gives a token id's text; a model with a `tokenizer`
-    that has `piece` needs none. `redact` keeps tokens out of the recording. `case` goes into the header as it is.
+    every module, "operators" every operator too. `detail`: "peaks" leaves out of tensors that are finite all that
+    takes more than two reductions: histogram, counts, sums, softmax statistics. `formats`: those for which exact
+    counts are kept. `position_peaks` keeps each position's amax. `stop_at_break` ends the block at the first
+    break, whatever follows in it.
+
+    `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
+    handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul` says in the
+    header how products are computed, which is the caller's to choose.
+
+    `watch` names single elements, by site and row-major index, whose values the header keeps as `watched`.
+    `token_text` gives a token id's text; a model with a `tokenizer` that has `piece` needs none. `redact` keeps
+    tokens out of the recording. `case` goes into the header as it is.
 
     Each call of `model` is a step. The tokens are its first integer tensor of shape [L] or [B, L]. An exception
     raised in the block is kept as the header's `error` and passed on.
 
-    Raises MisuseError for an unknown level or format, and for a model that went through `torch.compile`.
+    Raises MisuseError for an unknown level, detail or format, and for a model that went through `torch.compile`.
     """
     if level not in get_args(Level):
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
+    if detail not in get_args(Detail):
+        raise MisuseError(f"A detail is one of {', '.join(get_args(Detail))}; {detail!r} is none of them.")
     for name in formats:
         number_format(name)
     if any(hasattr(module, "_orig_mod") for module in model.modules()):
@@ -72,7 +91,18 @@ def record(
             "A recorded model runs operator by operator; this one, or a part of it, is compiled into kernels that no "
             "hook sees. Record the model from before torch.compile, which is kept as `_orig_mod`."
         )
-    recorder = _Recorder(model, level, tuple(formats), position_peaks, watch)
+    recorder = _Recorder(
+        model,
+        level,
+        detail,
+        tuple(formats),
+        position_peaks=position_peaks,
+        stop_at_break=stop_at_break,
+        keep=keep,
+        against=against or {},
+        matmul=matmul,
+        watch=watch,
+    )
     recording = Recording(recorder.header(case or {}))
     error: str | None = None
     try:
@@ -81,11 +111,17 @@ def record(
             if level == "operators":
                 stack.enter_context(_OperatorMode(recorder))
             yield recording
+    except _Stopped:
+        pass
     except Exception as raised:
         error = str(raised)
         raise
     finally:
         recorder.finish(recording, token_text, redact=redact, error=error)
+
+
+class _Stopped(Exception):  # noqa: N818  no error: the first break has been seen
+    """Ends a recorded block early."""
 
 
 class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -123,14 +159,25 @@ class _Recorder:
         self,
         model: nn.Module,
         level: Level,
+        detail: Detail,
         formats: tuple[str, ...],
+        *,
         position_peaks: bool,
+        stop_at_break: bool,
+        keep: dict[str, Tensor] | None,
+        against: Mapping[str, Tensor],
+        matmul: str,
         watch: Sequence[tuple[str, int]],
     ) -> None:
         self.model = model
         self.level = level
+        self.detail = detail
         self.formats = formats
         self.position_peaks = position_peaks
+        self.stop_at_break = stop_at_break
+        self.keep = keep
+        self.against = against
+        self.matmul = matmul
         self.watch = watch
         self.watched: list[tuple[str, int, float]] = []
         self.frames = [_Frame("", None, 0)]
@@ -215,8 +262,7 @@ class _Recorder:
                     return  # what a module hands out besides keeps its operator's name, as where it is not handed out
                 if entry.region == memory:
                     if "/" in entry.site and frame.path:  # the model itself has no path to be called by
-                        entry.site = site
-                        self._look_at(site, tensor)
+                        self._rename(entry, site, tensor)
                     return
             elif entry.region == memory and entry.statistics == measure(tensor, self.formats):
                 return  # without operators a write in between goes unseen, so the statistics decide
@@ -281,8 +327,10 @@ class _Recorder:
         values = measurable(tensor)
         dtype = str(values.dtype if tensor.is_complex() else tensor.dtype).removeprefix("torch.")
         masked = masked_elements(call, values)
-        statistics = measure(values, self.formats, masked)
         folded = fold(values, self.rows, self.length)
+        pairs = folded.position is not None and joins_positions(call, values, self.length)
+        folded = replace(folded, pairs=pairs)
+        statistics, peaks = self._measure(values, folded, masked)
         entry = Entry(
             step=max(self.step, 0),
             module=module,
@@ -297,20 +345,43 @@ class _Recorder:
         if statistics.amax_index is not None:
             entry.row, entry.position, entry.channel = self._locate(values, folded, statistics.amax_index)
             entry.token = self._token(entry.row, entry.position)
-        if self.position_peaks and folded.position is not None:
-            entry.position_amax = _position_amax(folded)
-        origin = Origin("computed", site, len(self.entries), masked=masked)
+        entry.position_amax = peaks
+        origin = Origin("computed", site, len(self.entries), masked=masked, pairs=pairs)
         if statistics.nonfinite:
             self._judge(entry, judge(call, values, masked, folded, FORMATS.get(dtype, FLOAT32)), folded, origin)
-        if call.name == "softmax" and call.operands and values.ndim and values.numel():
+        if self.detail == "statistics" and call.name == "softmax" and call.operands and values.numel() and values.ndim:
             logits = call.operands[0]
             dim = int(call.args[1]) % values.ndim
             entry.softmax = measure_softmax(logits.tensor, values, dim, _head(values, folded), logits.hides())
         self.entries.append(entry)
         self.origins.remember(tensor, origin)
-        self._look_at(site, values)
+        self._look_at(entry, values)
+        if self.stop_at_break and entry.broke is not None:
+            raise _Stopped
 
-    def _look_at(self, site: str, tensor: Tensor) -> None:
+    def _measure(self, values: Tensor, folded: Folded, masked: Tensor | None) -> tuple[Statistics, Tensor | None]:
+        """The statistics, and each position's amax if asked for."""
+        if self.detail == "peaks":
+            found = measure_peaks(values, folded, masked)
+            if found is not None:
+                return found[0], found[1] if self.position_peaks else None
+        statistics = measure(values, self.formats, masked)
+        wanted = self.position_peaks and folded.position is not None
+        return statistics, position_peaks(folded, masked) if wanted else None
+
+    def _rename(self, entry: Entry, site: str, tensor: Tensor) -> None:
+        if self.keep is not None and entry.site in self.keep:
+            del self.keep[entry.site]
+        entry.site = site
+        self._look_at(entry, tensor)
+
+    def _look_at(self, entry: Entry, tensor: Tensor) -> None:
+        """What depends on the site's name, and is done again when it changes."""
+        site = entry.site
+        if self.keep is not None and _is_compared(site):
+            self.keep[site] = tensor.detach().clone()
+        if site in self.against:
+            entry.deviation = measure_deviation(tensor, self.against[site], FORMATS.get(entry.dtype, FLOAT32))
         for watched, index in self.watch:
             if watched == site and index < tensor.numel():
                 self.watched.append((site, index, float(tensor.reshape(-1)[index])))
@@ -341,7 +412,7 @@ class _Recorder:
     ) -> tuple[int | None, int | None, int | None]:
         place = index_at(flat_index(index, values.shape), folded.tensor.shape)
         row = None if folded.row is None else place[folded.row]
-        position = None if folded.position is None else place[folded.position]
+        position = folded.position_of(place)
         if folded.at_last:
             position = (self.length or 1) - 1
         return row, None if position is None else position + self.start, place[-1] if place else None
@@ -360,7 +431,7 @@ class _Recorder:
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
             level=self.level,
-            matmul="native",
+            matmul=self.matmul,
             formats=self.formats,
             rows=0,
             tokens=None,
@@ -448,10 +519,7 @@ def _head(values: Tensor, folded: Folded) -> int | None:
     return folded.head if folded.tensor.shape == values.shape else None
 
 
-def _position_amax(folded: Folded) -> tuple[float, ...]:
-    """The largest finite magnitude at each position, rows in a row; 0 where a position has none."""
-    assert folded.position is not None
-    kept = {d for d in (folded.row, folded.position) if d is not None}
-    others = [dim for dim in range(folded.tensor.ndim) if dim not in kept]
-    magnitudes = folded.tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
-    return tuple((magnitudes.amax(dim=others) if others else magnitudes).flatten().tolist())
+def _is_compared(site: str) -> bool:
+    """Whether a run's copy of this tensor is worth its memory: modules' outputs, and sums directly in a layer."""
+    module, slash, operator = site.partition("/")
+    return not slash or (bool(module) and _is_layer(module) and operator.startswith("add."))

@@ -28,15 +28,18 @@ _INTEGERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What `measure` found; None where there is no finite element (`smallest`: no finite non-zero one)."""
+    """What `measure` found; None where there is no finite element (`smallest`: no finite non-zero one).
+
+    `measure_peaks` leaves `zero` and `subnormal` None too.
+    """
 
     elements: int
     masked: int
     nan: int
     positive_inf: int
     negative_inf: int
-    zero: int = 0
-    subnormal: int = 0
+    zero: int | None = 0
+    subnormal: int | None = 0
     amax: float | None = None
     smallest: float | None = None
     minimum: float | None = None

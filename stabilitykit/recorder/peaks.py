@@ -1,0 +1,105 @@
+"""Peaks alone: the largest magnitude at each position and whether anything was lost, at the speed of memory.
+
+A long prompt's attention scores have hundreds of millions of elements. Two reductions over them say what every
+shorter prompt needs to know; the full statistics take twenty times as long.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stabilitykit.recorder.axes import Folded
+from stabilitykit.recorder.statistics import Statistics
+from stabilitykit.records import flat_index, index_at
+
+_BLOCK = 512  # positions
+
+
+def measure_peaks(values: Tensor, folded: Folded, masked: Tensor | None) -> tuple[Statistics, Tensor] | None:
+    """Statistics of `values` without histogram and sums, and the amax by row and position, in at least float32.
+
+    `folded` is the same elements with their axes told apart; `masked`, boolean and of as many, marks elements that
+    enter nothing. None where there is no position
+    axis, no element, or an element that is not finite: such a tensor deserves the full statistics.
+    """
+    tensor = folded.tensor
+    if folded.position is None or tensor.numel() == 0:
+        return None
+    hidden = 0
+    if masked is not None:
+        hidden = int(masked.sum())
+        tensor = tensor.masked_fill(masked.reshape(tensor.shape), 0)
+    high, low = (_by_position(tensor, folded, reduce) for reduce in (torch.amax, torch.amin))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    peaks = torch.maximum(high.to(wide), -low.to(wide))
+    if not bool(peaks.isfinite().all()):
+        return None
+    peak = int(peaks.argmax())
+    amax = float(peaks.flatten()[peak])
+    index = _index_of(amax, index_at(peak, peaks.shape), tensor, folded)
+    shown = hidden < tensor.numel()
+    statistics = Statistics(
+        elements=tensor.numel(),
+        masked=hidden,
+        nan=0,
+        positive_inf=0,
+        negative_inf=0,
+        zero=None,
+        subnormal=None,
+        amax=amax if shown else None,
+        formats={},
+        amax_index=index_at(flat_index(index, tensor.shape), values.shape) if shown else None,
+    )
+    return statistics, peaks
+
+
+def position_peaks(folded: Folded, masked: Tensor | None) -> Tensor:
+    """The largest finite magnitude that is not masked, by row and position; 0 where there is none."""
+    magnitudes = folded.tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
+    if masked is not None:
+        magnitudes = magnitudes.masked_fill(masked.reshape(magnitudes.shape), 0)
+    return _by_position(magnitudes, folded, torch.amax)
+
+
+def _by_position(tensor: Tensor, folded: Folded, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`tensor` reduced to its rows and positions; with 0 thrown in where elements join two positions."""
+    kept = {d for d in (folded.row, folded.position) if d is not None}
+    if folded.pairs:
+        tensor = _later_of_both(tensor, reduce)
+    for dim in reversed([d for d in range(tensor.ndim) if d not in kept]):
+        tensor = reduce(tensor, dim)
+    return tensor
+
+
+def _later_of_both(scores: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """[..., L, L] -> [..., L]: what element k gathers is row k up to the diagonal, and column k down to it.
+
+    By blocks, so that all but the diagonal ones are read in place.
+    """
+    parts = []
+    for start in range(0, scores.shape[-1], _BLOCK):
+        here = slice(start, start + _BLOCK)
+        corner = scores[..., here, here]
+        gathered = [reduce(corner.tril(), -1), reduce(corner.triu(), -2)]
+        if start:
+            gathered += [reduce(scores[..., here, :start], -1), reduce(scores[..., :start, here], -2)]
+        parts.append(reduce(torch.stack(gathered), 0))
+    return torch.cat(parts, dim=-1)
+
+
+def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, folded: Folded) -> tuple[int, ...]:
+    """The first element of this magnitude that belongs to the row and position `place`."""
+    position = place[-1]
+    within: list[slice] = [slice(None)] * tensor.ndim
+    if folded.row is not None:
+        within[folded.row] = slice(place[0], place[0] + 1)
+    assert folded.position is not None
+    within[folded.position] = slice(0, position + 1) if folded.pairs else slice(position, position + 1)
+    here = tensor[tuple(within)]
+    candidates = here.abs() == amax
+    if folded.pairs:
+        candidates[..., position + 1 :] = False
+        candidates[..., :position, :position] = False
+    found = list(index_at(int(candidates.flatten().int().argmax()), here.shape))
+    return tuple(start + (part.start or 0) for start, part in zip(found, within, strict=True))
