@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stabilitykit.records import Break, Header, read_table, write_table
@@ -22,8 +24,8 @@ class Span:
     """Neighbouring lengths, `first` to `last` in tokens, at which the same element breaks first, or none does.
 
     `run` is the length of the forward pass that says so. Where `direct`, that pass was of this very length. Where
-    `near`, the value that decides lies within four ulp of the format's limit and kernels of another shape might
-    round it to the other side: such a span says what the pass saw, and is decided only where it is `direct`.
+    `near`, a value lies so close to the format's limit that kernels of another shape might round it to the other
+    side: such a span says what the pass saw, and is decided only where it is `direct`.
     """
 
     first: int
@@ -57,9 +59,11 @@ class Peak:
 class Check:
     """A length that was run again directly, and how its peaks compare with those read off the longer run.
 
-    `site` and `direct_site` are the first breaks by either way, None for none. `ulp` is the largest difference of a
-    peak in units in the last place of the dtype, at `ulp_site`, over `compared` sites; `relative` that difference's
-    largest relative size. `agrees`: the same site, and no peak further apart than four ulp.
+    `site` and `direct_site` are the first breaks by either way, None for none. Differences are in units in the last
+    place of the dtype at the larger of the two. `peak_ulp` is that of the largest peak of all sites; `ulp` the
+    largest of any site's, at `ulp_site`, over `compared` sites, of which `beyond` differ by more than four; `relative`
+    the largest relative difference. `agrees`: the same site, and the largest peak within four ulp. Single sites
+    may differ more, because kernels of another shape sum in another order and later layers amplify that.
     """
 
     length: int
@@ -70,6 +74,8 @@ class Check:
     relative: float
     compared: int
     agrees: bool
+    peak_ulp: float = 0.0
+    beyond: int = 0
 
 
 @dataclass(slots=True)
@@ -126,6 +132,25 @@ class LengthMap:
             return None
         amax, site = max(known, key=lambda pair: pair[0])
         return site, amax
+
+    def curve(self) -> npt.NDArray[np.float64]:
+        """The amax of `peak` at every length, as an array over lengths 1 to `longest`; NaN where none is known."""
+        found = np.full(self.longest, np.nan)
+        for span in self.spans:
+            peaks = [p for p in self.peaks if p.run == span.run and (span.order is None or p.order < span.order)]
+            highest = np.full(span.last, -np.inf)
+            within = [(p.position, p.amax) for p in peaks if p.position < span.last]
+            if within:
+                positions, values = zip(*within, strict=True)
+                np.maximum.at(highest, np.array(positions), np.array(values))
+            highest = np.maximum.accumulate(highest)[span.first - 1 :]
+            found[span.first - 1 : span.last] = np.where(np.isneginf(highest), np.nan, highest)
+        return found
+
+    @property
+    def runs(self) -> int:
+        """How many forward passes say all this; those that only check it are not counted."""
+        return len({span.run for span in self.spans})
 
     @property
     def _orders(self) -> dict[int, list[tuple[str, int]]]:

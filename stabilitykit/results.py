@@ -182,7 +182,9 @@ class Results:
                     f"{'; '.join(differences)}. Choose another folder with --out, or remove this one."
                 )
         elif (folder / "records").exists():
-            raise MisuseError(f"{folder}/records is there without an experiment.json. Choose another folder with --out.")
+            raise MisuseError(
+                f"{folder}/records is there without an experiment.json. Choose another folder with --out."
+            )
         write_json(folder / "experiment.json", dataclasses.asdict(plan))
         return cls(folder, plan)
 

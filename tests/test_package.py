@@ -18,8 +18,10 @@ FLOORS = [
     {"errors"},
     {"formats"},
     {"checkpoints", "records"},
+    {"lengths"},
+    {"results"},
     {"gemma", "recorder", "diagnosis"},
-    {"experiment"},
+    {"experiment", "report"},
     {"cli"},
 ]
 
@@ -62,6 +64,8 @@ TORCHLESS = (
     "stabilitykit.cli",
     "stabilitykit.diagnosis",
     "stabilitykit.records",
+    "stabilitykit.results",
+    "stabilitykit.report.write",
     "stabilitykit.formats",
 )
 
@@ -102,6 +106,9 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"stabilitykit"}
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
+    texts = {str(path.relative_to(ROOT)) for path in (PACKAGE / "experiment" / "texts").iterdir()}
+    assert texts
+    assert texts <= set(names)
     code = "import sys; sys.path.insert(0, sys.argv.pop()); from stabilitykit.cli import main; main()"
     shown = subprocess.run(
         [sys.executable, "-c", code, "reproduce", "--list", str(tmp_path / "unpacked")],

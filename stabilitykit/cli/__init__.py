@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from stabilitykit.cli.profile import profile
+from stabilitykit.cli.report import report
 from stabilitykit.cli.reproduce import reproduce
+from stabilitykit.cli.sweep import sweep
 from stabilitykit.errors import MisuseError, StabilityKitError
 
 app = typer.Typer(
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(reproduce)
+app.command()(sweep)
+app.command()(report)
 
 
 @app.callback(invoke_without_command=True)

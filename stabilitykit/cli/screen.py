@@ -18,6 +18,7 @@ from rich.text import Text
 from stabilitykit.diagnosis import LayerRow, by_layer, chain, verdict
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording
+from stabilitykit.results import Plan
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
@@ -105,6 +106,17 @@ def print_layers(recording: Recording) -> None:
         )
     output.print(table)
     output.print()
+
+
+def print_cases(plan: Plan) -> None:
+    """What a sweep would run: its cases, and the tokens of the longest pass of each."""
+    table = _table(f"{plan.title}: {len(plan.cases)} cases")
+    for name in ("kind", "case", "tokens"):
+        table.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
+    for case in plan.cases:
+        tokens = case.settings.get("tokens", case.settings.get("length"))
+        table.add_row(case.kind, escape(str(case)), f"{tokens:,}")
+    output.print(table)
 
 
 LEGEND = (

@@ -1,4 +1,4 @@
-"""One case: a model, a prompt, one forward pass and one sampling step, recorded."""
+"""One case: a model, a prompt, one forward pass and one sampling step, recorded and compared with a reference."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,9 +11,10 @@ from torch import Tensor
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.gemma import Gemma, build
+from stabilitykit.gemma.matmul import Matmul, matmul
 from stabilitykit.gemma.model import RoundingName
 from stabilitykit.recorder import record
-from stabilitykit.records import Level, Recording
+from stabilitykit.records import Level, LogitsError, Recording
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
@@ -37,6 +38,43 @@ class Run:
     error: RuntimeError | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What a float32 run made of the same tokens: tensors by site, and logits [L, V] of every position."""
+
+    tensors: dict[str, Tensor]
+    logits: Tensor
+
+
+def run_reference(model: Gemma, tokens: Sequence[int]) -> Reference:
+    """One pass whose tensors are kept for others to be compared with; as much memory as the modules' outputs take."""
+    tensors: dict[str, Tensor] = {}
+    with torch.inference_mode(), record(model, detail="peaks", formats=(), keep=tensors):
+        logits = model(torch.tensor([tokens], device=model.device))
+    return Reference(tensors=tensors, logits=logits[0])
+
+
+def logits_error(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> LogitsError:
+    """`LogitsError` of logits [L, V] against those of the reference run, in float64, `chunk` positions at a time."""
+    divergences: list[Tensor] = []
+    same = 0
+    for start in range(0, len(logits), chunk):
+        ours, theirs = (part[start : start + chunk] for part in (logits, reference))
+        sound = ours.isfinite().all(-1) & theirs.isfinite().all(-1)
+        q, p = (part[sound].double().log_softmax(-1) for part in (ours, theirs))
+        divergences.append((p.exp() * (p - q)).sum(-1))
+        same += int((ours[sound].argmax(-1) == theirs[sound].argmax(-1)).sum())
+    divergence = torch.cat(divergences)
+    compared = divergence.numel()
+    return LogitsError(
+        kl_mean=float(divergence.mean()) if compared else None,
+        kl_max=float(divergence.max()) if compared else None,
+        top1=same / compared if compared else None,
+        compared=compared,
+        positions=len(logits),
+    )
+
+
 def run_case(
     model: Gemma,
     tokens: Sequence[int],
@@ -45,6 +83,10 @@ def run_case(
     mask: Tensor | None = None,
     sampling: Sampling | None = None,
     level: Level = "operators",
+    kind: Matmul = "native",
+    position_peaks: bool = False,
+    every_logit: bool = False,
+    reference: Reference | None = None,
     watch: Sequence[tuple[str, int]] = (),
     redact: bool = False,
     token_text: Callable[[int], str] | None = None,
@@ -53,7 +95,9 @@ def run_case(
 ) -> Run:
     """Runs `tokens`, after `left_padding` pad tokens, and draws one token; recorded throughout.
 
-    `mask` replaces the model's own, as in its `forward`. `facts` join what the header's `case` says. Raises
+    `mask` replaces the model's own, as in its `forward`. `kind` is how products are computed. `every_logit` makes
+    and records the logits of all positions; with a `reference` they are compared with its. `facts` join what the
+    header's `case` says. Raises
     MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other raised.
     """
     sampling = sampling or Sampling()
@@ -79,13 +123,23 @@ def run_case(
     logits: Tensor | None = None
     error: RuntimeError | None = None
     try:
-        with torch.inference_mode(), ExitStack() as stack:
+        with torch.inference_mode(), matmul(kind), ExitStack() as stack:
             if progress is not None:
                 _announce_layers(model, progress, stack)
             recording = stack.enter_context(
-                record(model, level=level, watch=watch, token_text=token_text, redact=redact, case=case)
+                record(
+                    model,
+                    level=level,
+                    position_peaks=position_peaks,
+                    against=None if reference is None else reference.tensors,
+                    matmul=kind,
+                    watch=watch,
+                    token_text=token_text,
+                    redact=redact,
+                    case=case,
+                )
             )
-            logits = model(ids, padding=padding, mask=mask, last_only=True)
+            logits = model(ids, padding=padding, mask=mask, last_only=not (every_logit or reference))
             model.sampler(
                 logits[:, -1],
                 temperature=sampling.temperature,
@@ -97,7 +151,10 @@ def run_case(
         if logits is None:
             raise
         error = raised
-    if not bool(logits.isfinite().all()):
+    if reference is not None:
+        error_found = logits_error(logits[0], reference.logits)
+        recording.header = replace(recording.header, logits_error=error_found)
+    if not bool(logits[:, -1].isfinite().all()):
         greedy = int(logits[0, -1].argmax())
         text = (token_text or (str if model.tokenizer is None else model.tokenizer.piece))(greedy)
         recording.header = replace(recording.header, case={**recording.header.case, "greedy_text": text})

@@ -175,6 +175,7 @@ class _Recorder:
         self.formats = formats
         self.position_peaks = position_peaks
         self.stop_at_break = stop_at_break
+        self.broken = False
         self.keep = keep
         self.against = against
         self.matmul = matmul
@@ -209,6 +210,7 @@ class _Recorder:
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.stop_if_broken()
             frame = _Frame(path, module, len(self.entries))
             self.frames.append(frame)
             with _disable_current_modes(), torch.no_grad():
@@ -271,7 +273,13 @@ class _Recorder:
 
     # Operators
 
+    def stop_if_broken(self) -> None:
+        """Not at the break itself, so that the modules it ends can return and lend it their names."""
+        if self.stop_at_break and self.broken:
+            raise _Stopped
+
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.stop_if_broken()
         name = canonical(func)
         seen = (args, kwargs)
         if writes_in_place(func) and combines(func):  # what it combines is about to be written over
@@ -356,8 +364,7 @@ class _Recorder:
         self.entries.append(entry)
         self.origins.remember(tensor, origin)
         self._look_at(entry, values)
-        if self.stop_at_break and entry.broke is not None:
-            raise _Stopped
+        self.broken |= entry.broke is not None
 
     def _measure(self, values: Tensor, folded: Folded, masked: Tensor | None) -> tuple[Statistics, Tensor | None]:
         """The statistics, and each position's amax if asked for."""

@@ -1,0 +1,42 @@
+"""`stabilitykit report`: the page, the tables and the figures of a sweep, from its records alone."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a sweep, such as reports/float16_break.")],
+    against: Annotated[
+        Path | None, typer.Option(help="The folder of another sweep: say what changed from it to this one.")
+    ] = None,
+) -> None:
+    """Write FOLDER's report.html, report.md, figures and tables anew, and print the verdict."""
+    write(folder, against=against, quiet=False)
+
+
+def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
+    """Draws the report of the sweep in `folder`; unless `quiet`, prints the verdict and where the page is."""
+    from stabilitykit.cli import screen
+    from stabilitykit.report.compare import compare
+    from stabilitykit.report.sections import SECTIONS
+    from stabilitykit.report.terminal import print_section
+    from stabilitykit.report.write import write_report
+    from stabilitykit.results import Results
+
+    results = Results.open(folder)
+    names = results.plan.sections or tuple(SECTIONS)
+    with screen.progress_bar() as progress:
+        sections = []
+        for done, name in enumerate(names):
+            progress("reading records", done, len(names))
+            sections.append(SECTIONS[name](results))
+        if against is not None:
+            sections.insert(1, compare(results, Results.open(against)))
+        page = write_report(results.plan.title, sections, folder, progress=progress)
+    if quiet:
+        return
+    for section in sections[: 1 if against is None else 2]:
+        print_section(section, screen.output)
+    screen.print_note(f"Report: {page}")

@@ -1,0 +1,115 @@
+"""A figure as files for print, and as part of a page.
+
+The files are black on opaque white. In the page the drawing is transparent, its ink is the page's own, its text is
+text, and the parts that a figure names say what they are under the pointer. The same figure gives the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from stabilitykit.report.blocks import Figure, Hover
+from stabilitykit.report.style import FAINT, INK, PAPER, report_style
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+# Points per inch of an SVG, which is also what its user units are.
+_POINTS = 72
+
+_PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One figure, drawn: `svg` and `png` stand alone, `inline` is an SVG element for a page."""
+
+    svg: str
+    png: bytes
+    inline: str
+
+
+def draw(block: Figure) -> Drawing:
+    """Draws the figure once and saves it three times."""
+    from matplotlib.figure import Figure as Canvas
+
+    with report_style(**{"svg.hashsalt": block.name}):
+        canvas = Canvas(figsize=block.size)
+        hovers = block.draw(canvas)
+        # The layout engine moves axes at every drawing; frozen, hover rectangles and all three files agree.
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")
+        rectangles = _rectangles(canvas, hovers)
+        return Drawing(
+            svg=_standalone(block, _svg(canvas), rectangles),
+            png=_png(canvas),
+            inline=_inline(block, _svg(canvas, transparent=True), rectangles),
+        )
+
+
+def _png(canvas: "matplotlib.figure.Figure") -> bytes:
+    out = io.BytesIO()
+    canvas.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _svg(canvas: "matplotlib.figure.Figure", **options: Any) -> str:
+    """The `<svg>` element with no metadata: its date and version differ from one run to the next."""
+    out = io.StringIO()
+    canvas.savefig(out, format="svg", **options)
+    text = out.getvalue()
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return text.strip()
+
+
+def _standalone(block: Figure, svg: str, rectangles: str) -> str:
+    described = f"<title>{escape(block.title)}</title>\n <desc>{escape(block.alt)}</desc>"
+    svg = re.sub(r"(<svg[^>]*>)", lambda match: f"{match[1]}\n {described}", svg, count=1)
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + _with(rectangles, svg) + "\n"
+
+
+def _inline(block: Figure, svg: str, rectangles: str) -> str:
+    # A page has one name space for ids and for style rules; the drawing's rule is in the page's own style sheet.
+    svg = re.sub(r"<style\b.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{block.name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{block.name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{block.name}-\1)", svg)
+    for drawn, page in _PAGE_COLOURS.items():
+        svg = svg.replace(drawn, page)
+    svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
+    width, height = (size * _POINTS for size in block.size)
+    opening = (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width:g} {height:g}" '
+        f'width="{width:g}pt" role="img" aria-label="{escape(block.alt)}">'
+    )
+    return _with(rectangles, re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1))
+
+
+def _with(rectangles: str, svg: str) -> str:
+    return svg.removesuffix("</svg>") + rectangles + "</svg>"
+
+
+def _rectangles(canvas: "matplotlib.figure.Figure", hovers: Sequence[Hover]) -> str:
+    """Invisible rectangles with titles, in the SVG's coordinates, each cut to its axes."""
+    if not hovers:
+        return ""
+    width, height = canvas.get_size_inches() * _POINTS
+    to_figure = canvas.transFigure.inverted()
+    lines = []
+    for hover in hovers:
+        axes = canvas.axes[hover.axes]
+        box = axes.get_position(original=False)
+        corners = (axes.transData + to_figure).transform([(hover.left, hover.bottom), (hover.right, hover.top)])
+        (left, right), (bottom, top) = sorted(corners[:, 0]), sorted(corners[:, 1])
+        left, right = max(left, box.x0) * width, min(right, box.x1) * width
+        bottom, top = max(bottom, box.y0) * height, min(top, box.y1) * height
+        if left < right and bottom < top:
+            lines.append(
+                f'<rect x="{left:.2f}" y="{height - top:.2f}" width="{right - left:.2f}" height="{top - bottom:.2f}">'
+                f"<title>{escape(hover.text)}</title></rect>"
+            )
+    return '<g class="hover" fill="none" pointer-events="all">\n' + "\n".join(lines) + "\n</g>\n"

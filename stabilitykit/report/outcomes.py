@@ -1,0 +1,196 @@
+"""What each finished case of a sweep comes to, whether it is one run or a range of lengths.
+
+Everything a verdict needs is here: where it broke, at which lengths, and how much room was left.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stabilitykit.diagnosis import Cause, cause, is_finite
+from stabilitykit.diagnosis.layers import peak, stored
+from stabilitykit.formats import number_format
+from stabilitykit.lengths import LengthMap, Span
+from stabilitykit.records import BreakKind, Recording
+from stabilitykit.results import Case, Results
+
+RANGE_KINDS: tuple[BreakKind, ...] = ("overflow", "reduction", "unresolved")
+
+_NOT_PART_OF_A_NAME = ("prompt", "length", "bos", "dtype", "text_sha256")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A finished case. `text` names the prompt, and whatever else the sweep varies besides length and dtype.
+
+    `spans` are the lengths it speaks of: one for a single run. `largest` is the largest magnitude that was stored or,
+    where a value broke, would have been; None where nothing finite is known. `cause` is that of a run that broke,
+    None for a range of lengths. `hidden`: something broke, and the logits are finite all the same.
+    """
+
+    case: Case
+    dtype: str
+    text: str
+    bos: bool | None
+    spans: tuple[Span, ...]
+    largest: float | None
+    error: str | None = None
+    cause: Cause | None = None
+    hidden: bool = False
+
+    @property
+    def first(self) -> Span | None:
+        """The span of the least length that broke; None where none did."""
+        return next((span for span in self.spans if span.broke is not None), None)
+
+    @property
+    def headroom(self) -> float | None:
+        """The least, in bits of the case's own dtype; None where nothing finite is known."""
+        return None if self.largest is None else number_format(self.dtype).headroom(self.largest)
+
+    @property
+    def is_of_range(self) -> bool:
+        """Whether something broke, and all that did left the format's range."""
+        broken = [span for span in self.spans if span.broke is not None]
+        return bool(broken) and all(
+            span.broke.kind in RANGE_KINDS and not (span.site or "").startswith("sampler")
+            for span in broken
+            if span.broke is not None
+        )
+
+
+def outcomes(results: Results) -> list[Outcome]:
+    """The finished cases of kinds "run" and "lengths", in the plan's order."""
+    names = Names(results.plan.cases)
+    found: list[Outcome] = []
+    for case in results.plan.cases:
+        if case.kind == "memory" or not results.is_done(case):
+            continue
+        if case.kind == "run":
+            found.append(_of_run(case, names(case), results.recording(case)))
+        else:
+            found.append(_of_lengths(case, names(case), results.length_map(case)))
+    return found
+
+
+class Names:
+    """Names for the texts of a sweep: the prompt, and the settings that differ between cases of one kind."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        values: dict[tuple[str, str], set[str]] = {}
+        for case in cases:
+            for name, value in case.settings.items():
+                values.setdefault((case.kind, name), set()).add(repr(value))
+        self._varying = {name for (_, name), seen in values.items() if len(seen) > 1} - set(_NOT_PART_OF_A_NAME)
+
+    def __call__(self, case: Case) -> str:
+        more = [f"{name} {value}" for name, value in case.settings.items() if name in self._varying]
+        return ", ".join([str(case.settings.get("prompt", "a prompt")), *more])
+
+
+def _of_run(case: Case, text: str, recording: Recording) -> Outcome:
+    header, first = recording.header, recording.first_break()
+    length = len(header.tokens[0]) if header.tokens else max((r.positions or 0 for r in recording), default=0)
+    span = Span(first=length, last=length, run=length, direct=True)
+    if first is not None and first.broke is not None:
+        span = Span(
+            first=length,
+            last=length,
+            run=length,
+            site=first.site,
+            label=first.label,
+            layer=first.layer,
+            operator=first.operator,
+            order=first.order,
+            token_text=header.text_of(first.broke.token),
+            broke=first.broke,
+            direct=True,
+        )
+    top = peak(stored(recording))
+    return Outcome(
+        case=case,
+        dtype=header.dtype,
+        text=text,
+        bos=case.settings.get("bos"),
+        spans=(span,),
+        largest=_largest(None if top is None else top.amax, (span,)),
+        error=header.error,
+        cause=cause(recording),
+        hidden=first is not None and is_finite(recording),
+    )
+
+
+def _of_lengths(case: Case, text: str, found: LengthMap) -> Outcome:
+    curve = found.curve()
+    known = curve[~(curve != curve)]
+    return Outcome(
+        case=case,
+        dtype=found.header.dtype,
+        text=text,
+        bos=case.settings.get("bos"),
+        spans=found.spans,
+        largest=_largest(float(known.max()) if known.size else None, found.spans),
+        error=found.header.error,
+    )
+
+
+def _largest(amax: float | None, spans: Sequence[Span]) -> float | None:
+    """With the values that broke by their size; those of a partial sum, an invalid operation or NaN say nothing."""
+    broken = [
+        abs(span.broke.value)
+        for span in spans
+        if span.broke is not None and span.broke.kind == "overflow" and span.broke.value is not None
+    ]
+    known = [value for value in (*broken, *([] if amax is None else [amax])) if not math.isnan(value)]
+    return max(known, default=None)
+
+
+Standing = Literal["breaks", "clean", "would break", "would fit", "unknown"]
+
+
+def standing(found: Sequence[Outcome], dtype: str) -> Standing:
+    """How a dtype fares: by its own cases, or else by what the other dtypes stored that did not break themselves."""
+    own = [outcome for outcome in found if outcome.dtype == dtype]
+    if own:
+        return "breaks" if any(outcome.first is not None for outcome in own) else "clean"
+    largest = [o.largest for o in reference(found) if o.largest is not None]
+    if not largest:
+        return "unknown"
+    return "would break" if number_format(dtype).overflows(max(largest)) else "would fit"
+
+
+def reference(found: Sequence[Outcome]) -> list[Outcome]:
+    """The cases in the widest dtype of which none broke; empty where there is none."""
+    for dtype in sorted({o.dtype for o in found}, key=lambda name: -number_format(name).precision):
+        cases = [o for o in found if o.dtype == dtype]
+        if all(o.first is None for o in cases):
+            return cases
+    return []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """All that is known of one text in one dtype: the spans of its cases, by length."""
+
+    dtype: str
+    name: str
+    bos: bool | None
+    spans: tuple[Span, ...]
+
+    @property
+    def broken(self) -> tuple[Span, ...]:
+        return tuple(span for span in self.spans if span.broke is not None)
+
+    @property
+    def clean(self) -> tuple[Span, ...]:
+        return tuple(span for span in self.spans if span.broke is None)
+
+
+def texts(found: Sequence[Outcome]) -> Iterator[Text]:
+    """One a text, <bos> and dtype, in the order of the cases."""
+    spans: dict[tuple[str, str, bool | None], list[Span]] = {}
+    for outcome in found:
+        spans.setdefault((outcome.dtype, outcome.text, outcome.bos), []).extend(outcome.spans)
+    for (dtype, name, bos), own in spans.items():
+        yield Text(dtype=dtype, name=name, bos=bos, spans=tuple(sorted(own, key=lambda s: (s.first, s.last))))

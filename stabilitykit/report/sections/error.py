@@ -1,0 +1,283 @@
+"""How far the low precisions are from float32, inside the model and at its end."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from stabilitykit.diagnosis.verdict import number
+from stabilitykit.formats import number_format
+from stabilitykit.records import LogitsError, Record, Recording
+from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.sections import choose, lines, places
+from stabilitykit.report.sections.choose import Group
+from stabilitykit.report.sections.lines import Point
+from stabilitykit.report.sections.peaks import Panels
+from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
+from stabilitykit.results import Results
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    from matplotlib.axes import Axes
+
+KEY, TITLE = "error", "Error against float32"
+
+OPENING = (
+    "How far each dtype is from the same prompt in float32: inside the model as SQNR, the power of the signal over "
+    "that "
+    "of the error, where 6 dB are one bit and more is better; at its end as what the error does to the next token's "
+    "distribution. SQNR speaks of the elements that hold the power, so where a few massive ones do, all others may be "
+    "far off and it does not show; and a run that broke is compared only up to its break."
+)
+
+_RESIDUAL = "residual stream"
+_SUBLAYERS = (places.ATTENTION_ADDS, places.MLP_ADDS)
+_PER_BIT = 20 * math.log10(2)  # dB
+
+
+def section(results: Results) -> Section:
+    """SQNR by layer and the logits' errors of the chosen groups, and the logits' errors of every run in a table."""
+    blocks: list[Block] = []
+    every = choose.groups(results)
+    drawn = [group for group in choose.chosen(results) if any(map(_compared, group.low.values()))]
+    if not any(_compared(run) for group in every for run in group.low.values()):
+        return choose.nothing(KEY, TITLE, results, what="a comparison with float32")
+    for group in drawn:
+        blocks.append(Prose(" ".join(_sentences(group))))
+        if any(points for panel in _panels(group).values() for points in panel.values()):
+            blocks += [_figure(group), _by_layer(group)]
+    if any(_logits(run) for group in drawn for run in group.low.values()):
+        blocks.append(_logits_figure(drawn))
+    blocks.append(_table(every))
+    return Section(key=KEY, title=TITLE, opening=choose.opening(results, OPENING), blocks=blocks)
+
+
+def _compared(recording: Recording) -> bool:
+    return recording.header.logits_error is not None or any(record.deviation is not None for record in recording)
+
+
+def _logits(recording: Recording) -> LogitsError | None:
+    """The error of the logits; None for a run that broke: what is left of its logits is no measure of the dtype."""
+    error = recording.header.logits_error
+    broke = recording.first_break() is not None
+    return None if error is None or error.kl_mean is None or broke else error
+
+
+def _sentences(group: Group) -> Iterator[str]:
+    yield f"**{group.name}**:"
+    for dtype, recording in group.low.items():
+        error, broke = _logits(recording), choose.break_sentence(recording)
+        if not _compared(recording):
+            yield f"the {dtype} run was not compared with float32."
+        elif broke is not None:
+            yield f"{broke}; its logits say nothing of its precision."
+        elif error is not None and error.kl_mean is not None and error.top1 is not None:
+            yield (
+                f"{dtype}'s next-token distribution is {number(error.kl_mean)} nats of KL from float32's on average "
+                f"and "
+                f"{number(error.kl_max)} at most, with the same likeliest token at {share(error.top1)} of "
+                f"{choose.count(error.compared, 'position')}."
+            )
+        else:
+            yield f"no logits of the {dtype} run could be compared."
+
+
+def _sqnr(record: Record) -> float | None:
+    return None if record.deviation is None else record.deviation.sqnr
+
+
+def _panels(group: Group) -> Panels:
+    """By panel and dtype the SQNR by layer, from before the run's first break."""
+    found: Panels = {name: {} for name in (_RESIDUAL, *_SUBLAYERS)}
+    for dtype, recording in group.low.items():
+        records = list(choose.intact(recording))
+        halves = [places.at(records, label) for label in places.RESIDUAL]
+        residual = [_point(layer + place / 2, r) for place, half in enumerate(halves) for layer, r in half.items()]
+        found[_RESIDUAL][dtype] = sorted(filter(None, residual), key=lambda point: point.x)
+        labels = places.sublayers(recording)
+        for name in _SUBLAYERS:
+            points = (_point(layer, record) for layer, record in sorted(places.at(records, labels[name]).items()))
+            found[name][dtype] = list(filter(None, points))
+    return found
+
+
+def _point(x: float, record: Record) -> Point | None:
+    sqnr = _sqnr(record)
+    if sqnr is None or record.deviation is None:
+        return None
+    ulp = "" if record.deviation.largest_ulp is None else f", largest error {number(record.deviation.largest_ulp)} ulp"
+    value = f"{decibel(sqnr)} dB" if math.isfinite(sqnr) else "no error"
+    return Point(x=x, y=sqnr, text=f"{value} in {choose.place(record)}{ulp}")
+
+
+def _once(dtype: str) -> float:
+    """The least SQNR of a tensor of normal numbers that is rounded to the format once, in dB."""
+    return _PER_BIT * number_format(dtype).precision
+
+
+def _figure(group: Group) -> Figure:
+    panels, broken = _panels(group), choose.breaks(group)
+    last = [
+        f"{dtype} ends at {decibel(points[-1].y)} dB in the residual stream"
+        for dtype, points in panels[_RESIDUAL].items()
+        if points and math.isfinite(points[-1].y)
+    ]
+    shown = [dtype for dtype in group.low if any(panel[dtype] for panel in panels.values())]
+    once = ", ".join(f"{decibel(_once(dtype))} dB in {dtype}" for dtype in shown)
+    return Figure(
+        name=f"error-{group.slug}",
+        title=f"SQNR by layer: {group.name}",
+        caption=(
+            "In the residual stream a whole layer number is after attention, half a step on is after the MLP. Dotted: "
+            f"what rounding once costs at most, which leaves {once}."
+            + (f" A line ends where its run broke: {'; '.join(broken)}." if broken else "")
+        ),
+        alt=f"Lines of SQNR over layers for {', '.join(shown)}. {'; '.join(last)}.",
+        draw=functools.partial(_draw, group=group),
+        size=(8.0, 3.6),
+    )
+
+
+def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
+    panels = _panels(group)
+    shown = [name for name in panels if any(panels[name].values())]
+    layers = math.floor(max(p.x for panel in panels.values() for points in panel.values() for p in points)) + 1
+    grid = figure.add_gridspec(1, len(shown), width_ratios=[1.6 if name == _RESIDUAL else 1 for name in shown])
+    parts: dict[str, Axes] = {}
+    for place, name in enumerate(shown):
+        axes = figure.add_subplot(grid[place], sharey=parts[shown[0]] if place else None)
+        parts[name] = axes
+        lines.plot(axes, panels[name])
+        for dtype in group.low:
+            if any(panel[dtype] for panel in panels.values()):
+                axes.axhline(_once(dtype), color=dtype_style(dtype)["color"], linewidth=1.0, linestyle=(0, (1, 1.5)))
+        lines.layer_axis(axes, layers)
+        axes.set_title(name)
+        axes.tick_params(labelleft=place == 0)
+    parts[shown[0]].set_ylabel("SQNR [dB]")
+    lines.legend(figure)
+    return [
+        hover
+        for name, axes in parts.items()
+        for hover in lines.hovers(axes, panels[name], step=0.5 if name == _RESIDUAL else 1.0)
+    ]
+
+
+def _logits_figure(groups: Sequence[Group]) -> Figure:
+    rows = [
+        (group, dtype, error)
+        for group in groups
+        for dtype, recording in group.low.items()
+        if (error := _logits(recording)) is not None
+    ]
+    said = [
+        f"{dtype}, {group.name}: mean {number(error.kl_mean)}, most {number(error.kl_max)}"
+        for group, dtype, error in rows
+    ]
+    return Figure(
+        name="error-logits",
+        title="KL divergence of the next-token distribution from float32's",
+        caption=(
+            "Filled: the mean over positions; hollow: the largest. A run that broke has none. Values of 0 or below, "
+            "which "
+            "rounding can leave, are at the left edge."
+        ),
+        alt=f"Points on a logarithmic scale, in nats. {'; '.join(said)}.",
+        draw=functools.partial(_draw_logits, rows=rows),
+        size=(8.0, 1.1 + 0.4 * len(rows)),
+    )
+
+
+def _draw_logits(figure: "matplotlib.figure.Figure", rows: Sequence[tuple[Group, str, LogitsError]]) -> Sequence[Hover]:
+    axes = figure.add_subplot()
+    values = [value for _, _, error in rows for value in (error.kl_mean, error.kl_max) if value and value > 0]
+    edge = min(values, default=1e-6) / 3
+    magnitude_axis(axes, "x")
+    hovers = []
+    for row, (_, dtype, error) in enumerate(rows):
+        mean, most = (max(value or 0.0, edge) for value in (error.kl_mean, error.kl_max))
+        look = {"color": dtype_style(dtype)["color"], "marker": dtype_style(dtype)["marker"], "markersize": 7}
+        axes.plot([mean, most], [row, row], color=look["color"], linewidth=1.0)
+        axes.plot(mean, row, **look)
+        axes.plot(most, row, **look, fillstyle="none")
+        text = (
+            f"{dtype}: KL {number(error.kl_mean)} nats on average, {number(error.kl_max)} at most; same likeliest "
+            f"token "
+            f"at {share(error.top1 or 0.0)} of {choose.count(error.compared, 'position')}"
+        )
+        hovers.append((row, text))
+    axes.set_xlim(edge, max(values, default=1e-6) * 3)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [f"{dtype}: {group.name}" for group, dtype, _ in rows])
+    axes.set_xlabel("KL divergence from float32 [nats a token]")
+    left, right = axes.get_xlim()
+    return [Hover(left=left, right=right, bottom=row - 0.5, top=row + 0.5, text=text) for row, text in hovers]
+
+
+def _by_layer(group: Group) -> Table:
+    panels = _panels(group)
+    values = {
+        (name, dtype): {point.x: point.y for point in points}
+        for name, panel in panels.items()
+        for dtype, points in panel.items()
+        if points
+    }
+    layers = sorted({math.floor(x) for found in values.values() for x in found})
+    shift = {_RESIDUAL: 0.5}
+    return Table(
+        name=f"error-by-layer-{group.slug}",
+        title=f"SQNR by layer: {group.name}",
+        columns=[
+            Column(name="layer"),
+            *(
+                Column(name=f"{places.AFTER_MLP if name == _RESIDUAL else name}, {dtype}", unit="dB", format=decibel)
+                for name, dtype in values
+            ),
+        ],
+        rows=[
+            [layer, *(found.get(layer + shift.get(name, 0.0)) for (name, _), found in values.items())]
+            for layer in layers
+        ],
+        note="inf: no error at all. A dash: not compared, or after the break.",
+    )
+
+
+def _table(groups: Sequence[Group]) -> Table:
+    return Table(
+        name="error",
+        title="Logits against float32, in every run",
+        columns=[
+            Column(name="run"),
+            Column(name="dtype"),
+            Column(name="SQNR of the logits", unit="dB", format=decibel),
+            Column(name="mean KL", unit="nats"),
+            Column(name="largest KL", unit="nats"),
+            Column(name="same likeliest token", format=share),
+            Column(name="positions compared"),
+            Column(name="positions"),
+            Column(name="first break"),
+        ],
+        rows=[_row(group, dtype) for group in groups for dtype in group.low],
+        note=(
+            "A run that broke, or was not compared, has no errors. Where few positions were compared, the share of "
+            "equal "
+            "tokens is coarse."
+        ),
+    )
+
+
+def _row(group: Group, dtype: str) -> list[Cell]:
+    recording = group.low[dtype]
+    error, first = _logits(recording), recording.first_break()
+    logits = [record for record in choose.intact(recording) if record.label == "logits"]
+    return [
+        group.name,
+        dtype,
+        _sqnr(logits[-1]) if logits else None,
+        None if error is None else error.kl_mean,
+        None if error is None else error.kl_max,
+        None if error is None else error.top1,
+        None if error is None else error.compared,
+        None if error is None else error.positions,
+        None if first is None else choose.place(first),
+    ]

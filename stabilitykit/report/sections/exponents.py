@@ -1,0 +1,206 @@
+"""How the magnitudes at the worst sites spread over powers of two, against the formats' ranges."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from stabilitykit.diagnosis.layers import stored
+from stabilitykit.diagnosis.verdict import number
+from stabilitykit.formats import FLOAT16, NumberFormat, number_format
+from stabilitykit.records import Record
+from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.sections import choose, places
+from stabilitykit.report.sections.choose import Group
+from stabilitykit.report.style import BLUE, FAINT, INK, VERMILLION, dtype_style, magnitude_axis, share
+from stabilitykit.results import Results
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    from matplotlib.axes import Axes
+
+KEY, TITLE = "exponents", "Exponents at the worst sites"
+
+OPENING = (
+    "How many elements have which power of two, at the kinds of site with the least headroom in float16, each in its "
+    "worst layer. The scale of the counts is logarithmic: a bar that looks half as high may stand for a thousandth of "
+    "the elements; and a format whose range covers every bar may still be too coarse."
+)
+
+_SITES = 6
+_COLUMNS = 3
+
+
+def section(results: Results) -> Section:
+    """Histograms of the chosen groups' widest runs, and what each format would make of the same tensors."""
+    blocks: list[Block] = []
+    for group in choose.chosen(results):
+        worst = _worst(group)
+        if worst:
+            blocks += [Prose(" ".join(_sentences(group, worst))), _figure(group, worst), _table(group, worst)]
+    if not blocks:
+        return choose.nothing(KEY, TITLE, results, what="histograms of exponents")
+    return Section(key=KEY, title=TITLE, opening=choose.opening(results, OPENING), blocks=blocks)
+
+
+def _worst(group: Group) -> list[Record]:
+    """The records with the largest amax, one of each kind of site, from before a break."""
+    whole = {id(record) for record in choose.intact(group.widest)}
+    tops: dict[str, Record] = {}
+    for record in stored(group.widest):
+        if id(record) in whole and record.exponents and record.amax and not record.site.startswith("sampler"):
+            known = tops.get(places.kind(record))
+            if known is None or record.amax > (known.amax or 0.0):
+                tops[places.kind(record)] = record
+    return sorted(tops.values(), key=lambda record: -(record.amax or 0.0))[:_SITES]
+
+
+def _sentences(group: Group, worst: Sequence[Record]) -> Iterator[str]:
+    yield f"**{group.name}**, {group.widest.header.dtype} run:"
+    found = [(record, record.formats["float16"]) for record in worst if "float16" in record.formats]
+    if not found:
+        yield "float16's exact counts were not asked for."
+        return
+    past = [f"{counts.overflow:,} of {r.elements:,} in {choose.place(r)}" for r, counts in found if counts.overflow]
+    if past:
+        yield f"float16 would overflow in {'; '.join(past)}."
+    else:
+        yield "none of the elements shown would overflow in float16."
+    elements = sum(record.elements for record, _ in found)
+    small, gone = sum(c.subnormal for _, c in found), sum(c.zero for _, c in found)
+    yield (
+        f"At its small end, {share(small / elements)} of all elements shown would be subnormal in float16 and "
+        f"{share(gone / elements)} would round to zero."
+    )
+
+
+def _figure(group: Group, worst: Sequence[Record]) -> Figure:
+    rows = math.ceil(len(worst) / _COLUMNS)
+    first = worst[0]
+    return Figure(
+        name=f"exponents-{group.slug}",
+        title=f"Exponents at the worst sites, {group.widest.header.dtype} run: {group.name}",
+        caption=(
+            "A bar at e counts the elements with magnitudes from 2^e to 2^(e+1); zeros have no bar. Shaded behind the "
+            "bars is float16's range; below, that of each format: solid or shaded where normal, hatched where "
+            "subnormal. A "
+            "format's last bin may hold values past its largest."
+        ),
+        alt=(
+            f"{len(worst)} histograms over powers of two. The largest magnitude is {number(first.amax)}, in "
+            f"{choose.place(first)}; float16 ends at {number(FLOAT16.largest)}, in the bin 2^{FLOAT16.emax}."
+        ),
+        draw=functools.partial(_draw, worst=worst, formats=_formats(group)),
+        size=(8.0, 1.5 + 1.9 * rows),
+    )
+
+
+def _formats(group: Group) -> list[NumberFormat]:
+    names = dict.fromkeys(["float16", *group.widest.header.formats, *group.runs])
+    return [number_format(name) for name in names]
+
+
+def _draw(figure: "matplotlib.figure.Figure", worst: Sequence[Record], formats: Sequence[NumberFormat]) -> list[Hover]:
+    columns = min(len(worst), _COLUMNS)
+    rows = math.ceil(len(worst) / columns)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*([1.6] * rows), 1.0])
+    low = min(FLOAT16.emin - FLOAT16.precision, *(record.exponent_first for record in worst)) - 1
+    high = max(FLOAT16.emax, *(record.exponent_first + len(record.exponents) - 1 for record in worst)) + 2
+    tallest = max(max(record.exponents) for record in worst)
+    hovers: list[Hover] = []
+    for index, record in enumerate(worst):
+        axes = figure.add_subplot(grid[index // columns, index % columns])
+        magnitude_axis(axes)
+        axes.set_xlim(low, high)
+        axes.set_ylim(0.6, tallest * 2)
+        axes.set_title(choose.place(record).replace(", ", ",\n", 1), fontsize=8)
+        axes.tick_params(labelleft=index % columns == 0)
+        if index % columns == 0:
+            axes.set_ylabel("elements")
+        hovers += _bars(axes, record)
+    for column in range(columns):
+        axes = figure.add_subplot(grid[rows, column])
+        axes.set_xlim(low, high)
+        hovers += _ranges(axes, formats, named=column == 0)
+        axes.set_xlabel("exponent, floor(log2 |x|)")
+    return hovers
+
+
+def _bars(axes: "Axes", record: Record) -> Iterator[Hover]:
+    bottom, top = axes.get_ylim()
+    number_of_axes = len(axes.get_figure(root=True).axes) - 1  # type: ignore[union-attr]
+    axes.axvspan(FLOAT16.emin - 0.5, FLOAT16.emax + 0.5, color=FAINT, alpha=0.6, linewidth=0, zorder=0)
+    axes.axvspan(_lowest(FLOAT16) - 0.5, FLOAT16.emin - 0.5, fill=False, hatch="//", edgecolor=FAINT, zorder=0)
+    for index, counted in enumerate(record.exponents):
+        if counted:
+            exponent = record.exponent_first + index
+            past = exponent > FLOAT16.emax
+            axes.bar(
+                exponent,
+                counted,
+                width=0.9,
+                facecolor=VERMILLION if past else BLUE,
+                edgecolor=INK,
+                linewidth=0.3,
+                hatch="xxxx" if past else None,
+            )
+            text = f"2^{exponent} to 2^{exponent + 1}: {counted:,} of {choose.count(record.elements, 'element')}"
+            yield Hover(
+                left=exponent - 0.5, right=exponent + 0.5, bottom=bottom, top=top, text=text, axes=number_of_axes
+            )
+
+
+def _lowest(form: NumberFormat) -> int:
+    """The exponent of the smallest subnormal."""
+    return form.emin - form.precision + 1
+
+
+def _ranges(axes: "Axes", formats: Sequence[NumberFormat], *, named: bool) -> Iterator[Hover]:
+    number_of_axes = len(axes.get_figure(root=True).axes) - 1  # type: ignore[union-attr]
+    for row, form in enumerate(formats):
+        colour = dtype_style(form.name)["color"]
+        subnormal, normal, end = _lowest(form) - 0.5, form.emin - 0.5, form.emax + 0.5
+        axes.barh(row, end - normal, left=normal, height=0.6, color=colour)
+        axes.barh(row, normal - subnormal, left=subnormal, height=0.6, fill=False, edgecolor=colour, hatch="/////")
+        text = (
+            f"{form.name}: subnormal from {number(form.smallest_subnormal)}, normal from "
+            f"{number(form.smallest_normal)}, largest {number(form.largest)}"
+        )
+        left, right = axes.get_xlim()
+        yield Hover(left=left, right=right, bottom=row - 0.5, top=row + 0.5, text=text, axes=number_of_axes)
+    axes.set_ylim(len(formats) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(formats)), [form.name for form in formats] if named else [""] * len(formats))
+    axes.tick_params(axis="y", length=0, labelsize=7)
+
+
+def _table(group: Group, worst: Sequence[Record]) -> Table:
+    formats = [name for name in group.widest.header.formats if all(name in record.formats for record in worst)]
+    return Table(
+        name=f"exponent-counts-{group.slug}",
+        title=f"What each format would make of the worst sites, {group.widest.header.dtype} run: {group.name}",
+        columns=[
+            Column(name="site"),
+            Column(name="layer"),
+            Column(name="elements"),
+            Column(name="zeros"),
+            Column(name="smallest"),
+            Column(name="largest"),
+            *(Column(name=f"{name} {what}") for name in formats for what in ("overflow", "subnormal", "to zero")),
+        ],
+        rows=[_row(record, formats) for record in worst],
+        note="Exact counts of elements after rounding to the format; smallest is the smallest that is not zero.",
+    )
+
+
+def _row(record: Record, formats: Sequence[str]) -> list[Cell]:
+    counts = [record.formats[name] for name in formats]
+    return [
+        places.kind(record),
+        record.layer,
+        record.elements,
+        record.zero,
+        record.smallest,
+        record.amax,
+        *(value for part in counts for value in (part.overflow, part.subnormal, part.zero)),
+    ]

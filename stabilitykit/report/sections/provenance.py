@@ -1,0 +1,105 @@
+"""Where the numbers come from: the checkpoint, the versions, the machine, the command, and what became of each case."""
+
+from collections import Counter
+
+from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
+from stabilitykit.report.words import code, count, listed, sentence
+from stabilitykit.results import Case, Results
+
+
+def section(results: Results) -> Section:
+    """From the plan, and for the arithmetic of matrix products from the headers of the finished cases."""
+    blocks: list[Block] = [
+        Prose(f"To make this again: {code(results.plan.command)}"),
+        _origin(results),
+        _experiment(results),
+        _cases(results),
+    ]
+    return Section(
+        key="provenance",
+        title="Provenance",
+        opening=f"What has to be known to make these numbers again. {_states(results)} Another machine or version may "
+        "round the last bits differently, so values next to a limit can fall on its other side.",
+        blocks=blocks,
+    )
+
+
+def _states(results: Results) -> str:
+    states = Counter(_state(results, case)[0] for case in results.plan.cases)
+    if not results.plan.cases:
+        return "The plan holds no case."
+    total, done = len(results.plan.cases), states["done"]
+    if done == total:
+        return "Its only case is done." if total == 1 else f"All {total:,} cases are done."
+    others = [f"{states[state]:,} {state}" for state in ("failed", "missing") if states[state]]
+    return f"Of {count(total, 'case')}, {done:,} {'is' if done == 1 else 'are'} done, {listed(others)}."
+
+
+def _state(results: Results, case: Case) -> tuple[str, str | None]:
+    """Its state, and the reason for a failure."""
+    if results.is_done(case):
+        return "done", None
+    failure = results.failure(case)
+    return ("missing", None) if failure is None else ("failed", f"{failure.kind}: {sentence(failure.reason)}")
+
+
+def _origin(results: Results) -> Table:
+    plan = results.plan
+    facts: list[tuple[str, str, object]] = [
+        ("checkpoint", "name", plan.checkpoint),
+        ("checkpoint", "SHA-256", plan.sha256),
+        *(("checkpoint", "note", note) for note in plan.notes),
+        *(("matrix products", where, how) for where, how in _arithmetic(results)),
+        *(("version", name, version) for name, version in sorted(plan.versions.items())),
+        *(("machine", name, value) for name, value in sorted(plan.machine.items())),
+        *(("model", name, value) for name, value in sorted(plan.config.items())),
+    ]
+    return Table(
+        name="provenance",
+        title="Checkpoint, versions and machine",
+        columns=[Column(name="of"), Column(name="what"), Column(name="value")],
+        rows=[[of, what, None if value is None else str(value)] for of, what, value in facts],
+    )
+
+
+def _arithmetic(results: Results) -> list[tuple[str, str]]:
+    """How the finished cases multiplied matrices, by dtype and device."""
+    found: dict[str, list[str]] = {}
+    headers = [recording.header for _, recording in results.runs()]
+    headers += [lengths.header for _, lengths in results.length_maps()]
+    for header in headers:
+        ways = found.setdefault(f"{header.dtype} on {header.device}", [])
+        if header.matmul not in ways:
+            ways.append(header.matmul)
+    return [(where, ", ".join(ways)) for where, ways in found.items()] or [("any", "not known: no run has finished")]
+
+
+def _experiment(results: Results) -> Table:
+    lines = results.plan.source.splitlines()
+    return Table(
+        name="experiment-file",
+        title="The experiment's file",
+        columns=[Column(name="line"), Column(name="text")],
+        rows=[[number, line] for number, line in enumerate(lines, start=1)],
+    )
+
+
+def _cases(results: Results) -> Table:
+    rows: list[list[Cell]] = []
+    for case in results.plan.cases:
+        state, reason = _state(results, case)
+        rows.append([case.kind, str(case), state, reason, case.id])
+    return Table(
+        name="cases",
+        title="Every case",
+        columns=[
+            Column(name="kind"),
+            Column(name="case"),
+            Column(name="state"),
+            Column(name="reason"),
+            Column(name="file"),
+        ],
+        rows=rows,
+        note="Done cases are files under records/, by the name in the last column. Running the command again does "
+        "those that are missing.",
+    )

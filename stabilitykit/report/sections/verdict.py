@@ -1,0 +1,242 @@
+"""The verdict in one paragraph: what breaks where, in which texts and at which lengths, and what to do."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from stabilitykit.formats import FLOAT16, number_format
+from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
+from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
+from stabilitykit.report.style import bits
+from stabilitykit.report.style import count as grouped
+from stabilitykit.report.words import at_token, code, count, happened, listed, place, sentence, short_place, with_bos
+from stabilitykit.results import Results
+
+# Less than this, in bits, and a value twice as large as the largest seen would break.
+NARROW = 1.0
+
+
+def section(results: Results) -> Section:
+    """The paragraph, and a table by dtype. Draws on the finished cases of kinds "run" and "lengths"."""
+    found = outcomes(results)
+    planned = [case for case in results.plan.cases if case.kind != "memory"]
+    if not planned:
+        opening = "This experiment runs no prompt, so there is nothing to judge."
+        return Section(key="verdict", title="Verdict", opening=opening)
+    if not found:
+        opening = (
+            f"There is no verdict yet: of {count(len(planned), 'case')} that would run a prompt, none has finished."
+        )
+        return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
+    finished = count(len(found), "finished case")
+    return Section(
+        key="verdict",
+        title="Verdict",
+        opening=f"What {finished} of {len(planned):,} come to. It holds for these texts and lengths: another text may "
+        "hold a token that grows larger.",
+        blocks=[Prose(paragraph(results, found)), _table(results, found)],
+    )
+
+
+def paragraph(results: Results, found: Sequence[Outcome]) -> str:
+    """The verdict for people. `found` has at least one case."""
+    broken = [dtype for dtype in _dtypes(found) if standing(found, dtype) == "breaks"]
+    clean = [dtype for dtype in _dtypes(found) if dtype not in broken]
+    sentences = [text for dtype in broken for text in _breaks(found, dtype)]
+    if "float16" not in _dtypes(found):
+        sentences.append(_forecast(results, found))
+    if clean:
+        sentences.append(_clean(results, found, clean, nothing_broke=not broken))
+    sentences += [_advice(found, broken), _unfinished(results)]
+    return " ".join(text for text in sentences if text)
+
+
+def _dtypes(found: Sequence[Outcome]) -> list[str]:
+    """Those that ran, float16 first, then by width."""
+    return sorted({o.dtype for o in found}, key=lambda name: (name != "float16", number_format(name).bits, name))
+
+
+def _breaks(found: Sequence[Outcome], dtype: str) -> Iterator[str]:
+    """Where it first breaks, then in which texts and at which lengths, then what comes of it."""
+    own = list(texts([o for o in found if o.dtype == dtype]))
+    first_text = min((text for text in own if text.broken), key=lambda text: text.broken[0].first)
+    first = first_text.broken[0]
+    yield f"**{dtype} breaks first in {place(first)}{at_token(first)}**: {happened(first, dtype)}."
+    order = (True, False, None)
+    for bos, group in groupby(sorted(own, key=lambda text: order.index(text.bos)), key=lambda text: text.bos):
+        yield _group(bos, list(group))
+    yield _consequence([o for o in found if o.dtype == dtype])
+
+
+def _group(bos: bool | None, own: Sequence[Text]) -> str:
+    broken = [text for text in own if text.broken]
+    prefix = f"{with_bos(bos)}, " if bos is not None else ""
+    if not broken:
+        return sentence(f"{prefix}{_all(len(own))} {'is' if len(own) == 1 else 'are'} clean")
+    number_of = (
+        f"{_all(len(own))} {'breaks' if len(own) == 1 else 'break'}"
+        if len(broken) == len(own)
+        else f"{len(broken):,} of {len(own):,} texts {'breaks' if len(broken) == 1 else 'break'}"
+    )
+    stories = {(_extent(text), short_place(text.broken[0])) for text in broken}
+    if len(stories) == 1:
+        ((extent, where),) = stories
+        named = "" if len(broken) == len(own) > 1 else f" ({_names(broken)})"
+        said = f"{named} {extent}, in {where}"
+    else:
+        each = [f"{code(text.name)} {_extent(text)} ({short_place(text.broken[0])})" for text in broken]
+        said = f": {listed(each, most=6)}"
+    rest = len(own) - len(broken)
+    clean = "" if rest == 0 else f"; the other {'one is' if rest == 1 else f'{rest:,} are'} clean"
+    return sentence(f"{prefix}{number_of}{said}{clean}")
+
+
+def _all(number: int) -> str:
+    return "the one text" if number == 1 else "both texts" if number == 2 else f"all {number:,} texts"
+
+
+def _names(own: Sequence[Text]) -> str:
+    return listed([code(text.name) for text in own], most=6)
+
+
+def _extent(text: Text) -> str:
+    """At which lengths a text breaks that does."""
+    first = text.broken[0].first
+    if not text.clean:
+        return "at every length that ran"
+    longest_clean = max(span.last for span in text.clean)
+    if longest_clean + 1 == first:
+        return f"from {count(first, 'token')} on"
+    if longest_clean < first:
+        return f"at {count(first, 'token')}, though not yet at {longest_clean:,}"
+    return f"at some lengths, {count(first, 'token')} the shortest"
+
+
+def _consequence(own: Sequence[Outcome]) -> str:
+    hidden = [o for o in own if o.hidden]
+    raised = next((o.error for o in own if o.first is not None and o.error), None)
+    parts = []
+    if raised is not None:
+        parts.append(f"Sampling then raises {code(raised)}.")
+    if hidden:
+        parts.append(
+            f"In {count(len(hidden), 'recorded run')} the logits are finite all the same, which hides the break."
+        )
+    return " ".join(parts)
+
+
+def _forecast(results: Results, found: Sequence[Outcome]) -> str:
+    planned = any(case.settings.get("dtype") == "float16" and case.kind != "memory" for case in results.plan.cases)
+    lead = "No case in float16 has finished" if planned else "float16 is not part of this sweep"
+    known = [o for o in reference(found) if o.largest is not None]
+    if not known:
+        return f"{lead}."
+    top = max(known, key=lambda o: o.largest or 0.0)
+    assert top.largest is not None
+    judged = f"by the largest value that {top.dtype} stored, {top.largest:,.0f} in {code(top.text)}, float16 would"
+    if FLOAT16.overflows(top.largest):
+        return f"{lead}; {judged} break, as it ends at 65,504."
+    return f"{lead}; {judged} have {_bits(FLOAT16.headroom(top.largest))} to spare."
+
+
+def _clean(results: Results, found: Sequence[Outcome], dtypes: Sequence[str], *, nothing_broke: bool) -> str:
+    said = []
+    for dtype in dtypes:
+        own = [o for o in found if o.dtype == dtype]
+        room = min((o.headroom for o in own if o.headroom is not None), default=None)
+        spare = "" if room is None else f", at least {_bits(room)} to spare"
+        said.append(f"{dtype} ({count(len(own), 'case')}{spare})")
+    verb = "is" if len(dtypes) == 1 else "are"
+    finished = all(results.is_done(case) for case in results.plan.cases if case.kind != "memory")
+    lead = f"**Nothing{'' if finished else ' that has finished'} breaks**: " if nothing_broke else ""
+    raised = [o.error for o in found if o.dtype in dtypes and o.error is not None]
+    but = f" Sampling raised all the same in {count(len(raised), 'run')}: {code(raised[0])}." if raised else ""
+    return f"{lead}{listed(said)} {verb} clean.{but}"
+
+
+def _bits(value: float) -> str:
+    return f"{bits(value)} {'bit' if bits(value) == '1.0' else 'bits'}"
+
+
+def _advice(found: Sequence[Outcome], broken: Sequence[str]) -> str:
+    if not broken:
+        return _advice_when_clean(found)
+    wrong = next((o for dtype in broken for o in found if o.dtype == dtype and o.first and not o.is_of_range), None)
+    if wrong is not None:
+        why = wrong.cause
+        if why is not None:
+            return f"What to do: {sentence(why.remedy)}"
+        return "What to do: look at the operands of that break; its cause is not the range of the format."
+    wider = [dtype for dtype in ("bfloat16", "float32") if standing(found, dtype) == "clean"]
+    likely = [dtype for dtype in ("bfloat16", "float32") if standing(found, dtype) == "would fit"]
+    names = listed(broken)
+    scale = f"to stay in {names}, scale the residual stream down by a power of two first"
+    if wider:
+        clean = "which is" if len(wider) == 1 else "which are"
+        return f"What to do: use {' or '.join(wider)}, {clean} clean here; {scale}."
+    if likely:
+        return f"What to do: use {' or '.join(likely)}, whose range holds these values though it did not run; {scale}."
+    return f"What to do: run the sweep in bfloat16 and float32 before choosing one of them; {scale}."
+
+
+def _advice_when_clean(found: Sequence[Outcome]) -> str:
+    rooms = [(o.headroom, o) for o in found if o.headroom is not None]
+    if not rooms:
+        return ""
+    room, least = min(rooms, key=lambda pair: pair[0])
+    if room < NARROW:
+        return (
+            f"What to do: treat {least.dtype} as broken all the same, for {_bits(room)} is what {code(least.text)} "
+            "leaves, and a value twice as large would not fit."
+        )
+    return f"What to do: nothing for texts like these; {least.dtype} is the tightest, with {_bits(room)} to spare."
+
+
+def _unfinished(results: Results) -> str:
+    cases = [case for case in results.plan.cases if case.kind != "memory"]
+    failed = [(case, failure) for case, failure in results.failed() if case.kind != "memory"]
+    missing = [case for case in results.missing() if case.kind != "memory"]
+    parts = []
+    if failed:
+        kinds = sorted({failure.kind for _, failure in failed})
+        parts.append(f"{count(len(failed), 'case')} failed ({listed(kinds)})")
+    if missing:
+        parts.append(f"{count(len(missing), 'case')} {'is' if len(missing) == 1 else 'are'} missing")
+    if not parts:
+        return ""
+    dtypes = sorted({str(case.settings.get("dtype")) for case in [*missing, *(case for case, _ in failed)]})
+    return f"Of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}: what they would show is not in this."
+
+
+def _table(results: Results, found: Sequence[Outcome]) -> Table:
+    planned = [str(case.settings.get("dtype")) for case in results.plan.cases if case.kind != "memory"]
+    dtypes = [*_dtypes(found), *sorted(set(planned) - {o.dtype for o in found})]
+    return Table(
+        name="verdict",
+        title="By dtype",
+        columns=[
+            Column(name="dtype"),
+            Column(name="cases"),
+            Column(name="finished"),
+            Column(name="broken"),
+            Column(name="least headroom", unit="bits", format=bits),
+            Column(name="shortest broken length", unit="tokens", format=grouped),
+            Column(name="first break there"),
+        ],
+        rows=[_row(dtype, planned.count(dtype), [o for o in found if o.dtype == dtype]) for dtype in dtypes],
+        note="Headroom is log2(largest finite value / largest magnitude), in the dtype's own bits; of a value that "
+        "overflowed it is negative. A case that breaks loses its later values, which may be larger still.",
+    )
+
+
+def _row(dtype: str, planned: int, own: Sequence[Outcome]) -> list[Cell]:
+    broken = [o.first for o in own if o.first is not None]
+    first = min(broken, key=lambda span: span.first, default=None)
+    return [
+        dtype,
+        planned,
+        len(own),
+        len(broken),
+        min((o.headroom for o in own if o.headroom is not None), default=None),
+        None if first is None else first.first,
+        None if first is None else first.site,
+    ]

@@ -1,0 +1,80 @@
+"""Every length from one run: what it says is what direct runs say."""
+
+import pytest
+import torch
+
+from stabilitykit.checkpoints import GemmaConfig
+from stabilitykit.experiment.every_length import every_length
+from stabilitykit.gemma import Gemma
+from stabilitykit.gemma.stress import apply_stress
+from stabilitykit.recorder import record
+
+LENGTH = 24
+CONFIG = GemmaConfig(
+    generation=3,
+    layers=3,
+    hidden_size=32,
+    feed_forward=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    vocabulary=64,
+    window=8,
+    global_every=3,
+)
+
+
+def model_and_tokens(seed: int, stress: float) -> tuple[Gemma, list[int]]:
+    """One token's embedding is far larger than any other's, and first comes late in the text."""
+    torch.manual_seed(seed)
+    model = Gemma(CONFIG).eval().requires_grad_(False)
+    model.embed_tokens.weight[7] *= 64
+    apply_stress(model, stress)
+    tokens = [int(token) for token in torch.randint(8, 64, (LENGTH,))]
+    tokens[13] = 7
+    return model.half(), tokens
+
+
+def first_site(model: Gemma, tokens: list[int]) -> str | None:
+    with torch.inference_mode(), record(model) as recording:
+        model(torch.tensor([tokens]), last_only=True)
+    first = recording.first_break()
+    return None if first is None else first.site
+
+
+@pytest.mark.parametrize("stress", [1.0, 512.0, 2048.0, 8192.0, 32768.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_length_breaks_where_a_direct_run_does(seed: int, stress: float) -> None:
+    model, tokens = model_and_tokens(seed, stress)
+    found = every_length(model, tokens)
+    for length in range(1, LENGTH + 1):
+        assert found.span(length).site == first_site(model, tokens[:length]), length
+    assert [span.last + 1 for span in found.spans[:-1]] == [span.first for span in found.spans[1:]]
+    assert (found.spans[0].first, found.longest) == (1, LENGTH)
+    assert all(check.site == check.direct_site for check in found.checks)
+
+
+def test_a_text_that_breaks_late_breaks_at_the_length_that_bisection_finds() -> None:
+    model, tokens = model_and_tokens(0, 512.0)
+    found = every_length(model, tokens)
+    low, high = 0, LENGTH
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if first_site(model, tokens[:middle]) else (middle, high)
+    assert found.first_broken == high == 14
+
+
+def test_peaks_of_every_length_are_those_of_a_direct_run() -> None:
+    """In float32, in which kernels of another shape differ by some ulp: the scores' peaks would differ by far more."""
+    torch.manual_seed(0)
+    model = Gemma(CONFIG).eval().requires_grad_(False)
+    tokens = [int(token) for token in torch.randint(8, 64, (LENGTH,))]
+    found = every_length(model, tokens)
+    for length in (1, 2, 7, 16, LENGTH):
+        with torch.inference_mode(), record(model) as recording:
+            model(torch.tensor([tokens[:length]]), last_only=True)
+        peaks = {r.site: r.amax for r in recording if r.positions and r.layer is not None}
+        compared = [site for site in found.sites(length) if site in peaks]
+        assert len(compared) > 60
+        for site in compared:
+            assert found.amax(site, length) == pytest.approx(peaks[site], rel=2e-5), (site, length)

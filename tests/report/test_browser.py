@@ -1,0 +1,251 @@
+"""The page in a real browser: headless Chromium, driven by Selenium, with every request and message logged."""
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stabilitykit.report.blocks import Section, Table
+from stabilitykit.report.write import write_report
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="no browser: `chromium` and `chromedriver` are not both installed"
+)
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1000"
+)
+DESKTOP, PHONE, SHEET = 1400, 390, 690  # CSS pixels; a sheet of A4 between its margins
+
+# Everything that can be read, with its colour and the first ground behind it that is not transparent.
+READABLE = """
+const ground = (part) => {
+  for (; part; part = part.parentElement) {
+    const colour = getComputedStyle(part).backgroundColor;
+    if (!/, 0\\)$/.test(colour)) return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+return [...document.querySelectorAll("h1, h2 a, p, code, td, th button, th small, strong, nav a, .csv, svg text")]
+  .map((part) => {
+    const style = getComputedStyle(part);
+    return [part.textContent.trim(), part.closest("svg") ? style.fill : style.color, ground(part)];
+  });
+"""
+
+# Parts whose edge is outside what holds them.
+CLIPPED = """
+const sheet = document.documentElement.clientWidth;
+return [...document.querySelectorAll("h1, p, svg, table, td, figcaption, .scroll, .panel")]
+  .filter((part) => {
+    const box = part.getBoundingClientRect();
+    const hides = getComputedStyle(part).overflowX !== "visible" && part.tagName !== "svg";
+    return box.right > sheet + 0.5 || box.left < -0.5 ||
+      (hides && (part.scrollWidth > part.clientWidth || part.scrollHeight > part.clientHeight));
+  })
+  .map((part) => part.outerHTML.slice(0, 80));
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, sections: list[Section], long_table: Table) -> Path:
+    more = Section(key="long", title="A long table", opening="Scrolls.", blocks=[long_table])
+    return write_report("float16 & <bos>", [*sections, more], tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Any:
+    emulate(browser)
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get("about:blank")
+    browser.get(page.as_uri())
+    WebDriverWait(browser, 30).until(
+        lambda driver: driver.execute_script("return document.readyState === 'complete' && document.scripts.length > 0")
+    )
+    return browser
+
+
+def emulate(browser: Any, *, media: str = "screen", scheme: str = "light", width: int = DESKTOP) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def events(browser: Any, method: str) -> list[Any]:
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [message["params"] for message in messages if message["method"] == method]
+
+
+def column(browser: Any, heading: str) -> list[str]:
+    """The texts of a column of the table "mixed", as they stand."""
+    return list(
+        browser.execute_script(
+            """
+            const table = document.querySelector("#table-mixed table");
+            const at = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.startsWith(arguments[0]));
+            return [...table.tBodies[0].rows].map((row) => row.cells[at].textContent);
+            """,
+            heading,
+        )
+    )
+
+
+def button(browser: Any, heading: str) -> Any:
+    return browser.find_element("xpath", f"//*[@id='table-mixed']//th/button[starts-with(., '{heading}')]")
+
+
+def test_every_figure_is_shown(opened: Any) -> None:
+    drawings = opened.find_elements("css selector", "figure.drawing svg[role=img]")
+    assert [drawing.get_attribute("aria-label") for drawing in drawings] == ['rising "lines"', "a heat map"]
+    assert all(drawing.size["width"] > 500 and drawing.size["height"] > 200 for drawing in drawings)
+    for kind in ("path", "text", "image"):
+        sizes = opened.execute_script(
+            "return [...document.querySelectorAll(`figure.drawing svg ${arguments[0]}`)]"
+            ".filter((part) => !part.closest('defs')).map((part) => part.getBoundingClientRect())"
+            ".map((box) => Math.max(box.width, box.height))",
+            kind,
+        )
+        assert sizes
+        assert max(sizes) > 20
+
+
+def test_nothing_is_said_on_the_console_and_nothing_is_fetched(opened: Any, page: Path) -> None:
+    button(opened, "length").click()
+    assert opened.get_log("browser") == []
+    requests = [event["request"]["url"] for event in events(opened, "Network.requestWillBeSent")]
+    assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
+
+
+def test_the_policy_refuses_a_request(opened: Any) -> None:
+    """That nothing was fetched would mean little if this page could: it cannot, and the log does show it."""
+    opened.execute_script("document.body.append(Object.assign(new Image(), {src: 'https://example.invalid/x.png'}))")
+    assert any("Content Security Policy" in entry["message"] for entry in opened.get_log("browser"))
+
+
+def test_a_table_sorts_by_number_with_gaps_last_and_equals_in_order(opened: Any) -> None:
+    assert column(opened, "headroom") == ["0.25", "–", "-3.0", "NaN", "inf"]
+    button(opened, "headroom").click()
+    assert column(opened, "headroom") == ["-3.0", "0.25", "inf", "–", "NaN"]
+    button(opened, "headroom").click()
+    assert column(opened, "headroom") == ["inf", "0.25", "-3.0", "–", "NaN"]
+
+    opened.refresh()
+    button(opened, "length").click()
+    assert column(opened, "length") == ["7", "12", "12", "300", "1,000"]
+    assert column(opened, "text")[1:3] == ["<bos>", "*two*\nlines"]
+    button(opened, "length").click()
+    assert column(opened, "length") == ["1,000", "300", "12", "12", "7"]
+    assert column(opened, "text")[2:4] == ["<bos>", "*two*\nlines"]
+
+
+def test_a_table_sorts_by_text_from_the_keyboard_and_says_how(opened: Any) -> None:
+    def sorts() -> list[str]:
+        headings = opened.find_elements("css selector", "#table-mixed th")
+        return [heading.get_attribute("aria-sort") for heading in headings]
+
+    assert sorts() == ["none"] * 4
+    button(opened, "text").send_keys("\ue007")  # Enter
+    assert sorts() == ["ascending", "none", "none", "none"]
+    assert column(opened, "text")[-1] == "–"
+    button(opened, "text").send_keys("\ue007")
+    assert sorts() == ["descending", "none", "none", "none"]
+    assert column(opened, "text") == ["a|b", "<bos>", "*two*\nlines", "_x_ float8_e4m3fn", "–"]
+    button(opened, "length").send_keys(" ")
+    assert sorts() == ["none", "ascending", "none", "none"]
+
+
+def test_cells_of_a_heat_map_say_their_value(opened: Any) -> None:
+    titles = opened.find_elements("css selector", "#figure-map .hover rect title")
+    said = [title.get_attribute("textContent") for title in titles]
+    assert said == [
+        f"layer {c}: {v} & more" for c, v in ((0, 3.0), (1, -0.5), (2, "nan"), (0, "inf"), (1, 1.25), (2, "-inf"))
+    ]
+    cell = opened.find_elements("css selector", "#figure-map .hover rect")[1]
+    webdriver.ActionChains(opened).move_to_element(cell).perform()
+    assert opened.find_element("css selector", "#figure-map .readout").text == "layer 1: -0.5 & more"
+
+
+def test_headings_of_a_long_table_stay_in_sight(opened: Any) -> None:
+    top, heading = opened.execute_script(
+        """
+        const scroll = document.querySelector("#table-long .scroll");
+        scroll.scrollTop = 400;
+        return [scroll, scroll.querySelector("th")].map((part) => part.getBoundingClientRect().top);
+        """
+    )
+    assert heading == pytest.approx(top, abs=2)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_in_light_and_dark(opened: Any, scheme: str) -> None:
+    emulate(opened, scheme=scheme)
+    found = opened.execute_script(READABLE)
+    assert {"10⁵", "float16 ends at 65,504", "Peaks", "layer"} <= {text for text, _, _ in found}
+    assert {text: contrast(ink, ground) for text, ink, ground in found if contrast(ink, ground) < 4.5} == {}
+    page_ground = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (luminance(page_ground) < 0.1) == (scheme == "dark")
+    lines = opened.execute_script(
+        """
+        const paths = document.querySelectorAll("#figure-peaks svg g[id*=line2d] path");
+        return [...paths].map((path) => getComputedStyle(path).stroke);
+        """
+    )
+    seen = [contrast(line, page_ground) for line in lines if line != "none"]
+    assert sum(ratio > 3 for ratio in seen) >= 3
+
+
+def contrast(ink: str, ground: str) -> float:
+    """WCAG 2's ratio, 1 to 21."""
+    low, high = sorted((luminance(ink), luminance(ground)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    srgb = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in srgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_on_a_phone_only_tables_and_figures_scroll_sideways(opened: Any) -> None:
+    emulate(opened, width=PHONE)
+    page, sheet, scrolls = opened.execute_script(
+        """
+        const page = document.documentElement, parts = [...document.querySelectorAll(".scroll")];
+        return [page.scrollWidth, page.clientWidth, parts.some((part) => part.scrollWidth > part.clientWidth)];
+        """
+    )
+    assert page <= sheet <= PHONE
+    assert scrolls
+    assert opened.find_element("css selector", "#figure-peaks svg").size["width"] > 500  # or its text is too small
+
+
+def test_in_print_nothing_is_clipped(opened: Any) -> None:
+    assert opened.execute_script(CLIPPED)  # the long table scrolls on a screen: the question can be answered with yes
+    emulate(opened, media="print", scheme="dark", width=SHEET)
+    assert opened.execute_script(CLIPPED) == []
+    assert opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    pdf = base64.b64decode(opened.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    assert pdf.startswith(b"%PDF-")
