@@ -210,7 +210,8 @@ class _Recorder:
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.stop_if_broken()
+            if self.stop_at_break and self.broken:
+                raise _Stopped  # not at the break: the modules it ends return first, and lend it their names
             frame = _Frame(path, module, len(self.entries))
             self.frames.append(frame)
             with _disable_current_modes(), torch.no_grad():
@@ -273,13 +274,7 @@ class _Recorder:
 
     # Operators
 
-    def stop_if_broken(self) -> None:
-        """Not at the break itself, so that the modules it ends can return and lend it their names."""
-        if self.stop_at_break and self.broken:
-            raise _Stopped
-
     def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.stop_if_broken()
         name = canonical(func)
         seen = (args, kwargs)
         if writes_in_place(func) and combines(func):  # what it combines is about to be written over

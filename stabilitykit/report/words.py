@@ -11,6 +11,11 @@ def count(amount: int, one: str, many: str | None = None) -> str:
     return f"{f'{amount:,}' if amount else 'no'} {one if amount == 1 else many or one + 's'}"
 
 
+def none_of(amount: int, one: str) -> str:
+    """`not even the only case` · `none of 12 cases`, to be followed by a verb in the singular."""
+    return f"not even the only {one}" if amount == 1 else f"none of {count(amount, one)}"
+
+
 def listed(words: Sequence[str], most: int | None = None) -> str:
     """`a` · `a and b` · `a, b and c`; past `most`, how many more there are."""
     words = list(words)

@@ -9,7 +9,7 @@ from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose
 from stabilitykit.report.outcomes import Outcome, outcomes, standing
 from stabilitykit.report.style import INK, PAPER, bits, series_style, share, size
 from stabilitykit.report.style import count as grouped
-from stabilitykit.report.words import count
+from stabilitykit.report.words import count, none_of
 from stabilitykit.results import Memory, Results
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ TITLE = "Memory and hardware"
 # How far a computed sum may lie from the measured peak before the report says so.
 TOLERANCE = 0.10
 
-_PARTS = (("weights", "weights", ""), ("cache", "KV cache", "////"), ("activations", "activations", "...."))
+_PARTS = (("weights", "weights", ""), ("cache", "KV cache", "////"), ("activations", "activations", "\\\\\\\\"))
 
 
 def section(results: Results) -> Section:
@@ -45,7 +45,7 @@ def _opening(measured: int, planned: int, judged: bool) -> str:
             f"the libraries take for themselves is on lines of its own: it does not grow with the model.{missing}"
         )
     elif planned:
-        text = f"No memory is known: none of {count(planned, 'measurement')} has finished."
+        text = f"No memory is known: {none_of(planned, 'measurement')} has finished."
     else:
         text = "This experiment measures no memory."
     if judged:
@@ -63,10 +63,14 @@ def _agreement(measured: Sequence[Memory]) -> str:
             f"{within} within {TOLERANCE:.0%} of the measured peak; the largest difference is "
             f"{share(abs(worst.error))}, {of} and {size(worst.peak - worst.libraries)} measured."
         )
+    which = (
+        "The computed sum is"
+        if len(measured) == 1
+        else f"{len(off):,} of {len(measured):,} computed sums {'is' if len(off) == 1 else 'are'}"
+    )
     return (
-        f"**{len(off):,} of {count(len(measured), 'computed sum')} {'is' if len(off) == 1 else 'are'} further than "
-        f"{TOLERANCE:.0%} from the measured peak**; the largest difference is {share(abs(worst.error))}, {of} and "
-        f"{size(worst.peak - worst.libraries)} measured."
+        f"**{which} further than {TOLERANCE:.0%} from the measured peak**; the largest difference is "
+        f"{share(abs(worst.error))}, {of} and {size(worst.peak - worst.libraries)} measured."
     )
 
 

@@ -8,7 +8,18 @@ from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
 from stabilitykit.report.style import bits
 from stabilitykit.report.style import count as grouped
-from stabilitykit.report.words import at_token, code, count, happened, listed, place, sentence, short_place, with_bos
+from stabilitykit.report.words import (
+    at_token,
+    code,
+    count,
+    happened,
+    listed,
+    none_of,
+    place,
+    sentence,
+    short_place,
+    with_bos,
+)
 from stabilitykit.results import Results
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
@@ -23,9 +34,7 @@ def section(results: Results) -> Section:
         opening = "This experiment runs no prompt, so there is nothing to judge."
         return Section(key="verdict", title="Verdict", opening=opening)
     if not found:
-        opening = (
-            f"There is no verdict yet: of {count(len(planned), 'case')} that would run a prompt, none has finished."
-        )
+        opening = f"There is no verdict yet: {none_of(len(planned), 'case')} that would run a prompt has finished."
         return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
     finished = count(len(found), "finished case")
     return Section(
