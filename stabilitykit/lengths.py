@@ -143,7 +143,7 @@ class LengthMap:
             if within:
                 positions, values = zip(*within, strict=True)
                 np.maximum.at(highest, np.array(positions), np.array(values))
-            highest = (highest)[span.first - 1 :]
+            highest = np.maximum.accumulate(highest)[span.first - 1 :]
             found[span.first - 1 : span.last] = np.where(np.isneginf(highest), np.nan, highest)
         return found
 

@@ -150,6 +150,13 @@ def test_peaks_count_as_moved_past_four_ulp_and_the_worst_comes_first(tmp_path: 
     ]
 
 
+def test_of_a_curve_the_length_that_moved_most_is_named(tmp_path: Path) -> None:
+    before = clean_map(amax=8192.0)
+    now = replace(before, peaks=(replace(before.peaks[0], amax=4096.0 + 40), replace(before.peaks[1], amax=16384.0)))
+    (row,) = tables(compared(tmp_path, [(lengths_case(), before)], [(lengths_case(), now)]))["against-peaks"]
+    assert row[2:6] == ["the largest of all sites, at 5 tokens", 8192.0, 16384.0, 1024.0]
+
+
 def test_many_moved_sites_are_cut_short_and_counted(tmp_path: Path) -> None:
     before, now = clean_run(), clean_run()
     before.records = [replace(before.records[0], site=f"layers.{i}", order=i) for i in range(30)]
