@@ -4,7 +4,7 @@ A long prompt's attention scores have hundreds of millions of elements. Two redu
 shorter prompt needs to know; the full statistics take twenty times as long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,11 +95,23 @@ def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, folded: Folde
     if folded.row is not None:
         within[folded.row] = slice(place[0], place[0] + 1)
     assert folded.position is not None
-    within[folded.position] = slice(0, position + 1) if folded.pairs else slice(position, position + 1)
-    here = tensor[tuple(within)]
-    candidates = here.abs() == amax
-    if folded.pairs:
-        candidates[..., position + 1 :] = False
-        candidates[..., :position, :position] = False
-    found = list(index_at(int(candidates.flatten().int().argmax()), here.shape))
-    return tuple(start + (part.start or 0) for start, part in zip(found, within, strict=True))
+    if not folded.pairs:
+        within[folded.position] = slice(position, position + 1)
+        found = _first(amax, tensor, within)
+        assert found is not None
+        return found
+    # What belongs to a position of scores is its column down to the diagonal, and its row up to it.
+    one, up_to = slice(position, position + 1), slice(0, position + 1)
+    places = [_first(amax, tensor, [*within[:-2], *ends]) for ends in ((up_to, one), (one, up_to))]
+    return min(found for found in places if found is not None)
+
+
+def _first(amax: float, tensor: Tensor, within: Sequence[slice]) -> tuple[int, ...] | None:
+    """Where in the part `within` the first element of this magnitude stands; None where there is none."""
+    part = tensor[tuple(within)]
+    matches = (part.abs() == amax).flatten()
+    at = int(matches.int().argmax())
+    if not bool(matches[at]):
+        return None
+    inside = index_at(at, part.shape)
+    return tuple(start + (cut.start or 0) for start, cut in zip(inside, within, strict=True))

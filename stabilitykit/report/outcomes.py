@@ -17,7 +17,7 @@ from stabilitykit.results import Case, Results
 
 RANGE_KINDS: tuple[BreakKind, ...] = ("overflow", "reduction", "unresolved")
 
-_NOT_PART_OF_A_NAME = ("prompt", "length", "bos", "dtype", "text_sha256")
+_NOT_PART_OF_A_NAME = ("prompt", "length", "bos", "dtype", "text_sha256", "tokens", "checks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
