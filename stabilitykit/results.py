@@ -3,7 +3,8 @@
     reports/NAME/
       experiment.json          the plan: every case, the checkpoint, the versions it runs with
       records/CASE.parquet     a finished case: a `Recording`, or a `LengthMap` for a range of lengths
-      records/CASE.json        a finished measurement of memory, or the reason why a case failed
+      records/CASE.json        a finished measurement, of memory for example
+      records/CASE.failed.json the reason why a case failed
 
 A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
 case, so a sweep that was interrupted and resumed leaves the same ones.
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from stabilitykit.records import Recording
 
 PLAN_SCHEMA = 1
 
-CaseKind = Literal["run", "lengths", "memory"]
+CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
 FailureKind = Literal["raised", "out of memory", "killed"]
 
 
@@ -36,11 +37,18 @@ class Case:
 
     Kind "run" is one recorded forward pass and sampling step; its result is a `Recording`. "lengths" is a range
     of lengths; its result is a `LengthMap`. "memory" is a fresh process whose peak is measured; its result is a
-    `Memory`. A reference run is a "run" whose dtype is float32.
+    `Memory`. "shortage" is a process that may take less memory than it needs; its result is a `Shortage`.
+    "footprint" is computed alone, for a released size; its result is a `Footprint`. A reference run is a "run" whose
+    dtype is float32.
     """
 
     kind: CaseKind
     settings: dict[str, Any]
+
+    @property
+    def runs_prompt(self) -> bool:
+        """Whether it runs a text and says what becomes of its values; other cases are of memory alone."""
+        return self.kind in ("run", "lengths")
 
     @property
     def id(self) -> str:
@@ -51,16 +59,27 @@ class Case:
         return f"{readable}-{digest[:10]}"
 
     def __str__(self) -> str:
-        return " ".join(_spoken(name, value) for name, value in self.settings.items() if name in _IN_NAME)
+        told = {name: value for name, value in self.settings.items() if name in _IN_NAME and value != "all"}
+        return " ".join(_spoken(name, value) for name, value in told.items() if USUAL.get(name) != value)
 
 
-_IN_NAME = ("prompt", "length", "bos", "dtype", "stress", "level", "seed", "rounding")
+USUAL: Mapping[str, Any] = {
+    "stress": 1.0,
+    "level": "operators",
+    "rounding": "transformers",
+    "temperature": 1.0,
+    "seed": 0,
+    "matmul": "auto",
+}
+"""What goes without saying: the values of these settings in most cases."""
+
+_IN_NAME = ("model", "prompt", "length", "bos", "dtype", "room", *USUAL)
 
 
 def _spoken(name: str, value: Any) -> str:
     if name == "bos":
         return "with <bos>" if value else "without <bos>"
-    if name in ("prompt", "dtype", "level"):
+    if name in ("model", "prompt", "dtype"):
         return str(value)
     return f"{value} tokens" if name == "length" else f"{name} {value}"
 
@@ -74,12 +93,10 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes of one prefill of `length` tokens in `dtype`, computed from the config and measured in a fresh process.
+class Footprint:
+    """Bytes of one prefill of `length` tokens in `dtype` on `device`, computed from the config.
 
-    `weights`, `cache` (keys and values) and `activations` are computed: at most this much is alive at once.
-    `libraries` is what the process had resident before it read a checkpoint, `peak` the most it ever had while the
-    model ran; both measured, on the `device`'s own memory where it has one.
+    `weights`, `cache` (keys and values) and `activations`: at most this much is alive at once.
     """
 
     dtype: str
@@ -88,18 +105,45 @@ class Memory:
     weights: int
     cache: int
     activations: int
-    libraries: int
-    peak: int
 
     @property
     def computed(self) -> int:
         return self.weights + self.cache + self.activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory(Footprint):
+    """A footprint, and what a fresh process took.
+
+    `libraries` is what it had resident before it read a checkpoint, `peak` the most it ever had while the model ran;
+    both on the `device`'s own memory where it has one.
+    """
+
+    libraries: int
+    peak: int
 
     @property
     def error(self) -> float:
         """(computed - measured) / measured, both without the libraries; positive: too much was computed."""
         measured = self.peak - self.libraries
         return (self.computed - measured) / measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """What became of one prefill that was allowed `room` bytes for what it needs beside the weights.
+
+    `needed` is computed. `outcome` is how the pass ended: its logits were "finite" or "not finite", it "raised" an
+    error, whose type and first line `reason` holds, or its process was "killed", by the signal that `reason` names.
+    """
+
+    dtype: str
+    length: int
+    device: str
+    needed: int
+    room: int
+    outcome: Literal["finite", "not finite", "raised", "killed"]
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +234,7 @@ class Results:
 
     def path(self, case: Case) -> Path:
         """Where the case's result is, or will be."""
-        return self.folder / "records" / f"{case.id}.{'json' if case.kind == 'memory' else 'parquet'}"
+        return self.folder / "records" / f"{case.id}.{'parquet' if case.runs_prompt else 'json'}"
 
     def _failure_path(self, case: Case) -> Path:
         return self.folder / "records" / f"{case.id}.failed.json"
@@ -216,8 +260,9 @@ class Results:
     def forget_failure(self, case: Case) -> None:
         self._failure_path(case).unlink(missing_ok=True)
 
-    def write_memory(self, case: Case, memory: Memory) -> None:
-        write_json(self.path(case), dataclasses.asdict(memory))
+    def write(self, case: Case, result: Footprint | Shortage) -> None:
+        """Writes the result of a case of kind "memory", "shortage" or "footprint"."""
+        write_json(self.path(case), dataclasses.asdict(result))
 
     def recording(self, case: Case) -> Recording:
         if case.id not in self._recordings:
@@ -239,9 +284,19 @@ class Results:
 
     def memories(self) -> Iterator[tuple[Case, Memory]]:
         """The finished cases of kind "memory", in the plan's order."""
-        return (
-            (case, Memory(**json.loads(self.path(case).read_text(encoding="utf-8")))) for case in self._done("memory")
-        )
+        return ((case, Memory(**self._read(case))) for case in self._done("memory"))
+
+    def shortages(self) -> Iterator[tuple[Case, Shortage]]:
+        """The finished cases of kind "shortage", in the plan's order."""
+        return ((case, Shortage(**self._read(case))) for case in self._done("shortage"))
+
+    def footprints(self) -> Iterator[tuple[Case, Footprint]]:
+        """The finished cases of kind "footprint", in the plan's order."""
+        return ((case, Footprint(**self._read(case))) for case in self._done("footprint"))
+
+    def _read(self, case: Case) -> dict[str, Any]:
+        raw: dict[str, Any] = json.loads(self.path(case).read_text(encoding="utf-8"))
+        return raw
 
     def reference(self, case: Case) -> Recording | None:
         """The recording of the same case in float32, or None where there is none."""

@@ -45,7 +45,7 @@ def sweep(
         if isinstance(result, Recording | LengthMap):
             result.save(made.path(case))
         elif isinstance(result, Memory):
-            made.write_memory(case, result)
+            made.write(case, result)
         elif isinstance(result, Failure):
             made.write_failure(case, result)
     return Results.open(folder)

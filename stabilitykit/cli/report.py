@@ -20,13 +20,13 @@ def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
     """Draws the report of the sweep in `folder`; unless `quiet`, prints the verdict and where the page is."""
     from stabilitykit.cli import screen
     from stabilitykit.report.compare import compare
-    from stabilitykit.report.sections import SECTIONS
+    from stabilitykit.report.sections import SECTIONS, USUAL
     from stabilitykit.report.terminal import print_section
     from stabilitykit.report.write import write_report
     from stabilitykit.results import Results
 
     results = Results.open(folder)
-    names = results.plan.sections or tuple(SECTIONS)
+    names = results.plan.sections or USUAL
     with screen.progress_bar() as progress:
         sections = []
         for done, name in enumerate(names):

@@ -3,10 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +18,11 @@ from rich.text import Text
 from stabilitykit.diagnosis import LayerRow, by_layer, chain, verdict
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording
+from stabilitykit.report.style import size
 from stabilitykit.results import Plan
+
+if TYPE_CHECKING:
+    from stabilitykit.experiment.cost import Cost
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
@@ -108,15 +112,33 @@ def print_layers(recording: Recording) -> None:
     output.print()
 
 
-def print_cases(plan: Plan) -> None:
-    """What a sweep would run: its cases, and the tokens of the longest pass of each."""
-    table = _table(f"{plan.title}: {len(plan.cases)} cases")
-    for name in ("kind", "case", "tokens"):
-        table.add_column(name, justify="right" if name == "tokens" else "left", overflow="fold")
-    for case in plan.cases:
+def print_cases(plan: Plan, costs: "Sequence[Cost | None]") -> None:
+    """What a sweep would run: its cases, the tokens of the longest pass of each, and what each will cost."""
+    table = _table(f"{plan.title}: {len(plan.cases):,} cases")
+    table.add_column("kind")
+    table.add_column("case", overflow="fold")
+    for name in ("tokens", "about", "memory"):
+        table.add_column(name, justify="right")
+    for case, cost in zip(plan.cases, costs, strict=True):
         tokens = case.settings.get("tokens", case.settings.get("length"))
-        table.add_row(case.kind, escape(str(case)), f"{tokens:,}")
+        price = ("", "") if cost is None else (_duration(cost.seconds), size(cost.memory))
+        table.add_row(case.kind, escape(str(case)), f"{tokens:,}", *price)
     output.print(table)
+    known = [cost for cost in costs if cost is not None]
+    if known:
+        total, most = sum(cost.seconds for cost in known), max(cost.memory for cost in known)
+        print_note(
+            f"About {_duration(total)} in all, and at most {size(most)} of weights and activations. Time is judged by "
+            "this machine's speed just now, without reading weights; a range of lengths takes a pass more for every "
+            "stretch that breaks elsewhere, and a comparison with a float32 run takes the memory of that model too."
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(seconds, 0.1):.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 LEGEND = (

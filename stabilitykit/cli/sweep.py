@@ -3,12 +3,16 @@
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stabilitykit.results import Case, Results
+
+if TYPE_CHECKING:
+    from stabilitykit.experiment.cost import Cost
 
 
 def sweep(
@@ -18,7 +22,9 @@ def sweep(
         typer.Option("--set", help="KEY=VALUE in place of the file's, such as dtype=float16 or length=16,64."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder for the results; reports/NAME if not given.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cases, and run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cases and what they will cost; run nothing.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cases again.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write records only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
@@ -29,10 +35,13 @@ def sweep(
     """
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
-    from stabilitykit.experiment.plan import describe, make_plan, read_experiment
+    from stabilitykit.experiment.cost import cost
+    from stabilitykit.experiment.file import read_experiment
+    from stabilitykit.experiment.plan import make_plan
     from stabilitykit.experiment.sweep import sweep as run
+    from stabilitykit.report.sections import SECTIONS
 
-    read = read_experiment(experiment, overrides or [])
+    read = read_experiment(experiment, overrides or [], sections=tuple(SECTIONS))
     folder = out or Path("reports") / experiment.stem
     command = shlex.join(
         ["stabilitykit", "sweep", str(experiment)]
@@ -43,10 +52,11 @@ def sweep(
         checkpoint = open_checkpoint(read.checkpoint, progress=lambda done, total: bar("reading weights", done, total))
         plan = make_plan(read, checkpoint, command=command)
     if dry_run:
+        costs = [cost(case, checkpoint.config) for case in plan.cases]
         if as_json:
-            print(describe(plan))
+            screen.print_json({"cases": [_planned(*pair) for pair in zip(plan.cases, costs, strict=True)]})
         else:
-            screen.print_cases(plan)
+            screen.print_cases(plan, costs)
         return
     results = Results.create(folder, plan)
     display = _Display(results)
@@ -65,6 +75,10 @@ def sweep(
         display.report(folder, quiet=as_json)
     if failed:
         sys.exit(1)
+
+
+def _planned(case: Case, cost: "Cost | None") -> dict[str, Any]:
+    return {"id": case.id, "kind": case.kind, "settings": case.settings, "cost": None if cost is None else asdict(cost)}
 
 
 class _Display:

@@ -97,7 +97,7 @@ def run_case(
 
     `mask` replaces the model's own, as in its `forward`. `kind` is how products are computed. `every_logit` makes
     and records the logits of all positions; with a `reference` they are compared with its. `facts` join what the
-    header's `case` says. Raises
+    header's `case` says, and so does `next_text`, the token that greedy decoding takes, unless redacted. Raises
     MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other raised.
     """
     sampling = sampling or Sampling()
@@ -154,10 +154,12 @@ def run_case(
     if reference is not None:
         error_found = logits_error(logits[0], reference.logits)
         recording.header = replace(recording.header, logits_error=error_found)
+    greedy = int(logits[0, -1].argmax())
+    text = (token_text or (str if model.tokenizer is None else model.tokenizer.piece))(greedy)
+    told = {} if redact else {"next_text": text}
     if not bool(logits[:, -1].isfinite().all()):
-        greedy = int(logits[0, -1].argmax())
-        text = (token_text or (str if model.tokenizer is None else model.tokenizer.piece))(greedy)
-        recording.header = replace(recording.header, case={**recording.header.case, "greedy_text": text})
+        told["greedy_text"] = text
+    recording.header = replace(recording.header, case={**recording.header.case, **told})
     return Run(recording=recording, error=error)
 
 

@@ -1,223 +1,35 @@
-"""Memory of one prefill: computed from the config alone, and measured in a process of its own.
+"""One prefill in a process of its own: how much memory it takes, and what becomes of it where there is too little.
 
-`computed` walks the forward pass of `gemma/model.py` tensor by tensor, as it runs under `inference_mode` with
-transformers' rounding. `measure` runs that pass in a fresh process, `python -m stabilitykit.experiment.memory`,
-and reads the process's peak.
+The process is `python -m stabilitykit.experiment.memory`. It prints one JSON document a line; the last one counts.
 """
 
 import ctypes
 import gc
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from stabilitykit.checkpoints.config import GemmaConfig
-from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError, StabilityKitError
-from stabilitykit.formats import number_format
-from stabilitykit.results import Memory
+from stabilitykit.experiment.footprint import footprint
+from stabilitykit.results import Footprint, Memory, Shortage
 
 if TYPE_CHECKING:
+    import torch
+
     from stabilitykit.gemma import Gemma
     from stabilitykit.gemma.matmul import Matmul
 
 
-def computed(
-    config: GemmaConfig, dtype: str, length: int, *, matmul: "Matmul" = "native", device: str = "cpu"
-) -> tuple[int, int, int]:
-    """Bytes of weights, KV cache, and activations of one prefill: one sequence of `length` tokens.
-
-    The cache has room for exactly these tokens, and logits are the last token's. Activations are all other tensors of
-    the pass, ids, masks, RoPE tables and copies in a wider dtype among them, at the moment at which they are most. With
-    `matmul="float32-accumulate"` every product of 16-bit tensors holds float32 copies of its operands and result.
-    What libraries take for themselves is not included. Raises MisuseError for an unknown dtype or a length below 1.
-    """
-    if length < 1:
-        raise MisuseError(f"A length is at least 1 token; {length} is not.")
-    size = number_format(dtype).bits // 8
-    weights = sum(map(math.prod, parameter_shapes(config).values())) * size
-    cache = 2 * config.layers * config.kv_heads * length * config.head_dim * size
-    prefill = _Prefill(
-        config=config,
-        length=length,
-        size=size,
-        accumulates=size == 2 and matmul == "float32-accumulate",
-        # CUDA's softmax reads float16 and computes float32 in one kernel; for bfloat16, and on a CPU, it is cast first.
-        casts_scores=size == 2 and not (dtype == "float16" and device.startswith("cuda")),
-    )
-    prefill.run()
-    return weights, cache, prefill.peak
-
-
-@dataclass(slots=True, kw_only=True)
-class _Prefill:
-    """The tensors of a forward pass as bytes that come and go, in the order of `gemma/model.py`, method by method.
-
-    A method that stands for an expression returns the bytes of its result, which its caller frees where the name
-    that holds the tensor is bound anew or goes out of scope. Arguments stay alive during a call.
-    """
-
-    config: GemmaConfig
-    length: int
-    size: int  # bytes of an element of the model's dtype
-    accumulates: bool
-    casts_scores: bool
-    live: int = 0
-    peak: int = 0
-
-    @property
-    def wide(self) -> int:
-        """Bytes of an element where the model computes in at least float32."""
-        return max(4, self.size)
-
-    def new(self, elements: int, size: int | None = None) -> int:
-        taken = elements * (self.size if size is None else size)
-        self.live += taken
-        self.peak = max(self.peak, self.live)
-        return taken
-
-    def free(self, *taken: int) -> None:
-        self.live -= sum(taken)
-
-    def replaced(self, old: int, new: int) -> int:
-        """`x = f(x)`: the old tensor lives until the new one is there."""
-        self.free(old)
-        return new
-
-    def run(self) -> None:
-        config, hidden = self.config, self.length * self.config.hidden_size
-        self.new(self.length, 8)  # token ids
-        for is_global in sorted({config.is_global(index) for index in range(config.layers)}):
-            self.mask(windowed=not is_global and config.window is not None)
-            self.rope()
-        h = self.replaced(self.new(hidden), self.new(hidden))  # embedding rows, then times sqrt(hidden)
-        for _ in range(config.layers):
-            h = self.replaced(h, self.layer())
-        self.replaced(h, self.norm(self.length, config.hidden_size))
-        logits = self.product(config.hidden_size, config.hidden_size * config.vocabulary, config.vocabulary)
-        if config.logit_softcap is not None:
-            self.replaced(logits, self.soft_cap(config.vocabulary))
-
-    def mask(self, *, windowed: bool) -> None:
-        positions = self.new(2 * self.length, 8)
-        allowed = self.new(self.length**2, 1)
-        if windowed:
-            first = self.new(self.length, 8)
-            inside = self.replaced(first, self.new(self.length**2, 1))
-            both = self.new(self.length**2, 1)
-            self.free(allowed, inside)
-            allowed = both
-        self.new(self.length**2)
-        self.free(positions, allowed)
-
-    def rope(self) -> None:
-        elements = self.length * self.config.head_dim
-        positions = self.replaced(self.new(self.length, 8), self.new(self.length, 4))
-        angles = self.new(elements // 2, 4) + self.new(elements, 4)
-        for _ in ("cos", "sin"):
-            table = self.new(elements, 4)
-            if self.size != 4:
-                self.replaced(table, self.new(elements))
-        self.free(positions, angles)
-
-    def layer(self) -> int:
-        config, hidden = self.config, self.length * self.config.hidden_size
-        x = self.norm(self.length, config.hidden_size)
-        a = self.replaced(x, self.attention())
-        if config.post_norms:
-            a = self.replaced(a, self.norm(self.length, config.hidden_size))
-        h = self.new(hidden)
-        x = self.norm(self.length, config.hidden_size)
-        m = self.replaced(x, self.mlp())
-        if config.post_norms:
-            m = self.replaced(m, self.norm(self.length, config.hidden_size))
-        out = self.new(hidden)
-        self.free(a, h, m)
-        return out
-
-    def attention(self) -> int:
-        config, length = self.config, self.length
-        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        q, k, v = (self.linear(config.hidden_size, width) for width in (queries, keys, keys))
-        if config.query_key_norm:
-            q = self.replaced(q, self.norm(length * config.heads, config.head_dim))
-            k = self.replaced(k, self.norm(length * config.kv_heads, config.head_dim))
-        q = self.replaced(q, self.rotated(length * queries))
-        k = self.replaced(k, self.rotated(length * keys))
-        # A single key/value head is repeated as a view.
-        repeated = self.new(2 * length * queries) if config.heads > config.kv_heads > 1 else 0
-
-        elements = config.heads * length**2
-        scores = self.product(length * queries, length * queries, elements)
-        scores = self.replaced(scores, self.new(elements))  # times the query scale
-        capped = 0 if config.attention_softcap is None else self.soft_cap(elements)
-        scores = self.replaced(scores + capped, self.new(elements))  # plus the mask
-        cast = self.new(elements, self.wide) if self.casts_scores else 0
-        p = self.replaced(cast, self.new(elements, self.wide))
-        if self.wide != self.size:
-            p = self.replaced(p, self.new(elements))
-        out = self.product(elements, length * queries, length * queries)
-        if length > 1 and config.heads > 1:  # else its transpose is contiguous already
-            out = self.replaced(out, self.new(length * queries))
-        projected = self.linear(queries, config.hidden_size)
-        self.free(q, k, v, repeated, scores, p, out)
-        return projected
-
-    def mlp(self) -> int:
-        hidden, inner = self.config.hidden_size, self.config.feed_forward
-        gate = self.linear(hidden, inner)
-        gate = self.replaced(gate, self.new(self.length * inner))
-        up = self.linear(hidden, inner)
-        gated = self.replaced(gate + up, self.new(self.length * inner))
-        return self.replaced(gated, self.linear(inner, hidden))
-
-    def norm(self, rows: int, channels: int) -> int:
-        elements = rows * channels
-        wide = self.new(elements, 4) if self.size == 2 else 0
-        squares = self.new(elements, self.wide)
-        mean = self.replaced(squares, self.new(rows, self.wide))
-        normed = self.replaced(mean, self.new(elements, self.wide))
-        weight = self.new(channels, 4) if self.size == 2 else 0
-        gain = self.replaced(weight, self.new(channels, self.wide))
-        out = self.new(elements, self.wide)
-        if self.size == 2:
-            out = self.replaced(out, self.new(elements))
-        self.free(wide, normed, gain)
-        return out
-
-    def rotated(self, elements: int) -> int:
-        by_cos = self.new(elements)
-        turned = self.replaced(self.new(elements // 2), self.new(elements))
-        by_sin = self.replaced(turned, self.new(elements))
-        return self.replaced(by_cos + by_sin, self.new(elements))
-
-    def soft_cap(self, elements: int) -> int:
-        scaled = self.new(elements)
-        bounded = self.replaced(scaled, self.new(elements))
-        return self.replaced(bounded, self.new(elements))
-
-    def linear(self, inputs: int, outputs: int) -> int:
-        return self.product(self.length * inputs, inputs * outputs, self.length * outputs)
-
-    def product(self, left: int, right: int, out: int) -> int:
-        """A matrix product: elements of both operands and of the result."""
-        if not self.accumulates:
-            return self.new(out)
-        return self.replaced(self.new(left + right, 4) + self.new(out, 4), self.new(out))
-
-
-def measure(checkpoint: str, dtype: str, length: int, device: str, *, matmul: "Matmul | None" = None) -> Memory:
+def measure(checkpoint: str, dtype: str, length: int, device: str) -> Memory:
     """The memory of one prefill of `length` tokens, computed and measured; takes a few seconds and the pass.
 
-    `matmul` is `preferred_matmul(dtype, device)` unless given, for both numbers. `libraries` is what a fresh
-    process holds once everything is imported and a tiny model has run, `peak` what it holds at most during the prefill,
-    with the weights but not what was needed to read them.
+    `libraries` is what a fresh process holds once everything is imported and a tiny model has run, `peak` what it
+    holds at most during the prefill, with the weights but not what was needed to read them.
 
     On a CPU both are resident memory. On Linux the peak is reset just before the prefill; on macOS it is that of the
     process's whole life, reading the checkpoint included, which in 16 bits takes more than a short prefill. On CUDA the
@@ -226,26 +38,51 @@ def measure(checkpoint: str, dtype: str, length: int, device: str, *, matmul: "M
     Raises MisuseError for what cannot be meant, and StabilityKitError, with the reason, where the process runs out of
     memory, is killed, or fails.
     """
-    command = [sys.executable, "-P", "-m", __spec__.name, checkpoint, dtype, str(length), device, matmul or ""]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, errors="replace")
+    done, said = _process(checkpoint, dtype, length, device)
     what = f"Measuring {length:,} tokens in {dtype} on {device}"
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        why = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
-        raise StabilityKitError(f"{what}: the process was killed by {name}{why}. Try a shorter length.")
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
+        raise StabilityKitError(f"{what}: the process was killed by {_signal(done)}. Try a shorter length.")
+    if "out of memory" in said[-1]:
+        raise StabilityKitError(f"{what}: out of memory: {said[-1]['out of memory']} Try a shorter length.")
+    return Memory(**said[-1])
+
+
+def starve(checkpoint: str, dtype: str, length: int, device: str, share: float) -> Shortage:
+    """What becomes of a prefill that may take `share` of the memory it needs beside the weights, as computed.
+
+    On Linux the limit is RLIMIT_DATA, set once the weights are there; on CUDA it is torch's own for the process. Raises
+    MisuseError for what cannot be meant and where there is no such limit, StabilityKitError where the process fails
+    in any way before its pass begins.
+    """
+    done, said = _process(checkpoint, dtype, length, device, share)
+    shortage = Shortage(**said[-1])
+    if done.returncode < 0:
+        return replace(shortage, outcome="killed", reason=f"the process was killed by {_signal(done)}")
+    return shortage
+
+
+def _process(
+    checkpoint: str, dtype: str, length: int, device: str, share: float | None = None
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    """A fresh process that has ended, and what it said, which is at least one thing."""
+    arguments = [checkpoint, dtype, str(length), device, "" if share is None else str(share)]
+    command = [sys.executable, "-P", "-m", __spec__.name, *arguments]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, errors="replace")
+    said: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    if said and "misuse" in said[-1]:
+        raise MisuseError(said[-1]["misuse"])
+    if said and "error" in said[-1]:
+        raise StabilityKitError(said[-1]["error"])
+    if done.returncode > 0 or not said:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise StabilityKitError(f"{what}: the process failed with code {done.returncode}: {reason}")
-    found = json.loads(lines[-1])
-    match found:
-        case {"misuse": str(message)}:
-            raise MisuseError(message)
-        case {"out of memory": str(message)}:
-            raise StabilityKitError(f"{what}: out of memory: {message} Try a shorter length.")
-        case {"error": str(message)}:
-            raise StabilityKitError(f"{what}: {message}")
-    return Memory(**found)
+        how = f"was killed by {_signal(done)}" if done.returncode < 0 else f"failed with code {done.returncode}"
+        raise StabilityKitError(f"The process that runs {length:,} tokens in {dtype} on {device} {how}: {reason}")
+    return done, said
+
+
+def _signal(done: "subprocess.CompletedProcess[str]") -> str:
+    name = signal.Signals(-done.returncode).name
+    return f"{name}, as the kernel does when memory runs out" if name == "SIGKILL" else name
 
 
 def _environment() -> dict[str, str]:
@@ -261,8 +98,19 @@ def _environment() -> dict[str, str]:
     return kept | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _measured(checkpoint: str, dtype: str, length: int, device: str, matmul: "Matmul | None") -> Memory:
-    """Run in the child."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A model ready for its prefill, what that is computed to take, and what was in use before it was built."""
+
+    model: "Gemma"
+    kind: "Matmul"
+    needs: Footprint
+    libraries: int
+    before: int
+    device: "torch.device"
+
+
+def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared:
     import torch
 
     from stabilitykit.checkpoints import open_checkpoint
@@ -274,10 +122,10 @@ def _measured(checkpoint: str, dtype: str, length: int, device: str, matmul: "Ma
     place = parse_device(device)
     if place.type not in ("cpu", "cuda"):
         raise MisuseError(f"Memory is measured on a CPU or with CUDA; torch keeps no peak for {device!r}.")
-    matmul = matmul or preferred_matmul(dtype, place.type)
+    kind = preferred_matmul(dtype, place.type)
     # Loads what is loaded when first used: kernels, the BLAS and its buffers, threads.
     tiny = open_checkpoint("random:gemma3-270m?layers=2&vocabulary=3000")
-    _prefill(build(tiny, dtype=dtype, device=device), 64, matmul)
+    _prefill(build(tiny, dtype=dtype, device=device), 64, kind)
     libraries = _in_use(place.type)
     before = 0 if place.type == "cpu" else torch.cuda.memory_allocated()
 
@@ -285,28 +133,70 @@ def _measured(checkpoint: str, dtype: str, length: int, device: str, matmul: "Ma
     config = opened.config
     if length > config.context:
         raise MisuseError(f"A prompt fits the model's context of {config.context:,} tokens; {length:,} do not.")
-    weights, cache, activations = computed(config, dtype, length, matmul=matmul, device=place.type)
     model = build(opened, dtype=dtype, device=device)
     # The file's float32 tensors would be resident beside the model's own, and the vocabulary's strings with them.
     del opened
     model.vocabulary = None
     for parameter in model.parameters():
         parameter.sum()  # a mapped tensor is resident once it has been read
-    _reset_peak(place.type)
-    _prefill(model, length, matmul)
-    return Memory(
-        dtype=dtype,
-        length=length,
-        device=device,
-        weights=weights,
-        cache=cache,
-        activations=activations,
+    return _Prepared(
+        model=model,
+        kind=kind,
+        needs=footprint(config, dtype, length, matmul=kind, device=place.type),
         libraries=libraries,
-        peak=_peak(place.type, libraries, before),
+        before=before,
+        device=place,
     )
 
 
-def _prefill(model: "Gemma", length: int, kind: "Matmul") -> None:
+def _measured(prepared: _Prepared) -> Memory:
+    place = prepared.device.type
+    _reset_peak(place)
+    _prefill(prepared.model, prepared.needs.length, prepared.kind)
+    peak = _peak(place, prepared.libraries, prepared.before)
+    return Memory(**asdict(prepared.needs), libraries=prepared.libraries, peak=peak)
+
+
+def _starved(prepared: _Prepared, share: float) -> Shortage:
+    needs = prepared.needs
+    needed = needs.cache + needs.activations
+    shortage = Shortage(
+        dtype=needs.dtype,
+        length=needs.length,
+        device=needs.device,
+        needed=needed,
+        room=int(share * needed),
+        outcome="killed",
+    )
+    _limit(prepared.device, shortage.room)
+    _say(asdict(shortage))  # what stands if the process is killed from here on
+    try:
+        logits = _prefill(prepared.model, needs.length, prepared.kind)
+        return replace(shortage, outcome="finite" if bool(logits.isfinite().all()) else "not finite")
+    except (MemoryError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        return replace(shortage, outcome="raised", reason=f"{type(error).__name__}: {lines[0] if lines else ''}")
+
+
+def _limit(device: "torch.device", room: int) -> None:
+    """From here on the process gets `room` bytes more than it has."""
+    if device.type == "cuda":
+        import torch
+
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + room) / total, device)
+    elif sys.platform == "linux":
+        import resource
+
+        _give_back()
+        bound = _resident("VmData") + room
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+    else:
+        raise MisuseError(f"A process's memory is limited on Linux and with CUDA; {sys.platform} has no such limit.")
+
+
+def _prefill(model: "Gemma", length: int, kind: "Matmul") -> "torch.Tensor":
     import torch
 
     from stabilitykit.gemma.kv_cache import KVCache
@@ -315,7 +205,8 @@ def _prefill(model: "Gemma", length: int, kind: "Matmul") -> None:
     ids = (torch.arange(length, device=model.device) % model.config.vocabulary)[None]
     cache = KVCache(model.config, batch=1, length=length, dtype=model.dtype, device=model.device)
     with torch.inference_mode(), matmul(kind):
-        model(ids, cache=cache, last_only=True)
+        logits: torch.Tensor = model(ids, cache=cache, last_only=True)
+    return logits
 
 
 def _in_use(device: str) -> int:
@@ -382,21 +273,24 @@ def _resident(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _say(found: dict[str, Any]) -> None:
+    print(json.dumps(found), flush=True)
+
+
 def _main(arguments: list[str]) -> None:
-    """Prints one line of JSON: the Memory, or what kept it from being measured."""
-    checkpoint, dtype, length, device, matmul = arguments
-    found: dict[str, Any]
+    """Prints what became of the prefill, or what kept it from being run."""
+    checkpoint, dtype, length, device, share = arguments
     try:
-        found = asdict(_measured(checkpoint, dtype, int(length), device, cast("Matmul | None", matmul or None)))
+        prepared = _prepare(checkpoint, dtype, int(length), device)
+        _say(asdict(_starved(prepared, float(share)) if share else _measured(prepared)))
     except MisuseError as error:
-        found = {"misuse": str(error)}
+        _say({"misuse": str(error)})
     except StabilityKitError as error:
-        found = {"error": str(error)}
+        _say({"error": str(error)})
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        found = {"out of memory": (str(error).splitlines() or [""])[0]}
-    print(json.dumps(found))
+        _say({"out of memory": (str(error).splitlines() or [""])[0]})
 
 
 def _is_out_of_memory(error: Exception) -> bool:

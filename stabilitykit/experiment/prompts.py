@@ -154,9 +154,7 @@ def _source_code() -> str:
 
 def _word(text: str) -> str:
     if len(text.split()) != 1:
-        raise MisuseError(
-            f'"word: TEXT" is one word; {text!r:.60} is not. Write longer texts to a file, named as @FILE.'
-        )
+        raise MisuseError(f'"word: TEXT" is one word; {text!r:.60} is not. "text: TEXT" takes any number.')
     return text
 
 
@@ -185,4 +183,5 @@ KINDS: Mapping[str, Kind] = {
     "digits": Kind(alone=lambda: pi_digits(DIGITS - 2)),  # "3" and "." are tokens too
     "repeat": Kind(alone=lambda: " the", given=lambda text: text, repeats=True),
     "word": Kind(given=_word),
+    "text": Kind(given=lambda text: text),
 }

@@ -18,13 +18,16 @@ from typing import Any, Literal
 import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
+from stabilitykit.checkpoints.config import released
 from stabilitykit.experiment.case import Reference, Sampling, run_case, run_reference
 from stabilitykit.experiment.every_length import every_length
+from stabilitykit.experiment.footprint import footprint
+from stabilitykit.experiment.memory import measure, starve
 from stabilitykit.experiment.plan import case_tokens
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.gemma.matmul import Matmul, preferred_matmul
 from stabilitykit.gemma.tokenizer import Tokenizer
-from stabilitykit.results import Case, Failure, Results
+from stabilitykit.results import Case, Failure, Footprint, Results, Shortage
 
 Report = Callable[[str, int, int], None]
 
@@ -37,17 +40,19 @@ class Runner:
     texts: Path
     checkpoint: Checkpoint
     tokenizer: Tokenizer
-    _models: dict[str, Gemma] = field(default_factory=dict)
+    # Of those in float32 and of the others, the last one each: a reference, and what is compared with it.
+    _models: dict[bool, tuple[str, Gemma]] = field(default_factory=dict)
     _reference: tuple[str, Reference] | None = None
 
     def run(self, case: Case, report: Report) -> None:
         """Runs the case and writes its result. Any exception is the case's own."""
-        if case.kind == "memory":
-            self._measure(case)
-        elif case.kind == "lengths":
-            self._lengths(case, report)
-        else:
-            self._run(case, report)
+        match case.kind:
+            case "run":
+                self._run(case, report)
+            case "lengths":
+                self._lengths(case, report)
+            case "memory" | "shortage" | "footprint":
+                self.results.write(case, self._memory(case))
 
     def _run(self, case: Case, report: Report) -> None:
         settings = case.settings
@@ -83,13 +88,15 @@ class Runner:
         )
         found.save(self.results.path(case))
 
-    def _measure(self, case: Case) -> None:
-        from stabilitykit.experiment.memory import measure
-
-        self.drop()
+    def _memory(self, case: Case) -> Footprint | Shortage:
         settings = case.settings
-        memory = measure(self.results.plan.checkpoint, settings["dtype"], settings["length"], settings["device"])
-        self.results.write_memory(case, memory)
+        where = settings["dtype"], settings["length"], settings["device"]
+        if case.kind == "footprint":
+            return footprint(released(settings["model"]), where[0], where[1], device=where[2])
+        self.drop()  # another process needs the room
+        if case.kind == "shortage":
+            return starve(self.results.plan.checkpoint, *where, settings["room"])
+        return measure(self.results.plan.checkpoint, *where)
 
     def drop(self) -> None:
         """Lets go of models and references."""
@@ -116,10 +123,10 @@ class Runner:
     def _model(self, case: Case, report: Report) -> Gemma:
         settings = case.settings
         key = json.dumps([settings[name] for name in ("dtype", "stress", "rounding", "device")])
-        if key not in self._models:
-            while len(self._models) > 1:  # the reference's and one more
-                del self._models[next(iter(self._models))]
-            self._models[key] = build(
+        wide = settings["dtype"] == "float32"
+        if wide not in self._models or self._models[wide][0] != key:
+            self._models.pop(wide, None)
+            model = build(
                 self.checkpoint,
                 dtype=settings["dtype"],
                 device=settings["device"],
@@ -127,7 +134,8 @@ class Runner:
                 stress=settings["stress"],
                 progress=lambda done, total: report(f"{settings['dtype']}: preparing weights", done, total),
             )
-        return self._models[key]
+            self._models[wide] = key, model
+        return self._models[wide][1]
 
 
 def _matmul(case: Case) -> Matmul:

@@ -83,8 +83,9 @@ def _digest(case: Case) -> object:
 def _said(case: Case, names: Names) -> str:
     """A case in few words: the text, its length and <bos>; the dtype has a column of its own."""
     length = f"{case.settings.get('length', '?')} tokens"
-    if case.kind == "memory":
-        return f"memory, {length}"
+    if not case.runs_prompt:
+        told = [f"{name} {case.settings[name]}" for name in ("model", "room") if name in case.settings]
+        return ", ".join([case.kind, *told, length])
     bos = case.settings.get("bos")
     return ", ".join([names(case), length, *([] if bos is None else ["with <bos>" if bos else "without <bos>"])])
 
@@ -150,7 +151,7 @@ def _break_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) ->
     old = {_key(outcome.case): outcome for outcome in outcomes(theirs)}
     rows: list[list[Cell]] = []
     for pair in compared:
-        if pair.ours.kind != "memory":
+        if pair.ours.runs_prompt:
             before, after = old[_key(pair.theirs)], new[_key(pair.ours)]
             rows += [[pair.name, after.dtype, *row] for row in _break_rows(before, after)]
     return Table(

@@ -65,7 +65,7 @@ def outcomes(results: Results) -> list[Outcome]:
     names = Names(results.plan.cases)
     found: list[Outcome] = []
     for case in results.plan.cases:
-        if case.kind == "memory" or not results.is_done(case):
+        if not case.runs_prompt or not results.is_done(case):
             continue
         if case.kind == "run":
             found.append(_of_run(case, names(case), results.recording(case)))

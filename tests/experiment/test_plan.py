@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.plan import longest, read_experiment
+from stabilitykit.experiment.axes import longest
+from stabilitykit.experiment.file import read_experiment
 
 GOOD = """title = "t"
 checkpoint = "gemma3-270m"
@@ -25,7 +26,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_every_grid_holds_every_axis_with_its_default(tmp_path: Path) -> None:
-    first, second = read_experiment(written(tmp_path, GOOD)).grids
+    first, second = read_experiment(written(tmp_path, GOOD)).tables["grid"]
     assert first["length"] == ["1..64", 8, "all"]
     assert first["bos"] == [True]
     assert second["bos"] == [False]
@@ -35,7 +36,7 @@ def test_every_grid_holds_every_axis_with_its_default(tmp_path: Path) -> None:
 def test_an_override_replaces_an_axis_in_every_grid(tmp_path: Path) -> None:
     overrides = ["dtype=bfloat16,float32", "checkpoint=random:gemma2-2b", "checks=3"]
     read = read_experiment(written(tmp_path, GOOD), overrides)
-    assert [grid["dtype"] for grid in read.grids] == [["bfloat16", "float32"]] * 2
+    assert [grid["dtype"] for grid in read.tables["grid"]] == [["bfloat16", "float32"]] * 2
     assert read.checkpoint == "random:gemma2-2b"
     assert read.checks == (3,)
 

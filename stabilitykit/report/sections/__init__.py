@@ -5,6 +5,7 @@ from collections.abc import Callable
 from stabilitykit.report.blocks import Section
 from stabilitykit.report.sections import (
     chain,
+    claims,
     error,
     exponents,
     heat,
@@ -28,6 +29,11 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
     "error": error.section,
     "memory": memory.section,
     "provenance": provenance.section,
+    "claims": claims.section,
 }
+"""By the names that an experiment file knows them by."""
 
-__all__ = ["SECTIONS"]
+USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name != "claims")
+"""What a report shows if the experiment does not say."""
+
+__all__ = ["SECTIONS", "USUAL"]

@@ -38,7 +38,7 @@ def section(results: Results) -> Section:
         return Section(
             key="lengths", title=title, opening="No case that runs a prompt has finished: no length is known."
         )
-    blocks: list[Block] = [_map(list(texts(found)))]
+    blocks: list[Block] = [break_map(list(texts(found)))]
     if maps:
         figure = _curves(maps)
         blocks += [
@@ -68,14 +68,15 @@ def _name(text: str, bos: bool | None) -> str:
     return f"{text} {with_bos(bos, mark='')}".strip()
 
 
-def _map(rows: Sequence[Text]) -> Figure:
+def break_map(rows: Sequence[Text], *, name: str = "first-break") -> Figure:
+    """Every length that is known of some texts, a bar each, clean or broken; a panel a dtype."""
     dtypes = sorted({row.dtype for row in rows}, key=lambda name: (number_format(name).bits, name != "float16", name))
     names = list(dict.fromkeys(_name(row.name, row.bos) for row in rows))
     broken = [row for row in rows if row.broken]
     said = [f"{_name(row.name, row.bos)} in {row.dtype} from {row.broken[0].first:,}" for row in broken]
     saying = f"Breaks: {listed(said, most=12)}." if broken else "No length of any text breaks."
     return Figure(
-        name="first-break",
+        name=name,
         title="Which lengths break",
         caption="Every length that is known, on a logarithmic axis, one panel a dtype. Hatched: broken, with the layer "
         "of the first break. A diamond is a length that was run by itself.",

@@ -29,7 +29,7 @@ NARROW = 1.0
 def section(results: Results) -> Section:
     """The paragraph, and a table by dtype. Draws on the finished cases of kinds "run" and "lengths"."""
     found = outcomes(results)
-    planned = [case for case in results.plan.cases if case.kind != "memory"]
+    planned = [case for case in results.plan.cases if case.runs_prompt]
     if not planned:
         opening = "This experiment runs no prompt, so there is nothing to judge."
         return Section(key="verdict", title="Verdict", opening=opening)
@@ -134,7 +134,7 @@ def _consequence(own: Sequence[Outcome]) -> str:
 
 
 def _forecast(results: Results, found: Sequence[Outcome]) -> str:
-    planned = any(case.settings.get("dtype") == "float16" and case.kind != "memory" for case in results.plan.cases)
+    planned = any(case.settings.get("dtype") == "float16" and case.runs_prompt for case in results.plan.cases)
     lead = "No case in float16 has finished" if planned else "float16 is not part of this sweep"
     known = [o for o in reference(found) if o.largest is not None]
     if not known:
@@ -155,7 +155,7 @@ def _clean(results: Results, found: Sequence[Outcome], dtypes: Sequence[str], *,
         spare = "" if room is None else f", at least {_bits(room)} to spare"
         said.append(f"{dtype} ({count(len(own), 'case')}{spare})")
     verb = "is" if len(dtypes) == 1 else "are"
-    finished = all(results.is_done(case) for case in results.plan.cases if case.kind != "memory")
+    finished = all(results.is_done(case) for case in results.plan.cases if case.runs_prompt)
     lead = f"**Nothing{'' if finished else ' that has finished'} breaks**: " if nothing_broke else ""
     raised = [o.error for o in found if o.dtype in dtypes and o.error is not None]
     but = f" Sampling raised all the same in {count(len(raised), 'run')}: {code(raised[0])}." if raised else ""
@@ -201,9 +201,9 @@ def _advice_when_clean(found: Sequence[Outcome]) -> str:
 
 
 def _unfinished(results: Results) -> str:
-    cases = [case for case in results.plan.cases if case.kind != "memory"]
-    failed = [(case, failure) for case, failure in results.failed() if case.kind != "memory"]
-    missing = [case for case in results.missing() if case.kind != "memory"]
+    cases = [case for case in results.plan.cases if case.runs_prompt]
+    failed = [(case, failure) for case, failure in results.failed() if case.runs_prompt]
+    missing = [case for case in results.missing() if case.runs_prompt]
     parts = []
     if failed:
         kinds = sorted({failure.kind for _, failure in failed})
@@ -217,7 +217,7 @@ def _unfinished(results: Results) -> str:
 
 
 def _table(results: Results, found: Sequence[Outcome]) -> Table:
-    planned = [str(case.settings.get("dtype")) for case in results.plan.cases if case.kind != "memory"]
+    planned = [str(case.settings.get("dtype")) for case in results.plan.cases if case.runs_prompt]
     dtypes = [*_dtypes(found), *sorted(set(planned) - {o.dtype for o in found})]
     return Table(
         name="verdict",

@@ -6,7 +6,7 @@ from typing import Any
 from sweeps import broken_run, clean_run, run_case, sweep
 
 from stabilitykit.report.blocks import Prose, Section, Table
-from stabilitykit.report.sections import SECTIONS
+from stabilitykit.report.sections import SECTIONS, USUAL
 from stabilitykit.report.sections.provenance import section
 from stabilitykit.results import Failure
 
@@ -60,7 +60,7 @@ def test_checkpoint_versions_machine_arithmetic_command_and_file_are_all_there(t
 
 
 def test_the_registry_is_in_the_reports_order_and_every_section_has_its_key(tmp_path: Path) -> None:
-    assert list(SECTIONS) == [
+    assert list(USUAL) == [
         "verdict", "lengths", "chain", "peaks", "heat", "exponents", "softmax", "error", "memory", "provenance",
     ]  # fmt: skip
     empty = sweep(tmp_path / "toy", [(run_case(), None)])
