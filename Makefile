@@ -1,4 +1,4 @@
-# make demo     set up, then run the main job on the real Gemma 3 270M
+# make demo     set up, then find where float16 breaks the real Gemma 3 270M, and write the report
 # make test     set up, then run the tests
 # make lint     set up, then check style and types
 # make install  set up alone: .venv with pinned versions
@@ -12,8 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 install: .venv/.installed
 
 demo: install
-	$(BIN)/stabilitykit profile gemma3-270m --prompt "The capital of France is" \
-		--dtype float16 --dtype bfloat16 --dtype float32
+	$(BIN)/stabilitykit sweep experiments/float16_break.toml --out reports/demo
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ from typing import Any
 
 from stabilitykit.lengths import Check, LengthMap, Peak, Span
 from stabilitykit.records import Break, BreakKind, FormatCounts, Header, LogitsError, Record, Recording
-from stabilitykit.results import Case, Failure, Memory, Plan, Results
+from stabilitykit.results import Case, Failure, Footprint, Memory, Plan, Results, Shortage
 
 CAUSES = {2: "<bos>", 7: " a", 9: "."}
 
@@ -35,7 +35,7 @@ def plan(cases: Iterable[Case], **changes: Any) -> Plan:
 
 def sweep(
     folder: Path,
-    results: Iterable[tuple[Case, Recording | LengthMap | Memory | Failure | None]],
+    results: Iterable[tuple[Case, Recording | LengthMap | Footprint | Shortage | Failure | None]],
     **changes: Any,
 ) -> Results:
     """A sweep's folder in which each case has its result, its failure, or nothing."""
@@ -44,7 +44,7 @@ def sweep(
     for case, result in pairs:
         if isinstance(result, Recording | LengthMap):
             result.save(made.path(case))
-        elif isinstance(result, Memory):
+        elif isinstance(result, Footprint | Shortage):
             made.write(case, result)
         elif isinstance(result, Failure):
             made.write_failure(case, result)

@@ -178,8 +178,8 @@ def _cause_float16(evidence: Evidence) -> Claim:
         first = min(broken, key=lambda o: o.first.first if o.first else 0).first
         assert first is not None
         why = (
-            f"{len(broken):,} of {count(len(low), 'float16 case')} break, first in {place(first)}{at_token(first)}: "
-            f"{happened(first, 'float16')}. The same texts in wider formats: "
+            f"{len(broken):,} of {count(len(low), 'float16 case')} {_break(broken)}, first in {place(first)}"
+            f"{at_token(first)}: {happened(first, 'float16')}. The same texts in wider formats: "
             f"{sum(o.first is not None for o in wide):,} of {len(wide):,} break."
         )
     return Claim(
@@ -225,9 +225,9 @@ def _cause_length(evidence: Evidence) -> Claim:
     starts = listed([f"{text.name} from {count(text.broken[0].first, 'token')} on" for text in late])
     longest = max((span.last for text in own for span in text.spans), default=0)
     why = (
-        f"With `<bos>` {len(at_one):,} of {count(len(begun), 'text')} break with a single token. Without it "
-        f"{starts or 'nothing'} breaks{_among(never, longest)}. What decides is whether a token that grows too "
-        "large is among those read; a longer prompt only holds more of them."
+        f"With `<bos>` {len(at_one):,} of {count(len(begun), 'text')} {_break(at_one)} with a single token. Without "
+        f"it {starts or 'nothing'} {_break(late or [None])}{_among(never, longest)}. What decides is whether a token "
+        "that grows too large is among those read; a longer prompt only holds more of them."
     )
     return Claim(
         says="Long prompts are a cause.",
@@ -444,8 +444,13 @@ def _rows(found: Sequence[Outcome]) -> "list[tuple[str, Counter[str]]]":
     return list(rows.items())
 
 
+def _break(things: Sequence[object]) -> str:
+    return "breaks" if len(things) == 1 else "break"
+
+
 def _among(never: Sequence[Text], longest: int) -> str:
-    return "" if not never else f", and {listed([text.name for text in never])} does not up to {longest:,}"
+    names = listed([text.name for text in never])
+    return "" if not never else f", and {names} {'does' if len(never) == 1 else 'do'} not up to {longest:,}"
 
 
 def _where(devices: Sequence[str]) -> str:
