@@ -130,16 +130,9 @@ def profile(
 
 
 def _read_prompt(prompt: str) -> str:
-    if not prompt.startswith("@"):
-        text = prompt
-    else:
-        path = Path(prompt[1:])
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise MisuseError(f"--prompt @FILE names a file to read; {path} is none ({error.strerror}).") from None
-        except UnicodeDecodeError as error:
-            raise MisuseError(f"A prompt file is UTF-8 text; byte {error.start} of {path} is not.") from None
+    from stabilitykit.experiment.prompts import read_text
+
+    text = read_text(Path(prompt[1:])) if prompt.startswith("@") else prompt
     if not text:
         raise MisuseError("A prompt has at least one character; this one is empty. Write some text.")
     return text
