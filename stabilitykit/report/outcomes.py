@@ -82,10 +82,10 @@ class Names:
         for case in cases:
             for name, value in case.settings.items():
                 values.setdefault((case.kind, name), set()).add(repr(value))
-        self._varying = {name for (_, name), seen in values.items() if len(seen) > 1} - set(_NOT_PART_OF_A_NAME)
+        self._varying = {key for key, seen in values.items() if len(seen) > 1 and key[1] not in _NOT_PART_OF_A_NAME}
 
     def __call__(self, case: Case) -> str:
-        more = [f"{name} {value}" for name, value in case.settings.items() if name in self._varying]
+        more = [f"{name} {value}" for name, value in case.settings.items() if (case.kind, name) in self._varying]
         return ", ".join([str(case.settings.get("prompt", "a prompt")), *more])
 
 

@@ -48,7 +48,7 @@ class Claim:
     experiment: str
     verdict: Verdict
     why: str
-    blocks: Sequence[Block] = field(default=())
+    blocks: Sequence[Figure | Table] = field(default=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +107,11 @@ def _table(claims: Sequence[Claim]) -> Table:
     return Table(
         name="claims",
         title="Claim by claim",
-        columns=[Column(name="claim"), Column(name="experiment"), Column(name="verdict"), Column(name="why")],
-        rows=[[claim.says, claim.experiment, claim.verdict, claim.why] for claim in claims],
+        columns=[Column(name="claim"), Column(name="experiment"), Column(name="verdict"), Column(name="shown in")],
+        rows=[
+            [claim.says, claim.experiment, claim.verdict, listed([block.title for block in claim.blocks]) or None]
+            for claim in claims
+        ],
     )
 
 
@@ -121,7 +124,7 @@ def _fixed_answer(evidence: Evidence) -> Claim:
     sound = [run for run in low if run.first is None]
     pairs = [(run, _same(evidence.runs, run, "float32")) for run in sound]
     alike = [evidence.next_text(run) == evidence.next_text(wide) for run, wide in pairs if wide is not None]
-    printed = listed([code(repr(text)) for text in dict.fromkeys(evidence.next_text(run) for run in lost)], most=4)
+    printed = listed(_answers(evidence, lost), most=4)
     why = (
         f"In {len(lost):,} of {count(len(low), 'float16 run')} every logit is lost, and greedy decoding then takes "
         f"{printed}, the argmax of NaN, whatever was asked: a fixed output, but no sentence. "
@@ -246,7 +249,8 @@ def _cure(dtype: str, evidence: Evidence) -> Claim:
     if own:
         room = min((o.headroom for o in own if o.headroom is not None), default=None)
         spare = "" if room is None else f", with at least {room:.0f} bits to spare"
-        why = f"{len(cured):,} of the {count(len(own), 'case')} that break in float16 are clean in {dtype}{spare}."
+        which = f"All {len(own):,}" if len(cured) == len(own) else f"{len(cured):,} of the {len(own):,}"
+        why = f"{which} cases that break in float16 and ran in {dtype} are clean there{spare}."
         why += _price(evidence, dtype)
     return Claim(
         says=f"{dtype} is a cure.",
@@ -306,15 +310,17 @@ def _card(evidence: Evidence) -> Claim:
         fits = [f for f in narrow if f.computed <= CARD]
         longest = max(fits, key=lambda f: f.length, default=None)
         why = (
-            f"{GUIDE_MODEL} in 16 bits takes {size(least.computed)} with {count(least.length, 'token')}, of which "
-            f"weights are {size(least.weights)}: "
-            f"{'more than' if least.computed > NEXT_SMALLER_CARD else 'no more than'} 16 GB. "
+            f"{GUIDE_MODEL} in 16 bits takes {_gigabytes(least.computed)} with {count(least.length, 'token')}, "
+            f"{_gigabytes(least.weights)} of them weights: "
+            f"{'more than' if least.computed > NEXT_SMALLER_CARD else 'no more than'} 16 GB, the next smaller size. "
         )
         if longest is not None:
-            why += f"24 GB hold it up to {longest.length:,} of the lengths computed ({size(longest.computed)}). "
+            why += f"Of the lengths computed 24 GB hold {longest.length:,} tokens ({_gigabytes(longest.computed)})"
+            why += " and no more. " if len(fits) < len(narrow) else ". "
         if wide:
             most = min(wide, key=lambda f: f.computed)
-            why += f"In float32, the guide's own cure, it takes {size(most.computed)}, which 24 GB do not hold. "
+            which = "24 GB do not hold" if most.computed > CARD else "24 GB hold too"
+            why += f"In float32, the guide's own cure, it takes {_gigabytes(most.computed)}, which {which}. "
         if measured:
             why += "Computed, not measured; for the model of this report the same computation is within "
             why += f"{share(max(measured))}."
@@ -331,7 +337,8 @@ def _card(evidence: Evidence) -> Claim:
                 [footprint for footprint, _ in own],
                 name="claims-card",
                 title=f"What {GUIDE_MODEL} takes, and what 24 GB hold",
-                caption="Computed from the config, without what libraries take. The broken line is a card of 24 GB.",
+                caption="Computed from the config, without what libraries take. The broken line: a card of 24 GB, "
+                "or 22.4 GiB.",
                 limit=CARD,
             )
         ]
@@ -372,7 +379,7 @@ def _check(evidence: Evidence) -> Claim:
     hidden = [run for run in silent if run.hidden]
     why = (
         f"{len(silent):,} of {count(len(broken), 'run')} that break raise nothing: their caller gets "
-        f"{code('<pad>')} or another token and no sign. "
+        f"{listed(_answers(evidence, silent), most=4)} and no sign. "
         + (
             f"In {len(hidden):,} of them even the logits are finite, and only a look at the tensors tells. "
             if hidden
@@ -442,6 +449,15 @@ def _rows(found: Sequence[Outcome]) -> "list[tuple[str, Counter[str]]]":
         name = f"{outcome.dtype} {with_bos(outcome.bos, mark='')}{', greedy' if greedy else ''}"
         rows.setdefault(name, Counter())[_happened(outcome)] += 1
     return list(rows.items())
+
+
+def _answers(evidence: Evidence, runs: Sequence[Outcome]) -> list[str]:
+    return [code(repr(text)) for text in dict.fromkeys(evidence.next_text(run) for run in runs)]
+
+
+def _gigabytes(amount: float) -> str:
+    """Decimal, as memory is sold."""
+    return f"{amount / 1e9:.1f} GB"
 
 
 def _break(things: Sequence[object]) -> str:

@@ -134,7 +134,7 @@ def test_numbers_in_the_reasons_are_those_of_the_cases(tmp_path: Path) -> None:
     assert "With `<bos>` 1 of 1 text breaks with a single token" in text
     assert "prose from 29 tokens on breaks, and repeat does not up to 64" in text
     assert "prose without `<bos>` up to 28 tokens" in text
-    assert "15.8 GiB" in text  # 17e9 bytes
+    assert "takes 17.0 GB with 64 tokens" in text
 
 
 def test_every_figure_can_be_drawn_under_a_name_of_its_own(tmp_path: Path) -> None:
