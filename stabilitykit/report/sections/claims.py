@@ -5,17 +5,18 @@ what would decide it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from stabilitykit.formats import FLOAT16
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, texts
 from stabilitykit.report.sections.bars import Part, stacked_bars
 from stabilitykit.report.sections.lengths import break_map
 from stabilitykit.report.sections.memory import footprint_figure
-from stabilitykit.report.style import INK, limit_line, magnitude_axis, share, size
+from stabilitykit.report.style import INK, limit_line, share, size
 from stabilitykit.report.style import count as grouped
 from stabilitykit.report.words import at_token, code, count, happened, listed, place, with_bos
 from stabilitykit.results import Results
@@ -31,8 +32,9 @@ GUIDE_MODEL = "gemma-7b"
 CARD = 24e9  # bytes of the GPU memory that the guide asks for
 NEXT_SMALLER_CARD = 16e9
 
-_FINITE, _RAISED, _SILENT, _HIDDEN, _KILLED = (
+_FINITE, _SOME, _RAISED, _SILENT, _HIDDEN, _KILLED = (
     "finite",
+    "breaks at some length",
     "an error is raised",
     "nothing is raised, logits are NaN",
     "a tensor breaks, logits are finite",
@@ -207,14 +209,18 @@ def _cause_memory(evidence: Evidence) -> Claim:
             f"enough, and their logits are finite. {'None' if not lost else f'{len(lost):,}'} gave NaN: memory that is "
             "missing is refused, and no number changes."
         )
-    rows = [(f"{s.dtype}, {s.room / s.needed:.0%} of {size(s.needed)}", Counter([_OUTCOMES[s.outcome]])) for s in tried]
+    rows = [
+        (f"{s.dtype}, {size(s.room)} of {size(s.needed)}", {_OUTCOMES[s.outcome]: s.room / s.needed}) for s in tried
+    ]
     return Claim(
         says="Too little GPU memory is a cause.",
         experiment="Prompts in a process that may take only a share of the memory they need beside the weights"
         f"{_where([s.device for s in tried])}.",
         verdict=_judge(short, holds=bool(lost)),
         why=why,
-        blocks=[_bars("claims-shortage", "A share of the memory that is needed", rows)] if tried else [],
+        blocks=[_bars("claims-shortage", "What becomes of a prompt with too little memory", rows, unit=SHARE)]
+        if tried
+        else [],
     )
 
 
@@ -436,6 +442,8 @@ def _same(found: Iterable[Outcome], outcome: Outcome, dtype: str) -> Outcome | N
 def _happened(outcome: Outcome) -> str:
     if outcome.first is None:
         return _FINITE
+    if outcome.case.kind == "lengths":
+        return _SOME
     if outcome.error is not None:
         return _RAISED
     return _HIDDEN if outcome.hidden else _SILENT
@@ -515,20 +523,27 @@ def _next_tokens(evidence: Evidence) -> Table:
     )
 
 
-def _bars(name: str, title: str, rows: "Sequence[tuple[str, Counter[str]]]") -> Figure:
-    said = [f"{label}: {listed([f'{amount} {what}' for what, amount in found.items()])}" for label, found in rows]
+CASES, SHARE = "cases", "memory allowed, as a share of what is needed"
+
+Rows = Sequence[tuple[str, Mapping[str, float]]]
+
+
+def _bars(name: str, title: str, rows: Rows, *, unit: str = CASES) -> Figure:
+    say = grouped if unit == CASES else share
+    said = [f"{label}: {listed([f'{what} {say(value)}' for what, value in found.items()])}" for label, found in rows]
     return Figure(
         name=name,
         title=title,
-        caption="Each bar is that many cases.",
+        caption=f"Along the bars: {unit}.",
         alt=f"{'; '.join(said)}.",
-        draw=partial(_draw_bars, rows=rows),
+        draw=partial(_draw_bars, rows=rows, unit=unit),
         size=(8.0, 1.0 + 0.3 * len(rows)),
     )
 
 
 _LOOKS = {
     _FINITE: (4, ""),
+    _SOME: (5, "---"),
     _RAISED: (1, "xxx"),
     _SILENT: (3, "////"),
     _HIDDEN: (2, "...."),
@@ -536,16 +551,21 @@ _LOOKS = {
 }
 
 
-def _draw_bars(figure: "matplotlib.figure.Figure", *, rows: "Sequence[tuple[str, Counter[str]]]") -> list[Hover]:
-    from matplotlib.ticker import MaxNLocator
+def _draw_bars(figure: "matplotlib.figure.Figure", *, rows: Rows, unit: str) -> list[Hover]:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     parts = [
-        Part(name=what, values=[found[what] for _, found in rows], colour=colour, hatch=hatch)
+        Part(name=what, values=[found.get(what, 0) for _, found in rows], colour=colour, hatch=hatch)
         for what, (colour, hatch) in _LOOKS.items()
     ]
-    axes, hovers = stacked_bars(figure, [label for label, _ in rows], parts, say=lambda amount: f"{amount:.0f}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("cases")
+    say = grouped if unit == CASES else share
+    axes, hovers = stacked_bars(figure, [label for label, _ in rows], parts, say=say)
+    if unit == CASES:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.axvline(1, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(unit)
     figure.legend(loc="outside upper right", ncols=3)
     return hovers
 
@@ -559,9 +579,9 @@ def _largest(evidence: Evidence) -> Figure | None:
     return Figure(
         name="claims-largest",
         title="The largest value of each text",
-        caption=f"Largest magnitude of any stored tensor in {found[0].dtype}, on a logarithmic axis.",
+        caption=f"Largest magnitude of any stored tensor in {found[0].dtype}.",
         alt=f"One point a text, from {min(o.largest or 0 for o in found):,.0f} to "
-        f"{max(o.largest or 0 for o in found):,.0f}; float16 ends at 65,504.",
+        f"{max(o.largest or 0 for o in found):,.0f}; float16 ends at {FLOAT16.largest:,.0f}.",
         draw=partial(_draw_largest, names=names, values=[o.largest or 0.0 for o in found]),
         size=(8.0, 1.0 + 0.24 * len(found)),
     )
@@ -573,13 +593,15 @@ def _text_name(outcome: Outcome) -> str:
 
 
 def _draw_largest(figure: "matplotlib.figure.Figure", *, names: Sequence[str], values: Sequence[float]) -> list[Hover]:
+    from matplotlib.ticker import StrMethodFormatter
+
     axes = figure.subplots()
     axes.plot(values, range(len(names)), "o", color=INK, markersize=5)
-    magnitude_axis(axes, "x")
-    axes.set_xlim(min(values) / 2, max(*values, 65504.0) * 2)
+    axes.set_xlim(0, 1.1 * max(*values, FLOAT16.largest))
     limit_line(axes, "float16", along="x")
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("largest magnitude")
     left, right = axes.get_xlim()
     return [
