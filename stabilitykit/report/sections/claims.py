@@ -5,41 +5,30 @@ what would decide it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from stabilitykit.formats import FLOAT16
-from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, texts
-from stabilitykit.report.sections.bars import Part, stacked_bars
+from stabilitykit.report.blocks import Block, Cell, Column, Figure, Prose, Section, Table
+from stabilitykit.report.outcomes import Outcome, Text, outcomes, texts
+from stabilitykit.report.sections.claim_figures import OF_SHORTAGE, SHARE, bars, largest_values, tally
 from stabilitykit.report.sections.lengths import break_map
 from stabilitykit.report.sections.memory import footprint_figure
-from stabilitykit.report.style import INK, limit_line, share, size
 from stabilitykit.report.style import count as grouped
+from stabilitykit.report.style import share, size
 from stabilitykit.report.words import at_token, code, count, happened, listed, place, with_bos
 from stabilitykit.results import Results
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 Verdict = Literal["holds", "does not hold", "cannot be decided here"]
 
 QUOTED = "Of course! Here are some creative ideas for a 10-year-old's birthday party:"
 
+_OPEN: Verdict = "cannot be decided here"
+
 GUIDE_MODEL = "gemma-7b"
 CARD = 24e9  # bytes of the GPU memory that the guide asks for
 NEXT_SMALLER_CARD = 16e9
-
-_FINITE, _SOME, _RAISED, _SILENT, _HIDDEN, _KILLED = (
-    "finite",
-    "breaks at some length",
-    "an error is raised",
-    "nothing is raised, logits are NaN",
-    "a tensor breaks, logits are finite",
-    "the process is killed",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +158,7 @@ def _raises(evidence: Evidence) -> Claim:
         experiment="The same prompts, a token drawn after each.",
         verdict=_judge(low, holds=bool(raised) and not others),
         why=why if low else "No float16 run has drawn a token.",
-        blocks=[_bars("claims-raised", "What happens after the prompt", _rows(evidence.runs))] if low else [],
+        blocks=[bars("claims-raised", "What happens after the prompt", tally(evidence.runs))] if low else [],
     )
 
 
@@ -192,7 +181,7 @@ def _cause_float16(evidence: Evidence) -> Claim:
         experiment="The same texts, lengths and weights in every dtype; only the number format differs.",
         verdict=_judge(broken and wide, holds=sound and all(o.is_of_range for o in broken)),
         why=why,
-        blocks=[figure] if (figure := _largest(evidence)) is not None else [],
+        blocks=[figure] if (figure := largest_values(evidence.found)) is not None else [],
     )
 
 
@@ -210,7 +199,7 @@ def _cause_memory(evidence: Evidence) -> Claim:
             "missing is refused, and no number changes."
         )
     rows = [
-        (f"{s.dtype}, {size(s.room)} of {size(s.needed)}", {_OUTCOMES[s.outcome]: s.room / s.needed}) for s in tried
+        (f"{s.dtype}, {size(s.room)} of {size(s.needed)}", {OF_SHORTAGE[s.outcome]: s.room / s.needed}) for s in tried
     ]
     return Claim(
         says="Too little GPU memory is a cause.",
@@ -218,7 +207,7 @@ def _cause_memory(evidence: Evidence) -> Claim:
         f"{_where([s.device for s in tried])}.",
         verdict=_judge(short, holds=bool(lost)),
         why=why,
-        blocks=[_bars("claims-shortage", "What becomes of a prompt with too little memory", rows, unit=SHARE)]
+        blocks=[bars("claims-shortage", "What becomes of a prompt with too little memory", rows, unit=SHARE)]
         if tried
         else [],
     )
@@ -263,7 +252,7 @@ def _cure(dtype: str, evidence: Evidence) -> Claim:
         experiment=f"What breaks in float16, in {dtype}.",
         verdict=_judge(own, holds=len(cured) == len(own)),
         why=why,
-        blocks=[_bars(f"claims-{dtype}", f"The cases that break in float16, in {dtype}", _rows(own))] if own else [],
+        blocks=[bars(f"claims-{dtype}", f"The cases that break in float16, in {dtype}", tally(own))] if own else [],
     )
 
 
@@ -375,7 +364,7 @@ def _cpu(evidence: Evidence) -> Claim:
         experiment="The 16-bit formats on a CPU.",
         verdict=_judge(own, holds=not sound),
         why=why if own else "Nothing has run in 16 bits on a CPU.",
-        blocks=[_bars("claims-cpu", "Prompts on a CPU", _rows(own))] if own else [],
+        blocks=[bars("claims-cpu", "Prompts on a CPU", tally(own))] if own else [],
     )
 
 
@@ -398,7 +387,7 @@ def _check(evidence: Evidence) -> Claim:
         experiment="Of the runs that break: how many would be noticed without a check?",
         verdict=_judge(broken, holds=bool(silent)),
         why=why if broken else "No run has broken.",
-        blocks=[_bars("claims-noticed", "What is noticed of a break", _rows(broken))] if broken else [],
+        blocks=[bars("claims-noticed", "What is noticed of a break", tally(broken))] if broken else [],
     )
 
 
@@ -415,10 +404,6 @@ CLAIMS: Sequence[Callable[[Evidence], Claim]] = (
     _cpu,
     _check,
 )
-
-_OPEN: Verdict = "cannot be decided here"
-
-_OUTCOMES = {"finite": _FINITE, "not finite": _SILENT, "raised": _RAISED, "killed": _KILLED}
 
 
 def _judge(evidence: Sequence[object], *, holds: bool) -> Verdict:
@@ -437,26 +422,6 @@ def _same(found: Iterable[Outcome], outcome: Outcome, dtype: str) -> Outcome | N
         return tuple(o.case.settings[name] for name in ("prompt", "bos", "length"))
 
     return next((o for o in found if o.dtype == dtype and key(o) == key(outcome)), None)
-
-
-def _happened(outcome: Outcome) -> str:
-    if outcome.first is None:
-        return _FINITE
-    if outcome.case.kind == "lengths":
-        return _SOME
-    if outcome.error is not None:
-        return _RAISED
-    return _HIDDEN if outcome.hidden else _SILENT
-
-
-def _rows(found: Sequence[Outcome]) -> "list[tuple[str, Counter[str]]]":
-    """One a dtype, <bos> and way of drawing tokens: how many cases came to what."""
-    rows: dict[str, Counter[str]] = {}
-    for outcome in found:
-        greedy = outcome.case.kind == "run" and outcome.case.settings["temperature"] == 0
-        name = f"{outcome.dtype} {with_bos(outcome.bos, mark='')}{', greedy' if greedy else ''}"
-        rows.setdefault(name, Counter())[_happened(outcome)] += 1
-    return list(rows.items())
 
 
 def _answers(evidence: Evidence, runs: Sequence[Outcome]) -> list[str]:
@@ -505,9 +470,6 @@ def _price(evidence: Evidence, dtype: str) -> str:
     )
 
 
-# Tables and figures
-
-
 def _next_tokens(evidence: Evidence) -> Table:
     dtypes = list(dict.fromkeys(run.dtype for run in evidence.runs))
     rows: dict[tuple[str, bool | None], dict[str, str | None]] = {}
@@ -521,90 +483,3 @@ def _next_tokens(evidence: Evidence) -> Table:
         columns=[Column(name="prompt"), Column(name="<bos>"), *(Column(name=dtype) for dtype in dtypes)],
         rows=[[*key, *(found.get(dtype) for dtype in dtypes)] for key, found in rows.items()],
     )
-
-
-CASES, SHARE = "cases", "memory allowed, as a share of what is needed"
-
-Rows = Sequence[tuple[str, Mapping[str, float]]]
-
-
-def _bars(name: str, title: str, rows: Rows, *, unit: str = CASES) -> Figure:
-    say = grouped if unit == CASES else share
-    said = [f"{label}: {listed([f'{what} {say(value)}' for what, value in found.items()])}" for label, found in rows]
-    return Figure(
-        name=name,
-        title=title,
-        caption=f"Along the bars: {unit}.",
-        alt=f"{'; '.join(said)}.",
-        draw=partial(_draw_bars, rows=rows, unit=unit),
-        size=(8.0, 1.0 + 0.3 * len(rows)),
-    )
-
-
-_LOOKS = {
-    _FINITE: (4, ""),
-    _SOME: (5, "---"),
-    _RAISED: (1, "xxx"),
-    _SILENT: (3, "////"),
-    _HIDDEN: (2, "...."),
-    _KILLED: (0, "\\\\\\\\"),
-}
-
-
-def _draw_bars(figure: "matplotlib.figure.Figure", *, rows: Rows, unit: str) -> list[Hover]:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    parts = [
-        Part(name=what, values=[found.get(what, 0) for _, found in rows], colour=colour, hatch=hatch)
-        for what, (colour, hatch) in _LOOKS.items()
-    ]
-    say = grouped if unit == CASES else share
-    axes, hovers = stacked_bars(figure, [label for label, _ in rows], parts, say=say)
-    if unit == CASES:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
-        axes.axvline(1, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(unit)
-    figure.legend(loc="outside upper right", ncols=3)
-    return hovers
-
-
-def _largest(evidence: Evidence) -> Figure | None:
-    """The largest value of each text, in the widest dtype that did not break, against what the formats hold."""
-    found = [o for o in reference(evidence.found) if o.largest]
-    if not found:
-        return None
-    names = [_text_name(o) for o in found]
-    return Figure(
-        name="claims-largest",
-        title="The largest value of each text",
-        caption=f"Largest magnitude of any stored tensor in {found[0].dtype}.",
-        alt=f"One point a text, from {min(o.largest or 0 for o in found):,.0f} to "
-        f"{max(o.largest or 0 for o in found):,.0f}; float16 ends at {FLOAT16.largest:,.0f}.",
-        draw=partial(_draw_largest, names=names, values=[o.largest or 0.0 for o in found]),
-        size=(8.0, 1.0 + 0.24 * len(found)),
-    )
-
-
-def _text_name(outcome: Outcome) -> str:
-    prompt = str(outcome.case.settings["prompt"]).removeprefix("text: ")
-    return f"{prompt[:32]}{'…' if len(prompt) > 32 else ''} {with_bos(outcome.bos, mark='')}".strip()
-
-
-def _draw_largest(figure: "matplotlib.figure.Figure", *, names: Sequence[str], values: Sequence[float]) -> list[Hover]:
-    from matplotlib.ticker import StrMethodFormatter
-
-    axes = figure.subplots()
-    axes.plot(values, range(len(names)), "o", color=INK, markersize=5)
-    axes.set_xlim(0, 1.1 * max(*values, FLOAT16.largest))
-    limit_line(axes, "float16", along="x")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("largest magnitude")
-    left, right = axes.get_xlim()
-    return [
-        Hover(left=left, right=right, bottom=level - 0.5, top=level + 0.5, text=f"{name}: {value:,.0f}")
-        for level, (name, value) in enumerate(zip(names, values, strict=True))
-    ]
