@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | N
     if length is not None and length < 1:
         raise MisuseError(f"A length is at least 1 token; {length} is not.")
     begin = tokenizer.encode("", bos=bos)
-    ids = tokenizer.encode(prompt.text, bos=False)
+    ids = list(_encoded(tokenizer, prompt.text))
     if prompt.repeats:
         if len(ids) != 1:
             pieces = ", ".join(repr(tokenizer.piece(index)) for index in ids[:6])
@@ -100,6 +100,11 @@ def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | N
             f'out, or take a longer text ("digits" has {DIGITS:,} tokens, "repeat" any number).'
         )
     return ids[:length]
+
+
+@lru_cache(maxsize=16)  # an experiment asks for the same few texts in every dtype, length and with and without <bos>
+def _encoded(tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, bos=False))
 
 
 def read_text(path: Path) -> str:
