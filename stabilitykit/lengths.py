@@ -74,8 +74,8 @@ class Check:
     relative: float
     compared: int
     agrees: bool
-    peak_ulp: float = 0.0
-    beyond: int = 0
+    peak_ulp: float
+    beyond: int
 
 
 @dataclass(slots=True)

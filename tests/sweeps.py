@@ -132,7 +132,8 @@ def broken_map(dtype: str = "float16", first: int = 29, longest: int = 64, check
 def check(length: int = 16, *, agrees: bool = True) -> Check:
     return Check(
         length=length, site=None, direct_site=None if agrees else "layers.1", ulp=1.0 if agrees else 9.0,
-        ulp_site="layers.0", relative=1e-7, compared=2, agrees=agrees,
+        ulp_site="layers.0", relative=1e-7, compared=2, agrees=agrees, peak_ulp=0.5 if agrees else 9.0,
+        beyond=0 if agrees else 1,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ the way to a result that fits, and from an operation that has no finite result i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,14 +63,21 @@ class Finding:
     origins: tuple[Origin | None, ...] = ()
 
 
-def blocks(operand: Tensor) -> Tensor:
+def blocks(operand: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Where an additive mask hides a key: -inf, or the very negative finite number that stands for it.
 
-    transformers uses the dtype's minimum, gemma_pytorch -2.38e38; both are past half the minimum.
+    transformers uses the dtype's minimum, gemma_pytorch -2.38e38; both are past half the minimum. `dtype` is that in
+    which the mask was made, the operand's own unless given.
     """
     if operand.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return torch.zeros_like(operand, dtype=torch.bool)  # complex numbers and float8 have no order on every device
-    return operand <= torch.finfo(operand.dtype).min / 2
+    return operand <= torch.finfo(dtype or operand.dtype).min / 2
+
+
+def narrowest(output: Tensor, operands: Iterable[Operand]) -> torch.dtype:
+    """The dtype of the least range that is at work: float16's minimum is a mask even where float32 holds it."""
+    dtypes = [tensor.dtype for tensor in (output, *(o.tensor for o in operands)) if tensor.is_floating_point()]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).min, default=output.dtype)
 
 
 def masked_elements(call: Call, output: Tensor) -> Tensor | None:
@@ -94,7 +101,7 @@ def masked_elements(call: Call, output: Tensor) -> Tensor | None:
     union = shown[0]
     for part in shown[1:]:
         union = union | part
-    union = union & blocks(output)
+    union = union & blocks(output, narrowest(output, call.operands))
     return union if bool(union.any()) else None
 
 

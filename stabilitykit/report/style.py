@@ -154,13 +154,6 @@ def limit_line(axes: "Axes", format_name: str, *, along: Literal["x", "y"] = "y"
     )
 
 
-def halo() -> list[Any]:
-    """Path effects that keep text legible over hatches; in an SVG such text becomes outlines, so prefer BACKING."""
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=2.5, foreground=PAPER)]
-
-
 def magnitude_axis(axes: "Axes", along: Literal["x", "y"] = "y") -> None:
     """Makes an axis logarithmic, with powers of ten as ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

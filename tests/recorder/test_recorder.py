@@ -236,6 +236,18 @@ def test_a_sampling_filter_is_no_break() -> None:
     assert (softmax.underflow_share, softmax.masked_rows) == (0.0, 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_masked_key_is_no_probability_that_underflowed_in_any_dtype(
+    small: Small, tokens: torch.Tensor, dtype: str
+) -> None:
+    model = small(3, dtype)
+    with torch.no_grad(), record(model) as recording:
+        model(tokens)
+    found = [made.softmax for made in recording if made.softmax is not None]
+    assert found
+    assert {made.underflow_share for made in found} == {0.0}
+
+
 def test_a_float32_island_is_judged_as_float32(small: Small, tokens: torch.Tensor) -> None:
     model = small(1, "float16")
     model.embed_tokens.weight.data *= 2000

@@ -8,7 +8,7 @@ from stabilitykit.diagnosis import chain, verdict
 from stabilitykit.records import Record, Recording
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names
-from stabilitykit.report.style import INK, count, halo, series_style
+from stabilitykit.report.style import BACKING, INK, count, series_style
 from stabilitykit.report.words import code, with_bos
 from stabilitykit.results import Case, Results
 
@@ -143,7 +143,7 @@ def _draw(figure: "matplotlib.figure.Figure", *, layers: Sequence[Record], first
             ha="right" if before else "left",
             va="center",
             fontsize=8,
-            path_effects=halo(),
+            bbox=BACKING,
         )
     axes.set_ylim(-0.05, 1.05)
     axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))

@@ -12,7 +12,7 @@ from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.lengths import LengthMap, Span
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names, Outcome, Text, outcomes, texts
-from stabilitykit.report.style import BROKEN, INK, SKY, bits, dtype_style, halo, series_style
+from stabilitykit.report.style import BACKING, BROKEN, INK, SKY, bits, dtype_style, series_style
 from stabilitykit.report.style import count as grouped
 from stabilitykit.report.words import code, count, listed, with_bos
 from stabilitykit.results import Case, Results
@@ -126,7 +126,7 @@ def _name_layers(axes: "Axes", row: Text, level: int, longest: int) -> None:
     left, right = first.first - 0.5, max(span.last for span in row.broken) + 0.5
     if math.log(right / left) > 0.15 * math.log(2 * longest + 1):
         text = f"layer {first.layer}" if first.layer is not None else str(first.site)
-        axes.text(math.sqrt(left * right), level, text, ha="center", va="center", fontsize=7, path_effects=halo())
+        axes.text(math.sqrt(left * right), level, text, ha="center", va="center", fontsize=7, bbox=BACKING)
 
 
 def _span_hover(name: str, span: Span, bottom: float, top: float, axes: int) -> Hover:
@@ -280,7 +280,7 @@ def _first_breaks(maps: Maps) -> Table:
         ],
         rows=[_first_break_row(text, case, found) for text, case, found in maps],
         note="Headroom is in the dtype's own bits. Runs are the forward passes that say all lengths; checks are "
-        "lengths run again directly, worst the largest difference of a peak in them.",
+        "lengths run again directly, worst how far apart any site's peak is in them.",
     )
 
 
@@ -322,8 +322,15 @@ def _trust(maps: Maps) -> str:
         parts.append("None was run again directly, so nothing here checks them.")
     elif not wrong:
         agree = "was run again directly and agrees" if len(checks) == 1 else "were run again directly and all agree"
-        worst = max(check.ulp for check in checks)
-        parts.append(f"{count(len(checks), 'length')} {agree}: the same first break, and peaks within {worst:.3g} ulp.")
+        peak, site = max(check.peak_ulp for check in checks), max(check.ulp for check in checks)
+        beyond, compared = sum(check.beyond for check in checks), sum(check.compared for check in checks)
+        same = f"{count(len(checks), 'length')} {agree}: the same first break, and"
+        parts.append(
+            f"{same} the largest peak within {peak:.3g} ulp. Of single sites {beyond:,} in {compared:,} are further apart "
+            f"than four ulp, by {site:.3g} at most: kernels of another shape sum in another order."
+            if beyond
+            else f"{same} peaks within {site:.3g} ulp."
+        )
     else:
         where = listed([f"{code(text)} at {count(check.length, 'token')}" for text, check in wrong], most=4)
         parts.append(
@@ -332,7 +339,7 @@ def _trust(maps: Maps) -> str:
         )
     if near:
         where = listed([f"{code(text)} at {_between(span)}" for text, span in near], most=4)
-        parts.append(f"Undecided, because the value that decides lies within four ulp of the limit: {where}.")
+        parts.append(f"Undecided, because the value that decides lies within eight ulp of the limit: {where}.")
     return " ".join(parts)
 
 
@@ -350,9 +357,11 @@ def _checks(maps: Maps) -> Table:
             Column(name="first break"),
             Column(name="first break, directly"),
             Column(name="agrees"),
-            Column(name="largest difference", unit="ulp"),
-            Column(name="at"),
+            Column(name="largest peak apart", unit="ulp"),
+            Column(name="worst site apart", unit="ulp"),
+            Column(name="worst site"),
             Column(name="relative"),
+            Column(name="sites apart by more than four ulp"),
             Column(name="sites compared"),
         ],
         rows=[
@@ -362,16 +371,18 @@ def _checks(maps: Maps) -> Table:
                 check.site,
                 check.direct_site,
                 check.agrees,
+                check.peak_ulp,
                 check.ulp,
                 check.ulp_site,
                 check.relative,
+                check.beyond,
                 check.compared,
             ]
             for text, case, found in maps
             for check in found.checks
         ],
-        note="A length agrees where both ways break first at the same site, or not at all, and no peak is further "
-        "apart than four ulp.",
+        note="A length agrees where both ways break first at the same site, or not at all, and the largest peak of all "
+        "sites is no further apart than four ulp, in units of the dtype at that peak.",
     )
 
 

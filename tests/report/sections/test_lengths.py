@@ -71,7 +71,7 @@ def test_checks_that_agree_and_ones_that_do_not_are_both_said(tmp_path: Path) ->
 def test_undecided_lengths_are_named(tmp_path: Path) -> None:
     spans = (Span(first=1, last=9, run=64), Span(first=10, last=64, run=64, near=True))
     found = made(tmp_path, (lengths_case(), LengthMap(clean_map().header, spans, clean_map().peaks)))
-    assert "within four ulp of the limit: `prose` at 10 to 64 tokens." in prose(found)
+    assert "within eight ulp of the limit: `prose` at 10 to 64 tokens." in prose(found)
     assert [row[-1] for row in tables(found)["spans"].rows] == [False, True]
 
 
