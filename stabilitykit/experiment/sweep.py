@@ -29,8 +29,7 @@ def sweep(results: Results, texts: Path, *, watch: Watcher, retry_failed: bool =
     Raises MisuseError where another sweep runs in the same folder, StabilityKitError where no case can be started.
     """
     with _alone(results.folder):
-        for left_over in (results.folder / "records").glob(".*"):  # of writes that were cut off
-            left_over.unlink()
+        _remove_torn(results.folder)
         if retry_failed:
             for case, _ in results.failed():
                 results.forget_failure(case)
@@ -40,16 +39,24 @@ def sweep(results: Results, texts: Path, *, watch: Watcher, retry_failed: bool =
                 if worker is None:
                     worker = _Worker(results.folder, texts)
                 failure = worker.run(case, watch)
-                if failure is not None:
+                if failure is not None and failure.kind == "killed":
+                    worker.end()
+                    worker = None
+                    _remove_torn(results.folder)
+                if failure is None or results.is_done(case):  # it may be killed once its result is there
+                    watch(case, {"finished": True})
+                else:
                     results.write_failure(case, failure)
                     watch(case, {"failed": failure.kind, "reason": failure.reason})
-                    if failure.kind == "killed":
-                        worker = None
-                else:
-                    watch(case, {"finished": True})
         finally:
             if worker is not None:
                 worker.end()
+
+
+def _remove_torn(folder: Path) -> None:
+    """Removes what is left of writes that were cut off."""
+    for left_over in (folder / "records").glob(".*"):
+        left_over.unlink()
 
 
 class _Worker:
@@ -88,15 +95,20 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._stdout.close()
 
     @property
     def _stdin(self) -> IO[str]:
         assert self.process.stdin is not None
         return self.process.stdin
 
-    def _messages(self) -> Iterator[dict[str, Any]]:
+    @property
+    def _stdout(self) -> IO[str]:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        return self.process.stdout
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        for line in self._stdout:
             message: dict[str, Any] = json.loads(line)
             yield message
 

@@ -26,8 +26,9 @@ def measure_deviation(tensor: Tensor, reference: Tensor, stored: NumberFormat) -
         ours, theirs = ours[both], theirs[both]
     error = (ours - theirs).abs()
     noise, signal = float(error.square().sum()), float(theirs.square().sum())
-    _, exponent = torch.frexp(theirs)  # of a significand in [1/2, 1)
-    ulp = torch.ldexp(torch.ones_like(theirs), (exponent - 1).clamp_min(stored.emin) - stored.precision + 1)
+    magnitude = theirs.abs().clamp_min(stored.smallest_normal)
+    _, exponent = torch.frexp(magnitude)  # of a significand in [1/2, 1)
+    ulp = torch.ldexp(torch.ones_like(theirs), exponent - stored.precision)
     ratio = math.log10(signal / noise) if signal and noise else math.inf
     return Deviation(
         sqnr=10 * ratio if signal else None,

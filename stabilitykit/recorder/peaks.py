@@ -5,6 +5,7 @@ shorter prompt needs to know; the full statistics take twenty times as long.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ def measure_peaks(values: Tensor, folded: Folded, masked: Tensor | None) -> tupl
         tensor = tensor.masked_fill(masked.reshape(tensor.shape), 0)
     high, low = (_by_position(tensor, folded, reduce) for reduce in (torch.amax, torch.amin))
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    peaks = torch.maximum(high.to(wide), -low.to(wide))
+    peaks = torch.maximum(high.to(wide), -low.to(wide)).abs()  # no −0
     if not bool(peaks.isfinite().all()):
         return None
     peak = int(peaks.argmax())
     amax = float(peaks.flatten()[peak])
-    index = _index_of(amax, index_at(peak, peaks.shape), tensor, folded)
+    tied = int((peaks == amax).sum()) > 1
+    index = _first_of_all(amax, tensor, folded) if tied else _index_of(amax, index_at(peak, peaks.shape), tensor, folded)
     shown = hidden < tensor.numel()
     statistics = Statistics(
         elements=tensor.numel(),
@@ -104,6 +106,19 @@ def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, folded: Folde
     one, up_to = slice(position, position + 1), slice(0, position + 1)
     places = [_first(amax, tensor, [*within[:-2], *ends]) for ends in ((up_to, one), (one, up_to))]
     return min(found for found in places if found is not None)
+
+
+def _first_of_all(amax: float, tensor: Tensor, folded: Folded) -> tuple[int, ...]:
+    """The first element of this magnitude in row-major order, sought block by block: where peaks tie, one is early."""
+    assert folded.position is not None
+    rest = [slice(None)] * (tensor.ndim - folded.position - 1)
+    for lead in product(*map(range, tensor.shape[: folded.position])):
+        for start in range(0, tensor.shape[folded.position], _BLOCK):
+            block = [*(slice(i, i + 1) for i in lead), slice(start, start + _BLOCK), *rest]
+            found = _first(amax, tensor, block)
+            if found is not None:
+                return found
+    raise AssertionError("a tensor holds its own largest magnitude")
 
 
 def _first(amax: float, tensor: Tensor, within: Sequence[slice]) -> tuple[int, ...] | None:

@@ -29,7 +29,16 @@ from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.axes import Folded, fold
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Entry
-from stabilitykit.recorder.judgement import Call, Finding, Operand, blocks, joins_positions, judge, masked_elements
+from stabilitykit.recorder.judgement import (
+    Call,
+    Finding,
+    Operand,
+    blocks,
+    joins_positions,
+    judge,
+    masked_elements,
+    narrowest,
+)
 from stabilitykit.recorder.operators import canonical, combines, is_composite, is_factory, moves, writes_in_place
 from stabilitykit.recorder.origins import Origin, Origins, region
 from stabilitykit.recorder.peaks import measure_peaks, position_peaks
@@ -321,7 +330,7 @@ class _Recorder:
             else:
                 origin = Origin("computed", name, lost=any(o.lost for o in origins))
             if any(operand.hides() is not None for operand in operands):  # elements moved, and the mask with them
-                origin = replace(origin, masked=blocks(measurable(tensor)))
+                origin = replace(origin, masked=blocks(measurable(tensor), narrowest(tensor, operands)))
             self.origins.remember(tensor, origin)
 
     # Records
@@ -524,4 +533,4 @@ def _head(values: Tensor, folded: Folded) -> int | None:
 def _is_compared(site: str) -> bool:
     """Whether a run's copy of this tensor is worth its memory: modules' outputs, and sums directly in a layer."""
     module, slash, operator = site.partition("/")
-    return not slash or (bool(module) and _is_layer(module) and operator.startswith("add."))
+    return not slash or (module.rpartition(".")[2].isdigit() and operator.startswith("add."))

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.report.blocks import Section
+from stabilitykit.report.words import none_of
 from stabilitykit.results import Case, Results
 
 REFERENCE = "float32"
@@ -79,7 +80,8 @@ def missing(results: Results) -> str:
     planned, failed, waiting = _progress(results)
     if not failed and not waiting:
         return ""
-    return f"Of {count(planned, 'planned run')}, {failed} failed and {waiting} have not finished; they are not shown."
+    have = "has" if waiting == 1 else "have"
+    return f"Of {count(planned, 'planned run')}, {failed} failed and {waiting} {have} not finished; they are not shown."
 
 
 def nothing(key: str, title: str, results: Results, what: str) -> Section:
@@ -88,7 +90,7 @@ def nothing(key: str, title: str, results: Results, what: str) -> Section:
     if not planned:
         why = "the experiment plans no recorded runs."
     elif planned == failed + waiting:
-        why = f"of {count(planned, 'planned run')} none has finished; {failed} failed."
+        why = f"{none_of(planned, 'planned run')} has finished; {failed} failed."
     else:
         why = f"no finished run that would be drawn here holds {what}. {missing(results)}"
     return Section(key=key, title=title, opening=f"Nothing can be shown here: {why.strip()}")

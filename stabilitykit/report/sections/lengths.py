@@ -326,8 +326,8 @@ def _trust(maps: Maps) -> str:
         beyond, compared = sum(check.beyond for check in checks), sum(check.compared for check in checks)
         same = f"{count(len(checks), 'length')} {agree}: the same first break, and"
         parts.append(
-            f"{same} the largest peak within {peak:.3g} ulp. Of single sites {beyond:,} in {compared:,} are further apart "
-            f"than four ulp, by {site:.3g} at most: kernels of another shape sum in another order."
+            f"{same} the largest peak within {peak:.3g} ulp. Of single sites {beyond:,} in {compared:,} are further "
+            f"apart than four ulp, by {site:.3g} at most: kernels of another shape sum in another order."
             if beyond
             else f"{same} peaks within {site:.3g} ulp."
         )

@@ -108,7 +108,7 @@ def _limits(group: Group) -> tuple[list[str], list[str]]:
     for name in dict.fromkeys([*group.runs, "float16", *group.widest.header.formats]):
         largest = number_format(name).largest
         clear = all(not 1 / _TOO_CLOSE < largest / number_format(other).largest < _TOO_CLOSE for other in drawn)
-        visible = largest <= max(*heights, FLOAT16.largest)
+        visible = largest <= max([*heights, FLOAT16.largest])
         (drawn if clear and visible else left).append(name)
     return drawn, left
 
@@ -160,7 +160,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
 
     magnitude_axis(main)
     heights = [p.y for part in (panels, breaks) for panel in part.values() for points in panel.values() for p in points]
-    main.set_ylim(min(heights, default=1.0) / 2, max(*heights, FLOAT16.largest) * 4)
+    main.set_ylim(min(heights, default=1.0) / 2, max([*heights, FLOAT16.largest]) * 4)
     drawn, _ = _limits(group)
     for name, part in axes.items():
         lines.plot(part, panels[name], joined=name != _OUTSIDE)

@@ -36,12 +36,12 @@ def section(results: Results) -> Section:
     if not found:
         opening = f"There is no verdict yet: {none_of(len(planned), 'case')} that would run a prompt has finished."
         return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
-    finished = count(len(found), "finished case")
+    finished = f"{count(len(found), 'finished case')} of {len(planned):,} {'comes' if len(found) == 1 else 'come'} to"
     return Section(
         key="verdict",
         title="Verdict",
-        opening=f"What {finished} of {len(planned):,} come to. It holds for these texts and lengths: another text may "
-        "hold a token that grows larger.",
+        opening=f"What {finished}. It holds for these texts and lengths: another text may hold a token that grows "
+        "larger.",
         blocks=[Prose(paragraph(results, found)), _table(results, found)],
     )
 
