@@ -39,7 +39,8 @@ def measure_peaks(values: Tensor, folded: Folded, masked: Tensor | None) -> tupl
     peak = int(peaks.argmax())
     amax = float(peaks.flatten()[peak])
     tied = int((peaks == amax).sum()) > 1
-    index = _first_of_all(amax, tensor, folded) if tied else _index_of(amax, index_at(peak, peaks.shape), tensor, folded)
+    place = index_at(peak, peaks.shape)
+    index = _first_of_all(amax, tensor, folded) if tied else _index_of(amax, place, tensor, folded)
     shown = hidden < tensor.numel()
     statistics = Statistics(
         elements=tensor.numel(),

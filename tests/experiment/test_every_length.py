@@ -1,11 +1,16 @@
 """Every length from one run: what it says is what direct runs say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from stabilitykit.checkpoints import GemmaConfig
+from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.experiment.every_length import every_length
-from stabilitykit.gemma import Gemma
+from stabilitykit.experiment.prompts import parse_prompt
+from stabilitykit.experiment.prompts import tokens as prompt_tokens
+from stabilitykit.gemma import Gemma, build
+from stabilitykit.gemma.matmul import matmul
 from stabilitykit.gemma.stress import apply_stress
 from stabilitykit.recorder import record
 
@@ -83,3 +88,45 @@ def test_peaks_of_every_length_are_those_of_a_direct_run() -> None:
         assert len(compared) > 60
         for site in compared:
             assert found.amax(site, length) == pytest.approx(peaks[site], rel=2e-5), (site, length)
+
+
+def test_the_real_model_breaks_late_at_the_length_that_bisection_finds(checkpoint_270m: Checkpoint) -> None:
+    """The opening of a novel, without <bos>, in float16. The direct runs are bare ones, up to what the head reads."""
+    model = build(checkpoint_270m, dtype="float16")
+    prose = parse_prompt("prose", Path())
+    assert model.tokenizer is not None
+    tokens = prompt_tokens(prose, model.tokenizer, bos=False, length=152)
+    known: dict[int, bool] = {}
+    head, model.lm_head = model.lm_head, torch.nn.Identity()
+
+    def breaks(length: int) -> bool:
+        if length not in known:
+            with torch.inference_mode(), matmul("float32-accumulate"):
+                hidden = model(torch.tensor([tokens[:length]]))
+            known[length] = not bool(hidden.isfinite().all())
+        return known[length]
+
+    low, high = 0, len(tokens)
+    assert breaks(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if breaks(middle) else (middle, high)
+    for length in (1, 16, 60, high + 9):  # bisection is right where every longer prompt breaks too
+        breaks(length)
+    assert {length for length, broken in known.items() if broken} == {n for n in known if n >= high}
+
+    model.lm_head = head
+    found = every_length(model, tokens, kind="float32-accumulate")
+    assert found.first_broken == high
+    assert found.longest == len(tokens)
+    assert [(span.first, span.last, span.broke is None) for span in found.spans] == [
+        (1, high - 1, True),
+        (high, len(tokens), False),
+    ]
+    first = found.span(high)
+    assert first.broke is not None
+    assert (first.operator, first.broke.kind) == ("add", "overflow")
+    assert first.broke.position == high - 1  # of the token that this length is the first to hold
+    assert first.broke.token == tokens[high - 1]
+    assert all(check.site == check.direct_site for check in found.checks)
+    assert {check.length for check in found.checks} == {1, high}

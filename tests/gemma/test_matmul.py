@@ -1,0 +1,208 @@
+"""Products summed in float32 are rounded once to 16 bits; everything else is torch's own, bit for bit."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from stabilitykit.checkpoints.random import random_checkpoint
+from stabilitykit.errors import MisuseError
+from stabilitykit.formats import number_format
+from stabilitykit.gemma import Gemma, build
+from stabilitykit.gemma.matmul import matmul, preferred_matmul
+from stabilitykit.recorder import record
+
+Floats = npt.NDArray[np.float64]
+NARROW = [torch.float16, torch.bfloat16]
+SPEC = "random:gemma3-270m?layers=2&hidden_size=64&feed_forward=96&heads=4&kv_heads=2&head_dim=16&vocabulary=400"
+
+
+def rounded(values: Floats, dtype: torch.dtype) -> Floats:
+    """Nearest, ties to even, past the overflow edge infinite: in float64, from the format's definition."""
+    form = number_format(str(dtype))
+    with np.errstate(divide="ignore"):
+        exponent = np.maximum(np.floor(np.log2(np.abs(values))), form.emin)
+    ulp = 2.0 ** (exponent - form.precision + 1)
+    nearest = np.rint(values / ulp) * ulp
+    return np.where(np.abs(nearest) > form.largest, np.copysign(np.inf, values), nearest)
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+Product = Callable[..., Tensor]
+# Each with the shapes of its operands, and which two of them are multiplied; a third is added.
+PRODUCTS: dict[str, tuple[Product, tuple[tuple[int, ...], ...], tuple[int, int]]] = {
+    "mm": (torch.mm, ((7, 300), (300, 9)), (0, 1)),
+    "bmm": (torch.bmm, ((3, 7, 300), (3, 300, 9)), (0, 1)),
+    "matmul": (torch.matmul, ((2, 3, 7, 300), (2, 3, 300, 9)), (0, 1)),
+    "matmul of a matrix": (torch.matmul, ((2, 7, 300), (300, 9)), (0, 1)),
+    "transposed": (lambda a, b: a @ b.transpose(1, 2), ((2, 7, 300), (2, 9, 300)), (0, 1)),
+    "linear": (F.linear, ((2, 7, 300), (9, 300)), (0, 1)),
+    "linear with a bias": (F.linear, ((2, 7, 300), (9, 300), (9,)), (0, 1)),
+    "addmm": (torch.addmm, ((9,), (7, 300), (300, 9)), (1, 2)),
+    "baddbmm": (torch.baddbmm, ((3, 7, 9), (3, 7, 300), (3, 300, 9)), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_the_exact_one_rounded_once_within_the_error_of_a_float32_sum(
+    name: str, dtype: torch.dtype, mode: Callable[[], object]
+) -> None:
+    """Some number within that error of the exact product rounds to each result: rounding is monotone."""
+    product, shapes, _ = PRODUCTS[name]
+    operands = [drawn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    with mode(), matmul("float32-accumulate"):
+        result = product(*operands)
+    assert result.dtype == dtype
+    exact = product(*(operand.double() for operand in operands)).numpy()
+    magnitudes = product(*(operand.double().abs() for operand in operands)).numpy()
+    terms = 302  # and a bias; products of two 16-bit numbers are exact in float32
+    bound = terms * 2.0**-24 / (1 - terms * 2.0**-24) * magnitudes
+    found = result.double().numpy()
+    assert (rounded(exact - bound, dtype) <= found).all()
+    assert (found <= rounded(exact + bound, dtype)).all()
+    # And the bound is tight enough to settle nearly all of them.
+    assert (rounded(exact, dtype) == found).mean() > 0.97
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_tie_goes_to_the_even_number(dtype: torch.dtype) -> None:
+    half = 2.0 ** -number_format(str(dtype)).precision  # of the gap above 1
+    rows = torch.tensor([[1.0, half], [1.0, 3 * half], [1.0, -half / 2], [-1.0, -half], [1.0, 1.25 * half]]).to(dtype)
+    with torch.inference_mode(), matmul("float32-accumulate"):
+        result = rows @ torch.ones(2, 1, dtype=dtype)
+    assert result.flatten().double().tolist() == [1.0, 1 + 4 * half, 1.0, -1.0, 1 + 2 * half]
+
+
+def test_partial_sums_may_leave_float16_and_results_may_not() -> None:
+    big = torch.full((1, 4), 60_000.0, dtype=torch.float16)
+    cancelling = torch.tensor([[1.0], [1.0], [-1.0], [-0.5]], dtype=torch.float16)
+    edge = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]], dtype=torch.float16)
+    values = torch.tensor([[32_768.0], [32_736.0], [15.0], [0.0]], dtype=torch.float16)
+    with torch.inference_mode(), matmul("float32-accumulate"):
+        assert (big @ cancelling).item() == 30_000.0
+        assert (big @ -torch.ones(4, 1, dtype=torch.float16)).item() == -math.inf
+        assert (edge @ values).flatten().tolist() == [65_504.0, 32_752.0]  # 65,519 is nearer to 65,504 than to 65,536
+        values[2] = 16.0
+        assert (edge @ values).flatten().tolist() == [math.inf, 32_752.0]  # 65,520 is the tie, and even is past the end
+        big[0, 0] = math.nan
+        assert math.isnan((big @ cancelling).item())
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32, torch.float64])
+def test_native_products_are_torchs_own(dtype: torch.dtype) -> None:
+    for product, shapes, _ in PRODUCTS.values():
+        operands = [drawn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+        bare = product(*operands)
+        with matmul("native"):
+            assert _get_current_dispatch_mode_stack() == []
+            assert torch.equal(product(*operands), bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
+    for product, shapes, _ in PRODUCTS.values():
+        if dtype == torch.int64:
+            operands = [(10 * drawn(*shape, dtype=torch.float32)).to(dtype) for shape in shapes]
+        else:
+            operands = [drawn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+        bare = product(*operands)
+        with matmul("float32-accumulate"):
+            again = product(*operands)
+        assert again.dtype == dtype
+        assert torch.equal(again, bare)
+
+
+def test_operands_of_two_dtypes_are_refused_as_ever() -> None:
+    a, b = drawn(2, 3, dtype=torch.float16), drawn(3, 2, dtype=torch.bfloat16)
+    with matmul("float32-accumulate"), pytest.raises(RuntimeError, match="same dtype"):
+        a @ b
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_operators_that_are_no_products_are_left_alone(dtype: torch.dtype) -> None:
+    x = drawn(5, 40, dtype=dtype)
+
+    def others() -> list[Tensor]:
+        return [x + x, x * 3.3, x.sum(-1), x.softmax(-1), F.gelu(x, approximate="tanh"), x.mean(-1)]
+
+    bare = others()
+    with matmul("float32-accumulate"):
+        for found, expected in zip(others(), bare, strict=True):
+            assert found.dtype == dtype
+            assert torch.equal(found, expected)
+
+
+def test_nothing_outlives_the_block() -> None:
+    a, b = drawn(16, 4096, dtype=torch.bfloat16), drawn(4096, 16, dtype=torch.bfloat16, seed=1)
+    before = a @ b
+    with matmul("float32-accumulate"):
+        assert len(_get_current_dispatch_mode_stack()) == 1
+        a @ b
+    assert _get_current_dispatch_mode_stack() == []
+    assert torch.equal(a @ b, before)
+    with pytest.raises(RuntimeError, match="shapes"), matmul("float32-accumulate"):
+        a @ a
+    assert _get_current_dispatch_mode_stack() == []
+    assert torch.equal(a @ b, before)
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def model(request: pytest.FixtureRequest) -> Gemma:
+    return build(random_checkpoint(SPEC), dtype=request.param)
+
+
+def test_a_recorder_inside_sees_16_bit_products_at_the_same_sites(model: Gemma) -> None:
+    ids = torch.tensor([[2, 70, 71, 72, 73]])
+    with torch.inference_mode(), record(model) as native:
+        model(ids)
+    with torch.inference_mode(), matmul("float32-accumulate"):
+        bare = model(ids)
+        with record(model, matmul="float32-accumulate") as recording:
+            recorded = model(ids)
+    assert torch.equal(bare, recorded)
+    assert [(r.site, r.dtype, r.shape) for r in recording] == [(r.site, r.dtype, r.shape) for r in native]
+    name = str(model.dtype).removeprefix("torch.")
+    assert {r.dtype for r in recording if r.operator == "matmul"} == {name}
+    assert (recording.header.matmul, native.header.matmul) == ("float32-accumulate", "native")
+
+
+def test_a_models_linear_layers_are_computed_so(model: Gemma) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    layer = model.layers[1].mlp.down_proj
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.inference_mode(), matmul("float32-accumulate"):
+        model(torch.tensor([[2, 70, 71, 72, 73]]))
+    handle.remove()
+    ((x, output),) = seen
+    exact = (x.double() @ layer.weight.double().T).numpy()
+    bound = 97 * 2.0**-24 * (x.double().abs() @ layer.weight.double().abs().T).numpy()
+    found = output.double().numpy()
+    assert (rounded(exact - bound, model.dtype) <= found).all()
+    assert (found <= rounded(exact + bound, model.dtype)).all()
+
+
+def test_what_is_preferred_is_wider_only_for_16_bits_on_a_cpu() -> None:
+    assert {(dtype, device): preferred_matmul(dtype, device) for dtype, device in [
+        ("float16", "cpu"), ("bfloat16", "cpu"), ("float32", "cpu"), ("float64", "cpu"),
+        ("float16", "cuda"), ("bfloat16", "cuda"), ("float32", "cuda"),
+    ]} == {
+        ("float16", "cpu"): "float32-accumulate", ("bfloat16", "cpu"): "float32-accumulate",
+        ("float32", "cpu"): "native", ("float64", "cpu"): "native",
+        ("float16", "cuda"): "native", ("bfloat16", "cuda"): "native", ("float32", "cuda"): "native",
+    }  # fmt: skip
+
+
+def test_an_unknown_kind_is_told_the_known_ones() -> None:
+    with pytest.raises(MisuseError, match="native or float32-accumulate; 'fast' is neither"), matmul("fast"):
+        pass
