@@ -211,10 +211,12 @@ def _draw_curves(
 def _draw_text(axes: "Axes", maps: Sequence[LengthMap], bos: bool | None) -> "dict[str, Artist]":
     """One curve, and a mark for each dtype that broke; what to call them in the legend."""
     widest = max(maps, key=lambda found: number_format(found.header.dtype).precision)
-    lengths, room = _steps(widest.curve())
+    lengths, room = _steps(_sound(widest))
     style = series_style(0 if bos else 2) | {"marker": ""}
-    (line,) = axes.step(lengths, room, where="post", **style)
-    handles: dict[str, Artist] = {f"{with_bos(bos, mark='')} ({widest.header.dtype})".strip(): line}
+    handles: dict[str, Artist] = {}
+    if any(math.isfinite(bits_left) for bits_left in room):
+        (line,) = axes.step(lengths, room, where="post", **style)
+        handles[f"{with_bos(bos, mark='')} ({widest.header.dtype})".strip()] = line
     for found in maps:
         first = next((span for span in found.spans if span.broke is not None), None)
         if first is None:
@@ -224,6 +226,15 @@ def _draw_text(axes: "Axes", maps: Sequence[LengthMap], bos: bool | None) -> "di
         (mark,) = axes.plot(first.first, _room_at(first, widest), zorder=3, **look)
         handles[f"first break in {dtype}"] = mark
     return handles
+
+
+def _sound(found: LengthMap) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """The curve, with a gap where a length breaks: what was stored before a break is not the text's peak."""
+    curve = found.curve()
+    for span in found.spans:
+        if span.broke is not None:
+            curve[span.first - 1 : span.last] = math.nan
+    return curve
 
 
 def _room_at(span: Span, widest: LengthMap) -> float:
@@ -251,7 +262,7 @@ def _curve_hovers(text: str, own: Sequence[tuple[Case, LengthMap]], axes: int) -
         right = min(2 * left - 1, longest)
         said = []
         for case, found in own:
-            curve = found.curve()
+            curve = _sound(found)
             if right <= curve.size and math.isfinite(curve[right - 1]):
                 room = bits(FLOAT16.headroom(float(curve[right - 1])))
                 said.append(f"{with_bos(case.settings.get('bos'), mark='')} {found.header.dtype} {room}".strip())
