@@ -84,7 +84,16 @@ def test_any_text_comes_back(tokenizer: Tokenizer, tiny: Tokenizer, text: str) -
     spaced = text.replace("▁", " ")  # the one character that SentencePiece takes for another
     assert tokenizer.decode(tokenizer.encode(text)) == spaced
     assert tiny.decode(tiny.encode(text)) == spaced
-    assert tokenizer.decode(tokenizer.encode(text, special_tokens=True, bos=False)) == spaced
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_characters="<[▁")))
+def test_text_around_control_tokens_comes_back_without_them(tokenizer: Tokenizer, text: str) -> None:
+    # every control piece begins with `<` or `[`, so a text without either holds none by chance
+    ids = tokenizer.encode(f"<bos>{text}<end_of_turn>", special_tokens=True, bos=False)
+    assert ids[0] == 2
+    assert ids[-1] == 106
+    assert tokenizer.decode(ids) == text
 
 
 def test_control_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
