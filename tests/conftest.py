@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from stabilitykit.checkpoints import Checkpoint, cache_folder, open_checkpoint
 from stabilitykit.checkpoints.bundled import bundled_gguf
+
+# the same examples in every run of one commit; `pytest --hypothesis-profile=default` looks for new ones
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
