@@ -56,7 +56,8 @@ class Softmax:
 
     Per-head tuples run over heads (one entry where there are none); entropies are in nats over rows that
     are neither fully masked nor NaN, NaN where a head has no such row. `underflow_share` is the fraction of
-    unmasked probabilities that are exactly zero. `sum_error` is the largest |Σp - 1|.
+    unmasked probabilities that are exactly zero. `sum_error` is the largest |Σp - 1|. `recomputed`: the kernel kept no
+    probabilities, and these are those of its queries and keys in float32.
     """
 
     max_logit: float | None
@@ -68,6 +69,7 @@ class Softmax:
     underflow_share: float
     masked_rows: int
     nan_rows: int
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,39 @@ class Deviation:
     largest: float | None
     largest_ulp: float | None
     compared: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightCounts:
+    """One parameter, stored in a format: how many of its elements would leave the format's normal range.
+
+    `overflow` is past the largest value, `subnormal` rounds to a non-zero subnormal, `zero` from non-zero to zero;
+    `nonfinite` were NaN or infinite before.
+    """
+
+    name: str
+    elements: int
+    overflow: int
+    subnormal: int
+    zero: int
+    nonfinite: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """All parameters of a checkpoint, stored in `dtype`: sums, and the five parameters with most to lose, worst first.
+
+    Worst are those with elements that are not finite or would overflow, then those with most that vanish or go
+    subnormal; parameters with none are left out.
+    """
+
+    dtype: str
+    elements: int
+    overflow: int
+    subnormal: int
+    zero: int
+    nonfinite: int
+    worst: tuple[WeightCounts, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,9 +275,10 @@ class Header:
     """What has to be known to read the records, and to make them again.
 
     `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
-    redacted. `token_texts` says what each id
-    in it stands for. `watched` are elements asked for: site, row-major index, value. `case` is free-form: prompt,
-    stress, rounding and whatever else was chosen.
+    redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
+    begin. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched`
+    are elements asked for: site, row-major index, value. `case` is free-form: prompt, stress, rounding and whatever
+    else was chosen.
     """
 
     checkpoint: str | None
@@ -261,12 +297,18 @@ class Header:
     machine: dict[str, Any] = field(default_factory=dict)
     watched: tuple[tuple[str, int, float], ...] = ()
     logits_error: LogitsError | None = None
+    weights: StoredWeights | None = None
+    starts: tuple[int, ...] = ()
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
     def text_of(self, token: int | None) -> str | None:
         """A token as text, or as its id where the text is not known; None for none or a redacted one."""
         return None if token is None else self.token_texts.get(token, str(token))
+
+    def first_position(self, step: int) -> int | None:
+        """The absolute position of a step's first token; None for a step that is not known."""
+        return self.starts[step] if 0 <= step < len(self.starts) else None
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Header":
@@ -276,6 +318,10 @@ class Header:
         raw["tokens"] = None if raw["tokens"] is None else tuple(map(tuple, raw["tokens"]))
         raw["watched"] = tuple(map(tuple, raw["watched"]))
         raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
+        if raw.get("weights") is not None:
+            worst = tuple(WeightCounts(**counts) for counts in raw["weights"]["worst"])
+            raw["weights"] = StoredWeights(**{**raw["weights"], "worst": worst})
+        raw["starts"] = tuple(raw.get("starts", ()))
         raw["logits_error"] = None if raw["logits_error"] is None else LogitsError(**raw["logits_error"])
         return cls(**raw)
 
@@ -415,7 +461,7 @@ def _column_types(formats: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
 
 
 def _arrow_type(hint: Any) -> pa.DataType:
-    plain = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    plain = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
     if hint in plain:
         return plain[hint]
     arguments = [argument for argument in get_args(hint) if argument is not type(None)]

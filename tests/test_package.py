@@ -21,6 +21,7 @@ FLOORS = [
     {"lengths"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},
+    {"hf"},
     {"experiment", "report"},
     {"cli"},
 ]

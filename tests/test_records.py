@@ -44,7 +44,7 @@ def test_the_frame_has_the_files_columns(recording: Recording, tmp_path: Path) -
 
 
 def test_an_empty_recording_is_one_too(tmp_path: Path) -> None:
-    with record(Breaks()) as nothing:
+    with pytest.warns(UserWarning, match="Nothing was recorded"), record(Breaks()) as nothing:
         pass
     nothing.save(tmp_path / "empty.parquet")
     read = Recording.load(tmp_path / "empty.parquet")

@@ -52,6 +52,11 @@ class GemmaConfig:
             raise CheckpointError(f"RoPE turns pairs of channels, so head_dim is even; it is {self.head_dim}.")
 
     @property
+    def model_type(self) -> str:
+        """Hugging Face's name for this generation's text decoder."""
+        return {1: "gemma", 2: "gemma2", 3: "gemma3_text"}[self.generation]
+
+    @property
     def query_key_norm(self) -> bool:
         """Whether q and k pass an RMSNorm (generation 3)."""
         return self.generation == 3

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +15,13 @@ import typer
 from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:
-    from stabilitykit.gemma.tokenizer import Tokenizer
+    from torch import Tensor
+
+    from stabilitykit.experiment.case import Progress
+    from stabilitykit.experiment.subject import Subject
     from stabilitykit.records import Recording
+
+_HF = "hf:"
 
 
 class LevelName(StrEnum):
@@ -28,9 +35,18 @@ class RoundingChoice(StrEnum):
     gemma_pytorch = "gemma_pytorch"
 
 
+class AttentionChoice(StrEnum):
+    eager = "eager"
+    sdpa = "sdpa"
+
+
 def profile(
     checkpoint: Annotated[
-        str, typer.Argument(help="gemma3-270m (extra: demo), a .gguf file, or random:SIZE?layers=2&seed=0.")
+        str,
+        typer.Argument(
+            help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or gemma_pytorch's .ckpt file, "
+            "random:SIZE?layers=2&seed=0, or hf:FOLDER or hf:NAME to run transformers' own code (extra: hf)."
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="The text, or @FILE to read it from a UTF-8 file.")],
     dtype: Annotated[
@@ -52,6 +68,16 @@ def profile(
         float, typer.Option(help="Scale the residual stream by this power of two; float32 output stays the same.")
     ] = 1.0,
     left_padding: Annotated[int, typer.Option(min=0, help="Pad tokens before the prompt.")] = 0,
+    generate: Annotated[
+        int, typer.Option(min=1, help="New tokens; each is a step of its own, up to the first that breaks.")
+    ] = 1,
+    attention: Annotated[
+        AttentionChoice | None, typer.Option(help="Of hf: models; transformers' choice if not given.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The folder of a LoRA adapter (peft), for hf: models.")] = None,
+    no_fused_softmax: Annotated[
+        bool, typer.Option("--no-fused-softmax", help="Do not recompute the softmax inside fused attention.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="Of the sampling step.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of the sampling step.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Of the sampling step.")] = 64,
@@ -66,7 +92,7 @@ def profile(
 ) -> None:
     """Run PROMPT in each dtype and say where, and why, numbers leave its range.
 
-    Every tensor of the forward pass and of one sampling step is recorded. Exits 0 whatever was found.
+    Every tensor of each forward pass and of the sampling after it is recorded. Exits 0 whatever was found.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MisuseError(f"--out names a new or an empty folder, and {out} holds something already; choose another.")
@@ -75,37 +101,41 @@ def profile(
     dtypes = dtype or ["float16"]
     text = _read_prompt(prompt)
 
-    from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.diagnosis import document
     from stabilitykit.experiment.case import Sampling, run_dtypes
     from stabilitykit.gemma.load import parse_device, parse_dtype
-    from stabilitykit.gemma.tokenizer import Tokenizer
+    from stabilitykit.recorder.weights import check_weights
 
     for name in dtypes:
         parse_dtype(name)
     parse_device(device)
+    if system is not None and not chat:
+        raise MisuseError("--system belongs to the turn template; add --chat.")
+    how = _Prompt(text=text, bos=not no_bos, chat=chat, system=system, special_tokens=special_tokens)
     with screen.progress_bar() as progress:
-        opened = open_checkpoint(checkpoint, progress=lambda done, total: progress("reading weights", done, total))
-        tokenizer = Tokenizer(opened.vocabulary)
-        if chat:
-            tokens = tokenizer.chat(text, system=system, generation=opened.config.generation, bos=not no_bos)
-        elif system is not None:
-            raise MisuseError("--system belongs to the turn template; add --chat.")
+        if checkpoint.startswith(_HF):
+            if rounding is not RoundingChoice.transformers or stress != 1:
+                raise MisuseError("--rounding and --stress are the kit's own model's; leave them out with hf:.")
+            source = _huggingface(checkpoint.removeprefix(_HF), how, device, attention, adapter)
         else:
-            tokens = tokenizer.encode(text, bos=not no_bos, special_tokens=special_tokens)
+            if attention is not None or adapter is not None:
+                raise MisuseError(
+                    "--attention and --adapter are for transformers' models: write hf: before the folder or the name."
+                )
+            source = _gemma(checkpoint, how, device, rounding, stress, progress)
+        weights = check_weights(source.tensors, list(dict.fromkeys(dtypes)), _counting(progress, source.bytes))
         runs = run_dtypes(
-            opened,
-            tokens,
+            source.subject_in,
+            source.tokens,
             dtypes,
-            device=device,
-            rounding=rounding.value,
-            stress=stress,
+            new_tokens=generate,
             left_padding=left_padding,
             sampling=Sampling(temperature=temperature or None, top_p=top_p, top_k=top_k, seed=seed),
             level=level.value,
+            fused_softmax=not no_fused_softmax,
             redact=redact,
-            token_text=tokenizer.piece,
+            weights=weights,
             progress=progress,
         )
     recordings = [run.recording for run in runs]
@@ -118,15 +148,110 @@ def profile(
         screen.print_json(found)
         return
 
-    _print_subject(recordings[0], tokens, tokenizer, redact)
+    _print_subject(recordings[0], source, redact)
+    screen.print_weights(recordings)
     for recording in recordings:
         screen.print_verdict(recording, reference)
     for recording in recordings:
+        screen.print_steps(recording)
         screen.print_layers(recording)
         screen.print_chain(recording)
     screen.print_note(screen.LEGEND)
+    if any(
+        record.softmax is not None and record.softmax.recomputed for recording in recordings for record in recording
+    ):
+        screen.print_note(
+            "The attention kernel keeps no probabilities; entropies were recomputed from its queries and keys."
+        )
     if out is not None:
         screen.print_note(f"Records and findings: {out}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    text: str
+    bos: bool
+    chat: bool
+    system: str | None
+    special_tokens: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What the command needs of a checkpoint, whoever runs it; `tensors` are the weights as stored."""
+
+    tokens: list[int]
+    piece: Callable[[int], str]
+    subject_in: "Callable[[str, Callable[[int, int], None]], Subject]"
+    tensors: "Iterable[tuple[str, Tensor]]"
+    bytes: int
+
+
+def _gemma(
+    name: str, prompt: _Prompt, device: str, rounding: RoundingChoice, stress: float, progress: "Progress"
+) -> _Source:
+    """The kit's own model of a checkpoint."""
+    from stabilitykit.checkpoints import open_checkpoint
+    from stabilitykit.experiment.subject import GemmaSubject
+    from stabilitykit.gemma import build
+    from stabilitykit.gemma.tokenizer import Tokenizer
+
+    opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
+    tokenizer = Tokenizer(opened.vocabulary)
+    if prompt.chat:
+        generation = opened.config.generation
+        tokens = tokenizer.chat(prompt.text, system=prompt.system, generation=generation, bos=prompt.bos)
+    else:
+        tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
+
+    def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
+        made = build(opened, dtype=dtype, device=device, rounding=rounding.value, stress=stress, progress=announce)
+        return GemmaSubject(made)
+
+    return _Source(
+        tokens=tokens,
+        piece=tokenizer.piece,
+        subject_in=subject_in,
+        tensors=opened.tensors.items(),
+        bytes=sum(tensor.nbytes for tensor in opened.tensors.values()),
+    )
+
+
+def _huggingface(
+    name: str, prompt: _Prompt, device: str, attention: AttentionChoice | None, adapter: Path | None
+) -> _Source:
+    """transformers' model of a folder."""
+    from stabilitykit import hf
+
+    tokenizer = hf.open_tokenizer(name)
+    if prompt.chat:
+        tokens = tokenizer.chat(prompt.text, system=prompt.system)
+    else:
+        tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
+
+    def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
+        return hf.open_model(
+            name, dtype=dtype, device=device, attention=None if attention is None else attention.value, adapter=adapter
+        )
+
+    return _Source(
+        tokens=tokens,
+        piece=tokenizer.piece,
+        subject_in=subject_in,
+        tensors=hf.stored_tensors(name),
+        bytes=hf.stored_bytes(name),
+    )
+
+
+def _counting(progress: "Progress", total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress("checking weights", done, total)
+
+    return count
 
 
 def _read_prompt(prompt: str) -> str:
@@ -138,17 +263,18 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _print_subject(recording: "Recording", tokens: list[int], tokenizer: "Tokenizer", redact: bool) -> None:
+def _print_subject(recording: "Recording", source: _Source, redact: bool) -> None:
     from stabilitykit.cli import screen
 
     header = recording.header
     screen.print_note(str(header.checkpoint))
     for note in header.notes:
         screen.print_note(f"{note}.")
+    tokens: Sequence[int] = source.tokens
     if redact:
         screen.print_note(f"{len(tokens)} tokens, redacted.")
     else:
-        shown = " ".join(repr(tokenizer.piece(token)) for token in tokens[:16])
+        shown = " ".join(repr(source.piece(token)) for token in tokens[:16])
         screen.print_note(f"{len(tokens)} tokens: {shown}{' ...' if len(tokens) > 16 else ''}")
     screen.output.print()
 

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from stabilitykit.diagnosis import LayerRow, by_layer, chain, verdict
+from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording
 from stabilitykit.report.style import size
@@ -76,6 +76,16 @@ def progress_bar() -> Iterator[ProgressBar]:
         bar.close()
 
 
+def print_weights(recordings: Sequence[Recording]) -> None:
+    """A line for each dtype in which the weights are not what they were."""
+    stored = [recording.header.weights for recording in recordings]
+    lines = [weights_sentence(weights) for weights in stored if weights is not None]
+    for line in filter(None, lines):
+        print_note(line)
+    if any(lines):
+        output.print()
+
+
 def print_verdict(recording: Recording, reference: Recording | None) -> None:
     broken = recording.first_break() is not None or recording.header.error is not None
     output.print(Text(verdict(recording, reference), style="bold red" if broken else "bold green"))
@@ -106,6 +116,34 @@ def print_layers(recording: Recording) -> None:
             row.name,
             *(cell(row) for cell in columns.values()),
             escape(f"{row.label or row.site or ''}{at}"),
+            style="red" if row.lost else None,
+        )
+    output.print(table)
+    output.print()
+
+
+def print_steps(recording: Recording) -> None:
+    """The steps of a generation at which the largest value so far grew, and the last one."""
+    steps = by_step(recording)
+    if len(steps) < 2:
+        return
+    shown: list[StepRow] = []
+    for row in steps:
+        if not shown or row.lost or (row.amax or 0.0) > max(s.amax or 0.0 for s in shown) or row is steps[-1]:
+            shown.append(row)
+    table = _table(f"{recording.header.dtype}, by step: {len(steps)} steps; the largest value grew at these")
+    for name in ("step", "token", "position", "amax", "headroom", "lost", "amax is in"):
+        right = name not in ("token", "amax is in")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in shown:
+        table.add_row(
+            str(row.step),
+            escape("prompt" if row.step == 0 else "" if row.token is None else repr(row.token)),
+            "" if row.position is None else str(row.position),
+            "-" if row.amax is None else number(row.amax),
+            "-" if row.headroom is None else f"{row.headroom:.1f}",
+            _zero_as_dash(row.lost),
+            escape(("" if row.layer is None else f"layer {row.layer}, ") + (row.label or row.site or "")),
             style="red" if row.lost else None,
         )
     output.print(table)

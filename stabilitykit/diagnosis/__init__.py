@@ -2,7 +2,20 @@
 
 from stabilitykit.diagnosis.cause import Cause, cause
 from stabilitykit.diagnosis.chain import Link, chain
-from stabilitykit.diagnosis.layers import LayerRow, by_layer
-from stabilitykit.diagnosis.verdict import document, is_finite, verdict
+from stabilitykit.diagnosis.layers import LayerRow, StepRow, by_layer, by_step
+from stabilitykit.diagnosis.verdict import document, is_finite, verdict, weights_sentence
 
-__all__ = ["Cause", "LayerRow", "Link", "by_layer", "cause", "chain", "document", "is_finite", "verdict"]
+__all__ = [
+    "Cause",
+    "LayerRow",
+    "Link",
+    "StepRow",
+    "by_layer",
+    "by_step",
+    "cause",
+    "chain",
+    "document",
+    "is_finite",
+    "verdict",
+    "weights_sentence",
+]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from stabilitykit.diagnosis.chain import logits_of
 from stabilitykit.records import Recording
 
 CauseName = Literal[
@@ -64,6 +65,14 @@ def cause(recording: Recording) -> Cause | None:
             "uninitialised: whatever the memory held was run as weights.",
             "Load with strict=True and rename the parameters it lists.",
         )
+    weights = recording.header.weights
+    if broke.kind == "weight" and weights is not None and weights.overflow and not weights.nonfinite:
+        return Cause(
+            "range",
+            f"{weights.overflow:,} of the checkpoint's weights ({weights.worst[0].name}, ...) are past the range of "
+            f"{weights.dtype} and became infinite when they were stored in it; the checkpoint itself is finite.",
+            "Store the weights in a format with a wider range (bfloat16, float32).",
+        )
     if broke.kind == "weight":
         return Cause(
             "weights",
@@ -74,7 +83,7 @@ def cause(recording: Recording) -> Cause | None:
         return Cause(
             "input", "An input was not finite before the model touched it.", "Check what is passed to the model."
         )
-    if first.site.startswith("sampler"):
+    if first.site.startswith(("sampler", "outside")) and first is not logits_of(recording, first.step):
         return _sampler_cause(recording)
     if broke.kind == "masked-row":
         return Cause(

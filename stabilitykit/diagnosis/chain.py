@@ -12,6 +12,8 @@ from stabilitykit.records import Record, Recording
 
 Event = Literal["break", "first NaN", "layer", "logits", "probabilities", "error", "greedy"]
 
+_LOGITS = ("logits", "logits, soft-capped")
+
 # The only ways these operators make NaN of operands that hold none (IEEE 754, section 7.2).
 _INVALID = {
     "mul": "inf · 0",
@@ -49,9 +51,8 @@ class Link:
 
 def logits_of(recording: Recording, step: int = 0) -> Record | None:
     """The logits of a step: what the head made, after a soft-cap if there is one. None where there is no head."""
-    made = [r for r in recording if r.step == step and r.site in ("lm_head", "/mul.0", "/output")]
-    heads = [r for r in made if r.site == "lm_head"]
-    return next((r for r in reversed(made) if heads and r.order >= heads[-1].order), None)
+    made = [r for r in recording if r.step == step and (r.site == "lm_head" or r.label in _LOGITS)]
+    return made[-1] if made else None
 
 
 def chain(recording: Recording) -> tuple[Link, ...]:

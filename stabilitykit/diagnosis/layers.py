@@ -34,14 +34,20 @@ class LayerRow:
     entropy_mean: float | None
 
 
-_PARTS = {"embed_tokens": "embed", "norm": "norm", "lm_head": "logits", "sampler": "sampler"}
+_PARTS = {
+    "embed_tokens": "embed", "embedder": "embed", "norm": "norm", "lm_head": "logits", "sampler": "sampler",
+    "outside": "sampler",
+}  # fmt: skip
 
 
-def by_layer(recording: Recording, step: int = 0) -> list[LayerRow]:
-    """Rows in order of execution. Tensors computed wider on purpose (RMSNorm, softmax) do not enter sizes."""
-    records = [record for record in recording if record.step == step and _part(record) is not None]
-    records.sort(key=lambda record: (_rank(record), record.order))
-    return [_row(recording, part or "", list(group)) for part, group in groupby(records, key=_part)]
+def by_layer(recording: Recording) -> list[LayerRow]:
+    """Rows in the order of the layers, over all steps. Tensors computed wider on purpose do not enter sizes."""
+    parts: dict[str, list[Record]] = {}
+    for record in recording:
+        part = _part(record)
+        if part is not None:
+            parts.setdefault(part, []).append(record)
+    return [_row(recording, part, parts[part]) for part in sorted(parts, key=lambda part: _rank(parts[part][0]))]
 
 
 def stored(recording: Recording) -> Iterator[Record]:
@@ -68,13 +74,13 @@ def peak(records: Iterable[Record]) -> Record | None:
 def _part(record: Record) -> str | None:
     if record.layer is not None:
         return str(record.layer)
-    return _PARTS.get(record.module.split(".")[0])
+    return _PARTS.get(record.module.removeprefix("language_model.").split(".")[0])
 
 
 def _rank(record: Record) -> int:
     if record.layer is not None:
         return record.layer
-    return -1 if record.module.startswith("embed_tokens") else 1_000_000
+    return -1 if _part(record) == "embed" else 1_000_000
 
 
 def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
@@ -101,3 +107,46 @@ def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
         entropy_min=min(least) if least else None,
         entropy_mean=sum(mean) / len(mean) if mean else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """One step of a generation: the token it began with, and where its largest stored value was."""
+
+    step: int
+    token: str | None
+    position: int | None
+    amax: float | None
+    headroom: float | None
+    site: str | None
+    label: str | None
+    layer: int | None
+    lost: int
+
+
+def by_step(recording: Recording) -> list[StepRow]:
+    """A row for each step; step 0 is the prompt, and each later one the token drawn in the one before."""
+    header = recording.header
+    own = sorted(stored(recording), key=lambda record: record.step)
+    rows = []
+    for step, group in groupby(own, key=lambda record: record.step):
+        records = list(group)
+        top = peak(records)
+        amax = None if top is None else top.amax
+        first = header.first_position(step)
+        tokens = None if header.tokens is None or first is None else header.tokens[0]
+        shown = step > 0 and tokens is not None and first is not None and first < len(tokens)
+        rows.append(
+            StepRow(
+                step=step,
+                token=header.text_of(tokens[first]) if shown and tokens is not None and first is not None else None,
+                position=first,
+                amax=amax,
+                headroom=None if amax is None else number_format(header.dtype).headroom(amax),
+                site=None if top is None else top.site,
+                label=None if top is None else top.label,
+                layer=None if top is None else top.layer,
+                lost=sum(record.lost for record in records),
+            )
+        )
+    return rows

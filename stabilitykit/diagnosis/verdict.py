@@ -5,9 +5,9 @@ from typing import Any
 
 from stabilitykit.diagnosis.cause import Cause, cause
 from stabilitykit.diagnosis.chain import Link, chain, logits_of
-from stabilitykit.diagnosis.layers import peak, stored
+from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.formats import number_format
-from stabilitykit.records import Break, Record, Recording, finite_or_text
+from stabilitykit.records import Break, Record, Recording, StoredWeights, finite_or_text
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
@@ -36,11 +36,14 @@ def document(recording: Recording, reference: Recording | None = None) -> dict[s
         "checkpoint": header.checkpoint,
         "dtype": header.dtype,
         "tokens": None if header.tokens is None else list(header.tokens[0]),
+        "notes": list(header.notes),
+        "weights": None if header.weights is None else dataclasses.asdict(header.weights),
         "finite": is_finite(recording),
         "verdict": verdict(recording, reference),
         "first_break": None if first is None else _break_document(recording, first, reference),
         "cause": None if why is None else why.name,
         "chain": [dataclasses.asdict(link) for link in chain(recording)],
+        "steps": [dataclasses.asdict(row) for row in by_step(recording)] if len(header.starts) > 1 else None,
         "error": header.error,
     }
 
@@ -53,6 +56,7 @@ def _break_document(recording: Recording, first: Record, reference: Recording | 
         "layer": first.layer,
         "operator": first.operator,
         "kind": broke.kind,
+        "step": first.step,
         "position": broke.position,
         "row": broke.row,
         "channel": broke.channel,
@@ -89,16 +93,17 @@ def _clean(recording: Recording) -> str:
         return f"{dtype}: nothing was recorded."
     room = number_format(dtype).headroom(top.amax)
     ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
+    place = f"{_where(top)}{_at(recording, top.amax_position, top.amax_row, top.amax_token_text, top.step)}"
     return (
-        f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {_where(top)}"
-        f"{_at(top.amax_position, top.amax_token_text)}, {room:.1f} bits below the format's end at "
-        f"{number(number_format(dtype).largest)}.{ending}"
+        f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {place}, {room:.1f} bits below the "
+        f"format's end at {number(number_format(dtype).largest)}.{ending}"
     )
 
 
 def _first_sentence(recording: Recording, first: Record) -> str:
     broke, dtype = _broke(first), first.dtype
-    place = f"{_where(first)}{_at(broke.position, recording.header.text_of(broke.token))}"
+    at = _at(recording, broke.position, broke.row, recording.header.text_of(broke.token), first.step)
+    place = f"{_where(first)}{at}"
     count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
     match broke.kind:
         case "overflow":
@@ -180,10 +185,36 @@ def _where(record: Record | Link) -> str:
     return f"{layer}{named} ({record.site}{operator})" if named != record.site else f"{layer}{named}{operator}"
 
 
-def _at(position: int | None, token: str | None) -> str:
+def _at(recording: Recording, position: int | None, row: int | None, token: str | None, step: int) -> str:
     if position is None:
         return ""
-    return f", at token {position}" + (f" {token!r}" if token else "")
+    text = f", at token {position}" + (f" {token!r}" if token else "")
+    if recording.header.rows > 1 and row is not None:
+        text += f" of row {row}"
+    if step > 0 and position == recording.header.first_position(step):
+        text += f", the {ordinal(step)} token generated"
+    return text
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th ... 11th, 12th, 13th ... 21st."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def weights_sentence(stored: StoredWeights) -> str:
+    """What storing the checkpoint in a dtype does to its weights; nothing where it does nothing."""
+    counts = {
+        "are NaN or infinite in the checkpoint itself": stored.nonfinite,
+        f"are past {stored.dtype}'s range and become infinite": stored.overflow,
+        "become zero": stored.zero,
+        "go subnormal": stored.subnormal,
+    }
+    parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if not parts:
+        return ""
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"Stored in {stored.dtype}, of {stored.elements:,} weights {listed}, most of all in {stored.worst[0].name}."
 
 
 def _broke(record: Record) -> Break:

@@ -1,20 +1,19 @@
-"""One case: a model, a prompt, one forward pass and one sampling step, recorded and compared with a reference."""
+"""One case: a model and a prompt, continued by a token or more, recorded and compared with a reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.errors import MisuseError
-from stabilitykit.gemma import Gemma, build
+from stabilitykit.experiment.subject import GemmaSubject, Subject
+from stabilitykit.gemma import Gemma
 from stabilitykit.gemma.matmul import Matmul, matmul
-from stabilitykit.gemma.model import RoundingName
-from stabilitykit.recorder import record
-from stabilitykit.records import Level, LogitsError, Recording
+from stabilitykit.recorder import record, unrecorded
+from stabilitykit.records import Level, LogitsError, Recording, StoredWeights
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
@@ -76,113 +75,129 @@ def logits_error(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> Logit
 
 
 def run_case(
-    model: Gemma,
+    model: Gemma | Subject,
     tokens: Sequence[int],
     *,
+    new_tokens: int = 1,
     left_padding: int = 0,
     mask: Tensor | None = None,
     sampling: Sampling | None = None,
     level: Level = "operators",
     kind: Matmul = "native",
     position_peaks: bool = False,
+    fused_softmax: bool = True,
     every_logit: bool = False,
     reference: Reference | None = None,
     watch: Sequence[tuple[str, int]] = (),
     redact: bool = False,
     token_text: Callable[[int], str] | None = None,
+    weights: StoredWeights | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Runs `tokens`, after `left_padding` pad tokens, and draws one token; recorded throughout.
+    """Continues `tokens`, after `left_padding` pad tokens, by `new_tokens`; recorded throughout.
 
-    `mask` replaces the model's own, as in its `forward`. `kind` is how products are computed. `every_logit` makes
-    and records the logits of all positions; with a `reference` they are compared with its. `facts` join what the
-    header's `case` says, and so does `next_text`, the token that greedy decoding takes, unless redacted. Raises
-    MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other raised.
+    Each new token is a forward pass and a draw; the first pass whose last logits are not finite is the last. `mask`
+    replaces the model's own, as in its `forward`. `kind` is how products are computed. `every_logit` makes and records
+    the logits of all positions; with a `reference` they are compared with its. `weights` goes into the header.
+    `facts` join what the header's `case` says, and so does `next_text`, the token that greedy decoding takes at the
+    last step, unless redacted. Raises MisuseError for no tokens or more than the model's context; an error of the
+    sampler is returned, any other raised.
     """
+    subject = GemmaSubject(model) if isinstance(model, Gemma) else model
     sampling = sampling or Sampling()
     length = left_padding + len(tokens)
     if not tokens:
         raise MisuseError("A prompt has at least one token; this one has none. Write some text, or leave <bos> on.")
-    if length > model.config.context:
+    if length + new_tokens - 1 > subject.context:
+        more = f", and {new_tokens:,} new ones" if new_tokens > 1 else ""
         raise MisuseError(
-            f"A prompt fits the model's context of {model.config.context:,} tokens; this has {length:,}: shorten it."
+            f"A prompt fits the model's context of {subject.context:,} tokens; this has {length:,}{more}: shorten it."
         )
-    pad = 0 if model.vocabulary is None else model.vocabulary.pad
-    ids = torch.tensor([[pad] * left_padding + list(tokens)], device=model.device)
+    ids = torch.tensor([[subject.pad] * left_padding + list(tokens)], device=subject.device)
     padding = None
     if left_padding:
-        padding = torch.arange(length, device=model.device)[None] >= left_padding
-    generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    case = asdict(sampling) | {
-        "left_padding": left_padding,
-        "rounding": model.rounding,
-        "stress": model.stress,
-        **(facts or {}),
-    }
-    logits: Tensor | None = None
+        padding = torch.arange(length, device=subject.device)[None] >= left_padding
+    case = asdict(sampling) | {"left_padding": left_padding, **subject.facts, **(facts or {})}
+    if new_tokens > 1:
+        case["new_tokens"] = new_tokens
+    seen: list[Tensor] = []  # the logits of the last step
+
+    def saw(logits: Tensor) -> bool:
+        seen[:] = [logits]
+        with unrecorded():
+            return not bool(logits[:, -1].isfinite().all())
+
     error: RuntimeError | None = None
     try:
         with torch.inference_mode(), matmul(kind), ExitStack() as stack:
             if progress is not None:
-                _announce_layers(model, progress, stack)
+                _announce(subject.layers, new_tokens, progress, stack)
             recording = stack.enter_context(
                 record(
-                    model,
+                    subject.module,
                     level=level,
                     position_peaks=position_peaks,
+                    fused_softmax=fused_softmax,
                     against=None if reference is None else reference.tensors,
                     matmul=kind,
                     watch=watch,
-                    token_text=token_text,
+                    token_text=token_text or subject.piece,
                     redact=redact,
                     case=case,
                 )
             )
-            logits = model(ids, padding=padding, mask=mask, last_only=not (every_logit or reference))
-            model.sampler(
-                logits[:, -1],
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                generator=generator,
+            subject.decode(
+                ids,
+                max_new_tokens=new_tokens,
+                **asdict(sampling),
+                padding=padding,
+                mask=mask,
+                every_logit=bool(every_logit or reference),
+                saw=saw,
             )
     except RuntimeError as raised:
-        if logits is None:
+        if not seen:
             raise
         error = raised
+    logits = seen[0]
+    header = recording.header
     if reference is not None:
-        error_found = logits_error(logits[0], reference.logits)
-        recording.header = replace(recording.header, logits_error=error_found)
-    greedy = int(logits[0, -1].argmax())
-    text = (token_text or (str if model.tokenizer is None else model.tokenizer.piece))(greedy)
+        header = replace(header, logits_error=logits_error(logits[0], reference.logits))
+    text = (token_text or subject.piece)(int(logits[0, -1].argmax()))
     told = {} if redact else {"next_text": text}
     if not bool(logits[:, -1].isfinite().all()):
         told["greedy_text"] = text
-    recording.header = replace(recording.header, case={**recording.header.case, **told})
+    recording.header = replace(
+        header,
+        checkpoint=subject.source,
+        sha256=subject.sha256,
+        notes=subject.notes,
+        weights=weights,
+        case={**header.case, **told},
+    )
     return Run(recording=recording, error=error)
 
 
 def run_dtypes(
-    checkpoint: Checkpoint,
+    subject_in: Callable[[str, Callable[[int, int], None]], Subject],
     tokens: Sequence[int],
     dtypes: Sequence[str],
     *,
-    device: str = "cpu",
-    rounding: RoundingName = "transformers",
-    stress: float = 1.0,
+    new_tokens: int = 1,
     left_padding: int = 0,
     sampling: Sampling | None = None,
     level: Level = "operators",
+    fused_softmax: bool = True,
     redact: bool = False,
-    token_text: Callable[[int], str] | None = None,
+    weights: Mapping[str, StoredWeights] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Run]:
-    """The same case in each dtype, in the order given.
+    """The same case in each dtype, in the order given; `subject_in(dtype, progress)` makes the model to run.
 
     float32 runs last, wherever it stands, and watches the elements at which the others broke first: their
-    reference values.
+    reference values. Each model is dropped before the next is made.
     """
     runs: dict[str, Run] = {}
     watch: list[tuple[str, int]] = []
@@ -196,16 +211,17 @@ def run_dtypes(
             if progress is not None:
                 progress(f"{dtype}: {what}", done, total)
 
-        model = build(checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, progress=announce)
         runs[dtype] = run_case(
-            model,
+            subject_in(dtype, announce),
             tokens,
+            new_tokens=new_tokens,
             left_padding=left_padding,
             sampling=sampling,
             level=level,
+            fused_softmax=fused_softmax,
             watch=watch,
             redact=redact,
-            token_text=token_text,
+            weights=(weights or {}).get(dtype),
             facts=facts,
             progress=announce_layer,
         )
@@ -215,11 +231,13 @@ def run_dtypes(
     return [runs[dtype] for dtype in dtypes]
 
 
-def _announce_layers(model: Gemma, progress: Progress, stack: ExitStack) -> None:
-    total = len(model.layers)
-    for done, layer in enumerate(model.layers, start=1):
+def _announce(layers: Sequence[nn.Module], passes: int, progress: Progress, stack: ExitStack) -> None:
+    total, done = len(layers) * passes, 0
 
-        def hook(module: Any, args: Any, output: Any, done: int = done) -> None:
-            progress("running layers", done, total)
+    def hook(module: Any, args: Any, output: Any) -> None:
+        nonlocal done
+        done += 1
+        progress("running layers", done, total)
 
+    for layer in layers:
         stack.callback(layer.register_forward_hook(hook).remove)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from stabilitykit.recorder.labels import label
+from stabilitykit.recorder.labels import Family, label
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.statistics import Statistics
 from stabilitykit.records import Break, Deviation, Header, Record, Softmax
@@ -43,7 +43,7 @@ class Entry:
     broke: Break | None = None
     broke_on: tuple[Origin | None, ...] = ()
 
-    def record(self, order: int, header: Header, *, post_norms: bool, site_of: Callable[[Origin], str]) -> Record:
+    def record(self, order: int, header: Header, *, family: Family | None, site_of: Callable[[Origin], str]) -> Record:
         layer = _LAYER.search(self.module)
         broke = self.broke
         if broke is not None:
@@ -54,7 +54,7 @@ class Entry:
             order=order,
             step=self.step,
             site=self.site,
-            label=label(self.site, post_norms=post_norms),
+            label=label(self.site, family),
             module=self.module,
             operator=self.operator,
             layer=int(layer[1]) if layer else None,

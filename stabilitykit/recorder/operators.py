@@ -26,6 +26,12 @@ _SAME = {
     "_log_softmax": "log_softmax",
     "linalg_vector_norm": "norm",
     "rsub": "sub",
+    "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
+    "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention",
+    "_scaled_dot_product_cudnn_attention": "scaled_dot_product_attention",
+    "_scaled_dot_product_fused_attention_overrideable": "scaled_dot_product_attention",
+    "_scaled_dot_product_attention_math_for_mps": "scaled_dot_product_attention",
 }
 
 # They place values and never compute any, so what comes out was finite if what went in was.

@@ -12,6 +12,9 @@ block. Each tensor costs a few passes over its elements and one wait for the dev
 
 import os
 import platform
+import re
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
+from stabilitykit.recorder.attention import is_fused_attention, recompute_softmax
 from stabilitykit.recorder.axes import Folded, fold
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Entry
@@ -39,6 +43,7 @@ from stabilitykit.recorder.judgement import (
     masked_elements,
     narrowest,
 )
+from stabilitykit.recorder.labels import family_of
 from stabilitykit.recorder.operators import canonical, combines, is_composite, is_factory, moves, writes_in_place
 from stabilitykit.recorder.origins import Origin, Origins, region
 from stabilitykit.recorder.peaks import measure_peaks, position_peaks
@@ -50,6 +55,11 @@ DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 Detail = Literal["statistics", "peaks"]
 
+_OUTSIDE = "outside"  # where operators stand that no part of the model runs
+_WRAPPERS = re.compile(
+    r"^(base_model\.(model\.)?)?(model\.)?"
+)  # of peft, and of transformers' and gemma_pytorch's heads
+
 
 @contextmanager
 def record(
@@ -59,6 +69,7 @@ def record(
     detail: Detail = "statistics",
     formats: Sequence[str] = DEFAULT_FORMATS,
     position_peaks: bool = False,
+    fused_softmax: bool = True,
     stop_at_break: bool = False,
     keep: dict[str, Tensor] | None = None,
     against: Mapping[str, Tensor] | None = None,
@@ -73,8 +84,9 @@ def record(
     `level`: "layers" sees the outputs of the decoder layers and the model's direct children, "modules" those of
     every module, "operators" every operator too. `detail`: "peaks" leaves out of tensors that are finite all that
     takes more than two reductions: histogram, counts, sums, softmax statistics. `formats`: those for which exact
-    counts are kept. `position_peaks` keeps each position's amax. `stop_at_break` ends the block at the first
-    break, whatever follows in it.
+    counts are kept. `position_peaks` keeps each position's amax. `fused_softmax`: a fused attention kernel runs as it
+    is and keeps no probabilities, so its softmax statistics are recomputed in float32 from the queries and keys it
+    was given. `stop_at_break` ends the block at the first break, whatever follows in it.
 
     `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
     handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul` says in the
@@ -84,10 +96,13 @@ def record(
     `token_text` gives a token id's text; a model with a `tokenizer` that has `piece` needs none. `redact` keeps
     tokens out of the recording. `case` goes into the header as it is.
 
-    Each call of `model` is a step. The tokens are its first integer tensor of shape [L] or [B, L]. An exception
-    raised in the block is kept as the header's `error` and passed on.
+    Each call of `model`, or of a module in it that holds the layers, is a step; what runs between two of them, such as
+    a sampler, belongs to the first and has sites that begin with "outside". The tokens are the argument named
+    `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
+    the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
 
-    Raises MisuseError for an unknown level, detail or format, and for a model that went through `torch.compile`.
+    Raises MisuseError for an unknown level, detail or format, for a model or a module of it that went through
+    `torch.compile`. Warns at the end of a block in which no part of the model was called.
     """
     if level not in get_args(Level):
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
@@ -95,10 +110,11 @@ def record(
         raise MisuseError(f"A detail is one of {', '.join(get_args(Detail))}; {detail!r} is none of them.")
     for name in formats:
         number_format(name)
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         raise MisuseError(
             "A recorded model runs operator by operator; this one, or a part of it, is compiled into kernels that no "
-            "hook sees. Record the model from before torch.compile, which is kept as `_orig_mod`."
+            "hook sees. Record the model from before torch.compile, which keeps it as `_orig_mod`, or load it again if "
+            "it was model.compile()."
         )
     recorder = _Recorder(
         model,
@@ -106,6 +122,7 @@ def record(
         detail,
         tuple(formats),
         position_peaks=position_peaks,
+        fused_softmax=fused_softmax,
         stop_at_break=stop_at_break,
         keep=keep,
         against=against or {},
@@ -116,6 +133,8 @@ def record(
     error: str | None = None
     try:
         with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             recorder.attach(stack)
             if level == "operators":
                 stack.enter_context(_OperatorMode(recorder))
@@ -127,6 +146,19 @@ def record(
         raise
     finally:
         recorder.finish(recording, token_text, redact=redact, error=error)
+    if all(entry.module == _OUTSIDE for entry in recorder.entries):
+        warnings.warn(
+            "Nothing was recorded: inside the block the model was not called. Call the very module that was given to "
+            "record(), or a part of it.",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside a recorded block: operators of an observer's own, which are none of the model's."""
+    with _disable_current_modes():
+        yield
 
 
 class _Stopped(Exception):  # noqa: N818  no error: the first break has been seen
@@ -172,6 +204,7 @@ class _Recorder:
         formats: tuple[str, ...],
         *,
         position_peaks: bool,
+        fused_softmax: bool,
         stop_at_break: bool,
         keep: dict[str, Tensor] | None,
         against: Mapping[str, Tensor],
@@ -183,6 +216,7 @@ class _Recorder:
         self.detail = detail
         self.formats = formats
         self.position_peaks = position_peaks
+        self.fused_softmax = fused_softmax
         self.stop_at_break = stop_at_break
         self.broken = False
         self.keep = keep
@@ -190,25 +224,30 @@ class _Recorder:
         self.matmul = matmul
         self.watch = watch
         self.watched: list[tuple[str, int, float]] = []
-        self.frames = [_Frame("", None, 0)]
+        self.frames = [_Frame(_OUTSIDE, None, 0)]
         self.entries: list[Entry] = []
         self.step = -1
         self.rows: int | None = None
         self.length: int | None = None
         self.start = 0
+        self.starts: list[int] = []
+        self.autocast: str | None = None
         self.tokens: list[list[int]] = []  # of the sequences now running, with what their cache holds
         self.seen: set[int] = set()
         self.origins = Origins(
-            weights=((_without_prefix(name), tensor) for name, tensor in model.named_parameters()),
-            constants=((_without_prefix(name), tensor) for name, tensor in model.named_buffers()),
+            weights=((_path(name), tensor) for name, tensor in model.named_parameters()),
+            constants=((_path(name), tensor) for name, tensor in model.named_buffers()),
         )
-        self.post_norms = any(name.endswith("pre_feedforward_layernorm") for name, _ in model.named_modules())
+        self.family = family_of(model)
+        # what a wrapper's `generate` may call without calling the wrapper
+        self.wholes = {m for m in model.modules() if any(isinstance(part, nn.ModuleList) for part in m.modules())}
+        self.wholes = {m for m in self.wholes if not isinstance(m, nn.ModuleList)} | {model}
 
     # Hooks
 
     def attach(self, stack: ExitStack) -> None:
         for name, module in self.model.named_modules():
-            path = _without_prefix(name)
+            path = _path(name)
             if self.level == "layers" and not _is_layer(path):
                 continue
             for handle in (
@@ -224,7 +263,7 @@ class _Recorder:
             frame = _Frame(path, module, len(self.entries))
             self.frames.append(frame)
             with _disable_current_modes(), torch.no_grad():
-                if module is self.model:
+                if module in self.wholes and not any(outer.module in self.wholes for outer in self.frames[:-1]):
                     self._begin_step(args, kwargs)
                 frame.inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
 
@@ -243,10 +282,13 @@ class _Recorder:
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.step += 1
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        held = getattr(cache, "get_seq_length", None)
-        self.start = int(held()) if held is not None else 0
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.frames[0].counts.clear()
+        self.start = _held(kwargs)
+        self.starts.append(self.start)
+        device = next(self.model.parameters(), torch.empty(0)).device.type
+        if torch.is_autocast_enabled(device):
+            self.autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        tensors = [leaf for leaf in tree_leaves((kwargs.get("input_ids"), args, kwargs)) if isinstance(leaf, Tensor)]
         ids = next((t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.ndim in (1, 2)), None)
         embedded = next((t for t in tensors if t.is_floating_point() and t.ndim == 3), None)
         if ids is not None:
@@ -258,8 +300,9 @@ class _Recorder:
             self.tokens = [old + more for old, more in zip(self.tokens, new, strict=True)] if continues else new
         elif embedded is not None:
             self.rows, self.length = embedded.shape[:2]
-        for tensor in _floating((args, kwargs)):  # made inside the block it would pass for a constant
-            self.origins.remember(tensor, Origin("input", "input"))
+        for tensor in _floating((args, kwargs)):
+            if self.origins.of(tensor).kind == "constant":  # made inside the block
+                self.origins.remember(tensor, Origin("input", "input"))
 
     def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
         site = (frame.path or "/output") + (f"[{index}]" if index else "")
@@ -308,9 +351,12 @@ class _Recorder:
             index = frame.counts[name]
             frame.counts[name] += 1
             call = Call(name, operands, func, seen[0], seen[1])
-            for i, tensor in enumerate(outputs):
+            fused = is_fused_attention(func)
+            for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
                 suffix = "" if i == 0 else f"[{i}]"
                 self._add(call, tensor, frame.path, f"{frame.path}/{name}.{index}{suffix}")
+            if fused and self.fused_softmax and self.detail == "statistics":
+                self.entries[-1].softmax = recompute_softmax(func, args, kwargs)
         return output
 
     def _pass_on(self, func: Any, name: str, operands: list[Operand], outputs: list[Tensor]) -> None:
@@ -468,14 +514,16 @@ class _Recorder:
         texts = {} if tokens is None or piece is None else _texts(sorted(self.seen), piece)
         recording.header = replace(
             recording.header,
+            dtype=self.autocast or recording.header.dtype,
             watched=tuple(self.watched),
             rows=self.rows or 0,
             tokens=tokens,
             token_texts=texts,
+            starts=tuple(self.starts),
             error=error,
         )
         recording.records = [
-            entry.record(order, recording.header, post_norms=self.post_norms, site_of=self._site_of)
+            entry.record(order, recording.header, family=self.family, site_of=self._site_of)
             for order, entry in enumerate(self.entries)
         ]
         self.origins.forget()
@@ -493,14 +541,26 @@ def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]
     return texts
 
 
-def _without_prefix(name: str) -> str:
-    return name.removeprefix("model.") if name != "model" else ""
+def _path(name: str) -> str:
+    """A module's or parameter's path as sites have it: without what wraps the text model it belongs to."""
+    name = _WRAPPERS.sub("", f"{name}.")
+    return name.removesuffix(".")
 
 
 def _is_layer(path: str) -> bool:
-    """Whether a path is the model itself, a direct child of it, or an element of its list of layers."""
+    """Whether a path is the model itself, a direct child of it, or an element of its outermost list of layers."""
     parent, _, name = path.rpartition(".")
-    return not parent or (name.isdigit() and "." not in parent)
+    return not parent or (name.isdigit() and not any(part.isdigit() for part in parent.split(".")))
+
+
+def _held(kwargs: Mapping[str, Any]) -> int:
+    """The number of tokens before those of this call: what its cache holds, or else where its positions begin."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    held = getattr(cache, "get_seq_length", None)
+    if held is not None:
+        return int(held())
+    positions = kwargs.get("input_positions")  # gemma_pytorch's, beside caches that are bare tensors
+    return int(positions.flatten()[0]) if isinstance(positions, Tensor) and positions.numel() else 0
 
 
 def _floating(tree: Any) -> list[Tensor]:

@@ -206,9 +206,9 @@ def _edges(dtype: torch.dtype, formats: tuple[str, ...]) -> _Edges:
     infinity = infinity_code(dtype)
     lowest = own.emin - own.precision + 1
     powers = [_code_at(math.ldexp(1.0, exponent), dtype) for exponent in range(lowest, own.emax + 1)]
-    thresholds = {name: _thresholds(number_format(name), dtype) for name in formats}
+    asked_for = {name: thresholds(number_format(name), dtype) for name in formats}
     asked = {1, _code_at(own.smallest_normal, dtype), infinity, infinity + 1, *powers}
-    asked |= {code for codes in thresholds.values() for code in codes}
+    asked |= {code for codes in asked_for.values() for code in codes}
     codes = tuple(sorted(asked))
     where = {code: i for i, code in enumerate(codes)}
     return _Edges(
@@ -219,11 +219,12 @@ def _edges(dtype: torch.dtype, formats: tuple[str, ...]) -> _Edges:
         nan=where[infinity + 1],
         powers=tuple(where[code] for code in powers),
         exponent_first=lowest,
-        formats={name: (where[a], where[b], where[c]) for name, (a, b, c) in thresholds.items()},
+        formats={name: (where[a], where[b], where[c]) for name, (a, b, c) in asked_for.items()},
     )
 
 
-def _thresholds(target: NumberFormat, dtype: torch.dtype) -> tuple[int, int, int]:
+@lru_cache(maxsize=64)
+def thresholds(target: NumberFormat, dtype: torch.dtype) -> tuple[int, int, int]:
     """Codes of `dtype` from which rounding to `target` no longer gives zero, a subnormal, a finite value.
 
     Half the smallest subnormal is a tie that goes to zero; half of it below the smallest normal is one that
