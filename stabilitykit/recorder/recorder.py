@@ -335,6 +335,9 @@ class _Recorder:
             Operand(copy, self.origins.of(tensor))
             for tensor, copy in zip(_floating((args, kwargs)), _floating(seen), strict=True)
         ]
+        overwritten: Origin | None = None
+        if name == "cast" and writes_in_place(func):  # what stood there before is no operand
+            overwritten = operands.pop(0).origin
         output = func(*args, **kwargs)
         outputs = _floating(output)
         if not outputs:
@@ -355,6 +358,8 @@ class _Recorder:
             for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
                 suffix = "" if i == 0 else f"[{i}]"
                 self._add(call, tensor, frame.path, f"{frame.path}/{name}.{index}{suffix}")
+            if overwritten is not None and overwritten.lost:
+                self.origins.of(outputs[0]).lost = True  # elsewhere in that memory
             if fused and self.fused_softmax and self.detail == "statistics":
                 self.entries[-1].softmax = recompute_softmax(func, args, kwargs)
         return output
