@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from stabilitykit.checkpoints.cache import cache_folder, file_sha256
+from stabilitykit.checkpoints.cache import cache_folder
 from stabilitykit.checkpoints.hub import local_folder
+from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
 from stabilitykit.gemma.load import parse_device, parse_dtype
 
@@ -249,40 +250,21 @@ def open_model(
         module=model.eval().requires_grad_(False),
         tokenizer=open_tokenizer(name),
         source=f"{PREFIX}{name}",
-        sha256=_sha256(folder),
+        sha256=files_sha256(weight_files(folder), cache_folder()),
         notes=tuple(notes),
         facts=facts,
     )
 
 
 def stored_tensors(name: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of each tensor in the folder's safetensors files, memory-mapped, one at a time."""
-    for path in _weights(local_folder(name)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  no mapping
-                    yield key, file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path.name} of {name} is a whole safetensors file; this one is not: {error}. Fetch it again."
-            ) from error
+    """Name and values of each tensor in the folder's files of weights, memory-mapped."""
+    for path in weight_files(local_folder(name)):
+        yield from tensors_of(path).items()
 
 
 def stored_bytes(name: str) -> int:
     """The size of those files."""
-    return sum(path.stat().st_size for path in _weights(local_folder(name)))
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _sha256(folder: Path) -> str:
-    """Of one file of weights its own; of several, that of their digests in the order of their names."""
-    import hashlib
-
-    digests = [file_sha256(path, cache_folder()) for path in _weights(folder)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return sum(path.stat().st_size for path in weight_files(local_folder(name)))
 
 
 def _imported() -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
+from stabilitykit.checkpoints.mistakes import usual_mistake
 from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
@@ -124,5 +125,5 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) 
         parts += [f"{len(unexpected)} unexpected ({some(unexpected)})"] if unexpected else []
         raise CheckpointError(
             f"{checkpoint.source}: tensors are those that the config gives; {' and '.join(parts)}. "
-            "Another generation or size of Gemma, or quantised layers?"
+            f"{usual_mistake(missing, unexpected)}"
         )

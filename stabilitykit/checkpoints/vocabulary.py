@@ -1,0 +1,129 @@
+"""A vocabulary out of the two files that tokenizers come in."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from stabilitykit.checkpoints.checkpoint import PieceType, Vocabulary
+from stabilitykit.errors import CheckpointError
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPARE = 128  # embeddings are padded to round numbers of rows: 64 more than there are pieces, in Gemma 3
+
+
+def folder_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """The vocabulary of `tokenizer.model` or else `tokenizer.json` in `folder`, for an embedding of `rows` rows.
+
+    Rows past the last piece get unused pieces of their own. Raises CheckpointError for a folder with neither file, a
+    file that is no Gemma's, and a vocabulary that does not fit the embedding.
+    """
+    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.is_file():
+        found, name = sentencepiece_vocabulary(model), model.name
+    elif fast.is_file():
+        found, name = json_vocabulary(fast), fast.name
+    else:
+        raise CheckpointError(
+            f"A checkpoint comes with its vocabulary, tokenizer.model or tokenizer.json; {folder} has neither. Copy it "
+            "there from where the weights came from."
+        )
+    return fitted(found, rows, name)
+
+
+def fitted(vocabulary: Vocabulary, rows: int, name: str) -> Vocabulary:
+    """`vocabulary` with one piece for each of the embedding's `rows`. Raises CheckpointError where it cannot be that."""
+    pieces = len(vocabulary.pieces)
+    if not pieces <= rows <= pieces + _SPARE:
+        raise CheckpointError(
+            f"A vocabulary has a piece for each row of the embedding; {name} has {pieces:,} and the embedding {rows:,}. "
+            "The tokenizer of another checkpoint?"
+        )
+    spare = rows - pieces
+    return Vocabulary(
+        pieces=(*vocabulary.pieces, *(f"<row {pieces + index}>" for index in range(spare))),
+        scores=(*vocabulary.scores, *(0.0,) * spare),
+        types=(*vocabulary.types, *("unused",) * spare),
+        bos=vocabulary.bos,
+        eos=vocabulary.eos,
+        pad=vocabulary.pad,
+        unk=vocabulary.unk,
+    )
+
+
+def sentencepiece_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a SentencePiece model. Raises CheckpointError for a file that is none, or no Gemma's."""
+    import sentencepiece  # noqa: F401  sets up the messages below
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it
+
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise CheckpointError(f"{path.name} is a SentencePiece model; this one cannot be read: {error}.") from error
+    trainer = proto.trainer_spec
+    if not proto.pieces or trainer.model_type != trainer.BPE or proto.normalizer_spec.add_dummy_prefix:
+        raise CheckpointError(
+            f"A Gemma's tokenizer is SentencePiece BPE without a dummy prefix; {path} is another. Which model is it of?"
+        )
+    names: dict[int, PieceType] = {
+        1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte",
+    }  # fmt: skip
+    return Vocabulary(
+        pieces=tuple(piece.piece for piece in proto.pieces),
+        scores=tuple(piece.score for piece in proto.pieces),
+        types=tuple(names[piece.type] for piece in proto.pieces),
+        bos=trainer.bos_id,
+        eos=trainer.eos_id,
+        pad=max(trainer.pad_id, 0),
+        unk=trainer.unk_id,
+    )
+
+
+def json_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary of a fast tokenizer's file: the earlier two pieces are merged, the higher the whole's score.
+
+    Raises CheckpointError for a file that is no JSON or whose model is no BPE with byte fallback.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model: dict[str, Any] = raw["model"]
+        ids: dict[str, int] = dict(model["vocab"])
+        merges, added = model["merges"], raw.get("added_tokens", [])
+        bpe = model.get("type", "BPE") == "BPE" and model.get("byte_fallback", False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path.name} is a fast tokenizer's JSON; this one cannot be read: {error!r}.") from error
+    if not bpe:
+        raise CheckpointError(
+            f"A Gemma's tokenizer is BPE with byte fallback; {path} is another. Which model is it of?"
+        )
+    kinds: dict[int, PieceType] = {
+        index: "byte" if _BYTE.fullmatch(piece) else "normal" for piece, index in ids.items()
+    }
+    for token in added:
+        ids[token["content"]] = token["id"]
+        kinds[token["id"]] = "control" if token["special"] else "user_defined"
+    size = max(ids.values()) + 1
+    pieces = [f"<row {index}>" for index in range(size)]
+    types: list[PieceType] = ["unused"] * size
+    for piece, index in ids.items():
+        pieces[index], types[index] = piece.replace(" ", "▁"), kinds[index]
+    scores = [-float(len(merges) + 1)] * size
+    for rank in reversed(range(len(merges))):
+        merge = merges[rank]
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        whole = ids.get(left + right)
+        if whole is not None:
+            scores[whole] = -float(rank)
+    unknown = ids.get("<unk>", 3)
+    types[unknown] = "unknown"
+    return Vocabulary(
+        pieces=tuple(pieces),
+        scores=tuple(scores),
+        types=tuple(types),
+        bos=ids.get("<bos>", 2),
+        eos=ids.get("<eos>", 1),
+        pad=ids.get("<pad>", 0),
+        unk=unknown,
+    )
