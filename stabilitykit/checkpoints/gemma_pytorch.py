@@ -47,8 +47,8 @@ def read_gemma_pytorch(path: Path, *, cache: Path) -> Checkpoint:
     if embedder is None:
         some = ", ".join(sorted(raw)[:3])
         raise CheckpointError(
-            f"A checkpoint of gemma_pytorch has an embedder.weight; {path.name} has {some}, ... Hugging Face's names? Put "
-            "the file into a folder with its config.json and give the folder."
+            f"A checkpoint of gemma_pytorch has an embedder.weight; {path.name} has {some}, ... Hugging Face's names? "
+            "Put the file into a folder with its config.json and give the folder."
         )
     sizes = _Sizes.of(raw, embedder, path)
     config, notes = sizes.config()
@@ -118,8 +118,8 @@ class _Sizes:
                 head = config.head_dim
         if not head or output % head or combined % head or combined <= output:
             raise CheckpointError(
-                f"{path.name}: heads divide the {output} channels of o_proj and the {combined} of qkv_proj evenly; with "
-                f"{head or 'an unknown number of'} channels a head they do not. Is the file damaged?"
+                f"{path.name}: heads divide the {output} channels of o_proj and the {combined} of qkv_proj evenly; "
+                f"with {head or 'an unknown number of'} channels a head they do not. Is the file damaged?"
             )
         heads = output // head
         return cls(

@@ -23,7 +23,8 @@ def local_folder(name: str) -> Path:
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise MisuseError(
-            'The local Hugging Face cache is read by a library that is not installed here: pip install "stabilitykit[hf]".'
+            "The local Hugging Face cache is read by huggingface_hub, which is not installed here: "
+            'pip install "stabilitykit[hf]".'
         ) from None
     try:
         return Path(snapshot_download(name, local_files_only=True))

@@ -93,8 +93,8 @@ def gemma_config(raw: Mapping[str, Any], folder: Path) -> tuple[GemmaConfig, boo
     generation = _GENERATIONS.get(str(kind))
     if generation is None:
         raise CheckpointError(
-            f"{folder}: the kit's own model is a Gemma of generation 1, 2 or 3 ({', '.join(_GENERATIONS)}); model_type is "
-            f"{kind!r}. Run it as transformers does, with hf: before the folder."
+            f"{folder}: the kit's own model is a Gemma of generation 1, 2 or 3 ({', '.join(_GENERATIONS)}); "
+            f"model_type is {kind!r}. Run it as transformers does, with hf: before the folder."
         )
     text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
     given = {**_DEFAULTS[generation], **{key: value for key, value in text.items() if value is not None}}
@@ -219,8 +219,8 @@ def _refuse_unknown(generation: Generation, text: Mapping[str, Any], raw: Mappin
     found = [what for what, here in odd.items() if here]
     if found:
         raise CheckpointError(
-            f"{folder}: the kit's own model does not compute {' or '.join(found)}. Run it as transformers does, with hf: "
-            "before the folder."
+            f"{folder}: the kit's own model does not compute {' or '.join(found)}. Run it as transformers does, with "
+            "hf: before the folder."
         )
 
 

@@ -19,7 +19,7 @@ _TORCH = (".ckpt", ".pt", ".pth")
 def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint that `source` names: `gemma3-270m`, `random:gemma2-2b?layers=2&seed=0` or a path.
 
-    A path is that of a GGUF file, of gemma_pytorch's `.ckpt`, or of a folder: Hugging Face's, or shards of gemma_pytorch's.
+    A path is that of a GGUF file, of gemma_pytorch's `.ckpt`, or of a folder, Hugging Face's or gemma_pytorch's.
 
     `cache` is `cache_folder()` unless given; a Path is always a path. `progress` is called with bytes while the
     cache is filled, the first time a file is opened.
@@ -35,8 +35,8 @@ def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: 
             return replace(opened, source=ALIASES.get(source, source))  # its path would name only this machine's cache
         if Path(source).name == source and Path(source).suffix not in (".gguf", *_TORCH) and not _exists(source):
             raise MisuseError(
-                f"A checkpoint is {BUNDLED}, a Hugging Face folder, a .gguf or .ckpt file, or random: and a released size "
-                f"such as random:gemma2-2b?layers=2; {source!r:.60} is none of them."
+                f"A checkpoint is {BUNDLED}, a Hugging Face folder, a .gguf or .ckpt file, or random: and a released "
+                f"size such as random:gemma2-2b?layers=2; {source!r:.60} is none of them."
             )
     path = Path(source)
     if path.suffix in _TORCH:
@@ -58,7 +58,8 @@ def _read_folder(folder: Path, cache: Path) -> Checkpoint:
         f"it holds {', '.join(path.name for path in files[:3])}; give one of them" if files else "it holds neither"
     )
     raise CheckpointError(
-        f"A folder is a checkpoint by its {CONFIG} (Hugging Face) or {INDEX} (gemma_pytorch); {folder} is none: {several}."
+        f"A folder is a checkpoint by its {CONFIG} (Hugging Face) or {INDEX} (gemma_pytorch); {folder} is "
+        f"none: {several}."
     )
 
 

@@ -32,18 +32,19 @@ def folder_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 
 def fitted(vocabulary: Vocabulary, rows: int, name: str) -> Vocabulary:
-    """`vocabulary` with one piece for each of the embedding's `rows`. Raises CheckpointError where it cannot be that."""
+    """`vocabulary` with one piece for each of the embedding's `rows`. Raises CheckpointError where it cannot be."""
     pieces = len(vocabulary.pieces)
     if not pieces <= rows <= pieces + _SPARE:
         raise CheckpointError(
-            f"A vocabulary has a piece for each row of the embedding; {name} has {pieces:,} and the embedding {rows:,}. "
-            "The tokenizer of another checkpoint?"
+            f"A vocabulary has a piece for each row of the embedding; {name} has {pieces:,} and the embedding "
+            f"{rows:,}. The tokenizer of another checkpoint?"
         )
     spare = rows - pieces
+    unused: list[PieceType] = ["unused"] * spare
     return Vocabulary(
         pieces=(*vocabulary.pieces, *(f"<row {pieces + index}>" for index in range(spare))),
         scores=(*vocabulary.scores, *(0.0,) * spare),
-        types=(*vocabulary.types, *("unused",) * spare),
+        types=(*vocabulary.types, *unused),
         bos=vocabulary.bos,
         eos=vocabulary.eos,
         pad=vocabulary.pad,

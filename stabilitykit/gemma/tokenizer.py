@@ -35,7 +35,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._processor = SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(_serialised(vocabulary))
+            self._processor.LoadFromSerializedProto(serialised(vocabulary))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
@@ -114,8 +114,8 @@ class Tokenizer:
             raise MisuseError(f"A token id is from 0 to {len(self._vocabulary.pieces) - 1}; {index} is not.")
 
 
-def _serialised(vocabulary: Vocabulary) -> bytes:
-    """A SentencePiece model."""
+def serialised(vocabulary: Vocabulary) -> bytes:
+    """The vocabulary as a SentencePiece model: what a `tokenizer.model` holds."""
     proto = ModelProto()
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = trainer.BPE
@@ -135,5 +135,5 @@ def _serialised(vocabulary: Vocabulary) -> bytes:
         # SentencePiece wants exactly one unknown piece; Gemma 3's GGUF calls it a control piece.
         kind = "unknown" if index == vocabulary.unk else kind
         proto.pieces.add(piece=piece, score=score, type=_TYPES[kind])
-    serialised: bytes = proto.SerializeToString()
-    return serialised
+    made: bytes = proto.SerializeToString()
+    return made
