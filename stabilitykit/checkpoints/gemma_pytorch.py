@@ -153,6 +153,11 @@ def _tensors(
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for name, tensor in raw.items():
         scaler = raw.get(f"{name}_scaler") if tensor.dtype == torch.int8 else None
+        if tensor.dtype == torch.int8 and scaler is None:
+            raise CheckpointError(
+                f"int8 weights come with scalers; {name.removeprefix('model.')} has none. Without it every weight "
+                "would be an integer up to 127: fetch the checkpoint again."
+            )
         layer = _LAYER.fullmatch(name)
         if name in _TABLES or name.startswith(_VISION) or _is_scaler(name, raw):
             continue

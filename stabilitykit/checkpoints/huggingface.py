@@ -99,37 +99,40 @@ def gemma_config(raw: Mapping[str, Any], folder: Path) -> tuple[GemmaConfig, boo
     text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
     given = {**_DEFAULTS[generation], **{key: value for key, value in text.items() if value is not None}}
     _refuse_unknown(generation, text, raw, folder)
-    layers = int(given["num_hidden_layers"])
-    window, global_every = _layer_kinds(generation, given, layers, folder)
-    rope = _rope(generation, given, folder)
-    scalar = given["head_dim"] if generation == 1 else given["query_pre_attn_scalar"]
     try:
-        config = GemmaConfig(
-            generation=generation,
-            layers=layers,
-            hidden_size=int(given["hidden_size"]),
-            feed_forward=int(given["intermediate_size"]),
-            heads=int(given["num_attention_heads"]),
-            kv_heads=int(given["num_key_value_heads"]),
-            head_dim=int(given["head_dim"]),
-            vocabulary=int(given["vocab_size"]),
-            context=int(given["max_position_embeddings"]),
-            query_scalar=float(scalar),
-            window=window,
-            global_every=global_every,
-            rope_base=rope["base"],
-            rope_base_local=rope["local"],
-            rope_scaling=rope["scaling"],
-            # an explicit null switches a soft-cap off, where a missing key leaves the generation's
-            attention_softcap=_cap(text, given, "attn_logit_softcapping"),
-            logit_softcap=_cap(text, given, "final_logit_softcapping"),
-            rms_eps=float(given["rms_norm_eps"]),
-        )
-    except (TypeError, ValueError) as error:
+        config = _sizes(generation, text, given, folder)
+    except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / CONFIG}: sizes are numbers; one is not: {error}.") from error
     return config, text is not raw
+
+
+def _sizes(generation: Generation, text: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> GemmaConfig:
+    layers = int(given["num_hidden_layers"])
+    window, global_every = _layer_kinds(generation, given, layers, folder)
+    rope = _rope(given, folder)
+    return GemmaConfig(
+        generation=generation,
+        layers=layers,
+        hidden_size=int(given["hidden_size"]),
+        feed_forward=int(given["intermediate_size"]),
+        heads=int(given["num_attention_heads"]),
+        kv_heads=int(given["num_key_value_heads"]),
+        head_dim=int(given["head_dim"]),
+        vocabulary=int(given["vocab_size"]),
+        context=int(given["max_position_embeddings"]),
+        query_scalar=float(given["head_dim"] if generation == 1 else given["query_pre_attn_scalar"]),
+        window=window,
+        global_every=global_every,
+        rope_base=rope["base"],
+        rope_base_local=rope["local"],
+        rope_scaling=rope["scaling"],
+        # an explicit null switches a soft-cap off, where a missing key leaves the generation's
+        attention_softcap=_cap(text, given, "attn_logit_softcapping"),
+        logit_softcap=_cap(text, given, "final_logit_softcapping"),
+        rms_eps=float(given["rms_norm_eps"]),
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -244,7 +247,7 @@ def _layer_kinds(generation: Generation, given: Mapping[str, Any], layers: int, 
     return window, every
 
 
-def _rope(generation: Generation, given: Mapping[str, Any], folder: Path) -> dict[str, float]:
+def _rope(given: Mapping[str, Any], folder: Path) -> dict[str, float]:
     """The bases of global and local layers' angles and the global layers' divisor, from the old keys or the new."""
     new = given.get("rope_parameters")
     local: Mapping[str, Any] = {}

@@ -22,6 +22,8 @@ _SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("vision_tower", "multi_modal_projector", "siglip"),
         "The weights are those of a multimodal Gemma and the config is not",
     ),
+)
+_GENERATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("q_norm", "k_norm"),
         "Only Gemma 3 normalises queries and keys: the config is of another generation than the weights",
@@ -34,11 +36,11 @@ _SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def usual_mistake(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """A sentence, from the names alone: first by what is there and should not be, then by what is not."""
-    for names in (unexpected, missing):
-        for signs, sentence in _SIGNS:
-            if any(sign in name for name in names for sign in signs):
-                return f"{sentence}."
-    if all(name.startswith("layers.") for name in (*missing, *unexpected)):
+    """A sentence, from the names alone: whose names they are, else how many layers, else which generation."""
+    names = (*unexpected, *missing)
+    if all(name.startswith("layers.") for name in names) and any(".input_layernorm." in name for name in names):
         return "The config is that of a size with another number of layers."
+    for signs, sentence in (*_SIGNS, *_GENERATIONS):
+        if any(sign in name for name in names for sign in signs):
+            return f"{sentence}."
     return "Another generation or size of Gemma, or another model?"

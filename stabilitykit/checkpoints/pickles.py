@@ -27,7 +27,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             f"A file of weights holds tensors and nothing that runs; {path.name} asks for more and was refused: "
             f"{_reason(error)}. Do not open it by other means unless you know who made it."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"A file of weights is one that torch.save wrote; {path.name} cannot be read as one: {_reason(error)}. "
             "Cut short? Fetch it again."

@@ -28,6 +28,8 @@ def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: 
     """
     cache = cache_folder() if cache is None else cache
     if isinstance(source, str):
+        if not source:
+            raise MisuseError("A checkpoint is a name or a path; this one is empty.")
         if source.startswith("random:"):
             return random_checkpoint(source)
         if source in RELEASED or source in ALIASES:

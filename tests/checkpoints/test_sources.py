@@ -48,7 +48,7 @@ def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["gemma-3-270m", "", "x" * 5000, "nul\0", "~nobody"])
 def test_a_source_that_names_nothing(source: str, tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match=r"A checkpoint is |A GGUF checkpoint is one file"):
+    with pytest.raises(MisuseError, match=r"A checkpoint is "):
         open_checkpoint(source, cache=tmp_path)
 
 

@@ -1,0 +1,212 @@
+"""What is wrong with a checkpoint, said in one sentence each."""
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from written import gemma_pytorch_state, write_gemma_pytorch, write_huggingface
+
+from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.gemma import build
+
+SHAPE = "layers=2&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
+SPEC = f"random:gemma3-270m?{SHAPE}&window=4&global_every=2"
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    return random_checkpoint(SPEC)
+
+
+def load(path: Path, tmp_path: Path) -> None:
+    build(open_checkpoint(path, cache=tmp_path / "cache"))
+
+
+def change(folder: Path, **keys: Any) -> None:
+    path = folder / "config.json"
+    config = {key: value for key, value in (json.loads(path.read_text()) | keys).items() if value != "gone"}
+    path.write_text(json.dumps(config))
+
+
+def _missing_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def _short_shard(folder: Path) -> None:
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _no_weights(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+
+
+def _other_tokenizer(folder: Path) -> None:
+    other = write_huggingface(random_checkpoint(SPEC.replace("=512", "=900")), folder / "other")
+    (other / "tokenizer.model").rename(folder / "tokenizer.model")
+
+
+def _no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def _a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing shard": (_missing_shard, r"names 3 files .*, and of them model-00002-of-00003\.safetensors is not in"),
+    "short shard": (_short_shard, r"model-00002-of-00003\.safetensors is a whole .*; this one is not: .* Cut short"),
+    "no weights": (_no_weights, r"holds model\.safetensors, or shards .* holds neither\. Was only the config"),
+    "no tokenizer": (_no_tokenizer, r"comes with its vocabulary, tokenizer\.model or tokenizer\.json; .* has neither"),
+    "other tokenizer": (_other_tokenizer, r"a piece for each row of .*; tokenizer\.model has 900 and the .* 512"),
+    "no JSON": (_no_json, r"config\.json is JSON; this one cannot be read: .* Fetch it again"),
+    "a list": (_a_list, r"config\.json is a JSON object; this one is a list"),
+    "other architecture": (lambda f: change(f, model_type="llama"), r"model_type is 'llama'\. Run it .* with hf:"),
+    "no architecture": (lambda f: change(f, model_type="gone"), r"model_type is None"),
+    "other width": (lambda f: change(f, intermediate_size=96), r"shapes that the config gives; layers\.0\.mlp\.gate"),
+    "more layers": (
+        lambda f: change(f, num_hidden_layers=3),
+        r"13 missing \(layers\.2\.input_layernorm.*The config is that of a size with another number of layers",
+    ),
+    "other generation": (
+        lambda f: change(f, model_type="gemma2"),
+        r"4 unexpected \(.*Only Gemma 3 normalises queries and keys: the config is of another generation",
+    ),
+    "other activation": (lambda f: change(f, hidden_activation="silu"), r"not compute the activation 'silu'"),
+    "looking ahead": (lambda f: change(f, use_bidirectional_attention=True), r"not compute attention that looks ahead"),
+    "quantised": (lambda f: change(f, quantization_config={}), r"not compute weights quantised by another"),
+    "other rotation": (
+        lambda f: change(f, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+        r"this config asks for default, yarn\. Run it as transformers does",
+    ),
+    "odd layers": (
+        lambda f: change(f, layer_types=["full_attention", "sliding_attention"]),
+        r"every n-th layer is global and the others slide; layer_types says otherwise",
+    ),
+    "a size that is none": (lambda f: change(f, num_hidden_layers="many"), r"invalid literal|sizes are numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_told_apart(damage: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = write_huggingface(checkpoint, tmp_path / "hf", shards=3)
+    harm, message = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.mlp.gate_proj.weight_scaler", "without them every weight would be an integer up to 127"),
+        ("model.layers.0.mlp.gate_proj.weight.absmax", "quantised by bitsandbytes, AWQ or GPTQ.* hf:FOLDER"),
+        ("model.layers.0.mlp.gate_proj.qweight", "quantised by bitsandbytes, AWQ or GPTQ.* hf:FOLDER"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "This is an adapter"),
+        ("model.layers.0.self_attn.qkv_proj.weight", "gemma_pytorch's names"),
+        ("blk.0.attn_q.weight", "GGUF's names"),
+        ("something.else", "Another generation or size of Gemma, or another model"),
+    ],
+)
+def test_names_that_do_not_belong_say_which_mistake_that_usually_is(
+    name: str, message: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    made = dict(checkpoint.tensors) | {name.removeprefix("model."): torch.zeros(2)}
+    folder = write_huggingface(checkpoint_with(checkpoint, made), tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=rf"1 unexpected \({name.removeprefix('model.')}\).*{message}"):
+        load(folder, tmp_path)
+
+
+def checkpoint_with(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    return replace(checkpoint, tensors=tensors)
+
+
+def test_a_head_of_its_own_is_refused_and_a_copy_of_the_embedding_taken(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    embedding = checkpoint.tensors["embed_tokens.weight"]
+    for name, head in (("same", embedding.clone()), ("other", embedding + 1)):
+        made = dict(checkpoint.tensors) | {"lm_head.weight": head}
+        folder = write_huggingface(checkpoint_with(checkpoint, made), tmp_path / name, prefix="")
+        if name == "same":
+            load(folder, tmp_path)
+        else:
+            with pytest.raises(CheckpointError, match=r"come from its embedding; this lm_head\.weight holds other"):
+                load(folder, tmp_path)
+
+
+class Harm:
+    """A pickle that writes a file when it is opened without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_in_it_is_refused_and_its_code_does_not_run(zipped: bool, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    path = tmp_path / "model.ckpt"
+    torch.save({"model_state_dict": Harm(ran)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"nothing that runs; model\.ckpt asks for more .*refused"):
+        open_checkpoint(path, cache=tmp_path / "cache")
+    assert not ran.exists()
+    torch.load(path, weights_only=False)  # the code is real
+    assert ran.exists()
+
+
+def test_files_that_are_no_checkpoint_of_gemma_pytorchs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            open_checkpoint(tmp_path / name, cache=tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+
+    refused("nothing.ckpt", r"nothing\.ckpt does not\. Fetch")
+    (tmp_path / "text.ckpt").write_text("hello")
+    refused("text.ckpt", r"text\.ckpt (cannot be read as one|asks for more)")
+    whole = write_gemma_pytorch(checkpoint, tmp_path / "gp")
+    (tmp_path / "short.ckpt").write_bytes(whole.read_bytes()[:5000])
+    refused("short.ckpt", r"short\.ckpt cannot be read as one: .* Cut short\? Fetch it again")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    refused("list.ckpt", r"list\.ckpt holds list")
+    torch.save({"model.norm.weight": torch.ones(2)}, tmp_path / "names.ckpt")
+    refused("names.ckpt", r"has an embedder\.weight; names\.ckpt has model\.norm\.weight, .* Hugging Face's names")
+    torch.save({"model_state_dict": gemma_pytorch_state(checkpoint)}, tmp_path / "alone.ckpt")
+    refused("alone.ckpt", r"comes with a tokenizer\.model; beside it in .* there is none")
+    protocol = pickle.dumps({"a": 1})
+    (tmp_path / "plain.ckpt").write_bytes(protocol)
+    refused("plain.ckpt", r"plain\.ckpt")
+
+
+def test_int8_weights_without_their_scalers_and_scalers_without_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_gemma_pytorch(checkpoint, tmp_path / "gp", int8=True)
+    state = gemma_pytorch_state(checkpoint, int8=True)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    torch.save({"model_state_dict": state | {name: state[name].float()}}, path)
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(layers\.0\.mlp\.gate_proj\.weight_scaler\).* int8 "):
+        load(path, tmp_path)
+    torch.save({"model_state_dict": {key: value for key, value in state.items() if key != f"{name}_scaler"}}, path)
+    with pytest.raises(CheckpointError, match=r"come with scalers; layers\.0\.mlp\.gate_proj\.weight has none"):
+        load(path, tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"A folder is a checkpoint by its config\.json .* it holds neither"):
+        open_checkpoint(tmp_path, cache=tmp_path / "cache")
+    for name in ("a.ckpt", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(MisuseError, match=r"it holds a\.ckpt, b\.gguf; give one of them"):
+        open_checkpoint(tmp_path, cache=tmp_path / "cache")
