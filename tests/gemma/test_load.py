@@ -77,7 +77,7 @@ def test_missing_and_unexpected_tensors(checkpoint: Checkpoint) -> None:
     tensors["layers.0.self_attn.qkv_proj.weight"] = tensors.pop("layers.0.self_attn.q_proj.weight")
     message = (
         r"1 missing \(layers.0.self_attn.q_proj.weight\) and 1 unexpected \(layers.0.self_attn.qkv_proj.weight\). "
-        "Another generation or size of Gemma, or quantised layers?"
+        "These are gemma_pytorch's names. Open them as a .ckpt file."
     )
     with pytest.raises(CheckpointError, match=message):
         build(replace(checkpoint, tensors=tensors))
