@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from command_line import stabilitykit as stabilitykit
 from hypothesis import settings
 
 from stabilitykit.checkpoints import Checkpoint, cache_folder, open_checkpoint

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 OriginKind = Literal["weight", "constant", "input", "computed"]
@@ -34,9 +34,15 @@ class Origins:
     """The origin of each storage in use: views share it, whatever is written anew replaces it."""
 
     def __init__(self, *, weights: Iterable[tuple[str, Tensor]], constants: Iterable[tuple[str, Tensor]]) -> None:
-        """`weights` are parameters; `constants` are buffers, which may hold masks and be written to."""
+        """`weights` are parameters; `constants` are buffers, which may hold masks and be written to.
+
+        Their storages are kept from being freed: a model that swaps its weights while it runs would else give their
+        addresses to others.
+        """
+        weights, constants = list(weights), list(constants)
         self._weights = {tensor.untyped_storage()._cdata: name for name, tensor in weights}
         self._constants = {tensor.untyped_storage()._cdata: name for name, tensor in constants}
+        self._kept = [tensor for _, tensor in (*weights, *constants)]
         self._held: dict[int, tuple[StorageWeakRef, Origin]] = {}
         self._forget_at = 256
 
@@ -49,6 +55,8 @@ class Origins:
             return Origin("weight", self._weights[key])
         if key in self._constants:
             return Origin("constant", self._constants[key])
+        if isinstance(tensor, nn.Parameter):  # brought in after the block began
+            return Origin("weight", "a parameter")
         return Origin("constant" if tensor.ndim == 0 else "input", "input")
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:
@@ -63,6 +71,7 @@ class Origins:
 
     def forget(self) -> None:
         self._held.clear()
+        self._kept.clear()
 
 
 def region(tensor: Tensor) -> tuple[int, ...]:

@@ -285,9 +285,10 @@ class _Recorder:
         self.frames[0].counts.clear()
         self.start = _held(kwargs)
         self.starts.append(self.start)
-        device = next(self.model.parameters(), torch.empty(0)).device.type
-        if torch.is_autocast_enabled(device):
-            self.autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        devices = {tensor.device.type for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for device in devices - {"meta"}:
+            if torch.is_autocast_enabled(device):
+                self.autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         tensors = [leaf for leaf in tree_leaves((kwargs.get("input_ids"), args, kwargs)) if isinstance(leaf, Tensor)]
         ids = next((t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.ndim in (1, 2)), None)
         embedded = next((t for t in tensors if t.is_floating_point() and t.ndim == 3), None)

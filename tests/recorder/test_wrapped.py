@@ -42,7 +42,7 @@ def test_what_autocast_makes_of_a_large_weight_is_a_break_of_the_cast() -> None:
     first = recording.first_break()
     assert first is not None
     assert first.broke is not None
-    assert (first.site, first.broke.kind, first.broke.value) == ("layers.1.mlp.up_proj/cast.1", "overflow", 1e6)
+    assert (first.site, first.broke.kind, first.broke.value) == ("layers.1.mlp.up_proj/cast.0", "overflow", 1e6)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
@@ -93,6 +93,7 @@ def test_weights_quantised_by_bitsandbytes_compute_in_float16_and_break_there(bi
     assert first.site == "layers.1.post_feedforward_layernorm"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, about transformers
 def test_an_adapter_has_sites_of_its_own_and_moves_no_other() -> None:
     peft = pytest.importorskip("peft")
     plain = same_bits(family_model("gemma3"))

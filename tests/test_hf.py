@@ -1,0 +1,258 @@
+"""transformers' own models from a folder: found, loaded, continued, and refused in a sentence."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import family_model
+from safetensors.torch import load_file, save_file
+from written import write_huggingface
+
+from stabilitykit import hf
+from stabilitykit.checkpoints import random_checkpoint
+from stabilitykit.checkpoints.hub import local_folder
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.experiment.case import Sampling, run_case
+from stabilitykit.recorder import record
+
+SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
+SPEC = f"random:gemma3-270m?{SHAPE}&window=4&global_every=2"
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small Gemma 3 with a tokenizer that transformers reads."""
+    made = write_huggingface(random_checkpoint(SPEC), tmp_path_factory.mktemp("hf") / "gemma", new=True)
+    write_tokenizer(made)
+    yield made
+    shutil.rmtree(made)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A fast tokenizer of single characters over the random vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = random_checkpoint(SPEC).vocabulary.pieces
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
+    made.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
+    made.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
+                "pad_token": "<pad>", "unk_token": "<unk>", "chat_template": template,
+            }
+        )
+    )  # fmt: skip
+
+
+def copied(folder: Path, to: Path, **keys: Any) -> Path:
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text()) | keys
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_folder_is_run_and_recorded(folder: Path, dtype: str, attention: str) -> None:
+    model = hf.open_model(str(folder), dtype=dtype, attention=attention)
+    assert str(model.causal.dtype) == f"torch.{dtype}"
+    run = run_case(model, model.tokenizer.encode("Hello"), new_tokens=3, sampling=Sampling(seed=3))
+    header = run.recording.header
+    assert (run.error, run.recording.first_break()) == (None, None)
+    assert (header.checkpoint, header.dtype, header.starts) == (f"hf:{folder}", dtype, (0, 6, 7))
+    assert (header.case["attention"], header.case["new_tokens"]) == (attention, 3)
+    assert len(header.sha256 or "") == 64
+    assert any("run by transformers" in note for note in header.notes)
+
+
+def test_a_seed_draws_the_same_tokens_and_leaves_torchs_generator_alone(folder: Path) -> None:
+    model = hf.open_model(str(folder), dtype="float32")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = [run_case(model, [2, 70], new_tokens=6, sampling=Sampling(seed=seed)) for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(3), expected)
+    first, again, other = (run.recording.header.tokens for run in drawn)
+    assert first == again
+    assert first != other
+
+
+def test_greedy_ends_at_the_first_step_that_breaks_and_sampling_raises(folder: Path) -> None:
+    model = hf.open_model(str(folder), dtype="float16")
+    model.causal.model.layers[1].post_feedforward_layernorm.weight.data.fill_(6e4)
+    greedy = run_case(model, [2, 70], new_tokens=5, sampling=Sampling(temperature=None))
+    assert greedy.error is None
+    assert len(greedy.recording.header.starts) == 1
+    assert "greedy_text" in greedy.recording.header.case
+    sampled = run_case(model, [2, 70], new_tokens=5)
+    assert "probability tensor contains either `inf`, `nan` or element < 0" in str(sampled.error)
+    for run in (greedy, sampled):
+        first = run.recording.first_break()
+        assert first is not None
+        assert first.site == "layers.1.post_feedforward_layernorm"
+
+
+def test_text_and_tokens(folder: Path) -> None:
+    tokenizer = hf.open_tokenizer(str(folder))
+    ids = tokenizer.encode("Hi a")
+    assert ids[0] == 2
+    assert tokenizer.encode("Hi a", bos=False) == ids[1:]
+    assert [tokenizer.piece(token) for token in ids] == ["<bos>", "H", "i", " ", "a"]
+    assert tokenizer.encode("<eos>", bos=False, special_tokens=True) == [1]
+    assert len(tokenizer.encode("<eos>", bos=False)) == 5
+    turn = [tokenizer.piece(token) for token in tokenizer.chat("x", system="y")]
+    assert turn.count("<start_of_turn>") == 2
+    with pytest.raises(MisuseError, match=r"makes its own masks"):
+        hf.open_model(str(folder)).decode(
+            torch.tensor([ids]), max_new_tokens=1, temperature=None, top_p=1.0, top_k=0, seed=0, padding=None,
+            mask=None, every_logit=True, saw=lambda logits: False,
+        )  # fmt: skip
+
+
+def test_the_kits_own_model_and_transformers_agree_on_a_folder(folder: Path, stabilitykit: Run) -> None:
+    common = ("--prompt", "Hello", "--stress", "1", "--json")
+    ours = json.loads(stabilitykit("profile", str(folder), *common).out)
+    theirs = json.loads(stabilitykit("profile", f"hf:{folder}", *common, "--attention", "eager").out)
+    assert ours["tokens"] == theirs["tokens"][: len(ours["tokens"])]
+    assert ours["weights"]["subnormal"] == theirs["weights"]["subnormal"]
+    assert ours["finite"]
+    assert theirs["finite"]
+    assert ours["verdict"] == theirs["verdict"]  # the same site, to the last digit of its value
+
+
+def test_generate_on_the_command_line_shows_the_steps(folder: Path, stabilitykit: Run) -> None:
+    for source in (str(folder), f"hf:{folder}"):
+        shown = stabilitykit("profile", source, "--prompt", "Hello", "--generate", "4", "--dtype", "float32")
+        assert (shown.code, shown.err) == (0, "")
+        assert "float32, by step: 4 steps" in shown.out
+        found = json.loads(stabilitykit("profile", source, "--prompt", "Hello", "--generate", "4", "--json").out)
+        assert [row["step"] for row in found["steps"]] == [0, 1, 2, 3]
+        assert [row["position"] for row in found["steps"]] == [0, 6, 7, 8]
+
+
+def test_fused_softmax_is_said_to_be_recomputed_and_can_be_left_out(folder: Path, stabilitykit: Run) -> None:
+    common = ("profile", f"hf:{folder}", "--prompt", "Hello", "--attention", "sdpa")
+    assert "entropies were recomputed from its queries" in " ".join(stabilitykit(*common).out.split())
+    assert "recomputed" not in stabilitykit(*common, "--no-fused-softmax").out
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    peft = pytest.importorskip("peft")
+    path = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(hf.open_model(str(folder)).module, config).save_pretrained(path)
+    return path
+
+
+def test_an_adapter_is_run_with_its_model(folder: Path, adapter: Path, stabilitykit: Run) -> None:
+    shown = stabilitykit("profile", f"hf:{folder}", "--prompt", "Hello", "--adapter", str(adapter))
+    assert (shown.code, shown.err) == (0, "")
+    assert "with an adapter of peft's" in shown.out
+    with_it = hf.open_model(str(folder), adapter=adapter)
+    with torch.inference_mode(), record(with_it.module) as recording:
+        with_it.module(torch.tensor([[2, 70]]))
+    assert any(".lora_A." in r.site for r in recording)
+    logits = [model.module(torch.tensor([[2, 70]])).logits for model in (with_it, hf.open_model(str(folder)))]
+    assert not torch.equal(*logits)
+
+
+def test_an_adapter_that_is_none_or_another_models(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"an adapter_config\.json; .* has none"):
+        hf.open_model(str(folder), adapter=tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name.replace("layers.0", "layers.7"): t for name, t in tensors.items()}, other / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"other is a folder that transformers can load; this one it cannot"):
+        hf.open_model(str(folder), adapter=other)
+
+
+def test_weights_that_do_not_fit_are_never_filled_up_in_silence(folder: Path, tmp_path: Path) -> None:
+    more = copied(folder, tmp_path / "more", num_hidden_layers=4, layer_types=None)
+    with pytest.raises(CheckpointError, match=r"13 of them are missing \(model\.layers\.3.*filled with random numbers"):
+        hf.open_model(str(more))
+    wide = copied(folder, tmp_path / "wide", intermediate_size=96)
+    with pytest.raises(CheckpointError, match=r"of another shape|size mismatch|cannot"):
+        hf.open_model(str(wide))
+    extra = copied(folder, tmp_path / "extra")
+    tensors = load_file(extra / "model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.odd.weight": torch.ones(2)}, extra / "model.safetensors", {"format": "pt"})
+    notes = hf.open_model(str(extra)).notes
+    assert any("1 tensors in the folder have no place in the model (model.layers.0.mlp.odd.weight" in n for n in notes)
+
+
+def test_folders_that_transformers_refuses_are_explained_in_one_line(folder: Path, tmp_path: Path) -> None:
+    for name, keys in (("architecture", {"model_type": "nobody"}), ("sizes", {"head_dim": "x"})):
+        with pytest.raises(CheckpointError, match=r"this one it cannot: ") as caught:
+            hf.open_model(str(copied(folder, tmp_path / name, **keys)))
+        assert "\n" not in str(caught.value)
+    short = copied(folder, tmp_path / "short")
+    whole = (short / "model.safetensors").read_bytes()
+    (short / "model.safetensors").write_bytes(whole[:-50])
+    with pytest.raises(CheckpointError, match=r"this one it cannot: "):
+        hf.open_model(str(short))
+    with pytest.raises(MisuseError, match="An attention is one of eager, sdpa; 'flash' is none"):
+        hf.open_model(str(folder), attention="flash")
+
+
+def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    refs = tmp_path / "hub" / "models--owner--tiny" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert local_folder("owner/tiny") == snapshot
+    assert local_folder(str(folder)) == folder
+    with pytest.raises(
+        MisuseError, match=r"owner/other is no folder .* nothing is fetched .*: hf download owner/other"
+    ):
+        local_folder("owner/other")
+    for name in ("other", "./a/b", "a/b/c", "/nowhere/at"):
+        with pytest.raises(MisuseError, match=r"A model is a folder, or a name on the hub"):
+            local_folder(name)
+    with pytest.raises(MisuseError, match=r"cannot be one"):
+        local_folder("owner/..bad--name")
+
+
+def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:
+    for arguments, message in (
+        ((f"hf:{folder}", "--stress", "2"), "--rounding and --stress are the kit's own model's"),
+        ((str(folder), "--attention", "sdpa"), "--attention and --adapter are for transformers' models"),
+        (("hf:owner/nothing",), "hf download owner/nothing"),
+    ):
+        refused = stabilitykit("profile", *arguments, "--prompt", "a")
+        assert refused.code == 2
+        assert message in " ".join(refused.err.split())
+        assert "Traceback" not in refused.err
+
+
+def test_any_family_of_a_folder_is_profiled(tmp_path: Path, stabilitykit: Run) -> None:
+    family_model("qwen3").save_pretrained(tmp_path / "qwen")
+    write_tokenizer(tmp_path / "qwen")
+    found = json.loads(stabilitykit("profile", f"hf:{tmp_path / 'qwen'}", "--prompt", "Hi", "--json").out)
+    assert found["finite"]
+    refused = stabilitykit("profile", str(tmp_path / "qwen"), "--prompt", "Hi")
+    assert refused.code == 2
+    assert "with hf: before the folder" in " ".join(refused.err.split())
