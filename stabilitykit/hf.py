@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stabilitykit.checkpoints.cache import cache_folder
@@ -287,7 +286,9 @@ def _adapted(model: Any, adapter: str | Path) -> Any:
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise MisuseError(f"An adapter is a folder with an adapter_config.json; {adapter} has none.")
     with _explained(str(adapter)), warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft only warns where an adapter's tensors have no place in the model
+        warnings.simplefilter("ignore")
+        # peft only warns where an adapter's tensors have no place in the model
+        warnings.filterwarnings("error", category=UserWarning)
         return peft.PeftModel.from_pretrained(model, str(adapter))
 
 
@@ -313,8 +314,8 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except MisuseError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, SafetensorError, Warning) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # transformers, safetensors, peft and the hub's library each raise their own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"{name} is a folder that transformers can load; this one it cannot: {reason.rstrip('.')}."
         ) from error

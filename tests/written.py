@@ -27,7 +27,7 @@ def huggingface_config(config: GemmaConfig, *, new: bool = False) -> dict[str, A
     if config.generation == 1:
         return made | {"rope_theta": config.rope_base}
     made |= {
-        "query_pre_attn_scalar": config.query_scalar, "sliding_window": config.window,
+        "query_pre_attn_scalar": int(config.query_scalar), "sliding_window": config.window,
         "attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.logit_softcap,
     }  # fmt: skip
     if new:
