@@ -37,7 +37,8 @@ class Checkpoint:
     (`embed_tokens.weight`, `layers.3.self_attn.q_proj.weight`); norm gains are `w`, applied as `1 + w`.
     The tensors are memory-mapped where the format allows: copy before writing to one. `sha256` is that of
     the file, or of the text that describes random weights. `notes` are facts that every report
-    repeats, such as how the weights were quantised.
+    repeats, such as how the weights were quantised; one that begins with "only" limits what was examined, and every
+    verdict ends with it.
     """
 
     source: str

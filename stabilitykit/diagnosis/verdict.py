@@ -1,6 +1,7 @@
 """The findings of a run: one paragraph for people, one document for scripts."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from stabilitykit.diagnosis.cause import Cause, cause
@@ -74,7 +75,7 @@ def verdict(recording: Recording, reference: Recording | None = None) -> str:
     """One paragraph: what broke, where, why, and how it became the error; or how much room was left."""
     first = recording.first_break()
     if first is None:
-        return _clean(recording)
+        return " ".join([_clean(recording), *limits(recording.header.notes)])
     parts = [_first_sentence(recording, first), _reference_sentence(recording, reference)]
     why = cause(recording)
     if why is not None and why.name != "range":
@@ -82,8 +83,13 @@ def verdict(recording: Recording, reference: Recording | None = None) -> str:
     elif why is not None:
         parts.append(_dependence(recording, first))
     parts.append(_consequences(chain(recording)))
-    parts.append(_advice(why))
+    parts += [_advice(why), *limits(recording.header.notes)]
     return " ".join(part for part in parts if part)
+
+
+def limits(notes: Sequence[str]) -> list[str]:
+    """Of a checkpoint's notes those that begin with "only": they limit what a verdict speaks of, so it repeats them."""
+    return [f"{note[0].upper()}{note[1:]}." for note in notes if note.startswith("only ")]
 
 
 def _clean(recording: Recording) -> str:

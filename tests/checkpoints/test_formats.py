@@ -14,6 +14,8 @@ from written import gemma_pytorch_state, huggingface_config, write_gemma_pytorch
 from reference import reference_model
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
 from stabilitykit.checkpoints.huggingface import VISION_NOTE, gemma_config
+from stabilitykit.diagnosis import verdict
+from stabilitykit.experiment.case import run_case
 from stabilitykit.gemma import build
 from stabilitykit.gemma.tokenizer import Tokenizer
 
@@ -79,6 +81,8 @@ def test_the_text_part_of_a_multimodal_gemma_is_read_and_said_to_be_only_that(tm
     opened = open_checkpoint(tmp_path / "hf", cache=tmp_path / "cache")
     assert opened.notes == (VISION_NOTE,)
     assert torch.equal(logits(opened), theirs)
+    run = run_case(build(opened), TOKENS[0].tolist())
+    assert verdict(run.recording).endswith("Only the text part was examined, not what reads images.")
 
 
 def test_a_released_multimodal_config_leaves_most_out_and_means_the_defaults() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from stabilitykit.diagnosis.verdict import limits
 from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
@@ -55,7 +56,7 @@ def paragraph(results: Results, found: Sequence[Outcome]) -> str:
         sentences.append(_forecast(results, found))
     if clean:
         sentences.append(_clean(results, found, clean, nothing_broke=not broken))
-    sentences += [_advice(found, broken), _unfinished(results)]
+    sentences += [_advice(found, broken), _unfinished(results), *limits(results.plan.notes)]
     return " ".join(text for text in sentences if text)
 
 
