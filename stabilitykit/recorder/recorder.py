@@ -336,9 +336,6 @@ class _Recorder:
             Operand(copy, self.origins.of(tensor))
             for tensor, copy in zip(_floating((args, kwargs)), _floating(seen), strict=True)
         ]
-        overwritten: Origin | None = None
-        if name == "cast" and writes_in_place(func):  # what stood there before is no operand
-            overwritten = operands.pop(0).origin
         output = func(*args, **kwargs)
         outputs = _floating(output)
         if not outputs:
@@ -347,7 +344,11 @@ class _Recorder:
             if moves(func, operands[-1].tensor if operands else None, outputs[0]):
                 self._pass_on(func, name, operands, outputs)
                 return output
-            if is_factory(func) or all(operand.origin.kind == "constant" for operand in operands):
+            overwritten: Origin | None = None
+            if name == "cast" and writes_in_place(func):  # what stood there before is no operand
+                overwritten = operands.pop(0).origin
+            constant = all(operand.origin.kind == "constant" for operand in operands)
+            if is_factory(func) or (constant and (overwritten is None or overwritten.kind == "constant")):
                 for tensor in outputs:
                     self.origins.remember(tensor, Origin("constant", name))
                 return output

@@ -89,7 +89,11 @@ def tiny() -> dict[int, str]:
 
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny Gemma of a generation; `keys` and `tensors` replace, or with None remove, what it would hold."""
+    """Writes a tiny Gemma of a generation; `keys` and `tensors` replace, or with None remove, what it would hold.
+
+    `noise` fills matrices with blocks of random bits, which every quantisation can be read from; `spec` is another
+    random checkpoint to write.
+    """
 
     def write(
         generation: int = 3,
@@ -97,8 +101,10 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         keys: Mapping[str, Value | None] | None = None,
         tensors: Mapping[str, NDArray[np.float32] | None] | None = None,
         kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+        spec: str | None = None,
+        noise: bool = False,
     ) -> Path:
-        checkpoint = random_checkpoint(_TINY[generation])
+        checkpoint = random_checkpoint(spec or _TINY[generation])
         vocabulary = checkpoint.vocabulary
         types = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}
         held: dict[str, Value | None] = {
@@ -120,7 +126,11 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         for key, value in held.items():
             _add(writer, key, value)
         for tensor, weight in stored.items():
-            if weight is not None and weight.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
+            if weight is not None and weight.ndim == 2 and noise:
+                shape = gguf.quant_shape_to_byte_shape(weight.shape, kind)
+                blocks = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+                writer.add_tensor(tensor, blocks, raw_dtype=kind)
+            elif weight is not None and weight.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
                 writer.add_tensor(tensor, gguf.quantize(weight, kind), raw_dtype=kind)
             elif weight is not None:
                 writer.add_tensor(tensor, weight)

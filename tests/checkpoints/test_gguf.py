@@ -109,6 +109,24 @@ def test_quantised_weights_are_those_of_the_reference_implementation(
         assert np.array_equal(checkpoint.tensors[ours].numpy(), expected), ours
 
 
+WIDE = "random:gemma3-270m?layers=1&hidden_size=256&feed_forward=256&heads=1&kv_heads=1&vocabulary=263&window=16"
+KINDS = [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random bits make scales that overflow
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_quantisation_that_the_gguf_package_reads_is_read(
+    kind: gguf.GGMLQuantizationType, write_gguf: Callable[..., Path], read: Callable[[Path], Checkpoint]
+) -> None:
+    path = write_gguf(3, kind=kind, spec=WIDE, noise=True)
+    checkpoint = read(path)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}["blk.0.ffn_up.weight"]
+    expected = gguf.dequantize(stored.data, kind)
+    found = checkpoint.tensors["layers.0.mlp.up_proj.weight"].float().numpy()
+    assert found.shape == (256, 256)
+    assert np.array_equal(found, expected, equal_nan=True)
+
+
 def test_the_270m_is_read_as_the_gguf_package_reads_it(gguf_270m: Path, checkpoint_270m: Checkpoint) -> None:
     assert checkpoint_270m.config == RELEASED["gemma3-270m"]
     assert checkpoint_270m.source == "gemma3-270m"
