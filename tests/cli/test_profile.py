@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from written import write_huggingface
 
-from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.checkpoints import Checkpoint, random_checkpoint
 from stabilitykit.records import Recording
 
 PROMPT = "The capital of France is"
@@ -210,3 +212,29 @@ def test_an_unreadable_prompt_file(stabilitykit: Run, tmp_path: Path) -> None:
     result = stabilitykit("profile", RANDOM, "--prompt", f"@{path}")
     assert result.code == 2
     assert "byte 2" in result.err
+
+
+def test_weights_that_are_not_finite_are_named_before_and_after_the_run(stabilitykit: Run, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(RANDOM)
+    name = "layers.1.mlp.down_proj.weight"
+    harmed = checkpoint.tensors[name].clone()
+    harmed[2, 3] = float("nan")
+    folder = write_huggingface(replace(checkpoint, tensors=dict(checkpoint.tensors) | {name: harmed}), tmp_path / "hf")
+    shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
+    assert f"1 are NaN or infinite in the checkpoint itself, most of all in {name}." in shown
+    assert f"The weights were not finite to begin with: {name}." in shown
+    found = strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)
+    assert (found["cause"], found["weights"]["nonfinite"]) == ("weights", 1)
+    assert found["weights"]["worst"][0]["name"] == name
+
+
+def test_weights_past_float16_are_told_from_weights_that_were_never_finite(stabilitykit: Run, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(RANDOM)
+    name = "layers.0.mlp.up_proj.weight"
+    large = checkpoint.tensors[name].clone()
+    large[1, 1] = 1e6
+    folder = write_huggingface(replace(checkpoint, tensors=dict(checkpoint.tensors) | {name: large}), tmp_path / "hf")
+    shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
+    assert f"1 are past float16's range and become infinite, most of all in {name}." in shown
+    assert f"1 of the checkpoint's weights ({name}, ...) are past the range of float16" in shown
+    assert strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)["cause"] == "range"
