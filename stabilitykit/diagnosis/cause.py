@@ -69,8 +69,8 @@ def cause(recording: Recording) -> Cause | None:
     if broke.kind == "weight" and weights is not None and weights.overflow and not weights.nonfinite:
         return Cause(
             "range",
-            f"{weights.overflow:,} of the checkpoint's weights ({weights.worst[0].name}, ...) are past the range of "
-            f"{weights.dtype} and became infinite when they were stored in it; the checkpoint itself is finite.",
+            f"Storing the checkpoint in {weights.dtype} took {weights.overflow:,} of its weights "
+            f"({weights.worst[0].name}, ...) past the format's range; the checkpoint itself is finite.",
             "Store the weights in a format with a wider range (bfloat16, float32).",
         )
     if broke.kind == "weight":

@@ -210,13 +210,17 @@ def ordinal(number: int) -> str:
 
 def weights_sentence(stored: StoredWeights) -> str:
     """What storing the checkpoint in a dtype does to its weights; nothing where it does nothing."""
-    counts = {
-        "are NaN or infinite in the checkpoint itself": stored.nonfinite,
-        f"are past {stored.dtype}'s range and become infinite": stored.overflow,
-        "become zero": stored.zero,
-        "go subnormal": stored.subnormal,
-    }
-    parts = [f"{count:,} {what}" for what, count in counts.items() if count]
+    counts = (
+        (
+            stored.nonfinite,
+            "is NaN or infinite in the checkpoint itself",
+            "are NaN or infinite in the checkpoint itself",
+        ),
+        (stored.overflow, "becomes infinite", "become infinite"),
+        (stored.zero, "becomes zero", "become zero"),
+        (stored.subnormal, "goes subnormal", "go subnormal"),
+    )
+    parts = [f"{count:,} {one if count == 1 else many}" for count, one, many in counts if count]
     if not parts:
         return ""
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
