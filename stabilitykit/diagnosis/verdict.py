@@ -78,7 +78,7 @@ def verdict(recording: Recording, reference: Recording | None = None) -> str:
         return " ".join([_clean(recording), *limits(recording.header.notes)])
     parts = [_first_sentence(recording, first), _reference_sentence(recording, reference)]
     why = cause(recording)
-    if why is not None and why.name != "range":
+    if why is not None and (why.name != "range" or _broke(first).kind == "weight"):
         parts.append(why.sentence)
     elif why is not None:
         parts.append(_dependence(recording, first))
