@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from stabilitykit.lengths import Check, LengthMap, Peak, Span
-from stabilitykit.records import Break, BreakKind, FormatCounts, Header, LogitsError, Record, Recording
+from stabilitykit.records import (
+    Break,
+    BreakKind,
+    Deviation,
+    FormatCounts,
+    Header,
+    LogitsError,
+    Record,
+    Recording,
+    Softmax,
+)
 from stabilitykit.results import Case, Failure, Footprint, Memory, Plan, Results, Shortage
 
 CAUSES = {2: "<bos>", 7: " a", 9: "."}
@@ -146,3 +156,44 @@ def memory(dtype: str = "float16", length: int = 128, *, measured: int = 1040, l
 
 def logits_error(kl_mean: float = 1e-3, top1: float = 0.9) -> LogitsError:
     return LogitsError(kl_mean=kl_mean, kl_max=10 * kl_mean, top1=top1, compared=3, positions=3)
+
+
+def softmax(logit: float, heads: tuple[float, ...] = (1.0, 1.5)) -> Softmax:
+    return Softmax(
+        max_logit=logit, logit_range=9.0, entropy_min=(0.25, 0.5), entropy_mean=heads, max_probability=0.9,
+        sum_error=1e-7, underflow_share=0.125, masked_rows=0, nan_rows=0,
+    )  # fmt: skip
+
+
+def deviation(sqnr: float) -> Deviation:
+    return Deviation(sqnr=sqnr, largest=0.5, largest_ulp=2.0, compared=12)
+
+
+def layered_run(dtype: str = "float16", scale: float = 1.0, **changes: Any) -> Recording:
+    """Two layers of which no two sites agree: residual after MLP 200 and 201, after attention 100, 101, down 50, 51."""
+    made = [record(0, "embed_tokens", dtype, label="embedding, scaled", operator="mul", amax=4.0 * scale)]
+    for layer in (0, 1):
+        sites: tuple[tuple[str, str, str, float, dict[str, Any]], ...] = (
+            ("self_attn/softmax.0", "attention probabilities", "softmax", 0.9, {"softmax": softmax(10.0 + layer)}),
+            ("/add.0", "residual after attention", "add", 100.0 + layer, {"deviation": deviation(60.0 - layer)}),
+            ("mlp.down_proj", "down projection", "matmul", 50.0 + layer, {"deviation": deviation(40.0 - layer)}),
+            ("", "residual after MLP", "add", 200.0 + layer, {"deviation": deviation(50.0 - layer)}),
+        )
+        for name, label, operator, amax, more in sites:
+            site = f"layers.{layer}" + (f".{name}" if name[:1].isalpha() else name)
+            size = amax if operator == "softmax" else amax * scale
+            made.append(record(len(made), site, dtype, label=label, operator=operator, amax=size, **more))
+    made.append(record(len(made), "lm_head", dtype, label="logits", operator="matmul", amax=20.0 * scale))
+    return Recording(header(dtype, **changes), made)
+
+
+def three_dtypes(folder: Path) -> Results:
+    """One prompt in three dtypes, of which bfloat16 was compared with float32 and runs three times as high."""
+    error = LogitsError(kl_mean=0.001, kl_max=0.02, top1=0.75, compared=4, positions=4)
+    pairs = [
+        (run_case(), layered_run()),
+        (run_case("bfloat16"), layered_run("bfloat16", 3.0, logits_error=error)),
+        (run_case("float32"), layered_run("float32")),
+        (run_case(bos=False), broken_run()),
+    ]
+    return sweep(folder / "toy", pairs)
