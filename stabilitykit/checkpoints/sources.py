@@ -30,6 +30,11 @@ def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: 
     if isinstance(source, str):
         if not source:
             raise MisuseError("A checkpoint is a name or a path; this one is empty.")
+        if source.startswith("hf:"):
+            raise MisuseError(
+                "With hf: a model is run by transformers, which `stabilitykit profile` does; here the kit's own model "
+                f"is run, so give a Gemma's folder: {source.removeprefix('hf:')!r:.60}."
+            )
         if source.startswith("random:"):
             return random_checkpoint(source)
         if source in RELEASED or source in ALIASES:

@@ -85,3 +85,8 @@ def test_the_bundled_file_is_put_together_once_and_again_when_cut(tmp_path: Path
 def test_the_bundled_checkpoint_is_known_by_its_name(checkpoint_270m: Checkpoint) -> None:
     assert checkpoint_270m.source == "gemma3-270m"
     assert open_checkpoint("270m").source == "gemma3-270m"
+
+
+def test_what_transformers_runs_is_no_checkpoint_of_the_kits_own_model(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"`stabilitykit profile` does; .* give a Gemma's folder: 'owner/name'"):
+        open_checkpoint("hf:owner/name", cache=tmp_path)
