@@ -113,3 +113,11 @@ def test_fused_and_eager_models_have_the_same_statistics(family: str) -> None:
         assert one.entropy_mean == pytest.approx(other.entropy_mean, rel=1e-4)
         assert one.max_logit == pytest.approx(other.max_logit, rel=1e-4)
         assert one.masked_rows == other.masked_rows == 0
+
+
+def test_shares_and_counts_are_of_all_blocks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = operands()
+    whole = softmax_of(seen(q * 100, k, v, is_causal=True))
+    assert 0 < whole.underflow_share < 1
+    monkeypatch.setattr(attention, "_ELEMENTS", 1)  # a query at a time
+    assert softmax_of(seen(q * 100, k, v, is_causal=True)).underflow_share == whole.underflow_share

@@ -82,3 +82,15 @@ def test_a_break_in_the_first_step_is_no_break_of_the_cache_in_the_second() -> N
     assert kinds == {"overflow"}
     assert cause(recording).name == "range"  # type: ignore[union-attr]
     assert "logits" in [link.event for link in chain(recording)]
+
+
+def test_what_an_early_token_left_in_a_cache_is_no_bad_input_of_a_later_step() -> None:
+    model = made(3, torch.float16)
+    model.embedder.weight.data[77, 5] = 1.2e4  # times √32 it is past float16's range
+    caches = model.caches(LENGTH, torch.float16)
+    with record(model) as recording:
+        for tokens, start in (([2, 77], 0), ([70], 2)):
+            with pytest.raises(RuntimeError, match="probability tensor"):
+                run(model, caches, tokens, start)
+    assert any(r.step == 1 and r.lost for r in recording)  # by way of the cache alone
+    assert [(r.site, r.step) for r in recording if r.broke is not None] == [("/mul.0", 0)]

@@ -151,3 +151,16 @@ def test_gemma_4s_shared_keys_break_nothing_in_a_generation() -> None:
         )
     assert recording.first_break() is None
     assert {r.step for r in recording} == {0, 1, 2}
+
+
+def test_operators_between_the_steps_have_the_same_names_after_each(small: Small) -> None:
+    model = reference_model(small(3, "float16"))
+    tokens = torch.tensor([[2, 70, 71]])
+    with record(model) as recording:
+        model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=True, temperature=0.7, max_new_tokens=3,
+            min_new_tokens=3,
+        )  # fmt: skip
+    between = [[r.site for r in recording if r.module == "outside" and r.step == step] for step in range(3)]
+    assert between[0]
+    assert between[0] == between[1] == between[2]
