@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
-from stabilitykit.formats import number_format
-from stabilitykit.recorder.statistics import infinity_code, magnitude_codes, measurable, thresholds
+from stabilitykit.recorder.statistics import measure
 from stabilitykit.records import StoredWeights, WeightCounts
 
-_CHUNK = 1 << 20  # elements, which stay in a core's cache while they are looked at
 _SHOWN = 5
 
 
@@ -24,39 +21,21 @@ def check_weights(
     found: dict[str, list[WeightCounts]] = {name: [] for name in formats}
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
-            for dtype, counts in zip(formats, _counts(name, tensor.detach(), formats), strict=True):
-                found[dtype].append(counts)
+            seen = measure(tensor, formats)
+            for dtype, counts in seen.formats.items():
+                found[dtype].append(
+                    WeightCounts(
+                        name=name,
+                        elements=seen.elements,
+                        overflow=counts.overflow,
+                        subnormal=counts.subnormal,
+                        zero=counts.zero,
+                        nonfinite=seen.nonfinite,
+                    )
+                )
         if progress is not None:
             progress(tensor.nbytes)
     return {dtype: _stored(dtype, counts) for dtype, counts in found.items()}
-
-
-def _counts(name: str, tensor: Tensor, formats: Sequence[str]) -> list[WeightCounts]:
-    sums = [[0, 0, 0] for _ in formats]
-    nonfinite = 0
-    for chunk in torch.split(tensor.reshape(-1), _CHUNK):
-        values = measurable(chunk)
-        codes = magnitude_codes(values)
-        infinity = infinity_code(values.dtype)
-        highest = int(codes.max())
-        lost = int(torch.count_nonzero(codes >= infinity)) if highest >= infinity else 0
-        nonfinite += lost
-        for counts, dtype in zip(sums, formats, strict=True):
-            not_zero, normal, over = thresholds(number_format(dtype), values.dtype)
-            if highest >= over:
-                counts[0] += int(torch.count_nonzero(codes >= over)) - lost
-            small = codes < normal
-            if bool(small.any()):
-                below = codes[small]
-                vanishing = int(torch.count_nonzero((below < not_zero) & (below > 0)))
-                counts[1] += int(torch.count_nonzero(below >= not_zero))
-                counts[2] += vanishing
-    return [
-        WeightCounts(
-            name=name, elements=tensor.numel(), overflow=over, subnormal=subnormal, zero=zero, nonfinite=nonfinite
-        )
-        for over, subnormal, zero in sums
-    ]
 
 
 def _stored(dtype: str, counts: Sequence[WeightCounts]) -> StoredWeights:

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabilitykit.formats import number_format
-from stabilitykit.recorder import weights
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import StoredWeights
 
@@ -39,10 +38,7 @@ def test_any_float32_is_counted_as_a_cast_treats_it(bits: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_16_bit_weight_is_counted_as_a_cast_treats_it(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "_CHUNK", 1000)  # 66 chunks
+def test_every_16_bit_weight_is_counted_as_a_cast_treats_it(dtype: torch.dtype) -> None:
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
     found = check_weights([("w", values.T)], list(DTYPES))  # strides do not matter
     assert {name: counts(found[name]) for name in DTYPES} == {name: by_casting(values, name) for name in DTYPES}

@@ -1,0 +1,125 @@
+"""What kernels in machine code share: torch's threads, memory by its address, and 16-bit numbers in float32's bits.
+
+The threads are those of torch's OpenMP library, started by the call that a compiler would have made: threads of our
+own would have to share the cores with those, which spin for a while after each operator.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+OUTER = 4  # dimensions before the last that a kernel walks through
+
+Compiled = Callable[[Any], None]
+"""A function of one pointer, to its arguments."""
+
+
+def run(kernel: Compiled, arguments: Any, threads: int) -> None:
+    """Runs `kernel` once in each of as many threads, all with the same arguments."""
+    parallel = _torch_threads() if threads > 1 else None
+    if parallel is not None:
+        parallel(kernel, arguments, threads, 0)
+        return
+    for _ in range(threads):  # the first does it all, the others find nothing to do
+        kernel(arguments)
+
+
+def joined(tensors: Sequence[Tensor], *, keep: int = 0) -> tuple[int, ...] | None:
+    """Sizes of the dimensions that the tensors of one shape have in common, then the strides of each of them.
+
+    Dimensions are joined that lie in memory in one piece in all of them, the last `keep` excepted, and filled up on the
+    left to `OUTER` + 1. None for more than that.
+    """
+    found: list[list[int]] = []
+    shape = tensors[0].shape
+    kept = len(shape) - keep
+    for dim, parts in enumerate(zip(shape, *(tensor.stride() for tensor in tensors), strict=True)):
+        size, *strides = parts
+        if dim >= kept:
+            found.append([size, *strides])
+        elif size != 1:
+            if found and all(a == b * size for a, b in zip(found[-1][1:], strides, strict=True)):
+                found[-1] = [found[-1][0] * size, *strides]
+            else:
+                found.append([size, *strides])
+    if len(found) > OUTER + 1:
+        return None
+    filled = [[1] + [0] * len(tensors)] * (OUTER + 1 - len(found)) + found
+    return tuple(part[i] for i in range(len(tensors) + 1) for part in filled)
+
+
+@cache
+def _torch_threads() -> Callable[..., Any] | None:
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP library that torch itself runs on, or None."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
+        try:
+            start = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        start.restype = None
+        return start
+    return None
+
+
+# Below is what numba compiles.
+
+
+@intrinsic
+def pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def address_of(context: Any, pointer: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(types.voidptr), generate
+
+
+@intrinsic
+def taken(context: Any, address: Any) -> Any:
+    """The counter at this address, which is one higher afterwards; each thread gets a number of its own."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@njit
+def widen_float16(source, values, bits):
+    """Shifted into float32's fields, the exponent is 112 too small; infinity and NaN need the largest one."""
+    for i in range(source.size):
+        bits[i] = np.int32(source[i] & np.int16(0x7FFF)) << np.int32(13)
+    for i in range(source.size):
+        values[i] = values[i] * np.float32(2.0**112)
+    for i in range(source.size):
+        more = np.int32(0x7F800000) if (source[i] & np.int16(0x7FFF)) >= np.int16(0x7C00) else np.int32(0)
+        sign = np.int32(source[i] & np.int16(-0x8000)) << np.int32(16)
+        bits[i] = bits[i] | more | sign
+
+
+@njit
+def widen_bfloat16(source, values, bits):
+    for i in range(source.size):
+        bits[i] = np.int32(source[i]) << np.int32(16)
+
+
+@njit
+def copy(source, values, bits):
+    for i in range(source.size):
+        bits[i] = source[i]
