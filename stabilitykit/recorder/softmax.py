@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field, empty_row, merged
 from stabilitykit.records import Softmax
 
 
@@ -28,75 +30,47 @@ class SoftmaxTally:
     """`Softmax`, gathered from as many blocks of rows as one likes; each `add` is as in `measure_softmax`."""
 
     recomputed: bool = False
-    max_logit: float = -math.inf
-    logit_range: float = -math.inf
-    max_probability: float = -math.inf
-    sum_error: float = -math.inf
-    entropies: list[list[tuple[float, float, int]]] = field(default_factory=list)  # by head: least, sum, rows
-    visible: int = 0
-    underflowed: int = 0
-    masked_rows: int = 0
-    nan_rows: int = 0
+    rows: list[NDArray[np.float64]] = field(default_factory=list)
 
     def add(self, logits: Tensor, probabilities: Tensor, dim: int, head: int | None, blocked: Tensor | None) -> None:
-        wide = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
-        hidden = logits == -torch.inf
+        if logits.ndim == 1:
+            head = None
         if blocked is not None:
-            hidden = hidden | blocked
-        p = probabilities.to(wide)
-        fully_masked = hidden.all(dim)
-        nan_row = p.isnan().any(dim)
-        sound = ~(fully_masked | nan_row)
-        shown = ~hidden & logits.isfinite()
-        highest = logits.where(shown, -torch.inf).amax(dim)
-        lowest = logits.where(shown, torch.inf).amin(dim)
-        ranged = shown.any(dim)
-        if bool(ranged.any()):
-            self.max_logit = max(self.max_logit, float(highest[ranged].max()))
-            self.logit_range = max(self.logit_range, float((highest.to(wide) - lowest.to(wide))[ranged].max()))
-        if bool(sound.any()):
-            self.max_probability = max(self.max_probability, float(p.amax(dim)[sound].max()))
-            off = (p.sum(dim, dtype=torch.float64) - 1).abs()[sound]
-            self.sum_error = max(self.sum_error, float(off.max()))
-        self._add_entropies(torch.special.entr(p).sum(dim), sound, head)
-        self.visible += int((~hidden).sum())
-        self.underflowed += int(((p == 0) & ~hidden).sum())
-        self.masked_rows += int(fully_masked.sum())
-        self.nan_rows += int((nan_row & ~fully_masked).sum() if self.recomputed else nan_row.sum())
-
-    def _add_entropies(self, entropy: Tensor, sound: Tensor, head: int | None) -> None:
-        by_head = entropy.ndim > 1 and head is not None
-        for index in range(entropy.shape[head]) if by_head and head is not None else [None]:
-            at = 0 if index is None else index
-            if at == len(self.entropies):
-                self.entropies.append([])
-            if index is None:
-                rows = entropy[sound]
-            else:
-                assert head is not None
-                rows = entropy.select(head, index)[sound.select(head, index)]
-            if rows.numel():
-                self.entropies[at].append((float(rows.min()), float(rows.sum(dtype=torch.float64)), rows.numel()))
+            blocked = blocked.expand(logits.shape)
+        if head is not None and head > dim % logits.ndim:
+            head -= 1
+        logits, probabilities = logits.movedim(dim, -1), probabilities.movedim(dim, -1)
+        blocked = None if blocked is None else blocked.movedim(dim, -1)
+        self.rows.append(_tally(logits, probabilities, head, blocked))
+        if len(self.rows) > 1:
+            self.rows = [merged(np.stack(self.rows))]
 
     def result(self) -> Softmax:
-        least = tuple(min((part[0] for part in parts), default=math.nan) for parts in self.entropies)
-        mean = tuple(
-            sum(part[1] for part in parts) / sum(part[2] for part in parts) if parts else math.nan
-            for parts in self.entropies
-        )
+        row = self.rows[0] if self.rows else empty_row(0)
+        largest = [None if value == -math.inf else value for value in row[:FIELDS].tolist()]
+        visible = row[Field.VISIBLE]
+        heads = row[FIELDS:].reshape(-1, HEAD_FIELDS).tolist()
+        nan_rows = row[Field.NAN_ROWS] - (row[Field.BOTH_ROWS] if self.recomputed else 0)
         return Softmax(
-            max_logit=_found(self.max_logit),
-            logit_range=_found(self.logit_range),
-            entropy_min=least,
-            entropy_mean=mean,
-            max_probability=_found(self.max_probability),
-            sum_error=_found(self.sum_error),
-            underflow_share=self.underflowed / self.visible if self.visible else 0.0,
-            masked_rows=self.masked_rows,
-            nan_rows=self.nan_rows,
+            max_logit=largest[Field.MAX_LOGIT],
+            logit_range=largest[Field.RANGE],
+            entropy_min=tuple(least if rows else math.nan for least, _, rows in heads),
+            entropy_mean=tuple(total / rows if rows else math.nan for _, total, rows in heads),
+            max_probability=largest[Field.MAX_PROBABILITY],
+            sum_error=largest[Field.SUM_ERROR],
+            underflow_share=float(row[Field.UNDERFLOWED] / visible) if visible else 0.0,
+            masked_rows=int(row[Field.MASKED_ROWS]),
+            nan_rows=int(nan_rows),
             recomputed=self.recomputed,
         )
 
 
-def _found(largest: float) -> float | None:
-    return None if largest == -math.inf else largest
+def _tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> NDArray[np.float64]:
+    if logits.device.type == probabilities.device.type == "cpu":
+        from stabilitykit.recorder.kernels import cpu_softmax  # numba, only when something is measured
+
+        if cpu_softmax.supports(logits, probabilities):
+            return cpu_softmax.tally(logits, probabilities, head, hidden)
+    from stabilitykit.recorder.kernels import plain_softmax
+
+    return plain_softmax.tally(logits, probabilities, head, hidden).numpy(force=True)

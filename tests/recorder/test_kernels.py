@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stabilitykit.recorder.kernels import cpu, machine, plain
+from stabilitykit.recorder.kernels import cpu, cpu_softmax, machine, plain, plain_softmax, softmax_layout
 from stabilitykit.recorder.kernels.layout import Field, edges
 
 FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -96,3 +96,39 @@ def test_without_torchs_threads_the_caller_does_it_all(monkeypatch: pytest.Monke
     shared = cpu.tally(tensor, edges(tensor.dtype, FORMATS))
     monkeypatch.setattr(machine, "_torch_threads", lambda: None)
     check_equal(cpu.tally(tensor, edges(tensor.dtype, FORMATS)), shared)
+
+
+def check_softmax_agrees(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> None:
+    first = cpu_softmax.tally(logits, probabilities, head, hidden)
+    second = plain_softmax.tally(logits, probabilities, head, hidden).numpy()
+    counted = [i for i in range(len(first)) if i < softmax_layout.FIELDS and i != softmax_layout.Field.SUM_ERROR]
+    np.testing.assert_array_equal(first[counted], second[counted])
+    np.testing.assert_allclose(first, second, rtol=2e-5, atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(list(INTEGERS)), st.booleans(), st.integers(0, 2**32))
+def test_any_softmax(data: st.DataObject, dtype: torch.dtype, narrow: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, heads, queries, keys = (data.draw(st.integers(1, most)) for most in (2, 3, 9, 300))
+    logits = torch.randn(rows, heads, queries, keys, generator=generator) * 10.0 ** data.draw(st.integers(-1, 2))
+    hidden = None
+    if data.draw(st.booleans()):
+        hidden = (torch.rand(queries, keys, generator=generator) < 0.4).expand(logits.shape)
+        hidden = hidden.contiguous() if data.draw(st.booleans()) else hidden
+        logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+    for value in (math.inf, -math.inf, math.nan):
+        if data.draw(st.integers(0, 3)) == 0:
+            logits.view(-1)[data.draw(st.integers(0, logits.numel() - 1))] = value
+    wide = dtype if dtype == torch.float64 or not narrow else torch.float32
+    probabilities = torch.softmax(logits.to(wide), -1).to(dtype)
+    logits = logits.to(wide)
+    if data.draw(st.booleans()):  # strides do not matter
+        logits, probabilities = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (logits, probabilities))
+    check_softmax_agrees(logits, probabilities, data.draw(st.sampled_from([None, 1])), hidden)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (5,)])
+def test_softmax_of_little(shape: tuple[int, ...]) -> None:
+    found = cpu_softmax.tally(torch.zeros(shape), torch.softmax(torch.zeros(shape), -1), None, None)
+    assert found[softmax_layout.Field.VISIBLE] == math.prod(shape)

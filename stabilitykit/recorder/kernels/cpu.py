@@ -23,9 +23,11 @@ from torch import Tensor
 from stabilitykit.recorder.kernels import plain
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field
 from stabilitykit.recorder.kernels.machine import (
+    FASTER,
     OUTER,
     Compiled,
     address_of,
+    as_function,
     copy,
     joined,
     pointer,
@@ -39,7 +41,6 @@ _BLOCK = 4096  # elements; their codes, exponents and widened bits fit the small
 _CHUNK = 1 << 16  # elements that one thread takes at a time
 _MANY = 96  # exponents in one block, from which on counting one by one is faster
 _LEAST_SQUARES = 1e-280  # a smaller sum may have lost some to float64's own subnormals
-_FASTER = {"reassoc", "contract", "nsz"}  # a sum may be split; NaN and infinities keep their meaning
 
 # The arguments are 64-bit: two counters of the kernel's own, addresses, sizes, strides in elements, a float64.
 _NEXT, _WORKERS, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _ELEMENTS, _SHAPE = range(11)
@@ -49,7 +50,6 @@ _ARGUMENTS = _HIDDEN_STRIDES + OUTER + 1
 _PACKED = struct.Struct(f"<4qd{_ARGUMENTS - 5}q")
 
 _MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = map(int, Field)
-_MADE: list[Any] = []
 _ONES, _ZEROS = (1,) * OUTER, (0,) * OUTER
 
 
@@ -160,7 +160,7 @@ def _at_least(codes, edge):
     return found
 
 
-@njit(fastmath=_FASTER)
+@njit(fastmath=FASTER)
 def _sums(values):
     total, squares = 0.0, 0.0
     for i in range(values.size):
@@ -398,5 +398,4 @@ def _kernel(dtype: torch.dtype) -> Compiled:
     else:
         widen = widen_float16 if dtype == torch.float16 else widen_bfloat16
         made = _compiled(np.int16, np.int32, np.uint32, np.float32, np.uint8, 23, widen)
-    _MADE.append(made)  # whose code goes with it
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(made.address)
+    return as_function(made)

@@ -19,8 +19,18 @@ from torch import Tensor
 
 OUTER = 4  # dimensions before the last that a kernel walks through
 
+FASTER = {"reassoc", "contract", "nsz"}  # for sums, which may be split; NaN and infinities keep their meaning
+
+_kept: list[Any] = []
+
 Compiled = Callable[[Any], None]
 """A function of one pointer, to its arguments."""
+
+
+def as_function(compiled: Any) -> Compiled:
+    """numba's function, called by its address: without a look at the argument's type."""
+    _kept.append(compiled)  # the machine code goes with it
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
 
 def run(kernel: Compiled, arguments: Any, threads: int) -> None:
@@ -98,6 +108,16 @@ def taken(context: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def float_of(context: Any, bits: Any) -> Any:
+    """The float32 with these bits, an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
 
 
 @njit

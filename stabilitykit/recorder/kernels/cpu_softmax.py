@@ -1,0 +1,245 @@
+"""The statistics of a softmax on a CPU: each row of logits and probabilities read once, by torch's own threads."""
+
+import ctypes
+import struct
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stabilitykit.recorder.kernels.machine import (
+    FASTER,
+    OUTER,
+    Compiled,
+    address_of,
+    as_function,
+    copy,
+    float_of,
+    joined,
+    pointer,
+    run,
+    taken,
+    widen_bfloat16,
+    widen_float16,
+)
+from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field, empty_row, merged
+
+_CHUNK = 1 << 16  # elements, in whole rows, that one thread takes at a time
+
+# The arguments are 64-bit integers: two counters of the kernel's own, addresses, sizes, strides in elements.
+_NEXT, _WORKERS, _LOGITS, _PROBABILITIES, _HIDDEN, _OUT, _WIDTH, _ROWS, _HEAD_ROWS, _HEADS, _TAKEN, _SHAPE = range(12)
+_LOGITS_STRIDES, _PROBABILITIES_STRIDES, _HIDDEN_STRIDES = (_SHAPE + (OUTER + 1) * i for i in (1, 2, 3))
+_ARGUMENTS = _HIDDEN_STRIDES + OUTER + 1
+_PACKED = struct.Struct(f"<{_ARGUMENTS}q")
+
+_MAX_LOGIT, _RANGE, _MAX_PROBABILITY, _SUM_ERROR, _VISIBLE, _UNDERFLOWED, _MASKED_ROWS, _NAN_ROWS, _BOTH_ROWS = map(
+    int, Field
+)
+
+_STORED = {torch.float16: np.int16, torch.bfloat16: np.int16, torch.float32: np.int32, torch.float64: np.int64}
+_WIDEN = {torch.float16: widen_float16, torch.bfloat16: widen_bfloat16, torch.float32: copy, torch.float64: copy}
+
+
+def supports(logits: Tensor, probabilities: Tensor) -> bool:
+    """Whether both are on the CPU, in one of torch's four floats; float64 only with itself."""
+    dtypes = {logits.dtype, probabilities.dtype}
+    return (
+        logits.device.type == probabilities.device.type == "cpu"
+        and dtypes <= _STORED.keys()
+        and (torch.float64 not in dtypes or len(dtypes) == 1)
+    )
+
+
+def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> NDArray[np.float64]:
+    """A row of `softmax_layout`, of tensors of one shape whose last dimension the softmax runs over."""
+    shape = logits.shape
+    heads = 1 if head is None else shape[head]
+    rows = logits.numel() // max(shape[-1], 1)
+    result = empty_row(heads)
+    if rows == 0 or shape[-1] == 0:
+        return result
+    head_rows = rows if head is None else int(np.prod(shape[head + 1 : -1], dtype=np.int64))
+    tensors = [part if part.stride(-1) == 1 else part.contiguous() for part in (logits, probabilities)]
+    if hidden is not None:
+        hidden = hidden.expand(shape)
+        hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    places = joined([*tensors, tensors[0] if hidden is None else hidden], keep=1)
+    if places is None:
+        tensors = [part.contiguous() for part in tensors]
+        hidden = None if hidden is None else hidden.contiguous()
+        places = joined([*tensors, tensors[0] if hidden is None else hidden], keep=1)
+        assert places is not None
+    taken_rows = max(1, _CHUNK // shape[-1])
+    threads = min(torch.get_num_threads(), -(-rows // taken_rows))
+    table = np.tile(result, (threads, 1))
+    arguments = ctypes.create_string_buffer(
+        _PACKED.pack(
+            0,
+            0,
+            tensors[0].data_ptr(),
+            tensors[1].data_ptr(),
+            0 if hidden is None else hidden.data_ptr(),
+            table.ctypes.data,
+            table.shape[1],
+            rows,
+            head_rows,
+            heads,
+            taken_rows,
+            *places,
+        ),
+        _PACKED.size,
+    )
+    run(_kernel(logits.dtype, probabilities.dtype), arguments, threads)
+    return merged(table)
+
+
+@njit(fastmath=FASTER, error_model="numpy")  # the other one branches at each division
+def _entropy_of_float32(bits):
+    """-Σ p · ln p, to about 1e-7 of itself; a subnormal p adds less than 1e-36 and counts as 0.
+
+    ln m = 2 · artanh((m - 1) / (m + 1)) for the significand m, taken between 1/√2 and √2 where the series is short.
+    """
+    total = np.float32(0)
+    one, half_root, shift = np.float32(1), np.int32(0x3F3504F3), np.int32(23)
+    for i in range(bits.size):
+        code = np.int32(bits[i] & np.int32(0x7FFFFFFF))
+        exponent = np.int32(np.int32(code - half_root) >> shift)
+        m = float_of(np.int32(code - np.int32(exponent << shift)))
+        s = (m - one) / (m + one)
+        square = s * s
+        series = np.float32(1 / 7) + square * np.float32(1 / 9)
+        series = np.float32(1 / 5) + square * series
+        series = np.float32(1 / 3) + square * series
+        series = one + square * series
+        p = float_of(code if code >= np.int32(0x00800000) else np.int32(0))
+        total -= p * (np.float32(exponent) * np.float32(0.6931471805599453) + np.float32(2) * s * series)
+    return total
+
+
+@njit
+def _entropy_of_float64(bits):
+    total = 0.0
+    for p in bits.view(np.float64):
+        if p > 0:
+            total -= p * np.log(p)
+    return total
+
+
+def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) -> Any:
+    wide = stored is np.int64
+    integer, floating = (np.int64, np.float64) if wide else (np.int32, np.float32)
+    least, most, one, none = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max), integer(1), integer(0)
+    last = integer(8 * np.dtype(integer).itemsize - 1)
+    infinity = integer(np.array(np.inf, floating).view(integer))
+    minus_infinity = integer(np.array(-np.inf, floating).view(integer))
+    logits_size, size = np.dtype(logits_stored).itemsize, np.dtype(stored).itemsize
+    entropy_of = _entropy_of_float64 if wide else _entropy_of_float32
+
+    @njit
+    def logits_of(bits, hidden):
+        """Of the logits that are finite and not hidden the largest and the smallest, as keys; and how many are shown.
+
+        A key is an integer that grows with the number it stands for.
+        """
+        high, low, visible = least, most, none
+        for i in range(bits.size):
+            one_bits = bits[i]
+            key = integer(one_bits ^ integer(integer(one_bits >> last) & most))
+            kept = (hidden[i] == 0) & (integer(one_bits & most) < infinity)
+            high = max(high, key if kept else least)
+            low = min(low, key if kept else most)
+            visible = integer(visible + (one if (hidden[i] == 0) & (one_bits != minus_infinity) else none))
+        return high, low, visible
+
+    @njit
+    def probabilities_of(bits, logit_bits, hidden):
+        """The largest, as its bits; how many are NaN, and how many are zero where the logit is shown."""
+        largest, nan, zero = none, none, none
+        for i in range(bits.size):
+            code = integer(bits[i] & most)
+            shown = (hidden[i] == 0) & (logit_bits[i] != minus_infinity)
+            largest = max(largest, bits[i])
+            nan = integer(nan + (one if code > infinity else none))
+            zero = integer(zero + (one if (code == 0) & shown else none))
+        return largest, nan, zero
+
+    @njit(fastmath=FASTER)
+    def sum_of(values):
+        total = 0.0
+        for i in range(values.size):
+            total += np.float64(values[i])
+        return total
+
+    def kernel(given):
+        arguments = carray(given, (_ARGUMENTS,), np.int64)
+        own = address_of(given)
+        width, rows, columns = arguments[_WIDTH], arguments[_ROWS], arguments[_SHAPE + OUTER]
+        worker = taken(own + 8 * _WORKERS)
+        row = carray(pointer(arguments[_OUT] + 8 * worker * width), (width,), np.float64)
+        logit_bits, bits = np.empty(columns, integer), np.empty(columns, integer)
+        nothing = np.zeros(columns, np.uint8)
+        keys = np.empty(2, integer)
+        while True:
+            begin = taken(own + 8 * _NEXT) * arguments[_TAKEN]
+            if begin >= rows:
+                break
+            for index in range(begin, min(begin + arguments[_TAKEN], rows)):
+                outer, at, logits_at, hidden_at = index, 0, 0, 0
+                for dimension in range(OUTER - 1, -1, -1):
+                    rest = outer // arguments[_SHAPE + dimension]
+                    place = outer - rest * arguments[_SHAPE + dimension]
+                    outer = rest
+                    logits_at += place * arguments[_LOGITS_STRIDES + dimension]
+                    at += place * arguments[_PROBABILITIES_STRIDES + dimension]
+                    hidden_at += place * arguments[_HIDDEN_STRIDES + dimension]
+                widen_logits(
+                    carray(pointer(arguments[_LOGITS] + logits_at * logits_size), (columns,), logits_stored),
+                    logit_bits.view(floating),
+                    logit_bits,
+                )
+                widen(
+                    carray(pointer(arguments[_PROBABILITIES] + at * size), (columns,), stored),
+                    bits.view(floating),
+                    bits,
+                )
+                hidden = nothing
+                if arguments[_HIDDEN]:
+                    hidden = carray(pointer(arguments[_HIDDEN] + hidden_at), (columns,), np.uint8)
+                high, low, visible = logits_of(logit_bits, hidden)
+                largest, nan, zero = probabilities_of(bits, logit_bits, hidden)
+                if high >= low:
+                    keys[0], keys[1] = high, low
+                    for i in range(2):
+                        keys[i] = integer(keys[i] ^ integer(integer(keys[i] >> last) & most))
+                    extremes = keys.view(floating)
+                    row[_MAX_LOGIT] = max(row[_MAX_LOGIT], np.float64(extremes[0]))
+                    row[_RANGE] = max(row[_RANGE], np.float64(floating(extremes[0] - extremes[1])))
+                row[_VISIBLE] += visible
+                row[_UNDERFLOWED] += zero
+                masked = visible == 0
+                if masked:
+                    row[_MASKED_ROWS] += 1
+                if nan:
+                    row[_NAN_ROWS] += 1
+                if masked and nan:
+                    row[_BOTH_ROWS] += 1
+                if not masked and not nan:
+                    keys[0] = largest
+                    row[_MAX_PROBABILITY] = max(row[_MAX_PROBABILITY], np.float64(keys.view(floating)[0]))
+                    row[_SUM_ERROR] = max(row[_SUM_ERROR], abs(sum_of(bits.view(floating)) - 1.0))
+                    entropy = np.float64(entropy_of(bits))
+                    head = FIELDS + HEAD_FIELDS * (index // arguments[_HEAD_ROWS] % arguments[_HEADS])
+                    row[head] = min(row[head], entropy)
+                    row[head + 1] += entropy
+                    row[head + 2] += 1
+
+    return cfunc(types.void(types.voidptr), cache=True)(kernel)
+
+
+@cache
+def _kernel(logits: torch.dtype, probabilities: torch.dtype) -> Compiled:
+    return as_function(_compiled(_STORED[logits], _WIDEN[logits], _STORED[probabilities], _WIDEN[probabilities]))
