@@ -16,7 +16,7 @@ from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.experiment.axes import is_range
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.gemma.matmul import Matmul, matmul, preferred_matmul
-from stabilitykit.recorder.axes import Folded
+from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.peaks import measure_peaks
 from stabilitykit.recorder.statistics import measure
 from stabilitykit.results import Case
@@ -76,9 +76,9 @@ def _products_a_second(dtype: str, device: str, kind: Matmul) -> float:
 @cache
 def _elements_a_second(dtype: str, device: str, detail: str) -> float:
     values = torch.ones(1, 512, 1024, dtype=getattr(torch, dtype), device=device)
-    folded = Folded(values, row=0, position=1)
+    axes = Axes(tuple(values.shape), row=0, position=1)
     work: dict[str, Callable[[], object]] = {
-        "peaks": lambda: measure_peaks(values, folded, None),
+        "peaks": lambda: measure_peaks(values, axes, None),
         "statistics": lambda: measure(values, (), None),
     }
     with torch.inference_mode():

@@ -10,55 +10,64 @@ both: it belongs to the later of the two.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Folded:
-    """A tensor, reshaped so that every axis is a dimension of its own; the last dimension is the channel."""
+class Axes:
+    """The shape that gives every axis of a tensor a dimension of its own, the last one the channel; which is which."""
 
-    tensor: Tensor
+    shape: tuple[int, ...]
     row: int | None = None
     position: int | None = None
     head: int | None = None
     at_last: bool = False  # no position axis: belongs to the last position
     pairs: bool = False  # the channel counts positions too
 
+    def fold(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.shape)
+
     def position_of(self, place: Sequence[int]) -> int | None:
-        """The position that the element at this index of `tensor` belongs to."""
+        """The position that the element at this index of the folded tensor belongs to."""
         if self.position is None:
             return None
         return max(place[self.position], place[-1]) if self.pairs else place[self.position]
 
 
-def fold(tensor: Tensor, rows: int | None, length: int | None) -> Folded:
-    """`tensor` viewed with its axes told apart, for a forward pass of `rows` sequences of `length` tokens.
+@lru_cache(maxsize=4096)
+def axes_of(shape: tuple[int, ...], rows: int | None, length: int | None, pairs: bool = False) -> Axes:
+    """The axes of a tensor of this shape in a forward pass of `rows` sequences of `length` tokens.
 
-    With `rows` or `length` None (no token sequence is known) no axis is named.
+    With `rows` or `length` None (no token sequence is known) no axis is named. `pairs` counts only where there is a
+    position axis.
     """
-    shape = tensor.shape
-    if rows is None or length is None or tensor.ndim < 2:
-        return Folded(tensor)
-    if tensor.ndim == 2:
+    found = _axes_of(tuple(shape), rows, length)
+    return replace(found, pairs=True) if pairs and found.position is not None else found
+
+
+def _axes_of(shape: tuple[int, ...], rows: int | None, length: int | None) -> Axes:
+    if rows is None or length is None or len(shape) < 2:
+        return Axes(shape)
+    if len(shape) == 2:
         if shape[0] == rows * length:
-            return Folded(tensor.reshape(rows, length, shape[1]), row=0, position=1)
+            return Axes((rows, length, shape[1]), row=0, position=1)
         if shape[0] == length:
-            return Folded(tensor, position=0)
-        return Folded(tensor, row=0, at_last=True) if shape[0] == rows else Folded(tensor)
-    if tensor.ndim == 3:
+            return Axes(shape, position=0)
+        return Axes(shape, row=0, at_last=True) if shape[0] == rows else Axes(shape)
+    if len(shape) == 3:
         if shape[1] == length:
             if shape[0] == rows:
-                return Folded(tensor, row=0, position=1)
+                return Axes(shape, row=0, position=1)
             if shape[0] > rows and shape[0] % rows == 0:
-                heads = tensor.reshape(rows, shape[0] // rows, *shape[1:])
-                return Folded(heads, row=0, head=1, position=2)
-            return Folded(tensor, position=1)
-        return Folded(tensor, row=0, at_last=True) if shape[0] == rows and shape[1] == 1 else Folded(tensor)
+                return Axes((rows, shape[0] // rows, *shape[1:]), row=0, head=1, position=2)
+            return Axes(shape, position=1)
+        return Axes(shape, row=0, at_last=True) if shape[0] == rows and shape[1] == 1 else Axes(shape)
     row = 0 if shape[0] == rows else None
     if shape[2] == length:
-        return Folded(tensor, row=row, head=1, position=2)
+        return Axes(shape, row=row, head=1, position=2)
     if shape[1] == length:
-        return Folded(tensor, row=row, position=1, head=2)
-    return Folded(tensor)
+        return Axes(shape, row=row, position=1, head=2)
+    return Axes(shape)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from stabilitykit.formats import NumberFormat
-from stabilitykit.recorder.axes import Folded
-from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, is_pointwise
-from stabilitykit.recorder.origins import Origin
+from stabilitykit.recorder.axes import Axes
+from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, traits
+from stabilitykit.recorder.origins import Hidden, Origin
 from stabilitykit.records import Break, BreakKind, flat_index, index_at
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -28,19 +28,24 @@ class Operand:
     tensor: Tensor
     origin: Origin
 
-    def hides(self) -> Tensor | None:
+    def hides(self) -> "Hidden | None":
         """Where this operand is a mask or was hidden by one."""
         masked = self.origin.masked
-        if self.tensor.is_complex():
+        tensor = self.tensor
+        if self.origin.kind == "weight" or (masked is None and self.origin.kind == "computed") or tensor.is_complex():
             return None
-        if masked is not None and masked.shape == self.tensor.shape and masked.stride() == self.tensor.stride():
+        if masked is not None and masked.where.shape == tensor.shape and masked.stride == tensor.stride():
             return masked
-        if masked is not None or (self.origin.kind == "constant" and self.tensor.ndim > 1):
-            return blocks(self.tensor)  # a view of masked memory, in an order of its own, shows its mask by value
-        if self.origin.kind == "input" and self.tensor.ndim > 1:
+        if masked is not None:  # a view of masked memory, in an order of its own, shows its mask by value
+            return _hidden(blocks(tensor), tensor)
+        if tensor.ndim < 2:
+            return None
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in self.origin.hidden:  # nothing is written there without becoming another origin
             # Attention masks come with four dimensions; what has fewer may be a hidden state, large and negative.
-            return blocks(self.tensor) if self.tensor.ndim > 3 else self.tensor == -math.inf
-        return None
+            is_mask = self.origin.kind == "constant" or tensor.ndim > 3
+            self.origin.hidden[key] = _hidden(blocks(tensor) if is_mask else tensor == -math.inf, tensor)
+        return self.origin.hidden[key]
 
 
 @dataclass(slots=True)
@@ -80,8 +85,8 @@ def narrowest(output: Tensor, operands: Iterable[Operand]) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).min, default=output.dtype)
 
 
-def masked_elements(call: Call, output: Tensor) -> Tensor | None:
-    """Which elements of `output` a mask hides, as booleans of its shape; None for none.
+def may_hide(call: Call, output: Tensor) -> tuple[Hidden, float] | None:
+    """Which elements of `output` a mask would hide, and the largest that counts as hidden; None for none.
 
     A mask is a constant or an input that holds very negative numbers. It hides where it is added, where a
     selection puts such a number, and in what pointwise operators make of hidden elements as long as that stays
@@ -91,18 +96,19 @@ def masked_elements(call: Call, output: Tensor) -> Tensor | None:
         return None
     if call.name in SELECTIONS:
         hidden = _placed(call, output)
-    elif is_pointwise(call.func) or call.name == "log_softmax":
+    elif traits(call.func).pointwise or call.name == "log_softmax":
         hidden = [operand.hides() for operand in call.operands]
     else:
         return None
-    shown = [part.expand(output.shape) for part in hidden if part is not None]
+    shown = [part for part in hidden if part is not None]
     if not shown:
         return None
-    union = shown[0]
+    limit = torch.finfo(narrowest(output, call.operands)).min / 2
+    union = shown[0].expand(output.shape)
     for part in shown[1:]:
-        union = union | part
-    union = union & blocks(output, narrowest(output, call.operands))
-    return union if bool(union.any()) else None
+        where = union.where | part.where.expand(output.shape)
+        union = Hidden(where, where.stride(), int(where.sum()))
+    return union, limit
 
 
 def joins_positions(call: Call, output: Tensor, length: int | None) -> bool:
@@ -117,15 +123,15 @@ def joins_positions(call: Call, output: Tensor, length: int | None) -> bool:
         return len(call.operands) == 2 and all(
             operand.origin.kind == "computed" and not operand.origin.pairs for operand in call.operands
         )
-    if call.func is None or not (is_pointwise(call.func) or call.name in ("softmax", *SELECTIONS)):
+    if call.func is None or not (traits(call.func).pointwise or call.name in ("softmax", *SELECTIONS)):
         return False
     return any(o.origin.pairs and o.tensor.numel() == output.numel() for o in call.operands)
 
 
-def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded, stored: NumberFormat) -> Finding:
+def judge(call: Call, output: Tensor, masked: Tensor | None, axes: Axes, stored: NumberFormat) -> Finding:
     """Looks closer at an `output` that holds at least one NaN or infinity which is not masked.
 
-    `folded.tensor` is the same elements in a shape whose axes are known; `stored` is the format they were
+    `axes` tells its axes apart; `stored` is the format they were
     stored in.
     """
     lost = ~output.isfinite() if masked is None else ~output.isfinite() & ~masked
@@ -137,28 +143,37 @@ def judge(call: Call, output: Tensor, masked: Tensor | None, folded: Folded, sto
         if kind == "computed":
             return Finding(lost, None)
         found: BreakKind = "weight" if kind == "weight" else "input"
-        broke = _break(found, lost, folded, (), None, stored)
+        broke = _break(found, lost, axes, (), None, stored)
         return Finding(lost, broke, (culprit.origin,))
 
-    flat = _earliest(lost, folded)
+    flat = _earliest(lost, axes)
     index = index_at(flat, output.shape)
     value = _widened(call, index)
     kind_found = _kind(call, output, index, value, stored)
     operands, sites = _operands_at(call, output.shape, index)
-    return Finding(lost, _break(kind_found, lost, folded, operands, value, stored), sites)
+    return Finding(lost, _break(kind_found, lost, axes, operands, value, stored), sites)
 
 
-def _placed(call: Call, output: Tensor) -> list[Tensor | None]:
+def _hidden(where: Tensor, like: Tensor) -> Hidden | None:
+    count = int(where.sum())
+    return Hidden(where, like.stride(), count) if count else None
+
+
+def _placed(call: Call, output: Tensor) -> list[Hidden | None]:
     """What a selection puts in from a constant or an input, and what was hidden in the rest."""
     carried = [operand.hides() for operand in call.operands if operand.tensor.shape == output.shape]
     if call.name == "masked_fill":
-        return [call.args[1], *carried]
+        return [_whole(call.args[1]), *carried]
     if call.name == "where":
         condition, *sides = call.args
         origins = {id(operand.tensor): operand.origin for operand in call.operands}
         placed = [not isinstance(side, Tensor) or side.ndim == 0 or origins[id(side)].may_mask for side in sides]
-        return [*([condition] if placed[0] else []), *([~condition] if placed[1] else []), *carried]
+        return [*([_whole(condition)] if placed[0] else []), *([_whole(~condition)] if placed[1] else []), *carried]
     return carried
+
+
+def _whole(where: Tensor) -> Hidden | None:
+    return _hidden(where, where)
 
 
 def _carries_damage(operand: Operand) -> bool:
@@ -170,33 +185,33 @@ def _carries_damage(operand: Operand) -> bool:
     return not bool(tensor.isfinite().all())
 
 
-def _earliest(lost: Tensor, folded: Folded) -> int:
+def _earliest(lost: Tensor, axes: Axes) -> int:
     """Row-major index of the first lost element at the earliest position."""
-    if folded.position is None:
+    if axes.position is None:
         return int(lost.flatten().int().argmax())
-    places = lost.reshape(folded.tensor.shape).nonzero()
-    positions = places[:, folded.position]
-    if folded.pairs:
+    places = lost.reshape(axes.shape).nonzero()
+    positions = places[:, axes.position]
+    if axes.pairs:
         positions = positions.maximum(places[:, -1])
     first = places[int((positions == positions.min()).int().argmax())]
-    return flat_index(first.tolist(), folded.tensor.shape)
+    return flat_index(first.tolist(), axes.shape)
 
 
 def _break(
     kind: BreakKind,
     lost: Tensor,
-    folded: Folded,
+    axes: Axes,
     operands: Sequence[float],
     value: float | None,
     stored: NumberFormat,
 ) -> Break:
-    flat = _earliest(lost, folded)
-    place = index_at(flat, folded.tensor.shape)
+    flat = _earliest(lost, axes)
+    place = index_at(flat, axes.shape)
     return Break(
         kind=kind,
         count=int(lost.sum()),
-        row=None if folded.row is None else place[folded.row],
-        position=folded.position_of(place),
+        row=None if axes.row is None else place[axes.row],
+        position=axes.position_of(place),
         channel=place[-1] if place else None,
         token=None,
         index=index_at(flat, lost.shape),
@@ -228,9 +243,7 @@ def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | Non
 
 def _widened(call: Call, index: tuple[int, ...]) -> float | None:
     """The element at `index` of the same operator on the same operands in the next wider format."""
-    if (
-        call.func is None or torch.Tag.nondeterministic_seeded in call.func.tags
-    ):  # drawing again would change the user's
+    if call.func is None or traits(call.func).seeded:  # drawing again would change the user's
         return None
 
     def widen(argument: Any) -> Any:
@@ -257,7 +270,7 @@ def _operands_at(
     """What the element at `index` was made of; Python scalars have no origin, complex numbers no magnitude here."""
     if call.func is None or any(operand.tensor.is_complex() for operand in call.operands):
         return (), ()
-    if is_pointwise(call.func):
+    if traits(call.func).pointwise:
         values: list[float] = []
         origins: list[Origin | None] = []
         rest = list(call.operands)

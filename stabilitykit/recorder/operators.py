@@ -5,6 +5,7 @@ Under `inference_mode` composite operators reach a dispatch mode whole (`linear`
 the rest, so a site is called the same either way.
 """
 
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -50,56 +51,67 @@ POLES = frozenset("div reciprocal rsqrt log log2 log10 log1p pow".split())
 CONTRACTIONS = frozenset({"matmul"})
 
 
-@cache
-def canonical(func: Any) -> str:
-    """`aten.add_.Tensor` and `aten.add.Tensor` are "add"; `mm`, `bmm` and `addmm` are "matmul"."""
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the recorder asks about an operator, found once."""
+
+    name: str  # the canonical one
+    composite: bool  # takes itself apart into others
+    writes_in_place: bool
+    combines: bool  # makes its result of its operands' values rather than only placing them
+    pointwise: bool
+    places: bool  # never computes a value
+    view: bool
+    factory: bool  # the result holds no value of an operand: `zeros_like`, `new_full` and the like
+    seeded: bool  # draws random numbers
+    func: Any = field(repr=False)  # kept alive, for its address names it
+
+
+_known: dict[int, Traits] = {}
+
+
+def traits(func: Any) -> Traits:
+    """By the function's address: hashing an operator runs Python code of torch's."""
+    found = _known.get(id(func))
+    if found is None:
+        found = _known[id(func)] = _traits(func)
+    return found
+
+
+def _traits(func: Any) -> Traits:
     name: str = func._schema.name.partition("::")[2]
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    return _SAME.get(name, name)
-
-
-@cache
-def is_composite(func: Any) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
-
-
-@cache
-def writes_in_place(func: Any) -> bool:
-    return bool(func._schema.is_mutable)
-
-
-@cache
-def is_pointwise(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags or canonical(func) == "cast"
-
-
-@cache
-def combines(func: Any) -> bool:
-    """Whether the result is made of its operands' values rather than only placing them."""
-    return is_pointwise(func) or canonical(func) not in _MOVES
-
-
-@cache
-def is_view(func: Any) -> bool:
+    name = _SAME.get(name, name)
     returned = func._schema.returns
     alias = returned[0].alias_info if returned else None
-    return alias is not None and not alias.is_write
+    view = alias is not None and not alias.is_write
+    pointwise = torch.Tag.pointwise in func.tags or name == "cast"
+    return Traits(
+        name=name,
+        composite=bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")),
+        writes_in_place=bool(func._schema.is_mutable),
+        combines=pointwise or name not in _MOVES,
+        pointwise=pointwise,
+        places=name in _MOVES or view,
+        view=view,
+        factory=name.endswith("_like") or name.startswith("new_"),
+        seeded=torch.Tag.nondeterministic_seeded in func.tags,
+        func=func,
+    )
 
 
-@cache
-def is_factory(func: Any) -> bool:
-    """Whether the result holds no value of an operand: `zeros_like`, `new_full` and the like."""
-    name = canonical(func)
-    return name.endswith("_like") or name.startswith("new_")
+def canonical(func: Any) -> str:
+    """`aten.add_.Tensor` and `aten.add.Tensor` are "add"; `mm`, `bmm` and `addmm` are "matmul"."""
+    return traits(func).name
 
 
 def moves(func: Any, source: Tensor | None, output: Tensor) -> bool:
     """Whether the operator only places values. A cast does too, unless it narrows."""
-    name = canonical(func)
-    if name == "cast":
+    kind = traits(func)
+    if kind.name == "cast":
         return source is None or not source.is_floating_point() or not narrows(source.dtype, output.dtype)
-    return name in _MOVES or is_view(func)
+    return kind.places
 
 
 @cache

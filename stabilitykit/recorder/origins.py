@@ -1,7 +1,7 @@
 """Where a tensor's values came from: a weight, a constant, an input, or a record."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,11 +10,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 OriginKind = Literal["weight", "constant", "input", "computed"]
 
 
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Where a mask hides elements: booleans in the shape of the tensor, whose strides are `stride`; some are True."""
+
+    where: Tensor
+    stride: tuple[int, ...]
+    count: int
+
+    def expand(self, shape: Sequence[int]) -> "Hidden":
+        where = self.where.expand(shape)
+        repeats = where.numel() // self.where.numel()
+        return Hidden(where, where.stride(), self.count * repeats)
+
+
 @dataclass(slots=True)
 class Origin:
     """What is known of a tensor's values: whether any was lost, and which ones a mask hides (None: none).
 
-    `pairs`: each joins two positions, as attention scores and probabilities do.
+    `pairs`: each joins two positions, as attention scores and probabilities do. `hidden` remembers where a constant or
+    an input, seen in some shape and strides, is a mask.
     `name` is a parameter's path or stands in for a site; `entry` is the number of its record, if it has one.
     """
 
@@ -22,8 +37,9 @@ class Origin:
     name: str
     entry: int | None = None
     lost: bool = False
-    masked: Tensor | None = None
+    masked: Hidden | None = None
     pairs: bool = False
+    hidden: dict[tuple[object, ...], Hidden | None] = field(default_factory=dict)
 
     @property
     def may_mask(self) -> bool:
@@ -40,28 +56,33 @@ class Origins:
         addresses to others.
         """
         weights, constants = list(weights), list(constants)
-        self._weights = {tensor.untyped_storage()._cdata: name for name, tensor in weights}
-        self._constants = {tensor.untyped_storage()._cdata: name for name, tensor in constants}
         self._kept = [tensor for _, tensor in (*weights, *constants)]
+        self._own = {tensor.untyped_storage()._cdata: Origin("constant", name) for name, tensor in constants}
+        self._own |= {tensor.untyped_storage()._cdata: Origin("weight", name) for name, tensor in weights}
         self._held: dict[int, tuple[StorageWeakRef, Origin]] = {}
         self._forget_at = 256
 
     def of(self, tensor: Tensor) -> Origin:
         """A scalar nobody has seen made is a constant; anything else unseen was passed in."""
         key = tensor.untyped_storage()._cdata
-        if key in self._held:
-            return self._held[key][1]
-        if key in self._weights:
-            return Origin("weight", self._weights[key])
-        if key in self._constants:
-            return Origin("constant", self._constants[key])
+        held = self._held.get(key)
+        if held is not None:
+            return held[1]
+        own = self._own.get(key)
+        if own is not None:
+            return own
         if isinstance(tensor, nn.Parameter):  # brought in after the block began
-            return Origin("weight", "a parameter")
-        return Origin("constant" if tensor.ndim == 0 else "input", "input")
+            origin = Origin("weight", "a parameter")
+        else:
+            origin = Origin("constant" if tensor.ndim == 0 else "input", "input")
+        if tensor.ndim:  # a scalar may be a view of something else
+            self.remember(tensor, origin)
+        return origin
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self._weights:
+        own = self._own.get(storage._cdata)
+        if own is not None and own.kind == "weight":
             return
         # The weak reference keeps the storage's address from being used again, so a key never lies.
         self._held[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]

@@ -10,28 +10,28 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from stabilitykit.recorder.axes import Folded
+from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.statistics import Statistics
 from stabilitykit.records import flat_index, index_at
 
 _BLOCK = 512  # positions
 
 
-def measure_peaks(values: Tensor, folded: Folded, masked: Tensor | None) -> tuple[Statistics, Tensor] | None:
+def measure_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> tuple[Statistics, Tensor] | None:
     """Statistics of `values` without histogram and sums, and the amax by row and position, in at least float32.
 
-    `folded` is the same elements with their axes told apart; `masked`, boolean and of as many, marks elements that
+    `axes` tells its axes apart; `masked`, boolean and of as many, marks elements that
     enter nothing. None where there is no position
     axis, no element, or an element that is not finite: such a tensor deserves the full statistics.
     """
-    tensor = folded.tensor
-    if folded.position is None or tensor.numel() == 0:
+    if axes.position is None or values.numel() == 0:
         return None
+    tensor = axes.fold(values)
     hidden = 0
     if masked is not None:
         hidden = int(masked.sum())
         tensor = tensor.masked_fill(masked.reshape(tensor.shape), 0)
-    high, low = (_by_position(tensor, folded, reduce) for reduce in (torch.amax, torch.amin))
+    high, low = (_by_position(tensor, axes, reduce) for reduce in (torch.amax, torch.amin))
     wide = torch.promote_types(tensor.dtype, torch.float32)
     peaks = torch.maximum(high.to(wide), -low.to(wide)).abs()  # no −0
     if not bool(peaks.isfinite().all()):
@@ -40,7 +40,7 @@ def measure_peaks(values: Tensor, folded: Folded, masked: Tensor | None) -> tupl
     amax = float(peaks.flatten()[peak])
     tied = int((peaks == amax).sum()) > 1
     place = index_at(peak, peaks.shape)
-    index = _first_of_all(amax, tensor, folded) if tied else _index_of(amax, place, tensor, folded)
+    index = _first_of_all(amax, tensor, axes) if tied else _index_of(amax, place, tensor, axes)
     shown = hidden < tensor.numel()
     statistics = Statistics(
         elements=tensor.numel(),
@@ -57,18 +57,18 @@ def measure_peaks(values: Tensor, folded: Folded, masked: Tensor | None) -> tupl
     return statistics, peaks
 
 
-def position_peaks(folded: Folded, masked: Tensor | None) -> Tensor:
+def position_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> Tensor:
     """The largest finite magnitude that is not masked, by row and position; 0 where there is none."""
-    magnitudes = folded.tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
+    magnitudes = axes.fold(values).abs().nan_to_num(nan=0.0, posinf=0.0)
     if masked is not None:
         magnitudes = magnitudes.masked_fill(masked.reshape(magnitudes.shape), 0)
-    return _by_position(magnitudes, folded, torch.amax)
+    return _by_position(magnitudes, axes, torch.amax)
 
 
-def _by_position(tensor: Tensor, folded: Folded, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+def _by_position(tensor: Tensor, axes: Axes, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
     """`tensor` reduced to its rows and positions; with 0 thrown in where elements join two positions."""
-    kept = {d for d in (folded.row, folded.position) if d is not None}
-    if folded.pairs:
+    kept = {d for d in (axes.row, axes.position) if d is not None}
+    if axes.pairs:
         tensor = _later_of_both(tensor, reduce)
     for dim in reversed([d for d in range(tensor.ndim) if d not in kept]):
         tensor = reduce(tensor, dim)
@@ -91,15 +91,15 @@ def _later_of_both(scores: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> T
     return torch.cat(parts, dim=-1)
 
 
-def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, folded: Folded) -> tuple[int, ...]:
+def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, axes: Axes) -> tuple[int, ...]:
     """The first element of this magnitude that belongs to the row and position `place`."""
     position = place[-1]
     within: list[slice] = [slice(None)] * tensor.ndim
-    if folded.row is not None:
-        within[folded.row] = slice(place[0], place[0] + 1)
-    assert folded.position is not None
-    if not folded.pairs:
-        within[folded.position] = slice(position, position + 1)
+    if axes.row is not None:
+        within[axes.row] = slice(place[0], place[0] + 1)
+    assert axes.position is not None
+    if not axes.pairs:
+        within[axes.position] = slice(position, position + 1)
         found = _first(amax, tensor, within)
         assert found is not None
         return found
@@ -109,12 +109,12 @@ def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, folded: Folde
     return min(found for found in places if found is not None)
 
 
-def _first_of_all(amax: float, tensor: Tensor, folded: Folded) -> tuple[int, ...]:
+def _first_of_all(amax: float, tensor: Tensor, axes: Axes) -> tuple[int, ...]:
     """The first element of this magnitude in row-major order, sought block by block: where peaks tie, one is early."""
-    assert folded.position is not None
-    rest = [slice(None)] * (tensor.ndim - folded.position - 1)
-    for lead in product(*map(range, tensor.shape[: folded.position])):
-        for start in range(0, tensor.shape[folded.position], _BLOCK):
+    assert axes.position is not None
+    rest = [slice(None)] * (tensor.ndim - axes.position - 1)
+    for lead in product(*map(range, tensor.shape[: axes.position])):
+        for start in range(0, tensor.shape[axes.position], _BLOCK):
             block = [*(slice(i, i + 1) for i in lead), slice(start, start + _BLOCK), *rest]
             found = _first(amax, tensor, block)
             if found is not None:

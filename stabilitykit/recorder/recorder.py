@@ -10,6 +10,7 @@ Nothing is changed: the model computes the same bits with and without a recorder
 block. Each tensor costs a few passes over its elements and one wait for the device.
 """
 
+import math
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal, get_args
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.attention import is_fused_attention, recompute_softmax
-from stabilitykit.recorder.axes import Folded, fold
+from stabilitykit.recorder.axes import axes_of
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.judgement import (
@@ -40,20 +41,30 @@ from stabilitykit.recorder.judgement import (
     blocks,
     joins_positions,
     judge,
-    masked_elements,
+    may_hide,
     narrowest,
 )
+from stabilitykit.recorder.kernels.layout import Field, edges
 from stabilitykit.recorder.labels import family_of
-from stabilitykit.recorder.operators import canonical, combines, is_composite, is_factory, moves, writes_in_place
-from stabilitykit.recorder.origins import Origin, Origins, region
+from stabilitykit.recorder.operators import SELECTIONS, Traits, moves, traits
+from stabilitykit.recorder.origins import Hidden, Origin, Origins, region
 from stabilitykit.recorder.peaks import measure_peaks, position_peaks
 from stabilitykit.recorder.softmax import measure_softmax
-from stabilitykit.recorder.statistics import Statistics, measurable, measure
-from stabilitykit.records import Header, Level, Recording, flat_index, index_at
+from stabilitykit.recorder.statistics import Statistics, measurable, measure, tally
+from stabilitykit.records import Header, Level, Recording
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 Detail = Literal["statistics", "peaks"]
+
+_MEASURED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+# Those whose tensors are looked at, by the name that records have.
+_NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+}
+_LEAVES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 _OUTSIDE = "outside"  # where operators stand that no part of the model runs
 _WRAPPERS = re.compile(
@@ -176,12 +187,15 @@ class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_composite(func):
+        kind = traits(func)
+        if kind.composite:
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        return self.recorder.run_operator(func, args, kwargs)
+        if kind.view:  # shares its memory's origin
+            return func(*args, **kwargs)
+        return self.recorder.run_operator(kind, args, kwargs)
 
 
 @dataclass(slots=True)
@@ -262,10 +276,10 @@ class _Recorder:
                 raise _Stopped  # not at the break: the modules it ends return first, and lend it their names
             frame = _Frame(path, module, len(self.entries))
             self.frames.append(frame)
-            with _disable_current_modes(), torch.no_grad():
-                if module in self.wholes and not any(outer.module in self.wholes for outer in self.frames[:-1]):
+            if module in self.wholes and not any(outer.module in self.wholes for outer in self.frames[:-1]):
+                with _aside():
                     self._begin_step(args, kwargs)
-                frame.inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
+            frame.inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
 
         return hook
 
@@ -274,9 +288,8 @@ class _Recorder:
             if self.frames[-1].module is not module:
                 return  # never entered: somebody else's hook raised before ours
             frame = self.frames.pop()
-            with _disable_current_modes(), torch.no_grad():
-                for index, tensor in enumerate(_floating(output)):
-                    self._module_output(frame, index, tensor)
+            for index, tensor in enumerate(_floating(output)):
+                self._module_output(frame, index, tensor)
 
         return hook
 
@@ -320,118 +333,148 @@ class _Recorder:
                     if "/" in entry.site and frame.path:  # the model itself has no path to be called by
                         self._rename(entry, site, tensor)
                     return
-            elif entry.region == memory and entry.statistics == measure(tensor, self.formats):
+            elif entry.region == memory and entry.statistics == self._measured(tensor):
                 return  # without operators a write in between goes unseen, so the statistics decide
         call = Call("module", frame.inputs)
         self._add(call, tensor, frame.path, site)
 
+    def _measured(self, tensor: Tensor) -> Statistics:
+        with _aside():
+            return measure(tensor, self.formats)
+
     # Operators
 
-    def run_operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = canonical(func)
+    def run_operator(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func = kind.func
         seen = (args, kwargs)
-        if writes_in_place(func) and combines(func):  # what it combines is about to be written over
+        given = _floating(seen)
+        tensors = given
+        if kind.writes_in_place and kind.combines:  # what it combines is about to be written over
             seen = tree_map_only(Tensor, torch.clone, seen)
-        operands = [
-            Operand(copy, self.origins.of(tensor))
-            for tensor, copy in zip(_floating((args, kwargs)), _floating(seen), strict=True)
-        ]
+            tensors = _floating(seen)
+        origins = [self.origins.of(tensor) for tensor in given]
         output = func(*args, **kwargs)
         outputs = _floating(output)
         if not outputs:
             return output
-        with torch.no_grad(), _disable_current_modes():
-            if moves(func, operands[-1].tensor if operands else None, outputs[0]):
-                self._pass_on(func, name, operands, outputs)
-                return output
-            overwritten: Origin | None = None
-            if name == "cast" and writes_in_place(func):  # what stood there before is no operand
-                overwritten = operands.pop(0).origin
-            constant = all(operand.origin.kind == "constant" for operand in operands)
-            if is_factory(func) or (constant and (overwritten is None or overwritten.kind == "constant")):
-                for tensor in outputs:
-                    self.origins.remember(tensor, Origin("constant", name))
-                return output
-            frame = self.frames[-1]
-            index = frame.counts[name]
-            frame.counts[name] += 1
-            call = Call(name, operands, func, seen[0], seen[1])
-            fused = is_fused_attention(func)
-            for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
-                suffix = "" if i == 0 else f"[{i}]"
-                self._add(call, tensor, frame.path, f"{frame.path}/{name}.{index}{suffix}")
-            if overwritten is not None and overwritten.lost:
-                self.origins.of(outputs[0]).lost = True  # elsewhere in that memory
-            if fused and self.fused_softmax and self.detail == "statistics":
+        operands = [Operand(tensor, origin) for tensor, origin in zip(tensors, origins, strict=True)]
+        if moves(func, tensors[-1] if tensors else None, outputs[0]):
+            with _aside():
+                self._pass_on(kind, operands, outputs)
+            return output
+        overwritten: Origin | None = None
+        if kind.name == "cast" and kind.writes_in_place:  # what stood there before is no operand
+            overwritten = operands.pop(0).origin
+        constant = all(operand.origin.kind == "constant" for operand in operands)
+        if kind.factory or (constant and (overwritten is None or overwritten.kind == "constant")):
+            for tensor in outputs:
+                self.origins.remember(tensor, Origin("constant", kind.name))
+            return output
+        frame = self.frames[-1]
+        index = frame.counts[kind.name]
+        frame.counts[kind.name] += 1
+        call = Call(kind.name, operands, func, seen[0], seen[1])
+        site = f"{frame.path}/{kind.name}.{index}"
+        fused = is_fused_attention(func)
+        for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
+            self._add(call, tensor, frame.path, f"{site}[{i}]" if i else site)
+        if overwritten is not None and overwritten.lost:
+            self.origins.of(outputs[0]).lost = True  # elsewhere in that memory
+        if fused and self.fused_softmax and self.detail == "statistics":
+            with _aside():
                 self.entries[-1].softmax = recompute_softmax(func, args, kwargs)
         return output
 
-    def _pass_on(self, func: Any, name: str, operands: list[Operand], outputs: list[Tensor]) -> None:
+    def _pass_on(self, kind: Traits, operands: list[Operand], outputs: list[Tensor]) -> None:
         """A move's output has its operand's origin, or a constant's where nothing floating went in."""
         origins = [operand.origin for operand in operands]
         for tensor in outputs:
-            if writes_in_place(func):
+            if kind.writes_in_place:
                 if any(origin.kind != "constant" for origin in origins):
-                    self.origins.remember(tensor, Origin("computed", name, lost=any(o.lost for o in origins)))
+                    self.origins.remember(tensor, Origin("computed", kind.name, lost=any(o.lost for o in origins)))
                 continue
             if operands and region(tensor)[0] == region(operands[0].tensor)[0]:
                 continue  # a view shares its memory's origin
-            if not origins or name in ("lift", "lift_fresh"):
-                origin = Origin("constant", name)
+            if not origins or kind.name in ("lift", "lift_fresh"):
+                origin = Origin("constant", kind.name)
             elif len(origins) == 1 or all(other is origins[0] for other in origins):
                 origin = origins[0]
             else:
-                origin = Origin("computed", name, lost=any(o.lost for o in origins))
+                origin = Origin("computed", kind.name, lost=any(o.lost for o in origins))
             if any(operand.hides() is not None for operand in operands):  # elements moved, and the mask with them
-                origin = replace(origin, masked=blocks(measurable(tensor), narrowest(tensor, operands)))
+                where = blocks(measurable(tensor), narrowest(tensor, operands))
+                origin = replace(origin, masked=Hidden(where, tensor.stride(), int(where.sum())), hidden={})
             self.origins.remember(tensor, origin)
 
     # Records
 
     def _add(self, call: Call, tensor: Tensor, module: str, site: str) -> None:
-        values = measurable(tensor)
-        dtype = str(values.dtype if tensor.is_complex() else tensor.dtype).removeprefix("torch.")
-        masked = masked_elements(call, values)
-        folded = fold(values, self.rows, self.length)
-        pairs = folded.position is not None and joins_positions(call, values, self.length)
-        folded = replace(folded, pairs=pairs)
-        statistics, peaks = self._measure(values, folded, masked)
+        plain = tensor.dtype in _MEASURED
+        with nullcontext() if plain else _aside():
+            values = tensor if plain else measurable(tensor)
+        shape = tuple(values.shape)
+        masked: Hidden | None = None
+        hidden, limit = None, math.inf
+        if any(o.origin.masked is not None or o.origin.may_mask for o in call.operands) or call.name in SELECTIONS:
+            with _aside():
+                found = may_hide(call, values)
+                if found is not None:
+                    masked, limit = found
+                    hidden = masked.where
+        pairs = joins_positions(call, values, self.length)
         entry = Entry(
             step=max(self.step, 0),
             module=module,
             site=site,
             operator=None if call.func is None else call.name,
             region=region(tensor),
-            dtype=dtype,
-            shape=tuple(values.shape),
-            statistics=statistics,
-            positions=self._positions(folded),
+            dtype=_NAMES[values.dtype if tensor.is_complex() else tensor.dtype],
+            shape=shape,
+            axes=axes_of(shape, self.rows, self.length, pairs),
+            start=self.start,
+            length=self.length or 0,
+            tokens=self.tokens,
         )
-        if statistics.amax_index is not None:
-            entry.row, entry.position, entry.channel = self._locate(values, folded, statistics.amax_index)
-            entry.token = self._token(entry.row, entry.position)
-        entry.position_amax = peaks
+        if self.detail == "peaks":
+            with _aside():
+                if masked is not None:
+                    masked = _narrowed(masked, values, limit)
+                self._measure_peaks(entry, values, masked)
+        if entry.measured is None:
+            entry.edges = edges(values.dtype, self.formats)
+            entry.row = tally(values, entry.edges, hidden, limit)
+            if masked is not None and entry.row[Field.MASKED] != masked.count:
+                with _aside():
+                    masked = _narrowed(masked, values, limit) if entry.row[Field.MASKED] else None
+            if self.position_peaks and entry.axes.position is not None:
+                with _aside():
+                    entry.position_amax = position_peaks(values, entry.axes, None if masked is None else masked.where)
+        if masked is not None:
+            masked = replace(masked, stride=tensor.stride())
         origin = Origin("computed", site, len(self.entries), masked=masked, pairs=pairs)
-        if statistics.nonfinite:
-            self._judge(entry, judge(call, values, masked, folded, FORMATS.get(dtype, FLOAT32)), folded, origin)
+        if entry.row is not None and entry.row[Field.NAN : Field.MINUS + 1].any():
+            with _aside():
+                stored = FORMATS.get(entry.dtype, FLOAT32)
+                where = None if masked is None else masked.where
+                self._judge(entry, judge(call, values, where, entry.axes, stored), origin)
         if self.detail == "statistics" and call.name == "softmax" and call.operands and values.numel() and values.ndim:
-            logits = call.operands[0]
-            dim = int(call.args[1]) % values.ndim
-            entry.softmax = measure_softmax(logits.tensor, values, dim, _head(values, folded), logits.hides())
+            with _aside():
+                logits = call.operands[0]
+                dim = int(call.args[1]) % values.ndim
+                blocked = logits.hides()
+                where = None if blocked is None else blocked.where
+                head = entry.axes.head if entry.axes.shape == shape else None
+                entry.softmax = measure_softmax(logits.tensor, values, dim, head, where)
         self.entries.append(entry)
         self.origins.remember(tensor, origin)
         self._look_at(entry, values)
         self.broken |= entry.broke is not None
 
-    def _measure(self, values: Tensor, folded: Folded, masked: Tensor | None) -> tuple[Statistics, Tensor | None]:
-        """The statistics, and each position's amax if asked for."""
-        if self.detail == "peaks":
-            found = measure_peaks(values, folded, masked)
-            if found is not None:
-                return found[0], found[1] if self.position_peaks else None
-        statistics = measure(values, self.formats, masked)
-        wanted = self.position_peaks and folded.position is not None
-        return statistics, position_peaks(folded, masked) if wanted else None
+    def _measure_peaks(self, entry: Entry, values: Tensor, masked: Hidden | None) -> None:
+        found = measure_peaks(values, entry.axes, None if masked is None else masked.where)
+        if found is not None:
+            entry.measured = found[0]
+            entry.position_amax = found[1] if self.position_peaks else None
 
     def _rename(self, entry: Entry, site: str, tensor: Tensor) -> None:
         if self.keep is not None and entry.site in self.keep:
@@ -442,48 +485,29 @@ class _Recorder:
     def _look_at(self, entry: Entry, tensor: Tensor) -> None:
         """What depends on the site's name, and is done again when it changes."""
         site = entry.site
-        if self.keep is not None and _is_compared(site):
-            self.keep[site] = tensor.detach().clone()
-        if site in self.against:
-            entry.deviation = measure_deviation(tensor, self.against[site], FORMATS.get(entry.dtype, FLOAT32))
-        for watched, index in self.watch:
-            if watched == site and index < tensor.numel():
-                self.watched.append((site, index, float(tensor.reshape(-1)[index])))
+        if self.keep is None and not self.against and not self.watch:
+            return
+        with _aside():
+            if self.keep is not None and _is_compared(site):
+                self.keep[site] = tensor.detach().clone()
+            if site in self.against:
+                entry.deviation = measure_deviation(tensor, self.against[site], FORMATS.get(entry.dtype, FLOAT32))
+            for watched, index in self.watch:
+                if watched == site and index < tensor.numel():
+                    self.watched.append((site, index, float(tensor.reshape(-1)[index])))
 
-    def _judge(self, entry: Entry, finding: Finding, folded: Folded, origin: Origin) -> None:
+    def _judge(self, entry: Entry, finding: Finding, origin: Origin) -> None:
         origin.lost = True
-        lost = finding.lost.reshape(folded.tensor.shape)
+        axes = entry.axes
+        lost = finding.lost.reshape(axes.shape)
         entry.lost_channels = _count_slices(lost, {lost.ndim - 1})
-        kept = {d for d in (folded.row, folded.position) if d is not None}
-        entry.lost_positions = _count_slices(lost, kept) if folded.position is not None or folded.at_last else 0
+        kept = {d for d in (axes.row, axes.position) if d is not None}
+        entry.lost_positions = _count_slices(lost, kept) if axes.position is not None or axes.at_last else 0
         if finding.broke is not None:
             broke = finding.broke
-            position = broke.position
-            if position is None and folded.at_last:
-                position = (self.length or 1) - 1
-            position = None if position is None else position + self.start
-            entry.broke = replace(broke, position=position, token=self._token(broke.row, position))
+            position = entry.absolute(broke.position)
+            entry.broke = replace(broke, position=position, token=entry.token(broke.row, position))
             entry.broke_on = finding.origins
-
-    def _positions(self, folded: Folded) -> int | None:
-        rows = 1 if folded.row is None else folded.tensor.shape[folded.row]
-        if folded.position is not None:
-            return rows * folded.tensor.shape[folded.position]
-        return rows if folded.at_last else None
-
-    def _locate(
-        self, values: Tensor, folded: Folded, index: tuple[int, ...]
-    ) -> tuple[int | None, int | None, int | None]:
-        place = index_at(flat_index(index, values.shape), folded.tensor.shape)
-        row = None if folded.row is None else place[folded.row]
-        position = folded.position_of(place)
-        if folded.at_last:
-            position = (self.length or 1) - 1
-        return row, None if position is None else position + self.start, place[-1] if place else None
-
-    def _token(self, row: int | None, position: int | None) -> int | None:
-        ids = self.tokens[row or 0] if (row or 0) < len(self.tokens) else ()
-        return ids[position] if position is not None and position < len(ids) else None
 
     # The result
 
@@ -575,26 +599,54 @@ def _floating(tree: Any) -> list[Tensor]:
 
     Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
     """
-    return [leaf for leaf in tree_leaves(tree) if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf)]
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(node: Any, found: list[Tensor]) -> None:
+    kind = type(node)
+    if kind is Tensor or kind is nn.Parameter:
+        if _has_elements(node):
+            found.append(node)
+    elif kind is tuple or kind is list:
+        for leaf in node:
+            _collect(leaf, found)
+    elif kind is dict:
+        for leaf in node.values():
+            _collect(leaf, found)
+    elif kind not in _LEAVES:
+        for leaf in tree_leaves(node):
+            if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf):
+                found.append(leaf)
 
 
 def _has_elements(tensor: Tensor) -> bool:
     return (
-        (tensor.is_floating_point() or tensor.is_complex())
+        tensor.dtype in _NAMES
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_meta)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
+def _narrowed(hidden: Hidden, values: Tensor, limit: float) -> Hidden:
+    """Of the elements that a mask would hide those that are very negative."""
+    where = hidden.where & (values <= limit)
+    return Hidden(where, values.stride(), int(where.sum()))
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """For operators of the recorder's own."""
+    with _disable_current_modes(), torch.no_grad():
+        yield
+
+
 def _count_slices(lost: Tensor, kept: set[int]) -> int:
     """How many index combinations over the `kept` dimensions hold at least one True."""
     others = [dim for dim in range(lost.ndim) if dim not in kept]
     return int((lost.any(dim=others) if others else lost).sum())
-
-
-def _head(values: Tensor, folded: Folded) -> int | None:
-    return folded.head if folded.tensor.shape == values.shape else None
 
 
 def _is_compared(site: str) -> bool:

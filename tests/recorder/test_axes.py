@@ -1,9 +1,8 @@
 """Rows, positions and heads are found in every shape that a decoder makes."""
 
 import pytest
-import torch
 
-from stabilitykit.recorder.axes import fold
+from stabilitykit.recorder.axes import axes_of
 
 ROWS, LENGTH = 2, 5
 
@@ -33,11 +32,11 @@ def test_axes(
     head: int | None,
     at_last: bool,
 ) -> None:
-    found = fold(torch.empty(shape), ROWS, LENGTH)
-    assert tuple(found.tensor.shape) == folded
+    found = axes_of(shape, ROWS, LENGTH)
+    assert found.shape == folded
     assert (found.row, found.position, found.head, found.at_last) == (row, position, head, at_last)
 
 
 def test_without_a_sequence_no_axis_is_named() -> None:
-    found = fold(torch.empty(2, 5, 8), None, None)
+    found = axes_of((2, 5, 8), None, None)
     assert (found.row, found.position, found.head, found.at_last) == (None, None, None, False)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.gemma import Gemma
 from stabilitykit.recorder import record
-from stabilitykit.recorder.axes import Folded
+from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.peaks import measure_peaks, position_peaks
 from stabilitykit.recorder.statistics import measure
 from stabilitykit.records import Record, Recording
@@ -183,8 +183,8 @@ def test_ties_masks_and_blocks_are_as_in_a_plain_count(dtype: torch.dtype) -> No
     for (shape, row, position, pairs), share, _ in cases:
         values = torch.randint(-3, 4, shape, generator=generator).to(dtype)
         masked = torch.rand(shape, generator=generator) < share if share else None
-        folded = Folded(values, row=row, position=position, pairs=pairs)
-        found = measure_peaks(values, folded, masked)
+        axes = Axes(tuple(values.shape), row=row, position=position, pairs=pairs)
+        found = measure_peaks(values, axes, masked)
         assert found is not None
         statistics, peaks = found
         hidden = np.zeros(shape, bool) if masked is None else masked.numpy()
@@ -202,7 +202,7 @@ def test_ties_masks_and_blocks_are_as_in_a_plain_count(dtype: torch.dtype) -> No
                 best = (magnitude, place)
         shown = best[1] is not None
         assert peaks.reshape(expected.shape).tolist() == expected.tolist()
-        assert position_peaks(folded, masked).reshape(expected.shape).tolist() == expected.tolist()
+        assert position_peaks(values, axes, masked).reshape(expected.shape).tolist() == expected.tolist()
         assert statistics.amax == (best[0] if shown else None)
         if best[0] != 0.0:  # among zeros any is as good, a masked one too
             assert statistics.amax_index == best[1]
@@ -224,7 +224,7 @@ def test_long_scores_are_gathered_block_by_block_without_a_seam() -> None:
             expected_here = expected.copy()
         for place in places:
             expected_here[max(place[2:])] = 9.0
-        found = measure_peaks(changed, Folded(changed, row=0, head=1, position=2, pairs=True), None)
+        found = measure_peaks(changed, Axes(tuple(changed.shape), row=0, head=1, position=2, pairs=True), None)
         assert found is not None
         assert found[1].flatten().tolist() == expected_here.tolist()
         assert (found[0].amax, found[0].amax_index) == (9.0, min(places))
@@ -235,12 +235,12 @@ def test_a_tensor_that_is_not_finite_is_left_to_the_full_statistics(value: float
     for place in ((0, 0, 0), (0, 4, 2)):
         tensor = torch.ones(1, 5, 3)
         tensor[place] = value
-        folded = Folded(tensor, row=0, position=1)
-        assert measure_peaks(tensor, folded, None) is None
-        assert position_peaks(folded, None).tolist() == [[1.0] * 5]  # the finite ones
+        axes = Axes(tuple(tensor.shape), row=0, position=1)
+        assert measure_peaks(tensor, axes, None) is None
+        assert position_peaks(tensor, axes, None).tolist() == [[1.0] * 5]  # the finite ones
         hidden = torch.zeros(1, 5, 3, dtype=torch.bool)
         hidden[place] = True
-        assert measure_peaks(tensor, folded, hidden) is not None
+        assert measure_peaks(tensor, axes, hidden) is not None
 
 
 @pytest.mark.parametrize(
