@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -326,12 +326,27 @@ class Header:
         return cls(**raw)
 
 
-@dataclass(slots=True)
 class Recording:
-    """A header and its records, in order of execution."""
+    """A header and its records, in order of execution.
 
-    header: Header
-    records: list[Record] = field(default_factory=list)
+    `records` may be a function that makes them, which is called when they are first asked for.
+    """
+
+    __slots__ = ("_records", "header")
+
+    def __init__(self, header: Header, records: list[Record] | Callable[[], list[Record]] | None = None) -> None:
+        self.header = header
+        self._records = [] if records is None else records
+
+    @property
+    def records(self) -> list[Record]:
+        if callable(self._records):
+            self._records = self._records()
+        return self._records
+
+    @records.setter
+    def records(self, records: list[Record] | Callable[[], list[Record]]) -> None:
+        self._records = records
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)

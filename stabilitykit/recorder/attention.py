@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from stabilitykit.recorder.judgement import blocks
-from stabilitykit.recorder.operators import canonical
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.records import Softmax
 
+FUSED_ATTENTION = "scaled_dot_product_attention"  # the canonical name of all such kernels
+
 _ELEMENTS = 1 << 24  # of the scores that are in memory at once
-
-
-def is_fused_attention(func: Any) -> bool:
-    return canonical(func) == "scaled_dot_product_attention"
 
 
 def recompute_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax | None:

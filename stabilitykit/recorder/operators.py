@@ -106,9 +106,8 @@ def canonical(func: Any) -> str:
     return traits(func).name
 
 
-def moves(func: Any, source: Tensor | None, output: Tensor) -> bool:
+def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:
     """Whether the operator only places values. A cast does too, unless it narrows."""
-    kind = traits(func)
     if kind.name == "cast":
         return source is None or not source.is_floating_point() or not narrows(source.dtype, output.dtype)
     return kind.places

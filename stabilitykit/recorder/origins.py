@@ -43,7 +43,11 @@ class Origin:
 
     @property
     def may_mask(self) -> bool:
-        return self.kind in ("constant", "input")
+        return self.kind == "constant" or self.kind == "input"
+
+    @property
+    def may_hide(self) -> bool:
+        return self.masked is not None or self.may_mask
 
 
 class Origins:

@@ -18,8 +18,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
-from stabilitykit.recorder.attention import is_fused_attention, recompute_softmax
+from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
 from stabilitykit.recorder.axes import axes_of
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Entry
@@ -65,6 +66,8 @@ _NAMES = {
     if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
 }
 _LEAVES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+_MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
 
 _OUTSIDE = "outside"  # where operators stand that no part of the model runs
 _WRAPPERS = re.compile(
@@ -346,19 +349,18 @@ class _Recorder:
 
     def run_operator(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = kind.func
-        seen = (args, kwargs)
-        given = _floating(seen)
-        tensors = given
+        seen_args, seen_kwargs = args, kwargs
+        tensors = given = _floating((args, kwargs))
         if kind.writes_in_place and kind.combines:  # what it combines is about to be written over
-            seen = tree_map_only(Tensor, torch.clone, seen)
-            tensors = _floating(seen)
+            seen_args, seen_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+            tensors = _floating((seen_args, seen_kwargs))
         origins = [self.origins.of(tensor) for tensor in given]
         output = func(*args, **kwargs)
         outputs = _floating(output)
         if not outputs:
             return output
         operands = [Operand(tensor, origin) for tensor, origin in zip(tensors, origins, strict=True)]
-        if moves(func, tensors[-1] if tensors else None, outputs[0]):
+        if moves(kind, tensors[-1] if tensors else None, outputs[0]):
             with _aside():
                 self._pass_on(kind, operands, outputs)
             return output
@@ -373,9 +375,9 @@ class _Recorder:
         frame = self.frames[-1]
         index = frame.counts[kind.name]
         frame.counts[kind.name] += 1
-        call = Call(kind.name, operands, func, seen[0], seen[1])
+        call = Call(kind.name, operands, func, seen_args, seen_kwargs)
         site = f"{frame.path}/{kind.name}.{index}"
-        fused = is_fused_attention(func)
+        fused = kind.name == FUSED_ATTENTION
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
             self._add(call, tensor, frame.path, f"{site}[{i}]" if i else site)
         if overwritten is not None and overwritten.lost:
@@ -409,13 +411,14 @@ class _Recorder:
     # Records
 
     def _add(self, call: Call, tensor: Tensor, module: str, site: str) -> None:
-        plain = tensor.dtype in _MEASURED
-        with nullcontext() if plain else _aside():
-            values = tensor if plain else measurable(tensor)
+        values = tensor
+        if tensor.dtype not in _MEASURED:
+            with _aside():
+                values = measurable(tensor)
         shape = tuple(values.shape)
         masked: Hidden | None = None
         hidden, limit = None, math.inf
-        if any(o.origin.masked is not None or o.origin.may_mask for o in call.operands) or call.name in SELECTIONS:
+        if call.name in SELECTIONS or any(operand.origin.may_hide for operand in call.operands):
             with _aside():
                 found = may_hide(call, values)
                 if found is not None:
@@ -443,16 +446,17 @@ class _Recorder:
         if entry.measured is None:
             entry.edges = edges(values.dtype, self.formats)
             entry.row = tally(values, entry.edges, hidden, limit)
-            if masked is not None and entry.row[Field.MASKED] != masked.count:
+            if masked is not None and entry.row[_MASKED] != masked.count:
                 with _aside():
-                    masked = _narrowed(masked, values, limit) if entry.row[Field.MASKED] else None
+                    masked = _narrowed(masked, values, limit) if entry.row[_MASKED] else None
             if self.position_peaks and entry.axes.position is not None:
                 with _aside():
                     entry.position_amax = position_peaks(values, entry.axes, None if masked is None else masked.where)
         if masked is not None:
             masked = replace(masked, stride=tensor.stride())
         origin = Origin("computed", site, len(self.entries), masked=masked, pairs=pairs)
-        if entry.row is not None and entry.row[Field.NAN : Field.MINUS + 1].any():
+        row = entry.row
+        if row is not None and (row[_NAN] or row[_PLUS] or row[_MINUS]):
             with _aside():
                 stored = FORMATS.get(entry.dtype, FLOAT32)
                 where = None if masked is None else masked.where
@@ -525,8 +529,7 @@ class _Recorder:
             tokens=None,
             notes=tuple(getattr(self.model, "notes", ())),
             case=dict(case),
-            versions={name: version(name) for name in ("stabilitykit", "torch", "numpy")}
-            | {"python": platform.python_version()},
+            versions=_versions(),
             machine={
                 "system": platform.system(),
                 "processor": platform.machine(),
@@ -553,14 +556,21 @@ class _Recorder:
             starts=tuple(self.starts),
             error=error,
         )
-        recording.records = [
-            entry.record(order, recording.header, family=self.family, site_of=self._site_of)
+        header = recording.header
+        recording.records = lambda: [
+            entry.record(order, header, family=self.family, site_of=self._site_of)
             for order, entry in enumerate(self.entries)
         ]
         self.origins.forget()
+        self.frames.clear()
 
     def _site_of(self, origin: Origin) -> str:
         return origin.name if origin.entry is None else self.entries[origin.entry].site
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("stabilitykit", "torch", "numpy")} | {"python": platform.python_version()}
 
 
 def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]:
@@ -599,6 +609,8 @@ def _floating(tree: Any) -> list[Tensor]:
 
     Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
     """
+    if type(tree) is Tensor:
+        return [tree] if _has_elements(tree) else []
     found: list[Tensor] = []
     _collect(tree, found)
     return found
@@ -611,10 +623,12 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             found.append(node)
     elif kind is tuple or kind is list:
         for leaf in node:
-            _collect(leaf, found)
+            if type(leaf) not in _LEAVES:
+                _collect(leaf, found)
     elif kind is dict:
         for leaf in node.values():
-            _collect(leaf, found)
+            if type(leaf) not in _LEAVES:
+                _collect(leaf, found)
     elif kind not in _LEAVES:
         for leaf in tree_leaves(node):
             if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf):

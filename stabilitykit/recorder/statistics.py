@@ -93,16 +93,20 @@ def decode(row: Row, against: Edges, shape: Sequence[int]) -> Statistics:
             negative_inf=int(minus),
             formats=dict.fromkeys(against.formats, FormatCounts(0, 0, 0)),
         )
-    exponents = row[FIELDS + against.count :].astype(int).tolist()
-    at_least = list(accumulate(reversed(exponents), initial=0))[::-1]  # by exponent
+    bins = FIELDS + against.count
+    held = row[bins:].nonzero()[0]
+    first, last = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0)
+    exponents = list(map(int, row[bins + first : bins + last].tolist()))
+    at_least = list(accumulate(reversed(exponents), initial=0))[::-1]  # by exponent, from the first that is held
     nonzero = at_least[0]
+    codes = list(map(int, row[FIELDS:bins].tolist()))
 
     def reaching(code: int) -> int:
-        place = against.at_least[code] - FIELDS
-        return int(row[FIELDS + place]) if place < against.count else at_least[place - against.count]
+        place = against.at_least[code]
+        if place < bins:
+            return codes[place - FIELDS]
+        return at_least[min(max(place - bins - first, 0), last - first)]
 
-    held = [i for i, count in enumerate(exponents) if count]
-    first, last = (held[0], held[-1] + 1) if held else (0, 0)
     return Statistics(
         elements=elements,
         masked=int(masked),
@@ -117,8 +121,8 @@ def decode(row: Row, against: Edges, shape: Sequence[int]) -> Statistics:
         maximum=maximum,
         mean=total / counted,
         rms=math.sqrt(squares / counted) * scale,
-        exponent_first=against.lowest + first if held else against.own_lowest,
-        exponents=tuple(exponents[first:last]),
+        exponent_first=against.lowest + first if exponents else against.own_lowest,
+        exponents=tuple(exponents),
         formats={
             name: FormatCounts(
                 overflow=reaching(over),

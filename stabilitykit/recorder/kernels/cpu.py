@@ -8,6 +8,7 @@ compiles the function when it is first needed and keeps it on disk.
 import ctypes
 import math
 import struct
+import threading
 from functools import cache
 from typing import Any
 
@@ -40,6 +41,7 @@ from stabilitykit.recorder.kernels.machine import (
 _BLOCK = 4096  # elements; their codes, exponents and widened bits fit the smallest first caches
 _CHUNK = 1 << 16  # elements that one thread takes at a time
 _MANY = 96  # exponents in one block, from which on counting one by one is faster
+_PIECE = 1 << 15  # numbers, about a hundred rows
 _LEAST_SQUARES = 1e-280  # a smaller sum may have lost some to float64's own subnormals
 
 # The arguments are 64-bit: two counters of the kernel's own, addresses, sizes, strides in elements, a float64.
@@ -64,7 +66,6 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
     """
     elements = tensor.numel()
     threads = 1 if elements <= _CHUNK else min(torch.get_num_threads(), -(-elements // _CHUNK))
-    rows = np.empty((threads, edges.width))
     places: tuple[int, ...] | None
     if elements == 0 or (hidden is None and tensor.is_contiguous()):
         places = (*_ONES, elements, *_ZEROS, 1, *_ZEROS, 0)
@@ -72,27 +73,51 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
         places = joined((tensor, tensor if hidden is None else hidden))
         if places is None:
             return tally(tensor.reshape(-1), edges, None if hidden is None else hidden.reshape(-1), limit)
-    arguments = ctypes.create_string_buffer(
-        _PACKED.pack(
-            0,
-            0,
-            tensor.data_ptr(),
-            0 if hidden is None else hidden.data_ptr(),
-            limit,
-            edges.address,
-            edges.count,
-            rows.ctypes.data,
-            edges.width,
-            elements,
-            *places,
-        ),
-        _PACKED.size,
+    rows, address = _mine.rows(threads * edges.width)
+    _PACKED.pack_into(
+        _mine.arguments,
+        0,
+        0,
+        0,
+        tensor.data_ptr(),
+        0 if hidden is None else hidden.data_ptr(),
+        limit,
+        edges.address,
+        edges.count,
+        address,
+        edges.width,
+        elements,
+        *places,
     )
-    run(_kernel(tensor.dtype), arguments, threads)
-    row: NDArray[np.float64] = rows[0] if threads == 1 else _merged(rows)
-    if tensor.dtype == torch.float64 and row[_AMAX] > 0 and not _LEAST_SQUARES < row[_SQUARES] < math.inf:
+    run(_kernel(tensor.dtype), _mine.address, threads)
+    if threads > 1:
+        rows = _merged(rows.reshape(threads, edges.width))
+    if tensor.dtype == torch.float64 and rows[_AMAX] > 0 and not _LEAST_SQUARES < rows[_SQUARES] < math.inf:
         return plain.tally(tensor, edges, hidden, limit).numpy()
-    return row
+    return rows
+
+
+class _Mine(threading.local):
+    """Each Python thread's own memory for arguments, and for rows, of which many are cut from one piece."""
+
+    def __init__(self) -> None:
+        self.arguments = ctypes.create_string_buffer(_PACKED.size)
+        self.address = ctypes.addressof(self.arguments)
+        self.piece = np.empty(0)
+        self.start = 0
+        self.used = 0
+
+    def rows(self, numbers: int) -> tuple[NDArray[np.float64], int]:
+        """An array of so many numbers that nobody else has, and its address."""
+        if self.used + numbers > len(self.piece):
+            self.piece = np.empty(max(_PIECE, numbers))
+            self.start, self.used = self.piece.ctypes.data, 0
+        begin = self.used
+        self.used += numbers
+        return self.piece[begin : self.used], self.start + 8 * begin
+
+
+_mine = _Mine()
 
 
 def _merged(rows: NDArray[np.float64]) -> NDArray[np.float64]:

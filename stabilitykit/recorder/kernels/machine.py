@@ -76,6 +76,7 @@ def _torch_threads() -> Callable[..., Any] | None:
         except (OSError, AttributeError):
             continue
         start.restype = None
+        start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         return start
     return None
 
