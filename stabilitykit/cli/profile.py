@@ -78,6 +78,13 @@ def profile(
     no_fused_softmax: Annotated[
         bool, typer.Option("--no-fused-softmax", help="Do not recompute the softmax inside fused attention.")
     ] = False,
+    matmul: Annotated[
+        str | None,
+        typer.Option(
+            help="How 16-bit products are summed: native, float32-accumulate, or float16-accumulate:K, rounded every K "
+            "terms. On a CPU float32-accumulate if not given, native elsewhere."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of the sampling step.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of the sampling step.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Of the sampling step.")] = 64,
@@ -105,11 +112,14 @@ def profile(
     from stabilitykit.diagnosis import document
     from stabilitykit.experiment.case import Sampling, run_dtypes
     from stabilitykit.gemma.load import parse_device, parse_dtype
+    from stabilitykit.gemma.matmul import check_matmul
     from stabilitykit.recorder.weights import check_weights
 
     for name in dtypes:
         parse_dtype(name)
     parse_device(device)
+    if matmul is not None:
+        check_matmul(matmul)
     if system is not None and not chat:
         raise MisuseError("--system belongs to the turn template; add --chat.")
     how = _Prompt(text=text, bos=not no_bos, chat=chat, system=system, special_tokens=special_tokens)
@@ -134,6 +144,7 @@ def profile(
             sampling=Sampling(temperature=temperature or None, top_p=top_p, top_k=top_k, seed=seed),
             level=level.value,
             fused_softmax=not no_fused_softmax,
+            kind=matmul,
             redact=redact,
             weights=weights,
             progress=progress,

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stabilitykit.results import Case, Results
-
 if TYPE_CHECKING:
     from stabilitykit.experiment.cost import Cost
+    from stabilitykit.results import Case, Results
 
 
 def sweep(
@@ -40,6 +39,7 @@ def sweep(
     from stabilitykit.experiment.plan import make_plan
     from stabilitykit.experiment.sweep import sweep as run
     from stabilitykit.report.sections import SECTIONS
+    from stabilitykit.results import Results
 
     read = read_experiment(experiment, overrides or [], sections=tuple(SECTIONS))
     folder = out or Path("reports") / experiment.stem
@@ -77,14 +77,14 @@ def sweep(
         sys.exit(1)
 
 
-def _planned(case: Case, cost: "Cost | None") -> dict[str, Any]:
+def _planned(case: "Case", cost: "Cost | None") -> dict[str, Any]:
     return {"id": case.id, "kind": case.kind, "settings": case.settings, "cost": None if cost is None else asdict(cost)}
 
 
 class _Display:
     """Done, running, failed, and the time that is left, judged by the cases done so far."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: "Results") -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         from stabilitykit.cli import screen
@@ -105,7 +105,7 @@ class _Display:
         self.task = self.bar.add_task("cases", total=self.total, completed=self.done + self.failed)
         self.began = time.monotonic()
 
-    def __call__(self, case: Case, message: dict[str, Any]) -> None:
+    def __call__(self, case: "Case", message: dict[str, Any]) -> None:
         self.done += "finished" in message
         self.failed += "failed" in message
         what = f" · {message['what']} {message['done']}/{message['total']}" if "what" in message else ""

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from stabilitykit.checkpoints.config import ALIASES, RELEASED
 from stabilitykit.gemma.load import DTYPES
-from stabilitykit.gemma.matmul import Matmul
+from stabilitykit.gemma.matmul import KINDS, check_matmul
 from stabilitykit.gemma.model import ROUNDINGS
 from stabilitykit.gemma.stress import check_gamma
 from stabilitykit.records import Level
@@ -85,6 +85,10 @@ def _temperature(value: Any) -> float:
     return float(value)
 
 
+def _product(value: Any) -> str:
+    return "auto" if value == "auto" else check_matmul(_text(value))
+
+
 def _share(value: Any) -> float:
     if not 0 < _number(value) <= 2:
         raise ValueError
@@ -122,8 +126,8 @@ GRID: Mapping[str, Axis] = {
     "seed": Axis(default=USUAL["seed"], allowed="a whole number from 0 on", read=_whole),
     "matmul": Axis(
         default=USUAL["matmul"],
-        allowed=f"auto or {' or '.join(get_args(Matmul))}",
-        read=_one_of(["auto", *get_args(Matmul)]),
+        allowed=f"auto, {KINDS}",
+        read=_product,
     ),
 }
 

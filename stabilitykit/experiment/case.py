@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stabilitykit.errors import MisuseError
 from stabilitykit.experiment.subject import GemmaSubject, Subject
 from stabilitykit.gemma import Gemma
-from stabilitykit.gemma.matmul import Matmul, matmul
+from stabilitykit.gemma.matmul import matmul, preferred_matmul
 from stabilitykit.recorder import record, unrecorded
 from stabilitykit.records import Level, LogitsError, Recording, StoredWeights
 
@@ -83,7 +83,7 @@ def run_case(
     mask: Tensor | None = None,
     sampling: Sampling | None = None,
     level: Level = "operators",
-    kind: Matmul = "native",
+    kind: str = "native",
     position_peaks: bool = False,
     fused_softmax: bool = True,
     every_logit: bool = False,
@@ -189,12 +189,15 @@ def run_dtypes(
     sampling: Sampling | None = None,
     level: Level = "operators",
     fused_softmax: bool = True,
+    kind: str | None = None,
     redact: bool = False,
     weights: Mapping[str, StoredWeights] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> list[Run]:
     """The same case in each dtype, in the order given; `subject_in(dtype, progress)` makes the model to run.
+
+    `kind` is how products are computed, for each dtype what is fast and accurate on its device unless given.
 
     float32 runs last, wherever it stands, and watches the elements at which the others broke first: their
     reference values. Each model is dropped before the next is made.
@@ -211,14 +214,16 @@ def run_dtypes(
             if progress is not None:
                 progress(f"{dtype}: {what}", done, total)
 
+        subject = subject_in(dtype, announce)
         runs[dtype] = run_case(
-            subject_in(dtype, announce),
+            subject,
             tokens,
             new_tokens=new_tokens,
             left_padding=left_padding,
             sampling=sampling,
             level=level,
             fused_softmax=fused_softmax,
+            kind=kind or preferred_matmul(dtype, subject.device.type),
             watch=watch,
             redact=redact,
             weights=(weights or {}).get(dtype),

@@ -15,7 +15,7 @@ import torch
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.experiment.axes import is_range
 from stabilitykit.experiment.footprint import footprint
-from stabilitykit.gemma.matmul import Matmul, matmul, preferred_matmul
+from stabilitykit.gemma.matmul import matmul, preferred_matmul
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.peaks import measure_peaks
 from stabilitykit.recorder.statistics import measure
@@ -67,7 +67,7 @@ def _elements(config: GemmaConfig, length: int) -> float:
 
 
 @cache
-def _products_a_second(dtype: str, device: str, kind: Matmul) -> float:
+def _products_a_second(dtype: str, device: str, kind: str) -> float:
     left, right = (torch.ones(512, 512, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     with torch.inference_mode(), matmul(kind):
         return 2 * 512**3 / _seconds(lambda: left @ right, device)

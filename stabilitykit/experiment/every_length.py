@@ -17,7 +17,7 @@ from stabilitykit.diagnosis.layers import stored
 from stabilitykit.experiment.case import Progress
 from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.gemma import Gemma
-from stabilitykit.gemma.matmul import Matmul, matmul
+from stabilitykit.gemma.matmul import matmul
 from stabilitykit.gemma.model import soft_cap
 from stabilitykit.lengths import Check, LengthMap, Peak, Span
 from stabilitykit.recorder import record
@@ -39,7 +39,7 @@ def every_length(
     *,
     checks: Iterable[int] = (),
     level: Level = "operators",
-    kind: Matmul = "native",
+    kind: str = "native",
     token_text: Callable[[int], str] | None = None,
     case: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -85,7 +85,7 @@ class _Passes:
         model: Gemma,
         tokens: Sequence[int],
         level: Level,
-        kind: Matmul,
+        kind: str,
         token_text: Callable[[int], str] | None,
         case: dict[str, Any],
         progress: Progress | None,

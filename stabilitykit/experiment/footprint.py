@@ -6,7 +6,6 @@ rounding.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
@@ -14,18 +13,15 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.results import Footprint
 
-if TYPE_CHECKING:
-    from stabilitykit.gemma.matmul import Matmul
-
 
 def footprint(
-    config: GemmaConfig, dtype: str, length: int, *, matmul: "Matmul" = "native", device: str = "cpu"
+    config: GemmaConfig, dtype: str, length: int, *, matmul: str = "native", device: str = "cpu"
 ) -> Footprint:
     """Bytes of weights, KV cache, and activations of one prefill: one sequence of `length` tokens.
 
     The cache has room for exactly these tokens, and logits are the last token's. Activations are all other tensors of
     the pass, ids, masks, RoPE tables and copies in a wider dtype among them, at the moment at which they are most. With
-    `matmul="float32-accumulate"` every product of 16-bit tensors holds float32 copies of its operands and result.
+    `matmul` other than "native" every product of 16-bit tensors holds float32 copies of its operands and result.
     What libraries take for themselves is not included. Raises MisuseError for an unknown dtype or a length below 1.
     """
     if length < 1:
@@ -37,7 +33,7 @@ def footprint(
         config=config,
         length=length,
         size=size,
-        accumulates=size == 2 and matmul == "float32-accumulate",
+        accumulates=size == 2 and matmul != "native",
         # CUDA's softmax reads float16 and computes float32 in one kernel; for bfloat16, and on a CPU, it is cast first.
         casts_scores=size == 2 and not (dtype == "float16" and device.startswith("cuda")),
     )

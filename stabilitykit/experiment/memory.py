@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from stabilitykit.gemma import Gemma
-    from stabilitykit.gemma.matmul import Matmul
 
 
 def measure(checkpoint: str, dtype: str, length: int, device: str) -> Memory:
@@ -103,7 +102,7 @@ class _Prepared:
     """A model ready for its prefill, what that is computed to take, and what was in use before it was built."""
 
     model: "Gemma"
-    kind: "Matmul"
+    kind: str
     needs: Footprint
     libraries: int
     before: int
@@ -196,7 +195,7 @@ def _limit(device: "torch.device", room: int) -> None:
         raise MisuseError(f"A process's memory is limited on Linux and with CUDA; {sys.platform} has no such limit.")
 
 
-def _prefill(model: "Gemma", length: int, kind: "Matmul") -> "torch.Tensor":
+def _prefill(model: "Gemma", length: int, kind: str) -> "torch.Tensor":
     import torch
 
     from stabilitykit.gemma.kv_cache import KVCache

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from stabilitykit.experiment.footprint import footprint
 from stabilitykit.experiment.memory import measure, starve
 from stabilitykit.experiment.plan import case_tokens
 from stabilitykit.gemma import Gemma, build
-from stabilitykit.gemma.matmul import Matmul, preferred_matmul
+from stabilitykit.gemma.matmul import preferred_matmul
 from stabilitykit.gemma.tokenizer import Tokenizer
 from stabilitykit.results import Case, Failure, Footprint, Results, Shortage
 
@@ -138,9 +138,9 @@ class Runner:
         return self._models[wide][1]
 
 
-def _matmul(case: Case) -> Matmul:
+def _matmul(case: Case) -> str:
     settings = case.settings
-    chosen: Matmul | Literal["auto"] = settings["matmul"]
+    chosen: str = settings["matmul"]
     return preferred_matmul(settings["dtype"], settings["device"]) if chosen == "auto" else chosen
 
 

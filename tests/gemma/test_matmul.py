@@ -204,5 +204,60 @@ def test_what_is_preferred_is_wider_only_for_16_bits_on_a_cpu() -> None:
 
 
 def test_an_unknown_kind_is_told_the_known_ones() -> None:
-    with pytest.raises(MisuseError, match="native or float32-accumulate; 'fast' is neither"), matmul("fast"):
-        pass
+    for kind in ("fast", "float16-accumulate", "float16-accumulate:0", "float16-accumulate:-4"):
+        with pytest.raises(MisuseError, match=f"float32-accumulate or float16-accumulate:K.*{kind!r}"), matmul(kind):
+            pass
+
+
+def stepwise(left: Tensor, right: Tensor, terms: int) -> Floats:
+    """One element at a time: products and the sum of K of them exact in float64, then rounded to float16."""
+    result = np.zeros((left.shape[0], right.shape[1]))
+    for start in range(0, left.shape[1], terms):
+        part = left[:, start : start + terms].double() @ right[start : start + terms].double()
+        with np.errstate(invalid="ignore"):
+            result = rounded(result + part.float().double().numpy(), torch.float16)
+            result[result == 0] = 0.0
+    return result
+
+
+@pytest.mark.parametrize("terms", [1, 2, 7, 300, 1000])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_float16_sum_is_rounded_every_k_terms(name: str, terms: int) -> None:
+    product, shapes, _ = PRODUCTS[name]
+    # Small whole numbers: every product and every sum of K terms is exact in float32, so the order is all there is.
+    operands = [(drawn(*shape, dtype=torch.float32, seed=seed) * 3).round().half() for seed, shape in enumerate(shapes)]
+    with torch.inference_mode(), matmul(f"float16-accumulate:{terms}"):
+        found = product(*operands)
+    assert found.dtype == torch.float16
+    assert torch.equal(found.double(), product(*(operand.double() for operand in operands)))
+    fractions = [drawn(7, 300, dtype=torch.float16), drawn(300, 9, dtype=torch.float16, seed=1)]
+    with torch.inference_mode(), matmul(f"float16-accumulate:{terms}"):
+        found = fractions[0] @ fractions[1]
+    if terms == 1:  # a product of two is exact, so there is one rounding a term and no order but the given one
+        assert (found.double().numpy() == stepwise(*fractions, terms)).all()
+    with torch.inference_mode(), matmul("float32-accumulate"):
+        wide = fractions[0] @ fractions[1]
+    assert (terms >= 300) == torch.equal(found, wide)
+
+
+def test_a_partial_sum_past_float16_is_lost_although_the_result_would_fit() -> None:
+    row = torch.tensor([[60_000.0, 60_000.0, -60_000.0, -30_000.0]], dtype=torch.float16)
+    ones = torch.ones(4, 1, dtype=torch.float16)
+    results = {}
+    for kind in ("float16-accumulate:1", "float16-accumulate:2", "float16-accumulate:4", "float32-accumulate"):
+        with torch.inference_mode(), matmul(kind):
+            results[kind] = (row @ ones).item()
+    assert results == {
+        "float16-accumulate:1": math.inf,
+        "float16-accumulate:2": math.inf,
+        "float16-accumulate:4": 30_000.0,
+        "float32-accumulate": 30_000.0,
+    }
+
+
+def test_bfloat16_is_never_summed_in_float16() -> None:
+    a, b = drawn(5, 300, dtype=torch.bfloat16), drawn(300, 4, dtype=torch.bfloat16, seed=1)
+    with matmul("float32-accumulate"):
+        wide = a @ b
+    with matmul("float16-accumulate:8"):
+        assert torch.equal(a @ b, wide)
