@@ -76,7 +76,7 @@ class Floor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor) and output.is_floating_point() and not output._is_view():
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and not func.is_view:
             torch.aminmax(output)
         return output
 
@@ -197,11 +197,12 @@ def peer_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
     config = Gemma3TextConfig(
         vocab_size=ours.vocabulary, hidden_size=ours.hidden_size, intermediate_size=ours.feed_forward,
         num_hidden_layers=ours.layers, num_attention_heads=ours.heads, num_key_value_heads=ours.kv_heads,
-        head_dim=ours.head_dim, query_pre_attn_scalar=ours.query_scalar, attn_implementation="eager",
+        head_dim=ours.head_dim, query_pre_attn_scalar=int(ours.query_scalar), attn_implementation="eager",
     )  # fmt: skip
     model, watched = Gemma3ForCausalLM(config).eval(), Gemma3ForCausalLM(config).eval()
     with silenced():
         DebugUnderflowOverflow(watched)
+    forward = {"logits_to_keep": 1, "use_cache": False}
     for length in (512, 64):
         ids = torch.tensor([tokens[:length]])
 
@@ -209,7 +210,6 @@ def peer_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
             with torch.no_grad():
                 which(ids, logits_to_keep=1, use_cache=False)
 
-        forward = {"logits_to_keep": 1, "use_cache": False}
         seconds = taking_turns(
             {
                 "bare": lambda: bare(model),
