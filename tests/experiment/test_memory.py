@@ -14,7 +14,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.experiment.memory import measure
 from stabilitykit.gemma import Gemma, KVCache, build
-from stabilitykit.gemma.matmul import Matmul, matmul
+from stabilitykit.gemma.matmul import matmul
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&head_dim=16&vocabulary=512"
 SPECS = {
@@ -55,7 +55,7 @@ def test_the_real_models_weights_are_as_many_as_its_parameters() -> None:
     assert footprint(RELEASED["gemma3-270m"], "bfloat16", 1).weights == 2 * 268_098_176
 
 
-def most_allocated(model: Gemma, length: int, kind: Matmul) -> int:
+def most_allocated(model: Gemma, length: int, kind: str) -> int:
     """The most bytes that torch's allocator had handed out at one time during a prefill, by its own profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         ids = torch.arange(length)[None]
@@ -79,7 +79,7 @@ def most_allocated(model: Gemma, length: int, kind: Matmul) -> int:
 )
 @pytest.mark.parametrize("generation", SPECS)
 def test_cache_and_activations_are_what_the_allocator_hands_out_to_the_byte(
-    generation: int, dtype: str, kind: Matmul
+    generation: int, dtype: str, kind: str
 ) -> None:
     """At lengths where the head, the MLP or the attention scores take most."""
     model = build(random_checkpoint(SPECS[generation]), dtype=dtype)
