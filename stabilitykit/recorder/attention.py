@@ -12,14 +12,13 @@ from torch import Tensor
 
 from stabilitykit.recorder.judgement import blocks
 from stabilitykit.recorder.softmax import SoftmaxTally
-from stabilitykit.records import Softmax
 
 FUSED_ATTENTION = "scaled_dot_product_attention"  # the canonical name of all such kernels
 
 _ELEMENTS = 1 << 24  # of the scores that are in memory at once
 
 
-def recompute_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax | None:
+def recompute_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SoftmaxTally | None:
     """Statistics of the probabilities that this call of a fused kernel weighed its values with.
 
     Queries [B, H, T, D] and keys [B, G, K, D] as they were given, H a multiple of G. Masks are boolean (True: look) or
@@ -46,7 +45,7 @@ def recompute_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             scores = scores.masked_fill(hidden, -math.inf)
         # a row that hides every key gives NaN here and is counted as what it is: fully masked
         tally.add(scores, torch.softmax(scores, -1), -1, 1, hidden)
-    return tally.result()
+    return tally
 
 
 def _hidden(mask: Tensor | None, scores: Tensor, start: int, *, causal: bool) -> Tensor | None:

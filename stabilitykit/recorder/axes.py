@@ -18,7 +18,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The shape that gives every axis of a tensor a dimension of its own, the last one the channel; which is which."""
+    """The shape that gives every axis of a tensor a dimension of its own, the last one the channel; which is which.
+
+    Of a tensor that is a block of a larger one, `start` and `first_key` are where its positions and, with `pairs`, its
+    channels begin.
+    """
 
     shape: tuple[int, ...]
     row: int | None = None
@@ -26,6 +30,8 @@ class Axes:
     head: int | None = None
     at_last: bool = False  # no position axis: belongs to the last position
     pairs: bool = False  # the channel counts positions too
+    start: int = 0
+    first_key: int = 0
 
     def fold(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.shape)
@@ -34,7 +40,8 @@ class Axes:
         """The position that the element at this index of the folded tensor belongs to."""
         if self.position is None:
             return None
-        return max(place[self.position], place[-1]) if self.pairs else place[self.position]
+        position = place[self.position] + self.start
+        return max(position, place[-1] + self.first_key) if self.pairs else position
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,7 @@
 """How far a tensor is from the same site of a reference run."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,30 +10,38 @@ from stabilitykit.formats import NumberFormat
 from stabilitykit.records import Deviation
 
 
-def measure_deviation(tensor: Tensor, reference: Tensor, stored: NumberFormat) -> Deviation | None:
+@dataclass(frozen=True, slots=True)
+class DeviationTally:
+    """Elements compared, the sums of squared errors and of squared references, the largest error, and that in ulp."""
+
+    numbers: Tensor  # float64, on the tensors' device
+
+    def result(self) -> Deviation:
+        compared, noise, signal, largest, largest_ulp = self.numbers.tolist()
+        if compared == 0:
+            return Deviation(sqnr=None, largest=None, largest_ulp=None, compared=0)
+        ratio = math.log10(signal / noise) if signal and noise else math.inf
+        return Deviation(
+            sqnr=10 * ratio if signal else None, largest=largest, largest_ulp=largest_ulp, compared=int(compared)
+        )
+
+
+def measure_deviation(tensor: Tensor, reference: Tensor, stored: NumberFormat) -> DeviationTally | None:
     """`Deviation` of `tensor` from `reference`, in float64; None where their shapes differ.
 
     An element counts where it is finite in both. A unit in the last place is that of `stored` at the reference's
-    magnitude, that of its smallest normal number below that.
+    magnitude, that of its smallest normal number below that. Nothing waits for the tensors' device.
     """
     if tensor.shape != reference.shape:
         return None
+    if tensor.numel() == 0:
+        return DeviationTally(torch.zeros(5, dtype=torch.float64))
     ours, theirs = tensor.reshape(-1).double(), reference.reshape(-1).double()
     both = ours.isfinite() & theirs.isfinite()
-    compared = int(both.sum())
-    if compared == 0:
-        return Deviation(sqnr=None, largest=None, largest_ulp=None, compared=0)
-    if compared < ours.numel():
-        ours, theirs = ours[both], theirs[both]
-    error = (ours - theirs).abs()
-    noise, signal = float(error.square().sum()), float(theirs.square().sum())
+    theirs = theirs.where(both, 0.0)
+    error = (ours - theirs).abs().where(both, 0.0)
     magnitude = theirs.abs().clamp_min(stored.smallest_normal)
     _, exponent = torch.frexp(magnitude)  # of a significand in [1/2, 1)
     ulp = torch.ldexp(torch.ones_like(theirs), exponent - stored.precision)
-    ratio = math.log10(signal / noise) if signal and noise else math.inf
-    return Deviation(
-        sqnr=10 * ratio if signal else None,
-        largest=float(error.max()),
-        largest_ulp=float((error / ulp).max()),
-        compared=compared,
-    )
+    sums = (both.sum().double(), error.square().sum(), theirs.square().sum(), error.max(), (error / ulp).max())
+    return DeviationTally(torch.stack(sums))

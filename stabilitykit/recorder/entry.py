@@ -1,81 +1,137 @@
 """A record in the making: what is known when a tensor is made, and the record once everything is."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
 from stabilitykit.recorder.axes import Axes
+from stabilitykit.recorder.blocks import Part
+from stabilitykit.recorder.deviation import DeviationTally
 from stabilitykit.recorder.kernels.layout import Edges
 from stabilitykit.recorder.labels import Family, label
 from stabilitykit.recorder.origins import Origin
-from stabilitykit.recorder.statistics import Row, Statistics, decode
-from stabilitykit.records import Break, Deviation, Header, Record, Softmax, flat_index, index_at
+from stabilitykit.recorder.softmax import SoftmaxTally
+from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
+from stabilitykit.records import Break, Header, Record, flat_index, index_at
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
 
 
-@dataclass(slots=True, kw_only=True)
-class Entry:
-    """`site` is final only when every module around it has returned, and a token's text when the pass is over.
+@dataclass(slots=True)
+class Step:
+    """A forward pass: `rows` sequences get `length` new tokens, the first of them at the position `start`.
 
-    `region` is the memory it was measured in; `row`, counted against `edges`, becomes `measured` when somebody asks.
-    `start` is the position of the step's first token, `length` the number of them, `tokens` what the sequences hold.
-    `broke_on` are the origins of the break's operands.
+    `tokens` are those of each sequence, with what its cache holds. `rows` and `length` are None where they are not
+    known.
     """
 
-    step: int
-    module: str
-    site: str
-    operator: str | None
-    region: tuple[int, ...]
+    number: int = 0
+    start: int = 0
+    rows: int | None = None
+    length: int | None = None
+    tokens: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What tensors of one dtype and shape share: what both are called, which axis is which, what is counted."""
+
     dtype: str
     shape: tuple[int, ...]
     axes: Axes
-    start: int
-    length: int
-    tokens: Sequence[Sequence[int]]
-    edges: Edges | None = None
+    edges: Edges
+
+
+@dataclass(slots=True)
+class Entry:
+    """`site` is final only when every module around it has returned, and a token's text when the pass is over.
+
+    `region` is the memory it was measured in; `row` becomes `measured` when somebody asks. A tensor made by blocks has
+    what was found in those so far. `broke_on` are the origins of the break's operands. `repeats` is the number of an
+    entry which this one is again, if it has the same statistics.
+    """
+
+    step: Step
+    module: str
+    site: str
+    operator: str | None
+    region: tuple[int, int, int]
+    form: Form
     row: Row | None = None
     measured: Statistics | None = None
+    elements: int | None = None  # as many as the blocks have; None: as many as the form
     position_amax: Tensor | None = None  # by row and position
-    lost_positions: int = 0
-    lost_channels: int = 0
-    softmax: Softmax | None = None
-    deviation: Deviation | None = None
+    lost_positions: list[Tensor] = field(default_factory=list)  # a count of each block
+    lost_channels: Tensor | None = None  # by channel
+    softmax: SoftmaxTally | None = None
+    deviation: DeviationTally | None = None
     broke: Break | None = None
     broke_on: tuple[Origin | None, ...] = ()
+    repeats: int | None = None
+
+    def take(self, row: Row, part: Part | None) -> None:
+        """What was counted of the tensor, or of one more part of it."""
+        if part is not None:
+            self.elements = (self.elements or 0) + math.prod(part.shape)
+        self.row = joined(self.row, row, part)
+
+    def take_peaks(self, peaks: Tensor, part: Part | None) -> None:
+        """The amax of each row and position of the tensor, or of one more part of it."""
+        if part is None:
+            self.position_amax = peaks
+            return
+        if self.position_amax is None:
+            self.position_amax = peaks.new_zeros((*peaks.shape[:-1], part.whole[-2]))
+        start = part.offsets[0]
+        self.position_amax[..., start : start + peaks.shape[-1]] = peaks
+
+    def take_lost(self, lost: Tensor, axes: Axes, part: Part | None) -> None:
+        """Where it is lost, a boolean for each element of the tensor or of one more part of it."""
+        folded = lost.reshape(axes.shape)
+        kept = {d for d in (axes.row, axes.position) if d is not None}
+        if axes.position is not None or axes.at_last:
+            others = [dim for dim in range(folded.ndim) if dim not in kept]
+            self.lost_positions.append((folded.any(dim=others) if others else folded).sum())
+        channels = folded.reshape(-1, folded.shape[-1] if folded.ndim else 1).any(0)
+        if part is not None:
+            of_part, channels = channels, channels.new_zeros(part.whole[-1])
+            channels[part.offsets[1] : part.offsets[1] + len(of_part)] = of_part
+        self.lost_channels = channels if self.lost_channels is None else self.lost_channels | channels
 
     @property
     def statistics(self) -> Statistics:
         if self.measured is None:
             assert self.row is not None
-            assert self.edges is not None
-            self.measured = decode(self.row, self.edges, self.shape)
+            self.measured = decode(self.row, self.form.edges, self.form.shape, self.elements)
         return self.measured
 
     @property
     def positions(self) -> int | None:
-        rows = 1 if self.axes.row is None else self.axes.shape[self.axes.row]
-        if self.axes.position is not None:
-            return rows * self.axes.shape[self.axes.position]
-        return rows if self.axes.at_last else None
+        axes = self.form.axes
+        rows = 1 if axes.row is None else axes.shape[axes.row]
+        if axes.position is not None:
+            return rows * axes.shape[axes.position]
+        return rows if axes.at_last else None
 
     def locate(self, index: tuple[int, ...]) -> tuple[int | None, int | None, int | None]:
         """Row, absolute position and channel of an element of the tensor."""
-        place = index_at(flat_index(index, self.shape), self.axes.shape)
-        row = None if self.axes.row is None else place[self.axes.row]
-        return row, self.absolute(self.axes.position_of(place)), place[-1] if place else None
+        axes = self.form.axes
+        place = index_at(flat_index(index, self.form.shape), axes.shape)
+        row = None if axes.row is None else place[axes.row]
+        return row, self.absolute(axes.position_of(place)), place[-1] if place else None
 
     def absolute(self, position: int | None) -> int | None:
-        if position is None and self.axes.at_last:
-            position = (self.length or 1) - 1
-        return None if position is None else position + self.start
+        if position is None and self.form.axes.at_last:
+            position = (self.step.length or 1) - 1
+        return None if position is None else position + self.step.start
 
     def token(self, row: int | None, position: int | None) -> int | None:
-        ids = self.tokens[row or 0] if (row or 0) < len(self.tokens) else ()
+        tokens = self.step.tokens
+        ids = tokens[row or 0] if (row or 0) < len(tokens) else ()
         return ids[position] if position is not None and position < len(ids) else None
 
     def record(self, order: int, header: Header, *, family: Family | None, site_of: Callable[[Origin], str]) -> Record:
@@ -84,21 +140,21 @@ class Entry:
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
             broke = replace(broke, operand_sites=sites, token=None if header.tokens is None else broke.token)
-        statistics = self.statistics
+        statistics, shape = self.statistics, self.form.shape
         row = position = channel = token = None
         if statistics.amax_index is not None:
             row, position, channel = self.locate(statistics.amax_index)
             token = None if header.tokens is None else self.token(row, position)
         return Record(
             order=order,
-            step=self.step,
+            step=self.step.number,
             site=self.site,
             label=label(self.site, family),
             module=self.module,
             operator=self.operator,
             layer=int(layer[1]) if layer else None,
-            dtype=self.dtype,
-            shape=self.shape,
+            dtype=self.form.dtype,
+            shape=shape,
             **{name: getattr(statistics, name) for name in _SHARED},
             amax_row=row,
             amax_position=position,
@@ -107,10 +163,10 @@ class Entry:
             amax_token_text=header.text_of(token),
             position_amax=None if self.position_amax is None else tuple(self.position_amax.flatten().tolist()),
             positions=self.positions,
-            channels=self.shape[-1] if self.shape else None,
-            lost_positions=self.lost_positions,
-            lost_channels=self.lost_channels,
-            softmax=self.softmax,
-            deviation=self.deviation,
+            channels=shape[-1] if shape else None,
+            lost_positions=sum(map(int, self.lost_positions)),
+            lost_channels=0 if self.lost_channels is None else int(self.lost_channels.sum()),
+            softmax=None if self.softmax is None else self.softmax.result(),
+            deviation=None if self.deviation is None else self.deviation.result(),
             broke=broke,
         )

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from stabilitykit.formats import NumberFormat
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, traits
-from stabilitykit.recorder.origins import Hidden, Origin
+from stabilitykit.recorder.origins import Hidden, Origin, hidden
 from stabilitykit.records import Break, BreakKind, flat_index, index_at
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -37,14 +37,15 @@ class Operand:
         if masked is not None and masked.where.shape == tensor.shape and masked.stride == tensor.stride():
             return masked
         if masked is not None:  # a view of masked memory, in an order of its own, shows its mask by value
-            return _hidden(blocks(tensor), tensor)
-        if tensor.ndim < 2:
+            return hidden(blocks(tensor), tensor.stride())
+        if tensor.ndim < 2 or self.origin.clear:
             return None
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if key not in self.origin.hidden:  # nothing is written there without becoming another origin
             # Attention masks come with four dimensions; what has fewer may be a hidden state, large and negative.
             is_mask = self.origin.kind == "constant" or tensor.ndim > 3
-            self.origin.hidden[key] = _hidden(blocks(tensor) if is_mask else tensor == -math.inf, tensor)
+            where = blocks(tensor) if is_mask else tensor == -math.inf
+            self.origin.hidden[key] = hidden(where, tensor.stride())
         return self.origin.hidden[key]
 
 
@@ -61,11 +62,10 @@ class Call:
 
 @dataclass(slots=True)
 class Finding:
-    """`lost` is True at the elements that are neither finite nor masked; `origins` are the break's operands'."""
+    """A break, and the origins of its operands."""
 
-    lost: Tensor
-    broke: Break | None
-    origins: tuple[Origin | None, ...] = ()
+    broke: Break
+    origins: tuple[Origin | None, ...]
 
 
 def blocks(operand: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -95,30 +95,30 @@ def may_hide(call: Call, output: Tensor) -> tuple[Hidden, float] | None:
     if call.func is None:
         return None
     if call.name in SELECTIONS:
-        hidden = _placed(call, output)
+        parts = _placed(call, output)
     elif traits(call.func).pointwise or call.name == "log_softmax":
-        hidden = [operand.hides() for operand in call.operands]
+        parts = [operand.hides() for operand in call.operands]
     else:
         return None
-    shown = [part for part in hidden if part is not None]
-    if not shown:
+    masks = [part for part in parts if part is not None]
+    if not masks:
         return None
     limit = torch.finfo(narrowest(output, call.operands)).min / 2
-    union = shown[0].expand(output.shape)
-    for part in shown[1:]:
+    union: Hidden | None = masks[0].expand(output.shape)
+    for part in masks[1:]:
+        assert union is not None
         where = union.where | part.where.expand(output.shape)
-        union = Hidden(where, where.stride(), int(where.sum()))
+        union = hidden(where, where.stride())
+    assert union is not None
     return union, limit
 
 
-def joins_positions(call: Call, output: Tensor, length: int | None) -> bool:
-    """Whether the last two dimensions of `output` both count the sequence's `length` positions: attention scores.
+def joins_positions(call: Call, output: Tensor) -> bool:
+    """Whether the last two dimensions of `output`, whose sizes allow it, both count positions: attention scores.
 
     They begin as a product of two computed tensors, queries and keys, and stay what they are under pointwise
     operators and softmax. Probabilities times values is a product too, of something that is already of this kind.
     """
-    if length is None or output.ndim < 3 or tuple(output.shape[-2:]) != (length, length):
-        return False
     if call.name in CONTRACTIONS:
         return len(call.operands) == 2 and all(
             operand.origin.kind == "computed" and not operand.origin.pairs for operand in call.operands
@@ -128,35 +128,26 @@ def joins_positions(call: Call, output: Tensor, length: int | None) -> bool:
     return any(o.origin.pairs and o.tensor.numel() == output.numel() for o in call.operands)
 
 
-def judge(call: Call, output: Tensor, masked: Tensor | None, axes: Axes, stored: NumberFormat) -> Finding:
-    """Looks closer at an `output` that holds at least one NaN or infinity which is not masked.
+def judge(call: Call, output: Tensor, lost: Tensor, axes: Axes, stored: NumberFormat) -> Finding | None:
+    """Looks closer at an `output` that holds a NaN or infinity which no operand that was computed had.
 
-    `axes` tells its axes apart; `stored` is the format they were
-    stored in.
+    `lost` is True at the elements that are neither finite nor masked, `axes` tells the axes of `output` apart, `stored`
+    is the format that it is stored in. None where an operand that was computed had it after all.
     """
-    lost = ~output.isfinite() if masked is None else ~output.isfinite() & ~masked
-    if call.name in SELECTIONS:
-        return Finding(lost, None)
     culprit = next((operand for operand in call.operands if _carries_damage(operand)), None)
     if culprit is not None:
         kind = culprit.origin.kind
         if kind == "computed":
-            return Finding(lost, None)
+            return None
         found: BreakKind = "weight" if kind == "weight" else "input"
-        broke = _break(found, lost, axes, (), None, stored)
-        return Finding(lost, broke, (culprit.origin,))
+        return Finding(_break(found, lost, axes, (), None, stored), (culprit.origin,))
 
     flat = _earliest(lost, axes)
     index = index_at(flat, output.shape)
     value = _widened(call, index)
     kind_found = _kind(call, output, index, value, stored)
     operands, sites = _operands_at(call, output.shape, index)
-    return Finding(lost, _break(kind_found, lost, axes, operands, value, stored), sites)
-
-
-def _hidden(where: Tensor, like: Tensor) -> Hidden | None:
-    count = int(where.sum())
-    return Hidden(where, like.stride(), count) if count else None
+    return Finding(_break(kind_found, lost, axes, operands, value, stored), sites)
 
 
 def _placed(call: Call, output: Tensor) -> list[Hidden | None]:
@@ -173,7 +164,7 @@ def _placed(call: Call, output: Tensor) -> list[Hidden | None]:
 
 
 def _whole(where: Tensor) -> Hidden | None:
-    return _hidden(where, where)
+    return hidden(where, where.stride())
 
 
 def _carries_damage(operand: Operand) -> bool:

@@ -58,6 +58,7 @@ class Traits:
     name: str  # the canonical one
     composite: bool  # takes itself apart into others
     writes_in_place: bool
+    written: tuple[tuple[int, str], ...]  # the arguments that it writes into, by place and name
     combines: bool  # makes its result of its operands' values rather than only placing them
     pointwise: bool
     places: bool  # never computes a value
@@ -91,6 +92,11 @@ def _traits(func: Any) -> Traits:
         name=name,
         composite=bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")),
         writes_in_place=bool(func._schema.is_mutable),
+        written=tuple(
+            (place, argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ),
         combines=pointwise or name not in _MOVES,
         pointwise=pointwise,
         places=name in _MOVES or view,

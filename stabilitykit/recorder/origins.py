@@ -12,16 +12,27 @@ OriginKind = Literal["weight", "constant", "input", "computed"]
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Where a mask hides elements: booleans in the shape of the tensor, whose strides are `stride`; some are True."""
+    """Where a mask hides elements: booleans in the shape of the tensor, whose strides are `stride`.
+
+    `count` of them are True, at least one; None where to count them would be to wait for a device.
+    """
 
     where: Tensor
     stride: tuple[int, ...]
-    count: int
+    count: int | None
 
     def expand(self, shape: Sequence[int]) -> "Hidden":
         where = self.where.expand(shape)
-        repeats = where.numel() // self.where.numel()
-        return Hidden(where, where.stride(), self.count * repeats)
+        count = None if self.count is None else self.count * (where.numel() // self.where.numel())
+        return Hidden(where, where.stride(), count)
+
+
+def hidden(where: Tensor, stride: tuple[int, ...]) -> Hidden | None:
+    """`Hidden`, or None where no element is; what is not on the CPU is not looked at, and may hide none."""
+    if where.device.type != "cpu":
+        return Hidden(where, stride, None)
+    count = int(where.sum())
+    return Hidden(where, stride, count) if count else None
 
 
 @dataclass(slots=True)
@@ -29,7 +40,7 @@ class Origin:
     """What is known of a tensor's values: whether any was lost, and which ones a mask hides (None: none).
 
     `pairs`: each joins two positions, as attention scores and probabilities do. `hidden` remembers where a constant or
-    an input, seen in some shape and strides, is a mask.
+    an input, seen in some shape and strides, is a mask; `clear`: nowhere, as a look at all of it has shown.
     `name` is a parameter's path or stands in for a site; `entry` is the number of its record, if it has one.
     """
 
@@ -40,6 +51,8 @@ class Origin:
     masked: Hidden | None = None
     pairs: bool = False
     hidden: dict[tuple[object, ...], Hidden | None] = field(default_factory=dict)
+    clear: bool = False
+    looked_at: bool = False
 
     @property
     def may_mask(self) -> bool:
@@ -97,8 +110,3 @@ class Origins:
     def forget(self) -> None:
         self._held.clear()
         self._kept.clear()
-
-
-def region(tensor: Tensor) -> tuple[int, ...]:
-    """Which elements of which storage: equal for a tensor and any reshaped view of all of it."""
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor.element_size()

@@ -7,18 +7,20 @@ shorter prompt needs to know; the full statistics take twenty times as long.
 from collections.abc import Callable, Sequence
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stabilitykit.recorder.axes import Axes
-from stabilitykit.recorder.statistics import Statistics
+from stabilitykit.recorder.kernels.layout import FIELDS, Field
+from stabilitykit.recorder.statistics import Row
 from stabilitykit.records import flat_index, index_at
 
 _BLOCK = 512  # positions
 
 
-def measure_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> tuple[Statistics, Tensor] | None:
-    """Statistics of `values` without histogram and sums, and the amax by row and position, in at least float32.
+def measure_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> tuple[Row, Tensor] | None:
+    """The row of `values` without histogram and sums, and the amax by row and position, in at least float32.
 
     `axes` tells its axes apart; `masked`, boolean and of as many, marks elements that
     enter nothing. None where there is no position
@@ -41,20 +43,11 @@ def measure_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> tuple[St
     tied = int((peaks == amax).sum()) > 1
     place = index_at(peak, peaks.shape)
     index = _first_of_all(amax, tensor, axes) if tied else _index_of(amax, place, tensor, axes)
-    shown = hidden < tensor.numel()
-    statistics = Statistics(
-        elements=tensor.numel(),
-        masked=hidden,
-        nan=0,
-        positive_inf=0,
-        negative_inf=0,
-        zero=None,
-        subnormal=None,
-        amax=amax if shown else None,
-        formats={},
-        amax_index=index_at(flat_index(index, tensor.shape), values.shape) if shown else None,
-    )
-    return statistics, peaks
+    row = np.zeros(FIELDS)
+    row[Field.MASKED] = hidden
+    row[Field.AMAX] = amax if hidden < tensor.numel() else -1.0
+    row[Field.INDEX] = flat_index(index, tensor.shape)
+    return row, peaks
 
 
 def position_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> Tensor:
@@ -69,24 +62,27 @@ def _by_position(tensor: Tensor, axes: Axes, reduce: Callable[[Tensor, int], Ten
     """`tensor` reduced to its rows and positions; with 0 thrown in where elements join two positions."""
     kept = {d for d in (axes.row, axes.position) if d is not None}
     if axes.pairs:
-        tensor = _later_of_both(tensor, reduce)
+        tensor = _later_of_both(tensor, reduce, axes.start - axes.first_key)
     for dim in reversed([d for d in range(tensor.ndim) if d not in kept]):
         tensor = reduce(tensor, dim)
     return tensor
 
 
-def _later_of_both(scores: Tensor, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """[..., L, L] -> [..., L]: what element k gathers is row k up to the diagonal, and column k down to it.
+def _later_of_both(scores: Tensor, reduce: Callable[[Tensor, int], Tensor], before: int) -> Tensor:
+    """[..., L, `before` + L] -> [..., L]: what element k gathers is row k up to the diagonal, and column k down to it.
 
-    By blocks, so that all but the diagonal ones are read in place.
+    The first `before` keys are those of earlier positions. By blocks, so that all but the diagonal ones are read in
+    place.
     """
     parts = []
-    for start in range(0, scores.shape[-1], _BLOCK):
-        here = slice(start, start + _BLOCK)
-        corner = scores[..., here, here]
+    for start in range(0, scores.shape[-2], _BLOCK):
+        here, there = slice(start, start + _BLOCK), slice(before + start, before + start + _BLOCK)
+        corner = scores[..., here, there]
         gathered = [reduce(corner.tril(), -1), reduce(corner.triu(), -2)]
+        if before + start:
+            gathered.append(reduce(scores[..., here, : before + start], -1))
         if start:
-            gathered += [reduce(scores[..., here, :start], -1), reduce(scores[..., :start, here], -2)]
+            gathered.append(reduce(scores[..., :start, there], -2))
         parts.append(reduce(torch.stack(gathered), 0))
     return torch.cat(parts, dim=-1)
 
@@ -105,7 +101,9 @@ def _index_of(amax: float, place: tuple[int, ...], tensor: Tensor, axes: Axes) -
         return found
     # What belongs to a position of scores is its column down to the diagonal, and its row up to it.
     one, up_to = slice(position, position + 1), slice(0, position + 1)
-    places = [_first(amax, tensor, [*within[:-2], *ends]) for ends in ((up_to, one), (one, up_to))]
+    column = axes.start - axes.first_key + position
+    key, keys = slice(column, column + 1), slice(0, column + 1)
+    places = [_first(amax, tensor, [*within[:-2], *ends]) for ends in ((up_to, key), (one, keys))]
     return min(found for found in places if found is not None)
 
 

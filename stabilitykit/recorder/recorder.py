@@ -7,7 +7,7 @@
 The hooks know where the program is; the operator mode sees what no module returns: residual adds, attention
 scores, gate · up. A tensor is measured the moment it exists, because the next operator may write over it.
 Nothing is changed: the model computes the same bits with and without a recorder, and no hook outlives the
-block. Each tensor costs a few passes over its elements and one wait for the device.
+block. On a device nothing waits: what was counted there crosses to the host while the pass goes on.
 """
 
 import math
@@ -16,7 +16,6 @@ import platform
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -32,41 +31,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
-from stabilitykit.recorder.axes import axes_of
+from stabilitykit.recorder.axes import Axes, axes_of
+from stabilitykit.recorder.blocks import Part, QueryBlock, part_of
 from stabilitykit.recorder.deviation import measure_deviation
-from stabilitykit.recorder.entry import Entry
-from stabilitykit.recorder.judgement import (
-    Call,
-    Finding,
-    Operand,
-    blocks,
-    joins_positions,
-    judge,
-    may_hide,
-    narrowest,
-)
+from stabilitykit.recorder.entry import Entry, Form, Step
+from stabilitykit.recorder.judgement import Call, Operand, blocks, joins_positions, judge, may_hide, narrowest
 from stabilitykit.recorder.kernels.layout import Field, edges
 from stabilitykit.recorder.labels import family_of
 from stabilitykit.recorder.operators import SELECTIONS, Traits, moves, traits
-from stabilitykit.recorder.origins import Hidden, Origin, Origins, region
+from stabilitykit.recorder.origins import Hidden, Origin, Origins, hidden
 from stabilitykit.recorder.peaks import measure_peaks, position_peaks
-from stabilitykit.recorder.softmax import measure_softmax
-from stabilitykit.recorder.statistics import Statistics, measurable, measure, tally
-from stabilitykit.records import Header, Level, Recording
+from stabilitykit.recorder.pending import Pending, Row
+from stabilitykit.recorder.softmax import SoftmaxTally
+from stabilitykit.recorder.statistics import measurable, tally
+from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, region
+from stabilitykit.records import Header, Level, Record, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 Detail = Literal["statistics", "peaks"]
 
 _MEASURED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-# Those whose tensors are looked at, by the name that records have.
-_NAMES = {
-    dtype: str(dtype).removeprefix("torch.")
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
-}
-_LEAVES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
-
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
 
 _OUTSIDE = "outside"  # where operators stand that no part of the model runs
@@ -124,7 +109,7 @@ def record(
         raise MisuseError(f"A detail is one of {', '.join(get_args(Detail))}; {detail!r} is none of them.")
     for name in formats:
         number_format(name)
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+    if any("_orig_mod" in m._modules or m.__dict__.get("_compiled_call_impl") is not None for m in model.modules()):
         raise MisuseError(
             "A recorded model runs operator by operator; this one, or a part of it, is compiled into kernels that no "
             "hook sees. Record the model from before torch.compile, which keeps it as `_orig_mod`, or load it again if "
@@ -203,13 +188,31 @@ class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(slots=True)
 class _Frame:
-    """A module that is being executed."""
+    """A module that is being executed, with what it was given.
+
+    `numbers` count its operators by name. `block` is what it computes of its attention now, `numbers_before` what they
+    were when it began with the first one, `of_blocks` the numbers of the entries that its blocks share, by site.
+    """
 
     path: str
     module: nn.Module | None
     first_entry: int
-    inputs: list[Operand] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    given: tuple[Any, Any] = ((), {})
+    inputs: list[Operand] | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+    by_blocks: bool = False
+    block: QueryBlock | None = None
+    numbers_before: dict[str, int] = field(default_factory=dict)
+    of_blocks: dict[str, int] = field(default_factory=dict)
+
+    def turn_to(self, block: QueryBlock | None) -> None:
+        """Operators have the same numbers in every block, and go on from there after the last one."""
+        if block is not None:
+            if self.block is None:
+                self.numbers_before = dict(self.numbers)
+                self.of_blocks = {}
+            self.numbers = dict(self.numbers_before)
+        self.block = block
 
 
 class _Recorder:
@@ -240,36 +243,41 @@ class _Recorder:
         self.against = against
         self.matmul = matmul
         self.watch = watch
-        self.watched: list[tuple[str, int, float]] = []
+        self.watched: list[tuple[str, int, Tensor]] = []
         self.frames = [_Frame(_OUTSIDE, None, 0)]
         self.entries: list[Entry] = []
-        self.step = -1
-        self.rows: int | None = None
-        self.length: int | None = None
-        self.start = 0
+        self.step = Step(-1)
         self.starts: list[int] = []
+        self.forms: dict[tuple[Any, ...], Form] = {}
+        self.pending = Pending()
+        self.judgements: list[Callable[[], None]] = []
         self.autocast: str | None = None
-        self.tokens: list[list[int]] = []  # of the sequences now running, with what their cache holds
         self.seen: set[int] = set()
         self.origins = Origins(
             weights=((_path(name), tensor) for name, tensor in model.named_parameters()),
             constants=((_path(name), tensor) for name, tensor in model.named_buffers()),
         )
         self.family = family_of(model)
+        self.modules = dict(model.named_modules())
         # what a wrapper's `generate` may call without calling the wrapper
-        self.wholes = {m for m in model.modules() if any(isinstance(part, nn.ModuleList) for part in m.modules())}
-        self.wholes = {m for m in self.wholes if not isinstance(m, nn.ModuleList)} | {model}
+        self.wholes = {model} | {
+            self.modules[outer]
+            for name, module in self.modules.items()
+            if isinstance(module, nn.ModuleList)
+            for outer in _around(name)
+            if not isinstance(self.modules[outer], nn.ModuleList)
+        }
 
     # Hooks
 
     def attach(self, stack: ExitStack) -> None:
-        for name, module in self.model.named_modules():
+        for name, module in self.modules.items():
             path = _path(name)
             if self.level == "layers" and not _is_layer(path):
                 continue
             for handle in (
                 module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
-                module.register_forward_hook(self._leave(), with_kwargs=True, always_call=True),
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
             ):
                 stack.callback(handle.remove)
 
@@ -277,30 +285,38 @@ class _Recorder:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.stop_at_break and self.broken:
                 raise _Stopped  # not at the break: the modules it ends return first, and lend it their names
-            frame = _Frame(path, module, len(self.entries))
+            frame = _Frame(path, module, len(self.entries), (args, kwargs))
+            frame.by_blocks = hasattr(type(module), "query_block")
             self.frames.append(frame)
             if module in self.wholes and not any(outer.module in self.wholes for outer in self.frames[:-1]):
                 with _aside():
                     self._begin_step(args, kwargs)
-            frame.inputs = [Operand(tensor, self.origins.of(tensor)) for tensor in _floating((args, kwargs))]
+            if self.level != "operators":
+                frame.inputs = self._inputs(frame)
+            elif _is_layer(path):
+                self._look_for_masks(args, kwargs)
 
         return hook
 
-    def _leave(self) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self.frames[-1].module is not module:
-                return  # never entered: somebody else's hook raised before ours
-            frame = self.frames.pop()
-            for index, tensor in enumerate(_floating(output)):
-                self._module_output(frame, index, tensor)
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.frames[-1].module is not module:
+            return  # never entered: somebody else's hook raised before ours
+        frame = self.frames.pop()
+        for index, tensor in enumerate(floating(output)):
+            self._module_output(frame, index, tensor)
+        if self.judgements and len(self.frames) == 1:
+            self._settle()
 
-        return hook
+    def _inputs(self, frame: _Frame) -> list[Operand]:
+        return [Operand(tensor, self.origins.of(tensor)) for tensor in floating(frame.given)]
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.step += 1
-        self.frames[0].counts.clear()
-        self.start = _held(kwargs)
-        self.starts.append(self.start)
+        self._settle()
+        self.frames[0].numbers.clear()
+        self.forms.clear()
+        before, step = self.step, Step(self.step.number + 1, _held(kwargs), self.step.rows, self.step.length)
+        self.step = step
+        self.starts.append(step.start)
         devices = {tensor.device.type for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for device in devices - {"meta"}:
             if torch.is_autocast_enabled(device):
@@ -308,80 +324,102 @@ class _Recorder:
         tensors = [leaf for leaf in tree_leaves((kwargs.get("input_ids"), args, kwargs)) if isinstance(leaf, Tensor)]
         ids = next((t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.ndim in (1, 2)), None)
         embedded = next((t for t in tensors if t.is_floating_point() and t.ndim == 3), None)
+        step.tokens = before.tokens
         if ids is not None:
             ids = ids.reshape(-1, ids.shape[-1])
-            self.rows, self.length = ids.shape
+            step.rows, step.length = ids.shape
             new = ids.tolist()
             self.seen.update(*new)
-            continues = self.start > 0 and len(self.tokens) == len(new)
-            self.tokens = [old + more for old, more in zip(self.tokens, new, strict=True)] if continues else new
+            if step.start > 0 and len(before.tokens) == len(new):
+                new = [[*old, *more] for old, more in zip(before.tokens, new, strict=True)]
+            step.tokens = new
         elif embedded is not None:
-            self.rows, self.length = embedded.shape[:2]
-        for tensor in _floating((args, kwargs)):
+            step.rows, step.length = embedded.shape[:2]
+        for tensor in floating((args, kwargs)):
             if self.origins.of(tensor).kind == "constant":  # made inside the block
                 self.origins.remember(tensor, Origin("input", "input"))
+
+    def _look_for_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the layers of a device begin, which of the constants and inputs they are given hide nothing."""
+        for tensor in floating((args, kwargs)):
+            if tensor.device.type != "cpu":
+                origin = self.origins.of(tensor)
+                if origin.may_mask and not origin.looked_at:
+                    with _aside():
+                        origin.looked_at, origin.clear = True, not bool(blocks(tensor).any())
 
     def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
         site = (frame.path or "/output") + (f"[{index}]" if index else "")
         origin = self.origins.of(tensor)
         memory = region(tensor)
-        if any(memory == region(operand.tensor) for operand in frame.inputs):
+        given = floating(frame.given) if frame.inputs is None else [operand.tensor for operand in frame.inputs]
+        if any(memory == region(one) for one in given):
             return  # handed on as it came
+        repeats = None
         if origin.entry is not None and origin.entry >= frame.first_entry:
             entry = self.entries[origin.entry]
             if self.level == "operators":
-                if index and entry.statistics.elements == tensor.numel():
+                if index and math.prod(entry.form.shape) == tensor.numel():
                     return  # what a module hands out besides keeps its operator's name, as where it is not handed out
                 if entry.region == memory:
                     if "/" in entry.site and frame.path:  # the model itself has no path to be called by
                         self._rename(entry, site, tensor)
                     return
-            elif entry.region == memory and entry.statistics == self._measured(tensor):
-                return  # without operators a write in between goes unseen, so the statistics decide
-        call = Call("module", frame.inputs)
-        self._add(call, tensor, frame.path, site)
-
-    def _measured(self, tensor: Tensor) -> Statistics:
-        with _aside():
-            return measure(tensor, self.formats)
+            elif entry.region == memory:
+                repeats = origin.entry  # without operators a write in between goes unseen, so the statistics decide
+        call = Call("module", self._inputs(frame) if frame.inputs is None else frame.inputs)
+        self._add(call, tensor, frame, site, repeats=repeats)
 
     # Operators
 
     def run_operator(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func = kind.func
         seen_args, seen_kwargs = args, kwargs
-        tensors = given = _floating((args, kwargs))
-        if kind.writes_in_place and kind.combines:  # what it combines is about to be written over
-            seen_args, seen_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-            tensors = _floating((seen_args, seen_kwargs))
-        origins = [self.origins.of(tensor) for tensor in given]
+        tensors = given = floating_of_call(args, kwargs)
+        if kind.writes_in_place:
+            if self.pending:
+                for place, name in kind.written:
+                    written = args[place] if place < len(args) else kwargs.get(name)
+                    for tensor in floating(written):
+                        self.pending.about_to_write(tensor)
+            if kind.combines:  # what it combines is about to be written over
+                seen_args, seen_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+                tensors = floating_of_call(seen_args, seen_kwargs)
+        of = self.origins.of
+        operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
         output = func(*args, **kwargs)
-        outputs = _floating(output)
+        outputs = floating(output)
         if not outputs:
             return output
-        operands = [Operand(tensor, origin) for tensor, origin in zip(tensors, origins, strict=True)]
         if moves(kind, tensors[-1] if tensors else None, outputs[0]):
-            with _aside():
-                self._pass_on(kind, operands, outputs)
+            self._pass_on(kind, operands, outputs)
             return output
         overwritten: Origin | None = None
         if kind.name == "cast" and kind.writes_in_place:  # what stood there before is no operand
             overwritten = operands.pop(0).origin
-        constant = all(operand.origin.kind == "constant" for operand in operands)
-        if kind.factory or (constant and (overwritten is None or overwritten.kind == "constant")):
+        constant = overwritten is None or overwritten.kind == "constant"
+        for operand in operands:
+            if operand.origin.kind != "constant":
+                constant = False
+                break
+        if constant or kind.factory:
             for tensor in outputs:
                 self.origins.remember(tensor, Origin("constant", kind.name))
             return output
         frame = self.frames[-1]
-        index = frame.counts[kind.name]
-        frame.counts[kind.name] += 1
+        if frame.by_blocks:
+            block = frame.module.query_block  # type: ignore[union-attr]
+            if block is not frame.block:
+                frame.turn_to(block)  # type: ignore[arg-type]
+        number = frame.numbers.get(kind.name, 0)
+        frame.numbers[kind.name] = number + 1
         call = Call(kind.name, operands, func, seen_args, seen_kwargs)
-        site = f"{frame.path}/{kind.name}.{index}"
+        site = f"{frame.path}/{kind.name}.{number}"
         fused = kind.name == FUSED_ATTENTION
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
-            self._add(call, tensor, frame.path, f"{site}[{i}]" if i else site)
-        if overwritten is not None and overwritten.lost:
-            self.origins.of(outputs[0]).lost = True  # elsewhere in that memory
+            self._add(call, tensor, frame, f"{site}[{i}]" if i else site)
+        if overwritten is not None:
+            self._also_lost(self.origins.of(outputs[0]), [overwritten])  # elsewhere in that memory
         if fused and self.fused_softmax and self.detail == "statistics":
             with _aside():
                 self.entries[-1].softmax = recompute_softmax(func, args, kwargs)
@@ -390,95 +428,206 @@ class _Recorder:
     def _pass_on(self, kind: Traits, operands: list[Operand], outputs: list[Tensor]) -> None:
         """A move's output has its operand's origin, or a constant's where nothing floating went in."""
         origins = [operand.origin for operand in operands]
+        hides = False
+        if not kind.writes_in_place and any(origin.may_hide for origin in origins):
+            with _aside():
+                hides = any(operand.hides() is not None for operand in operands)
         for tensor in outputs:
             if kind.writes_in_place:
                 if any(origin.kind != "constant" for origin in origins):
-                    self.origins.remember(tensor, Origin("computed", kind.name, lost=any(o.lost for o in origins)))
+                    origin = Origin("computed", kind.name)
+                    self._also_lost(origin, origins)
+                    self.origins.remember(tensor, origin)
                 continue
-            if operands and region(tensor)[0] == region(operands[0].tensor)[0]:
+            if operands and tensor.untyped_storage()._cdata == operands[0].tensor.untyped_storage()._cdata:
                 continue  # a view shares its memory's origin
             if not origins or kind.name in ("lift", "lift_fresh"):
                 origin = Origin("constant", kind.name)
             elif len(origins) == 1 or all(other is origins[0] for other in origins):
                 origin = origins[0]
             else:
-                origin = Origin("computed", kind.name, lost=any(o.lost for o in origins))
-            if any(operand.hides() is not None for operand in operands):  # elements moved, and the mask with them
-                where = blocks(measurable(tensor), narrowest(tensor, operands))
-                origin = replace(origin, masked=Hidden(where, tensor.stride(), int(where.sum())), hidden={})
+                origin = Origin("computed", kind.name)
+                self._also_lost(origin, origins)
+            if hides:  # elements moved, and the mask with them
+                with _aside():
+                    where = blocks(measurable(tensor), narrowest(tensor, operands))
+                    moved = hidden(where, tensor.stride())
+                origin = replace(origin, masked=moved, hidden={})
             self.origins.remember(tensor, origin)
+
+    def _also_lost(self, origin: Origin, others: list[Origin]) -> None:
+        def tell() -> None:
+            origin.lost = origin.lost or any(other.lost for other in others)
+
+        if self.pending:
+            self.pending.do(tell)
+        else:
+            tell()
 
     # Records
 
-    def _add(self, call: Call, tensor: Tensor, module: str, site: str) -> None:
+    def _add(self, call: Call, tensor: Tensor, frame: _Frame, site: str, *, repeats: int | None = None) -> None:
         values = tensor
         if tensor.dtype not in _MEASURED:
             with _aside():
                 values = measurable(tensor)
-        shape = tuple(values.shape)
         masked: Hidden | None = None
-        hidden, limit = None, math.inf
+        where, limit = None, math.inf
         if call.name in SELECTIONS or any(operand.origin.may_hide for operand in call.operands):
             with _aside():
                 found = may_hide(call, values)
                 if found is not None:
                     masked, limit = found
-                    hidden = masked.where
-        pairs = joins_positions(call, values, self.length)
-        entry = Entry(
-            step=max(self.step, 0),
-            module=module,
-            site=site,
-            operator=None if call.func is None else call.name,
-            region=region(tensor),
-            dtype=_NAMES[values.dtype if tensor.is_complex() else tensor.dtype],
-            shape=shape,
-            axes=axes_of(shape, self.rows, self.length, pairs),
-            start=self.start,
-            length=self.length or 0,
-            tokens=self.tokens,
-        )
-        if self.detail == "peaks":
+                    where = masked.where
+        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats)
+        number = len(self.entries)
+        if part is not None:
+            number = frame.of_blocks.setdefault(site, number)
+        if number == len(self.entries):
+            self.entries.append(entry)
+        origin = Origin("computed", site, number, pairs=axes.pairs)
+
+        peaks: Tensor | None = None
+        row: Row | Tensor | None = None
+        if self.detail == "peaks" and values.device.type == "cpu":
             with _aside():
                 if masked is not None:
                     masked = _narrowed(masked, values, limit)
-                self._measure_peaks(entry, values, masked)
-        if entry.measured is None:
-            entry.edges = edges(values.dtype, self.formats)
-            entry.row = tally(values, entry.edges, hidden, limit)
-            if masked is not None and entry.row[_MASKED] != masked.count:
+                of_peaks = measure_peaks(values, axes, None if masked is None else masked.where)
+            if of_peaks is not None:
+                row, peaks = of_peaks
+        if row is None:
+            row = tally(values, entry.form.edges, where, limit)
+            if masked is not None and (masked.count is None or row[_MASKED] != masked.count):
                 with _aside():
-                    masked = _narrowed(masked, values, limit) if entry.row[_MASKED] else None
-            if self.position_peaks and entry.axes.position is not None:
-                with _aside():
-                    entry.position_amax = position_peaks(values, entry.axes, None if masked is None else masked.where)
+                    masked = _narrowed(masked, values, limit) if masked.count is None or row[_MASKED] else None
+        if self.position_peaks and axes.position is not None:
+            with _aside():
+                if peaks is None:
+                    peaks = position_peaks(values, axes, None if masked is None else masked.where)
+                entry.take_peaks(peaks, part)
         if masked is not None:
-            masked = replace(masked, stride=tensor.stride())
-        origin = Origin("computed", site, len(self.entries), masked=masked, pairs=pairs)
-        row = entry.row
-        if row is not None and (row[_NAN] or row[_PLUS] or row[_MINUS]):
-            with _aside():
-                stored = FORMATS.get(entry.dtype, FLOAT32)
-                where = None if masked is None else masked.where
-                self._judge(entry, judge(call, values, where, entry.axes, stored), origin)
-        if self.detail == "statistics" and call.name == "softmax" and call.operands and values.numel() and values.ndim:
-            with _aside():
-                logits = call.operands[0]
-                dim = int(call.args[1]) % values.ndim
-                blocked = logits.hides()
-                where = None if blocked is None else blocked.where
-                head = entry.axes.head if entry.axes.shape == shape else None
-                entry.softmax = measure_softmax(logits.tensor, values, dim, head, where)
-        self.entries.append(entry)
+            origin.masked = replace(masked, stride=tensor.stride())
         self.origins.remember(tensor, origin)
+        if self.detail == "statistics" and call.name == "softmax" and call.operands and values.numel() and values.ndim:
+            self._take_softmax(entry, call, values, axes)
         self._look_at(entry, values)
-        self.broken |= entry.broke is not None
 
-    def _measure_peaks(self, entry: Entry, values: Tensor, masked: Hidden | None) -> None:
-        found = measure_peaks(values, entry.axes, None if masked is None else masked.where)
-        if found is not None:
-            entry.measured = found[0]
-            entry.position_amax = found[1] if self.position_peaks else None
+        shown = None if masked is None else masked.where
+        if isinstance(row, Tensor):
+            keeping = [values, *(operand.tensor for operand in call.operands)]
+            self.pending.after(
+                row, lambda row: self._take(row, entry, call, values, shown, axes, part, origin), keeping
+            )
+        elif self.pending:
+            self.pending.do(lambda: self._take(row, entry, call, values, shown, axes, part, origin))
+        elif part is not None or row[_NAN] or row[_PLUS] or row[_MINUS]:
+            self._take(row, entry, call, values, shown, axes, part, origin)
+        else:
+            entry.row = row
+
+    def _entry(
+        self, call: Call, tensor: Tensor, values: Tensor, frame: _Frame, site: str, repeats: int | None
+    ) -> tuple[Entry, Axes, Part | None]:
+        """The entry of a tensor, which may be a part of it; its own axes, and which part it is."""
+        shape, length, step = values.shape, self.step.length, self.step
+        pairs = False
+        block = frame.block if call.func is not None else None
+        if block is not None:
+            if len(shape) > 2 and shape[-2:] == (block.stop - block.start, block.last_key - block.first_key):
+                pairs = joins_positions(call, values)
+            part = part_of(tuple(shape), block, pairs=pairs)
+            if part is not None:
+                axes = part.axes(axes_of(part.shape, step.rows, block.stop - block.start, pairs))
+                number = frame.of_blocks.get(site)
+                if number is not None:
+                    return self.entries[number], axes, part
+                form = self._form(tensor, values, part.whole, pairs)
+                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part
+        elif len(shape) > 2 and shape[-1] == shape[-2] == length:
+            pairs = joins_positions(call, values)
+        form = self._form(tensor, values, shape, pairs)
+        operator = None if call.func is None else call.name
+        entry = Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats)
+        return entry, form.axes, None
+
+    def _form(self, tensor: Tensor, values: Tensor, shape: tuple[int, ...], pairs: bool) -> Form:
+        key = (tensor.dtype, shape, pairs)
+        form = self.forms.get(key)
+        if form is None:
+            form = self.forms[key] = Form(
+                NAMES[values.dtype if tensor.is_complex() else tensor.dtype],
+                tuple(shape),
+                axes_of(tuple(shape), self.step.rows, self.step.length, pairs),
+                edges(values.dtype, self.formats),
+            )
+        return form
+
+    def _take(
+        self,
+        row: Row,
+        entry: Entry,
+        call: Call,
+        values: Tensor,
+        masked: Tensor | None,
+        axes: Axes,
+        part: Part | None,
+        origin: Origin,
+    ) -> None:
+        """What was counted of a tensor; of one that is not finite, where and why."""
+        lost = row[_NAN] + row[_PLUS] + row[_MINUS]
+        entry.take(row, part)
+        if not lost:
+            return
+        origin.lost = True
+        with _aside():
+            where = ~values.isfinite() if masked is None else ~values.isfinite() & ~masked
+            entry.take_lost(where, axes, part)
+        if call.name in SELECTIONS or any(o.origin.lost for o in call.operands if o.origin.kind == "computed"):
+            return  # an infinity that was chosen, or one that an operand had
+
+        def look_closer() -> None:
+            with _aside():
+                finding = judge(call, values, where, axes, FORMATS.get(entry.form.dtype, FLOAT32))
+            if finding is None:
+                return
+            broke = finding.broke
+            if entry.broke is None:  # else in an earlier block
+                if part is not None:
+                    index = index_at(part.index(flat_index(broke.index, part.shape)), part.whole)
+                    broke = replace(broke, index=index, channel=index[-1])
+                position = entry.absolute(broke.position)
+                entry.broke = replace(broke, position=position, token=entry.token(broke.row, position))
+                entry.broke_on = finding.origins
+            else:
+                entry.broke = replace(entry.broke, count=entry.broke.count + broke.count)
+            self.broken = True
+
+        if values.device.type == "cpu":
+            look_closer()
+        else:  # it waits for the device, which the pass must not
+            self.judgements.append(look_closer)
+
+    def _take_softmax(self, entry: Entry, call: Call, values: Tensor, axes: Axes) -> None:
+        with _aside():
+            logits = call.operands[0]
+            blocked = logits.hides()
+            if entry.softmax is None:
+                entry.softmax = SoftmaxTally()
+            entry.softmax.add(
+                logits.tensor,
+                values,
+                int(call.args[1]) % values.ndim,
+                axes.head if axes.shape == tuple(values.shape) else None,
+                None if blocked is None else blocked.where,
+            )
+
+    def _settle(self) -> None:
+        """Waits for what is on its way, and looks closer at what broke."""
+        self.pending.settle()
+        judgements, self.judgements = self.judgements, []
+        for look_closer in judgements:
+            look_closer()
 
     def _rename(self, entry: Entry, site: str, tensor: Tensor) -> None:
         if self.keep is not None and entry.site in self.keep:
@@ -495,23 +644,11 @@ class _Recorder:
             if self.keep is not None and _is_compared(site):
                 self.keep[site] = tensor.detach().clone()
             if site in self.against:
-                entry.deviation = measure_deviation(tensor, self.against[site], FORMATS.get(entry.dtype, FLOAT32))
+                stored = FORMATS.get(entry.form.dtype, FLOAT32)
+                entry.deviation = measure_deviation(tensor, self.against[site], stored)
             for watched, index in self.watch:
                 if watched == site and index < tensor.numel():
-                    self.watched.append((site, index, float(tensor.reshape(-1)[index])))
-
-    def _judge(self, entry: Entry, finding: Finding, origin: Origin) -> None:
-        origin.lost = True
-        axes = entry.axes
-        lost = finding.lost.reshape(axes.shape)
-        entry.lost_channels = _count_slices(lost, {lost.ndim - 1})
-        kept = {d for d in (axes.row, axes.position) if d is not None}
-        entry.lost_positions = _count_slices(lost, kept) if axes.position is not None or axes.at_last else 0
-        if finding.broke is not None:
-            broke = finding.broke
-            position = entry.absolute(broke.position)
-            entry.broke = replace(broke, position=position, token=entry.token(broke.row, position))
-            entry.broke_on = finding.origins
+                    self.watched.append((site, index, tensor.reshape(-1)[index].clone()))
 
     # The result
 
@@ -542,27 +679,39 @@ class _Recorder:
     def finish(
         self, recording: Recording, piece: Callable[[int], str] | None, *, redact: bool, error: str | None
     ) -> None:
-        tokens = None if redact or not self.tokens else tuple(map(tuple, self.tokens))
+        with suppress(RuntimeError):  # a device that failed has nothing more to say; what it said before is kept
+            self._settle()
+        step = self.step
+        tokens = None if redact or not step.tokens else tuple(map(tuple, step.tokens))
         if tokens is not None and piece is None:
             piece = getattr(getattr(self.model, "tokenizer", None), "piece", None)
         texts = {} if tokens is None or piece is None else _texts(sorted(self.seen), piece)
         recording.header = replace(
             recording.header,
             dtype=self.autocast or recording.header.dtype,
-            watched=tuple(self.watched),
-            rows=self.rows or 0,
+            watched=tuple((site, index, float(element)) for site, index, element in self.watched),
+            rows=step.rows or 0,
             tokens=tokens,
             token_texts=texts,
             starts=tuple(self.starts),
             error=error,
         )
         header = recording.header
-        recording.records = lambda: [
-            entry.record(order, header, family=self.family, site_of=self._site_of)
-            for order, entry in enumerate(self.entries)
-        ]
+        recording.records = lambda: self._records(header)
         self.origins.forget()
         self.frames.clear()
+
+    def _records(self, header: Header) -> list[Record]:
+        whole = [entry for entry in self.entries if entry.row is not None]
+        again = {
+            id(entry)
+            for entry in whole
+            if entry.repeats is not None and entry.statistics == self.entries[entry.repeats].statistics
+        }
+        return [
+            entry.record(order, header, family=self.family, site_of=self._site_of)
+            for order, entry in enumerate(entry for entry in whole if id(entry) not in again)
+        ]
 
     def _site_of(self, origin: Origin) -> str:
         return origin.name if origin.entry is None else self.entries[origin.entry].site
@@ -588,6 +737,13 @@ def _path(name: str) -> str:
     return name.removesuffix(".")
 
 
+def _around(name: str) -> Iterator[str]:
+    """The names of the modules that hold the one of this name, the model's own, "", too."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def _is_layer(path: str) -> bool:
     """Whether a path is the model itself, a direct child of it, or an element of its outermost list of layers."""
     parent, _, name = path.rpartition(".")
@@ -604,50 +760,9 @@ def _held(kwargs: Mapping[str, Any]) -> int:
     return int(positions.flatten()[0]) if isinstance(positions, Tensor) and positions.numel() else 0
 
 
-def _floating(tree: Any) -> list[Tensor]:
-    """The floating and complex tensors in nested arguments or results, in order.
-
-    Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
-    """
-    if type(tree) is Tensor:
-        return [tree] if _has_elements(tree) else []
-    found: list[Tensor] = []
-    _collect(tree, found)
-    return found
-
-
-def _collect(node: Any, found: list[Tensor]) -> None:
-    kind = type(node)
-    if kind is Tensor or kind is nn.Parameter:
-        if _has_elements(node):
-            found.append(node)
-    elif kind is tuple or kind is list:
-        for leaf in node:
-            if type(leaf) not in _LEAVES:
-                _collect(leaf, found)
-    elif kind is dict:
-        for leaf in node.values():
-            if type(leaf) not in _LEAVES:
-                _collect(leaf, found)
-    elif kind not in _LEAVES:
-        for leaf in tree_leaves(node):
-            if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf):
-                found.append(leaf)
-
-
-def _has_elements(tensor: Tensor) -> bool:
-    return (
-        tensor.dtype in _NAMES
-        and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_meta)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def _narrowed(hidden: Hidden, values: Tensor, limit: float) -> Hidden:
+def _narrowed(masked: Hidden, values: Tensor, limit: float) -> Hidden | None:
     """Of the elements that a mask would hide those that are very negative."""
-    where = hidden.where & (values <= limit)
-    return Hidden(where, values.stride(), int(where.sum()))
+    return hidden(masked.where & (values <= limit), values.stride())
 
 
 @contextmanager
@@ -655,12 +770,6 @@ def _aside() -> Iterator[None]:
     """For operators of the recorder's own."""
     with _disable_current_modes(), torch.no_grad():
         yield
-
-
-def _count_slices(lost: Tensor, kept: set[int]) -> int:
-    """How many index combinations over the `kept` dimensions hold at least one True."""
-    others = [dim for dim in range(lost.ndim) if dim not in kept]
-    return int((lost.any(dim=others) if others else lost).sum())
 
 
 def _is_compared(site: str) -> bool:

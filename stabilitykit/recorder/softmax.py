@@ -11,28 +11,23 @@ from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Fi
 from stabilitykit.records import Softmax
 
 
-def measure_softmax(
-    logits: Tensor, probabilities: Tensor, dim: int, head: int | None, blocked: Tensor | None
-) -> Softmax:
-    """Statistics of `probabilities = softmax(logits, dim)`, both of one shape.
-
-    `head` is the dimension that counts heads, if any. `blocked`, broadcastable and boolean, is True where a
-    mask hides a key; a logit of -inf counts as hidden too. A NaN in a row makes it a NaN row, which no other
-    statistic looks at.
-    """
-    tally = SoftmaxTally()
-    tally.add(logits, probabilities, dim, head, blocked)
-    return tally.result()
-
-
 @dataclass(slots=True, kw_only=True)
 class SoftmaxTally:
-    """`Softmax`, gathered from as many blocks of rows as one likes; each `add` is as in `measure_softmax`."""
+    """`Softmax`, gathered from as many blocks of rows as one likes. Nothing waits for the tensors' device but `result`.
+
+    `recomputed` as there.
+    """
 
     recomputed: bool = False
-    rows: list[NDArray[np.float64]] = field(default_factory=list)
+    rows: list[NDArray[np.float64] | Tensor] = field(default_factory=list)
 
     def add(self, logits: Tensor, probabilities: Tensor, dim: int, head: int | None, blocked: Tensor | None) -> None:
+        """`probabilities = softmax(logits, dim)`, both of one shape.
+
+        `head` is the dimension that counts heads, if any. `blocked`, broadcastable and boolean, is True where a mask
+        hides a key; a logit of -inf counts as hidden too. A NaN in a row makes it a NaN row, which no other statistic
+        looks at.
+        """
         if logits.ndim == 1:
             head = None
         if blocked is not None:
@@ -42,11 +37,10 @@ class SoftmaxTally:
         logits, probabilities = logits.movedim(dim, -1), probabilities.movedim(dim, -1)
         blocked = None if blocked is None else blocked.movedim(dim, -1)
         self.rows.append(_tally(logits, probabilities, head, blocked))
-        if len(self.rows) > 1:
-            self.rows = [merged(np.stack(self.rows))]
 
     def result(self) -> Softmax:
-        row = self.rows[0] if self.rows else empty_row(0)
+        rows = [row.numpy(force=True) if isinstance(row, Tensor) else row for row in self.rows]
+        row = merged(np.stack(rows)) if rows else empty_row(0)
         largest = [None if value == -math.inf else value for value in row[:FIELDS].tolist()]
         visible = row[Field.VISIBLE]
         heads = row[FIELDS:].reshape(-1, HEAD_FIELDS).tolist()
@@ -65,7 +59,9 @@ class SoftmaxTally:
         )
 
 
-def _tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> NDArray[np.float64]:
+def _tally(
+    logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None
+) -> NDArray[np.float64] | Tensor:
     if logits.device.type == probabilities.device.type == "cpu":
         from stabilitykit.recorder.kernels import cpu_softmax  # numba, only when something is measured
 
@@ -73,4 +69,4 @@ def _tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tens
             return cpu_softmax.tally(logits, probabilities, head, hidden)
     from stabilitykit.recorder.kernels import plain_softmax
 
-    return plain_softmax.tally(logits, probabilities, head, hidden).numpy(force=True)
+    return plain_softmax.tally(logits, probabilities, head, hidden)

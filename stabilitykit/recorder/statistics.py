@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitykit.recorder.blocks import Part
 from stabilitykit.recorder.kernels import plain
-from stabilitykit.recorder.kernels.layout import FIELDS, Edges, edges
+from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, edges
 from stabilitykit.records import FormatCounts, index_at
 
 Row = NDArray[np.float64]
@@ -65,25 +66,65 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
     """
     tensor = measurable(tensor.detach())
     against = edges(tensor.dtype, tuple(formats))
-    return decode(tally(tensor, against, masked), against, tensor.shape)
+    row = tally(tensor, against, masked)
+    return decode(row.numpy(force=True) if isinstance(row, Tensor) else row, against, tensor.shape)
 
 
-def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> Row:
-    """What `decode` reads: a row of `layout`, by the kernel of the tensor's device."""
+def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> Row | Tensor:
+    """What `decode` reads: a row of `layout`, by the kernel of the tensor's device, and still there if not on a CPU."""
     if tensor.device.type == "cpu":
         from stabilitykit.recorder.kernels import cpu  # numba, only when something is measured
 
         return cpu.tally(tensor, against, hidden, limit)
     if tensor.device.type == "mps":  # has no float64 to sum in
         return tally(tensor.cpu(), against, None if hidden is None else hidden.cpu(), limit)
-    return plain.tally(tensor, against, hidden, limit).numpy(force=True)
+    return plain.tally(tensor, against, hidden, limit)
 
 
-def decode(row: Row, against: Edges, shape: Sequence[int]) -> Statistics:
-    """The statistics that a kernel counted of a tensor of this shape."""
-    elements = math.prod(shape)
+def joined(first: Row | None, row: Row, part: Part | None) -> Row:
+    """The row of a tensor of whose parts `first` has counted some, and `row` one more.
+
+    Of equal peaks the first in row-major order counts, as everywhere. Where one of them has no histogram, as
+    `measure_peaks` leaves it out, the result has none.
+    """
+    if part is not None and row[Field.AMAX] >= 0:
+        row[Field.INDEX] = part.index(int(row[Field.INDEX]))
+    if first is None:
+        return row
+    width = min(len(first), len(row))
+    both: Row = first[:width] + row[:width]
+    best = min(first, row, key=lambda one: (-one[Field.AMAX], one[Field.INDEX]))
+    both[[Field.AMAX, Field.INDEX]] = best[[Field.AMAX, Field.INDEX]]
+    for least in (Field.SMALLEST, Field.MINIMUM):
+        both[least] = min(first[least], row[least])
+    both[Field.MAXIMUM] = max(first[Field.MAXIMUM], row[Field.MAXIMUM])
+    scale = max(first[Field.SCALE], row[Field.SCALE])
+    both[Field.SCALE] = scale
+    both[Field.SQUARES] = sum(one[Field.SQUARES] * (one[Field.SCALE] / scale) ** 2 for one in (first, row))
+    return both
+
+
+def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None = None) -> Statistics:
+    """The statistics that a kernel counted of a tensor of this shape, or of as many of its elements.
+
+    Of a row without histogram, which `measure_peaks` makes, only counts and the peak.
+    """
+    elements = math.prod(shape) if elements is None else elements
     masked, nan, plus, minus, amax, index, smallest, minimum, maximum, total, squares, scale = row[:FIELDS].tolist()
     counted = elements - int(masked + nan + plus + minus)
+    if len(row) == FIELDS:
+        return Statistics(
+            elements=elements,
+            masked=int(masked),
+            nan=int(nan),
+            positive_inf=int(plus),
+            negative_inf=int(minus),
+            zero=None,
+            subnormal=None,
+            amax=amax if counted else None,
+            formats={},
+            amax_index=index_at(int(index), shape) if counted else None,
+        )
     if not counted:
         return Statistics(
             elements=elements,

@@ -9,14 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from stabilitykit.formats import FORMATS, number_format
+from stabilitykit.formats import FORMATS, NumberFormat, number_format
 from stabilitykit.gemma import Gemma
 from stabilitykit.recorder import record
-from stabilitykit.recorder.deviation import measure_deviation
+from stabilitykit.recorder.deviation import measure_deviation as tally_deviation
 from stabilitykit.records import Deviation
 
 Small = Callable[..., Gemma]
 Floats = npt.NDArray[np.float64]
+
+
+def measure_deviation(ours: torch.Tensor, theirs: torch.Tensor, stored: NumberFormat) -> Deviation | None:
+    found = tally_deviation(ours, theirs, stored)
+    return None if found is None else found.result()
 
 
 def double(tensor: torch.Tensor) -> Floats:

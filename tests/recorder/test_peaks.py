@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from stabilitykit.gemma import Gemma
 from stabilitykit.recorder import record
 from stabilitykit.recorder.axes import Axes
+from stabilitykit.recorder.kernels.layout import edges
 from stabilitykit.recorder.peaks import measure_peaks, position_peaks
-from stabilitykit.recorder.statistics import measure
+from stabilitykit.recorder.statistics import decode, measure
 from stabilitykit.records import Record, Recording
 
 Small = Callable[..., Gemma]
@@ -186,7 +187,8 @@ def test_ties_masks_and_blocks_are_as_in_a_plain_count(dtype: torch.dtype) -> No
         axes = Axes(tuple(values.shape), row=row, position=position, pairs=pairs)
         found = measure_peaks(values, axes, masked)
         assert found is not None
-        statistics, peaks = found
+        counted, peaks = found
+        statistics = decode(counted, edges(dtype, ()), values.shape)
         hidden = np.zeros(shape, bool) if masked is None else masked.numpy()
         rows = 1 if row is None else shape[row]
         expected = np.zeros((rows, shape[position]))
@@ -227,7 +229,8 @@ def test_long_scores_are_gathered_block_by_block_without_a_seam() -> None:
         found = measure_peaks(changed, Axes(tuple(changed.shape), row=0, head=1, position=2, pairs=True), None)
         assert found is not None
         assert found[1].flatten().tolist() == expected_here.tolist()
-        assert (found[0].amax, found[0].amax_index) == (9.0, min(places))
+        statistics = decode(found[0], edges(torch.float32, ()), changed.shape)
+        assert (statistics.amax, statistics.amax_index) == (9.0, min(places))
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])

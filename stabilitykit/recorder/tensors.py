@@ -1,0 +1,79 @@
+"""The tensors in what operators and modules are given and return."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+# Those whose tensors are looked at, by the name that records have.
+NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+}
+
+_LEAVES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
+def floating(tree: Any) -> list[Tensor]:
+    """The floating and complex tensors in nested arguments or results, in order.
+
+    Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
+    """
+    if type(tree) is Tensor:
+        return [tree] if _has_elements(tree) else []
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def floating_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """As `floating((args, kwargs))`, without a detour: it is asked at every operator."""
+    found: list[Tensor] = []
+    for argument in args:
+        kind = type(argument)
+        if kind is Tensor or kind is nn.Parameter:
+            if _has_elements(argument):
+                found.append(argument)
+        elif kind not in _LEAVES:
+            _collect(argument, found)
+    if kwargs:
+        _collect(kwargs, found)
+    return found
+
+
+def _collect(node: Any, found: list[Tensor]) -> None:
+    kind = type(node)
+    if kind is Tensor or kind is nn.Parameter:
+        if _has_elements(node):
+            found.append(node)
+    elif kind is tuple or kind is list:
+        for leaf in node:
+            if type(leaf) not in _LEAVES:
+                _collect(leaf, found)
+    elif kind is dict:
+        for leaf in node.values():
+            if type(leaf) not in _LEAVES:
+                _collect(leaf, found)
+    elif kind not in _LEAVES:
+        for leaf in tree_leaves(node):
+            if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf):
+                found.append(leaf)
+
+
+def _has_elements(tensor: Tensor) -> bool:
+    return (
+        tensor.dtype in NAMES
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_meta)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def region(tensor: Tensor) -> tuple[int, int, int]:
+    """Which memory, as long as the tensor lives: equal for a tensor and any reshaped view of all of it."""
+    elements = tensor.numel()
+    address = tensor.data_ptr() if elements else tensor.untyped_storage()._cdata
+    return address, elements, tensor.element_size()
