@@ -16,6 +16,7 @@ from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.experiment.axes import is_range
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.gemma.matmul import matmul, preferred_matmul
+from stabilitykit.gemma.query_blocks import query_blocks
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.peaks import measure_peaks
 from stabilitykit.recorder.statistics import measure
@@ -55,15 +56,25 @@ def _operations(config: GemmaConfig, length: int, *, every_logit: bool) -> float
     """Multiplications and additions of one forward pass."""
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     weights = config.layers * config.hidden_size * (heads + 3 * config.feed_forward)
-    attention = 2 * config.layers * config.heads * config.head_dim * length
-    head = config.hidden_size * config.vocabulary * (1 if every_logit else 1 / length)
-    return 2 * length * (weights + attention + head)
+    attention = 2 * config.head_dim * _scores(config, length)
+    head = config.hidden_size * config.vocabulary * (length if every_logit else 1)
+    return 2 * (length * weights + attention + head)
 
 
 def _elements(config: GemmaConfig, length: int) -> float:
     """Elements that one forward pass stores, counted from `gemma/model.py`'s operators."""
     a_layer = 30 * config.hidden_size + 12 * config.heads * config.head_dim + 5 * config.feed_forward
-    return config.layers * length * (a_layer + 4 * config.heads * length)
+    return config.layers * length * a_layer + 4 * _scores(config, length)
+
+
+def _scores(config: GemmaConfig, length: int) -> int:
+    """Attention scores that one forward pass computes."""
+    computed = 0
+    for index in range(config.layers):
+        window = None if config.is_global(index) else config.window
+        blocks = query_blocks(config.heads, length, length, window)
+        computed += config.heads * (sum(block.scores for block in blocks) or length**2)
+    return computed
 
 
 @cache

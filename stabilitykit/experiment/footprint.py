@@ -11,6 +11,7 @@ from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
+from stabilitykit.gemma.query_blocks import query_blocks
 from stabilitykit.results import Footprint
 
 
@@ -79,28 +80,32 @@ class _Prefill:
     def run(self) -> None:
         config, hidden = self.config, self.length * self.config.hidden_size
         self.new(self.length, 8)  # token ids
+        by_blocks = bool(query_blocks(config.heads, self.length, self.length, None))
         for is_global in sorted({config.is_global(index) for index in range(config.layers)}):
-            self.mask(windowed=not is_global and config.window is not None)
+            if not by_blocks:
+                self.mask(self.length, self.length, windowed=not is_global and config.window is not None)
             self.rope()
         h = self.replaced(self.new(hidden), self.new(hidden))  # embedding rows, then times sqrt(hidden)
-        for _ in range(config.layers):
-            h = self.replaced(h, self.layer())
+        for index in range(config.layers):
+            window = None if config.is_global(index) else config.window
+            h = self.replaced(h, self.layer(window, by_blocks=by_blocks))
         self.replaced(h, self.norm(self.length, config.hidden_size))
         logits = self.product(config.hidden_size, config.hidden_size * config.vocabulary, config.vocabulary)
         if config.logit_softcap is not None:
             self.replaced(logits, self.soft_cap(config.vocabulary))
 
-    def mask(self, *, windowed: bool) -> None:
-        positions = self.new(2 * self.length, 8)
-        allowed = self.new(self.length**2, 1)
+    def mask(self, queries: int, keys: int, *, windowed: bool) -> int:
+        positions = self.new(queries + keys, 8)
+        allowed = self.new(queries * keys, 1)
         if windowed:
-            first = self.new(self.length, 8)
-            inside = self.replaced(first, self.new(self.length**2, 1))
-            both = self.new(self.length**2, 1)
+            first = self.new(queries, 8)
+            inside = self.replaced(first, self.new(queries * keys, 1))
+            both = self.new(queries * keys, 1)
             self.free(allowed, inside)
             allowed = both
-        self.new(self.length**2)
+        mask = self.new(queries * keys)
         self.free(positions, allowed)
+        return mask
 
     def rope(self) -> None:
         elements = self.length * self.config.head_dim
@@ -112,10 +117,10 @@ class _Prefill:
                 self.replaced(table, self.new(elements))
         self.free(positions, angles)
 
-    def layer(self) -> int:
+    def layer(self, window: int | None, *, by_blocks: bool) -> int:
         config, hidden = self.config, self.length * self.config.hidden_size
         x = self.norm(self.length, config.hidden_size)
-        a = self.replaced(x, self.attention())
+        a = self.replaced(x, self.attention(window, by_blocks=by_blocks))
         if config.post_norms:
             a = self.replaced(a, self.norm(self.length, config.hidden_size))
         h = self.new(hidden)
@@ -127,7 +132,7 @@ class _Prefill:
         self.free(a, h, m)
         return out
 
-    def attention(self) -> int:
+    def attention(self, window: int | None, *, by_blocks: bool) -> int:
         config, length = self.config, self.length
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         q, k, v = (self.linear(config.hidden_size, width) for width in (queries, keys, keys))
@@ -139,21 +144,34 @@ class _Prefill:
         # A single key/value head is repeated as a view.
         repeated = self.new(2 * length * queries) if config.heads > config.kv_heads > 1 else 0
 
-        elements = config.heads * length**2
-        scores = self.product(length * queries, length * queries, elements)
+        if by_blocks:
+            out = self.new(length * queries)
+            for block in query_blocks(config.heads, length, length, window):
+                new, seen = block.stop - block.start, block.last_key - block.first_key
+                mask = self.mask(new, seen, windowed=window is not None)
+                self.free(*self.attend(new, seen), mask)
+        else:
+            out, scores, p = self.attend(length, length)
+            self.free(scores, p)
+        if length > 1 and config.heads > 1:  # else its transpose is contiguous already
+            out = self.replaced(out, self.new(length * queries))
+        projected = self.linear(queries, config.hidden_size)
+        self.free(q, k, v, repeated, out)
+        return projected
+
+    def attend(self, queries: int, keys: int) -> tuple[int, int, int]:
+        """The output of all heads, the scores and the probabilities, of so many queries that look at so many keys."""
+        heads, channels = self.config.heads, self.config.heads * self.config.head_dim
+        elements = heads * queries * keys
+        scores = self.product(queries * channels, keys * channels, elements)
         scores = self.replaced(scores, self.new(elements))  # times the query scale
-        capped = 0 if config.attention_softcap is None else self.soft_cap(elements)
+        capped = 0 if self.config.attention_softcap is None else self.soft_cap(elements)
         scores = self.replaced(scores + capped, self.new(elements))  # plus the mask
         cast = self.new(elements, self.wide) if self.casts_scores else 0
         p = self.replaced(cast, self.new(elements, self.wide))
         if self.wide != self.size:
             p = self.replaced(p, self.new(elements))
-        out = self.product(elements, length * queries, length * queries)
-        if length > 1 and config.heads > 1:  # else its transpose is contiguous already
-            out = self.replaced(out, self.new(length * queries))
-        projected = self.linear(queries, config.hidden_size)
-        self.free(q, k, v, repeated, scores, p, out)
-        return projected
+        return self.product(elements, keys * channels, queries * channels), scores, p
 
     def mlp(self) -> int:
         hidden, inner = self.config.hidden_size, self.config.feed_forward

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.errors import MisuseError
 from stabilitykit.gemma.kv_cache import KVCache
+from stabilitykit.gemma.mask import AttentionMask
+from stabilitykit.gemma.query_blocks import QueryBlock, query_blocks
 from stabilitykit.gemma.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -128,9 +130,15 @@ class Gemma(nn.Module):
         past = 0 if cache is None else cache.get_seq_length()
         batch, new = tokens_BT.shape
         seen = past + new
-        masks, rope = {}, {}
+        masks: dict[bool, Tensor | AttentionMask] = {}
+        rope = {}
+        by_blocks = mask is None and bool(query_blocks(batch * self.config.heads, new, seen, None))
         for is_global in sorted({self.config.is_global(index) for index in range(self.config.layers)}):
-            masks[is_global] = self._mask(is_global, batch, past, seen, padding) if mask is None else mask
+            if mask is None:
+                own = self._mask(is_global, batch, past, seen, padding)
+                masks[is_global] = own if by_blocks else own.whole()
+            else:
+                masks[is_global] = mask
             rope[is_global] = self.rotary_emb(is_global, past, seen, dtype=self.dtype, device=self.device)
         if mask is not None and (mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, new, seen)):
             raise MisuseError(
@@ -149,25 +157,18 @@ class Gemma(nn.Module):
         logits_BTV: Tensor = self.lm_head(h_BTE)
         return soft_cap(logits_BTV, self.config.logit_softcap)
 
-    def _mask(self, is_global: bool, batch: int, past: int, seen: int, padding: Tensor | None) -> Tensor:
-        """0 where a query may look, else the rounding's large negative number. [B or 1, 1, T, K]."""
-        query_T1 = torch.arange(past, seen, device=self.device)[:, None]
-        key_K = torch.arange(seen, device=self.device)
-        allowed = key_K <= query_T1
-        if not is_global and self.config.window is not None:
-            allowed = allowed & (key_K > query_T1 - self.config.window)
-        allowed = allowed[None, None]
-        if padding is not None:
-            if padding.shape != (batch, seen):
-                raise MisuseError(
-                    f"Padding says of each of [{batch}, {seen}] tokens whether it is real; it is {list(padding.shape)}."
-                )
-            allowed = allowed & padding.to(device=self.device, dtype=torch.bool)[:, None, None, :]
-        if ROUNDINGS[self.rounding].float32_mask:
-            dtype, blocked = torch.float32, _GEMMA_PYTORCH_MASK
-        else:
-            dtype, blocked = self.dtype, torch.finfo(self.dtype).min
-        return torch.where(allowed, torch.zeros((), dtype=dtype, device=self.device), blocked)
+    def _mask(self, is_global: bool, batch: int, past: int, seen: int, padding: Tensor | None) -> AttentionMask:
+        float32 = ROUNDINGS[self.rounding].float32_mask
+        return AttentionMask(
+            batch=batch,
+            queries=seen - past,
+            keys=seen,
+            window=None if is_global else self.config.window,
+            padding=padding,
+            dtype=torch.float32 if float32 else self.dtype,
+            blocked=_GEMMA_PYTORCH_MASK if float32 else torch.finfo(self.dtype).min,
+            device=self.device,
+        )
 
 
 class RotaryEmbedding(nn.Module):
@@ -211,7 +212,9 @@ class DecoderLayer(nn.Module):
         if self.post_norms:
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
 
-    def forward(self, h_BTE: Tensor, *, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, h_BTE: Tensor, *, rope: tuple[Tensor, Tensor], mask: Tensor | AttentionMask, cache: KVCache | None
+    ) -> Tensor:
         a_BTE = self.self_attn(self.input_layernorm(h_BTE), rope=rope, mask=mask, cache=cache)
         if self.post_norms:
             a_BTE = self.post_attention_layernorm(a_BTE)
@@ -227,7 +230,12 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of N query heads over G key/value heads, each of which serves N / G queries."""
+    """Attention of N query heads over G key/value heads, each of which serves N / G queries.
+
+    `query_block` is that which is being computed, where a prompt is too long to be computed at once.
+    """
+
+    query_block: QueryBlock | None = None
 
     def __init__(self, config: GemmaConfig, index: int, rounding: Rounding) -> None:
         super().__init__()
@@ -246,7 +254,9 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_eps)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x_BTE: Tensor, *, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTE: Tensor, *, rope: tuple[Tensor, Tensor], mask: Tensor | AttentionMask, cache: KVCache | None
+    ) -> Tensor:
         batch, new, _ = x_BTE.shape
         q_BNTD = self.q_proj(x_BTE).view(batch, new, -1, self.head_dim).transpose(1, 2)
         k_BGTD = self.k_proj(x_BTE).view(batch, new, -1, self.head_dim).transpose(1, 2)
@@ -261,15 +271,36 @@ class Attention(nn.Module):
         k_BNKD = repeat_heads(k_BGKD, self.groups)
         v_BNKD = repeat_heads(v_BGKD, self.groups)
 
+        if isinstance(mask, Tensor):
+            out_BNTD = self._attend(q_BNTD, k_BNKD, v_BNKD, mask)
+        else:
+            out_BNTD = self._attend_by_blocks(q_BNTD, k_BNKD, v_BNKD, mask)
+        out_BTND = out_BNTD.transpose(1, 2).contiguous()
+        out_BTE: Tensor = self.o_proj(out_BTND.view(batch, new, -1))
+        return out_BTE
+
+    def _attend(self, q_BNTD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, mask: Tensor) -> Tensor:
         if self.rounding.scale_queries:
             scores_BNTK = torch.matmul(q_BNTD * self.scale, k_BNKD.transpose(2, 3))
         else:
             scores_BNTK = torch.matmul(q_BNTD, k_BNKD.transpose(2, 3)) * self.scale
         scores_BNTK = soft_cap(scores_BNTK, self.softcap) + mask
-        p_BNTK = F.softmax(scores_BNTK, dim=-1, dtype=at_least_float32(x_BTE.dtype)).to(x_BTE.dtype)
-        out_BTND = torch.matmul(p_BNTK, v_BNKD).transpose(1, 2).contiguous()
-        out_BTE: Tensor = self.o_proj(out_BTND.view(batch, new, -1))
-        return out_BTE
+        p_BNTK = F.softmax(scores_BNTK, dim=-1, dtype=at_least_float32(q_BNTD.dtype)).to(q_BNTD.dtype)
+        return torch.matmul(p_BNTK, v_BNKD)
+
+    def _attend_by_blocks(self, q_BNTD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, mask: AttentionMask) -> Tensor:
+        batch, heads, new, _ = q_BNTD.shape
+        out_BNTD = torch.empty_like(q_BNTD)
+        try:
+            for block in query_blocks(batch * heads, new, k_BNKD.shape[2], mask.window):
+                self.query_block = block
+                queries, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
+                out_BNTD[:, :, queries] = self._attend(
+                    q_BNTD[:, :, queries], k_BNKD[:, :, keys], v_BNKD[:, :, keys], mask.of(block)
+                )
+        finally:
+            self.query_block = None
+        return out_BNTD
 
 
 class MLP(nn.Module):

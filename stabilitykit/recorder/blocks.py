@@ -4,7 +4,6 @@ Attention over a long prompt is computed by blocks of queries, so that memory do
 length. Each operator then runs once a block, and its blocks are one record: that of the tensor they would have been.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,10 +40,6 @@ class Part:
     whole: tuple[int, ...]
     offsets: tuple[int, int]
 
-    @property
-    def share(self) -> float:
-        return math.prod(self.shape) / math.prod(self.whole)
-
     def index(self, flat: int) -> int:
         """Row-major index in the whole of the part's element `flat`."""
         *lead, query, last = index_at(flat, self.shape)
@@ -55,10 +50,12 @@ class Part:
         return replace(axes, start=self.offsets[0], first_key=self.offsets[1])
 
 
-def part_of(shape: tuple[int, ...], block: QueryBlock, *, pairs: bool) -> Part | None:
-    """The part that a tensor of this shape, made within `block`, is; None where it holds no block of queries."""
+def part_of(shape: tuple[int, ...], block: QueryBlock, *, by_key: bool) -> Part | None:
+    """The part that a tensor of this shape, made within `block`, is; None where it holds no block of queries.
+
+    `by_key`: its last dimension counts the block's keys.
+    """
     if len(shape) < 3 or shape[-2] != block.stop - block.start:
         return None
-    keys = pairs and shape[-1] == block.last_key - block.first_key
-    whole = (*shape[:-2], block.queries, block.keys if keys else shape[-1])
-    return Part(shape, whole, (block.start, block.first_key if keys else 0))
+    whole = (*shape[:-2], block.queries, block.keys if by_key else shape[-1])
+    return Part(shape, whole, (block.start, block.first_key if by_key else 0))

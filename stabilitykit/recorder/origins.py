@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from stabilitykit.recorder.tensors import is_here
+
 OriginKind = Literal["weight", "constant", "input", "computed"]
 
 
@@ -28,8 +30,8 @@ class Hidden:
 
 
 def hidden(where: Tensor, stride: tuple[int, ...]) -> Hidden | None:
-    """`Hidden`, or None where no element is; what is not on the CPU is not looked at, and may hide none."""
-    if where.device.type != "cpu":
+    """`Hidden`, or None where no element is; what a device computes is not looked at, and may hide none."""
+    if not is_here(where):
         return Hidden(where, stride, None)
     count = int(where.sum())
     return Hidden(where, stride, count) if count else None

@@ -44,7 +44,7 @@ def measure_peaks(values: Tensor, axes: Axes, masked: Tensor | None) -> tuple[Ro
     place = index_at(peak, peaks.shape)
     index = _first_of_all(amax, tensor, axes) if tied else _index_of(amax, place, tensor, axes)
     row = np.zeros(FIELDS)
-    row[Field.MASKED] = hidden
+    row[Field.MASKED], row[Field.SCALE] = hidden, 1.0
     row[Field.AMAX] = amax if hidden < tensor.numel() else -1.0
     row[Field.INDEX] = flat_index(index, tensor.shape)
     return row, peaks

@@ -44,7 +44,7 @@ from stabilitykit.recorder.peaks import measure_peaks, position_peaks
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import measurable, tally
-from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, region
+from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, is_here, region
 from stabilitykit.records import Header, Level, Record, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -340,13 +340,20 @@ class _Recorder:
                 self.origins.remember(tensor, Origin("input", "input"))
 
     def _look_for_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the layers of a device begin, which of the constants and inputs they are given hide nothing."""
+        """Which of the constants and inputs that a device's layers are given hide nothing: known before long."""
         for tensor in floating((args, kwargs)):
-            if tensor.device.type != "cpu":
-                origin = self.origins.of(tensor)
-                if origin.may_mask and not origin.looked_at:
-                    with _aside():
-                        origin.looked_at, origin.clear = True, not bool(blocks(tensor).any())
+            if is_here(tensor):
+                continue
+            origin = self.origins.of(tensor)
+            if origin.may_mask and not origin.looked_at:
+                origin.looked_at = True
+                with _aside():
+                    found = blocks(tensor).any().double().reshape(1)
+
+                def tell(row: Row, origin: Origin = origin) -> None:
+                    origin.clear = row[0] == 0
+
+                self.pending.after(found, tell, ())
 
     def _module_output(self, frame: _Frame, index: int, tensor: Tensor) -> None:
         site = (frame.path or "/output") + (f"[{index}]" if index else "")
@@ -435,7 +442,9 @@ class _Recorder:
         for tensor in outputs:
             if kind.writes_in_place:
                 if any(origin.kind != "constant" for origin in origins):
-                    origin = Origin("computed", kind.name)
+                    # blocks that are put together are the record that they share
+                    entry = origins[-1].entry if self.frames[-1].block is not None else None
+                    origin = Origin("computed", origins[-1].name if entry is not None else kind.name, entry)
                     self._also_lost(origin, origins)
                     self.origins.remember(tensor, origin)
                 continue
@@ -452,7 +461,8 @@ class _Recorder:
                 with _aside():
                     where = blocks(measurable(tensor), narrowest(tensor, operands))
                     moved = hidden(where, tensor.stride())
-                origin = replace(origin, masked=moved, hidden={})
+                moved_from, origin = origin, replace(origin, masked=moved, hidden={})
+                self._also_lost(origin, [moved_from])
             self.origins.remember(tensor, origin)
 
     def _also_lost(self, origin: Origin, others: list[Origin]) -> None:
@@ -479,17 +489,17 @@ class _Recorder:
                 if found is not None:
                     masked, limit = found
                     where = masked.where
-        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats)
+        entry, axes, part, pairs = self._entry(call, tensor, values, frame, site, repeats)
         number = len(self.entries)
         if part is not None:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
-        origin = Origin("computed", site, number, pairs=axes.pairs)
+        origin = Origin("computed", site, number, pairs=pairs)
 
         peaks: Tensor | None = None
         row: Row | Tensor | None = None
-        if self.detail == "peaks" and values.device.type == "cpu":
+        if self.detail == "peaks" and is_here(values):
             with _aside():
                 if masked is not None:
                     masked = _narrowed(masked, values, limit)
@@ -528,28 +538,28 @@ class _Recorder:
 
     def _entry(
         self, call: Call, tensor: Tensor, values: Tensor, frame: _Frame, site: str, repeats: int | None
-    ) -> tuple[Entry, Axes, Part | None]:
-        """The entry of a tensor, which may be a part of it; its own axes, and which part it is."""
-        shape, length, step = values.shape, self.step.length, self.step
+    ) -> tuple[Entry, Axes, Part | None, bool]:
+        """The entry of a tensor that may be a part of it; its own axes; which part; whether it joins positions."""
+        shape, step = values.shape, self.step
         pairs = False
         block = frame.block if call.func is not None else None
         if block is not None:
-            if len(shape) > 2 and shape[-2:] == (block.stop - block.start, block.last_key - block.first_key):
-                pairs = joins_positions(call, values)
-            part = part_of(tuple(shape), block, pairs=pairs)
+            queries, keys = block.stop - block.start, block.last_key - block.first_key
+            pairs = len(shape) > 2 and shape[-2:] == (queries, keys) and joins_positions(call, values)
+            part = part_of(tuple(shape), block, by_key=pairs)
             if part is not None:
-                axes = part.axes(axes_of(part.shape, step.rows, block.stop - block.start, pairs))
+                by_position = pairs and block.queries == block.keys  # else keys count those in a cache too
+                axes = part.axes(axes_of(part.shape, step.rows, queries, by_position))
                 number = frame.of_blocks.get(site)
                 if number is not None:
-                    return self.entries[number], axes, part
-                form = self._form(tensor, values, part.whole, pairs)
-                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part
-        elif len(shape) > 2 and shape[-1] == shape[-2] == length:
+                    return self.entries[number], axes, part, pairs
+                form = self._form(tensor, values, part.whole, by_position)
+                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part, pairs
+        elif len(shape) > 2 and shape[-1] == shape[-2] == step.length:
             pairs = joins_positions(call, values)
         form = self._form(tensor, values, shape, pairs)
         operator = None if call.func is None else call.name
-        entry = Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats)
-        return entry, form.axes, None
+        return Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats), form.axes, None, pairs
 
     def _form(self, tensor: Tensor, values: Tensor, shape: tuple[int, ...], pairs: bool) -> Form:
         key = (tensor.dtype, shape, pairs)
@@ -603,9 +613,9 @@ class _Recorder:
                 entry.broke = replace(entry.broke, count=entry.broke.count + broke.count)
             self.broken = True
 
-        if values.device.type == "cpu":
+        if is_here(values):
             look_closer()
-        else:  # it waits for the device, which the pass must not
+        else:  # which waits for the device, and that the pass must not
             self.judgements.append(look_closer)
 
     def _take_softmax(self, entry: Entry, call: Call, values: Tensor, axes: Axes) -> None:

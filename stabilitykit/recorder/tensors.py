@@ -77,3 +77,8 @@ def region(tensor: Tensor) -> tuple[int, int, int]:
     elements = tensor.numel()
     address = tensor.data_ptr() if elements else tensor.untyped_storage()._cdata
     return address, elements, tensor.element_size()
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without a wait for the device that computes them."""
+    return tensor.device.type == "cpu"

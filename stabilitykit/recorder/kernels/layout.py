@@ -10,7 +10,7 @@ the code of the same number in float32, which holds all of them.
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -108,6 +108,7 @@ def magnitude_code(value: float, dtype: torch.dtype) -> int:
     return int(bits & torch.iinfo(bits.dtype).max)
 
 
+@cache
 def infinity_code(dtype: torch.dtype) -> int:
     return magnitude_code(math.inf, dtype)
 
