@@ -25,6 +25,7 @@ from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
 from stabilitykit.gemma.load import parse_device, parse_dtype
+from stabilitykit.gemma.tokenizer import printable
 
 PREFIX = "hf:"
 
@@ -43,8 +44,9 @@ class HuggingFaceTokenizer:
         ids = self.tokenizer(text, add_special_tokens=bos, split_special_tokens=not special_tokens)["input_ids"]
         return [int(token) for token in ids]
 
-    def chat(self, text: str, *, system: str | None = None) -> list[int]:
-        """One turn in the tokenizer's own chat template, up to where the answer begins.
+    def chat(self, text: str, *, system: str | None = None, bos: bool = True) -> list[int]:
+        """One turn in the tokenizer's own chat template, up to where the answer begins; without `bos` less its first
+        token, where that is `<bos>`. Control tokens written in the text are tokens, as the template's own are.
 
         Raises MisuseError for a tokenizer without a template and for a template that refuses the turn.
         """
@@ -59,7 +61,8 @@ class HuggingFaceTokenizer:
             )
         except Exception as error:  # jinja's, raised by the template itself
             raise MisuseError(f"The chat template of {self.source} refuses this turn: {error}.") from error
-        return [int(token) for token in ids]
+        starts = not bos and ids[:1] == [self.tokenizer.bos_token_id]
+        return [int(token) for token in ids[starts:]]
 
     def piece(self, token: int) -> str:
         text = self.tokenizer.convert_ids_to_tokens(token)
@@ -68,8 +71,10 @@ class HuggingFaceTokenizer:
         if "\u2581" in text:  # SentencePiece's mark for a space
             text = text.replace("\u2581", " ")
         elif token not in self.tokenizer.all_special_ids:
-            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False) or text
-        return str(text).replace("\n", "\\n").replace("\t", "\\t")
+            decoded = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            if decoded and "\ufffd" not in decoded:  # else a part of a character, which its own name tells
+                text = decoded
+        return printable(str(text))
 
     @property
     def pad(self) -> int:
@@ -84,6 +89,11 @@ def open_tokenizer(name: str) -> HuggingFaceTokenizer:
     transformers = _imported()
     with _quiet(transformers), _explained(name):
         loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(loaded) <= len(loaded.all_special_ids):  # transformers makes up an empty one where there is no file
+        raise CheckpointError(
+            f"A model comes with its tokenizer, tokenizer.json or tokenizer.model; {folder} has none that holds "
+            "tokens. Copy it there from where the weights came from."
+        )
     return HuggingFaceTokenizer(loaded, f"{PREFIX}{name}")
 
 
@@ -153,6 +163,17 @@ class HuggingFaceModel:
         """
         if mask is not None or every_logit:
             raise MisuseError("transformers' generate makes its own masks and the last logits alone; ask for neither.")
+        if temperature is not None and not (0 < top_p <= 1 and top_k >= 0):
+            raise MisuseError(
+                "transformers samples with a top_p above 0 and up to 1 and a top_k of at least 0, which keeps every "
+                f"token; {top_p} and {top_k} were given."
+            )
+        rows = self.causal.get_input_embeddings().weight.shape[0]
+        if int(ids.max()) >= rows:
+            raise CheckpointError(
+                f"{self.source}: a tokenizer's ids are rows of the embedding; it gave {int(ids.max()):,} and there are "
+                f"{rows:,} rows. The tokenizer of another checkpoint?"
+            )
         from transformers import GenerationConfig, StoppingCriteriaList
 
         told = self.causal.generation_config

@@ -372,16 +372,21 @@ class Recording:
         """One row a record, the columns as in the file."""
         return pd.DataFrame([record.row() for record in self.records], columns=_columns(self.header.formats))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
         table = pa.Table.from_pylist([record.row() for record in self.records], schema=_schema(self.header.formats))
-        write_table(path, table, dataclasses.asdict(self.header))
+        write_table(Path(path), table, dataclasses.asdict(self.header))
 
     @classmethod
-    def load(cls, path: Path) -> "Recording":
+    def load(cls, path: str | Path) -> "Recording":
         """Reads what `save` wrote. Raises MisuseError for a missing file or one that is no recording."""
-        table, raw = read_table(path)
+        table, raw = read_table(Path(path))
         return cls(Header.from_json(raw), [Record.from_row(row) for row in table.to_pylist()])
+
+
+def quoted(piece: str) -> str:
+    """A token's piece between quotes. A piece is printable as it is: repr would double its backslashes."""
+    return f'"{piece}"' if "'" in piece and '"' not in piece else f"'{piece}'"
 
 
 def write_table(path: Path, table: pa.Table, header: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What distinguishes one Gemma from another, as data, and the released sizes by name."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -44,6 +45,11 @@ class GemmaConfig:
         for name, size in sizes.items():
             if size < 1:
                 raise CheckpointError(f"Every size in a config is at least 1; {name} is {size}.")
+        ropes = ("rope_base", "rope_base_local", "rope_scaling")
+        for name in ("context", "query_scalar", "window", "global_every", *ropes):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise CheckpointError(f"In a config {name} is above zero; this one says {value}.")
         if self.heads % self.kv_heads:
             raise CheckpointError(
                 f"Query heads share key/value heads evenly; {self.heads} heads cannot share {self.kv_heads}."

@@ -100,9 +100,15 @@ class _Sizes:
     def of(cls, raw: Mapping[str, Tensor], embedder: str, path: Path) -> "_Sizes":
         first = "model.layers.0."
         try:
-            attention, feed_forward = f"{first}self_attn.", len(raw[f"{first}mlp.gate_proj.weight"])
+            attention, feed_forward = f"{first}self_attn.", raw[f"{first}mlp.gate_proj.weight"].shape[0]
+            hidden_size = raw[embedder].shape[1]
             combined, output = raw[f"{attention}qkv_proj.weight"].shape[0], raw[f"{attention}o_proj.weight"].shape[1]
-        except (KeyError, IndexError) as error:
+        except IndexError:
+            raise CheckpointError(
+                f"{path.name}: embedding and projections are matrices; one of the first layer's is not. Is the file "
+                "damaged?"
+            ) from None
+        except KeyError as error:
             raise CheckpointError(
                 f"{path.name}: a checkpoint of gemma_pytorch has layers with qkv_proj, o_proj and gate_proj; of the "
                 f"first, {error} is missing. Another model?"
@@ -125,7 +131,7 @@ class _Sizes:
         return cls(
             generation=generation,
             layers=1 + max(int(match[1]) for name in raw if (match := _LAYER.fullmatch(name))),
-            hidden_size=raw[embedder].shape[1],
+            hidden_size=hidden_size,
             feed_forward=feed_forward,
             heads=heads,
             kv_heads=(combined // head - heads) // 2,
@@ -157,6 +163,11 @@ def _tensors(
             raise CheckpointError(
                 f"int8 weights come with scalers; {name.removeprefix('model.')} has none. Without it every weight "
                 "would be an integer up to 127: fetch the checkpoint again."
+            )
+        if scaler is not None and scaler.shape != tensor.shape[:1]:
+            raise CheckpointError(
+                f"An int8 weight has a scaler for each row; {name.removeprefix('model.')} is {list(tensor.shape)} and "
+                f"its scaler {list(scaler.shape)}. Fetch the checkpoint again."
             )
         layer = _LAYER.fullmatch(name)
         if name in _TABLES or name.startswith(_VISION) or _is_scaler(name, raw):

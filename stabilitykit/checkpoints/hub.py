@@ -12,8 +12,13 @@ def local_folder(name: str) -> Path:
     also for a missing `huggingface_hub`, which knows the cache and comes with the extra `hf`.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
+    if folder.is_file():
+        raise MisuseError(
+            f"transformers' own code runs a folder, and {name} is a file: leave hf: out, and the kit's own model reads "
+            "it if it is a Gemma's .gguf or .ckpt."
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise MisuseError(
             f"A model is a folder, or a name on the hub such as google/gemma-3-270m; {name!r} is neither."

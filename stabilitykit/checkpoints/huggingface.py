@@ -108,20 +108,27 @@ def gemma_config(raw: Mapping[str, Any], folder: Path) -> tuple[GemmaConfig, boo
     return config, text is not raw
 
 
+def _whole(value: Any) -> int:
+    """A whole number, as an int or a text of one; 32.5 and true are none."""
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
 def _sizes(generation: Generation, text: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> GemmaConfig:
-    layers = int(given["num_hidden_layers"])
+    layers = _whole(given["num_hidden_layers"])
     window, global_every = _layer_kinds(generation, given, layers, folder)
     rope = _rope(given, folder)
     return GemmaConfig(
         generation=generation,
         layers=layers,
-        hidden_size=int(given["hidden_size"]),
-        feed_forward=int(given["intermediate_size"]),
-        heads=int(given["num_attention_heads"]),
-        kv_heads=int(given["num_key_value_heads"]),
-        head_dim=int(given["head_dim"]),
-        vocabulary=int(given["vocab_size"]),
-        context=int(given["max_position_embeddings"]),
+        hidden_size=_whole(given["hidden_size"]),
+        feed_forward=_whole(given["intermediate_size"]),
+        heads=_whole(given["num_attention_heads"]),
+        kv_heads=_whole(given["num_key_value_heads"]),
+        head_dim=_whole(given["head_dim"]),
+        vocabulary=_whole(given["vocab_size"]),
+        context=_whole(given["max_position_embeddings"]),
         query_scalar=float(given["head_dim"] if generation == 1 else given["query_pre_attn_scalar"]),
         window=window,
         global_every=global_every,
@@ -231,10 +238,14 @@ def _layer_kinds(generation: Generation, given: Mapping[str, Any], layers: int, 
     """The window of local layers, and every how many-eth layer is global."""
     if generation == 1:
         return None, 1
-    window = int(given["sliding_window"])
+    window = _whole(given["sliding_window"])
     kinds = given.get("layer_types")
     if kinds is None:
         return window, int(given.get("_sliding_window_pattern", given["sliding_window_pattern"]))
+    if len(kinds) != layers:
+        raise CheckpointError(
+            f"{folder}: layer_types names each layer's kind; it names {len(kinds)}, and num_hidden_layers is {layers}."
+        )
     is_global = [kind == "full_attention" for kind in kinds]
     if all(is_global):
         return None, 1

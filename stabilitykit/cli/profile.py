@@ -236,7 +236,7 @@ def _huggingface(
 
     tokenizer = hf.open_tokenizer(name)
     if prompt.chat:
-        tokens = tokenizer.chat(prompt.text, system=prompt.system)
+        tokens = tokenizer.chat(prompt.text, system=prompt.system, bos=prompt.bos)
     else:
         tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
 
@@ -276,6 +276,7 @@ def _read_prompt(prompt: str) -> str:
 
 def _print_subject(recording: "Recording", source: _Source, redact: bool) -> None:
     from stabilitykit.cli import screen
+    from stabilitykit.records import quoted
 
     header = recording.header
     screen.print_note(str(header.checkpoint))
@@ -285,7 +286,7 @@ def _print_subject(recording: "Recording", source: _Source, redact: bool) -> Non
     if redact:
         screen.print_note(f"{len(tokens)} tokens, redacted.")
     else:
-        shown = " ".join(repr(source.piece(token)) for token in tokens[:16])
+        shown = " ".join(quoted(source.piece(token)) for token in tokens[:16])
         screen.print_note(f"{len(tokens)} tokens: {shown}{' ...' if len(tokens) > 16 else ''}")
     screen.output.print()
 

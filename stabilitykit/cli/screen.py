@@ -17,7 +17,7 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.records import Recording
+from stabilitykit.records import Recording, quoted
 from stabilitykit.report.style import size
 from stabilitykit.results import Plan
 
@@ -111,7 +111,7 @@ def print_layers(recording: Recording) -> None:
         table.add_column(name, justify="right")
     table.add_column("amax is in", overflow="fold")
     for row in rows:
-        at = "" if row.position is None else f", {row.position if row.token is None else repr(row.token)}"
+        at = "" if row.position is None else f", {row.position if row.token is None else quoted(row.token)}"
         table.add_row(
             row.name,
             *(cell(row) for cell in columns.values()),
@@ -138,7 +138,7 @@ def print_steps(recording: Recording) -> None:
     for row in shown:
         table.add_row(
             str(row.step),
-            escape("prompt" if row.step == 0 else "" if row.token is None else repr(row.token)),
+            escape("prompt" if row.step == 0 else "" if row.token is None else quoted(row.token)),
             "" if row.position is None else str(row.position),
             "-" if row.amax is None else number(row.amax),
             "-" if row.headroom is None else f"{row.headroom:.1f}",

@@ -79,6 +79,13 @@ def cause(recording: Recording) -> Cause | None:
             f"The weights were not finite to begin with: {', '.join(broke.operand_sites)}.",
             "Check how the checkpoint was written and cast; no number format helps.",
         )
+    if broke.kind == "unresolved" and weights is not None and weights.nonfinite:
+        return Cause(
+            "weights",
+            f"The weights were not finite to begin with: {weights.nonfinite:,} of them are NaN or infinite in the "
+            f"checkpoint itself ({weights.worst[0].name}, ...).",
+            "Check how the checkpoint was written and cast; no number format helps.",
+        )
     if broke.kind == "input":
         return Cause(
             "input", "An input was not finite before the model touched it.", "Check what is passed to the model."

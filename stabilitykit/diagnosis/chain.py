@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from stabilitykit.records import Record, Recording
+from stabilitykit.records import Record, Recording, quoted
 
 Event = Literal["break", "first NaN", "layer", "logits", "probabilities", "error", "greedy"]
 
@@ -66,7 +66,7 @@ def _links(recording: Recording) -> Iterator[Link]:
     if first is not None and first.broke is not None:
         place = recording.header.text_of(first.broke.token)
         at = "" if first.broke.position is None else f" at position {first.broke.position}"
-        token = f" {place!r}" if place else ""
+        token = f" {quoted(place)}" if place else ""
         yield _link("break", first, f"{first.broke.kind}: {_count(first.lost, 'element')} lost{at}{token}")
 
         after = [r for r in recording if r.step == step and r.order >= first.order]

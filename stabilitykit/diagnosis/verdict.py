@@ -8,7 +8,7 @@ from stabilitykit.diagnosis.cause import Cause, cause
 from stabilitykit.diagnosis.chain import Link, chain, logits_of
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.formats import number_format
-from stabilitykit.records import Break, Record, Recording, StoredWeights, finite_or_text
+from stabilitykit.records import Break, Record, Recording, StoredWeights, finite_or_text, quoted
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
@@ -194,7 +194,7 @@ def _where(record: Record | Link) -> str:
 def _at(recording: Recording, position: int | None, row: int | None, token: str | None, step: int) -> str:
     if position is None:
         return ""
-    text = f", at token {position}" + (f" {token!r}" if token else "")
+    text = f", at token {position}" + (f" {quoted(token)}" if token else "")
     if recording.header.rows > 1 and row is not None:
         text += f" of row {row}"
     if step > 0 and position == recording.header.first_position(step):

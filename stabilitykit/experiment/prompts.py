@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.records import quoted
 
 if TYPE_CHECKING:
     from stabilitykit.gemma.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | N
     ids = list(_encoded(tokenizer, prompt.text))
     if prompt.repeats:
         if len(ids) != 1:
-            pieces = ", ".join(repr(tokenizer.piece(index)) for index in ids[:6])
+            pieces = ", ".join(quoted(tokenizer.piece(index)) for index in ids[:6])
             raise MisuseError(
                 f"What is repeated is one token of the model's vocabulary; {prompt.text!r:.40} is {len(ids)}, "
                 f"beginning with {pieces}. Repeat one of these, or write the text to a file and name it as @FILE."

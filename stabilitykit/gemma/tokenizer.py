@@ -78,8 +78,7 @@ class Tokenizer:
         Raises MisuseError for an id outside the vocabulary.
         """
         self._check(index)
-        text = self._vocabulary.pieces[index].replace("▁", " ")
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(self._vocabulary.pieces[index].replace("▁", " "))
 
     def chat(self, prompt: str, *, generation: Generation, system: str | None = None, bos: bool = True) -> list[int]:
         """The ids of a user's turn in Gemma's template, after `<bos>`, up to where the model's turn begins.
@@ -112,6 +111,11 @@ class Tokenizer:
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._vocabulary.pieces):
             raise MisuseError(f"A token id is from 0 to {len(self._vocabulary.pieces) - 1}; {index} is not.")
+
+
+def printable(text: str) -> str:
+    """What no terminal shows, as Python would write it: a line's end as a backslash and an n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def serialised(vocabulary: Vocabulary) -> bytes:

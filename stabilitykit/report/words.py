@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.lengths import Span
+from stabilitykit.records import quoted
 
 
 def count(amount: int, one: str, many: str | None = None) -> str:
@@ -54,7 +55,7 @@ def place(span: Span) -> str:
 def short_place(span: Span) -> str:
     """The layer, or the site outside the layers, and the token."""
     where = code(span.site) if span.layer is None else f"layer {span.layer}"
-    return where if span.token_text is None else f"{where}, {code(repr(span.token_text))}"
+    return where if span.token_text is None else f"{where}, {code(quoted(span.token_text))}"
 
 
 def at_token(span: Span) -> str:
@@ -62,7 +63,7 @@ def at_token(span: Span) -> str:
     position = None if span.broke is None else span.broke.position
     if position is None:
         return ""
-    return f", at token {position:,}" + ("" if span.token_text is None else f" {code(repr(span.token_text))}")
+    return f", at token {position:,}" + ("" if span.token_text is None else f" {code(quoted(span.token_text))}")
 
 
 def happened(span: Span, dtype: str) -> str:

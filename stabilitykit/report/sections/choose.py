@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from stabilitykit.records import Level, Record, Recording
+from stabilitykit.records import Level, Record, Recording, quoted
 from stabilitykit.report.blocks import Section
 from stabilitykit.report.words import none_of
 from stabilitykit.results import Case, Results
@@ -124,7 +124,7 @@ def token_at(position: int | None, text: str | None) -> str:
     """, at token 0 '<bos>'; empty where the position is not known."""
     if position is None:
         return ""
-    return f", at token {position}" + (f" {text!r}" if text else "")
+    return f", at token {position}" + (f" {quoted(text)}" if text else "")
 
 
 def break_sentence(recording: Recording) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from stabilitykit.records import quoted
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, texts
 from stabilitykit.report.sections.claim_figures import OF_SHORTAGE, SHARE, bars, largest_values, tally
@@ -425,7 +426,7 @@ def _same(found: Iterable[Outcome], outcome: Outcome, dtype: str) -> Outcome | N
 
 
 def _answers(evidence: Evidence, runs: Sequence[Outcome]) -> list[str]:
-    return [code(repr(text)) for text in dict.fromkeys(evidence.next_text(run) for run in runs)]
+    return [code(quoted(text or "?")) for text in dict.fromkeys(evidence.next_text(run) for run in runs)]
 
 
 def _gigabytes(amount: float) -> str:
@@ -476,7 +477,7 @@ def _next_tokens(evidence: Evidence) -> Table:
     for run in evidence.runs:
         text = evidence.next_text(run)
         key = str(run.case.settings["prompt"]).removeprefix("text: "), run.bos
-        rows.setdefault(key, {})[run.dtype] = None if text is None else repr(text)
+        rows.setdefault(key, {})[run.dtype] = None if text is None else quoted(text)
     return Table(
         name="claims-next-token",
         title="The token that greedy decoding takes",

@@ -10,6 +10,7 @@ import numpy as np
 
 from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.lengths import LengthMap, Span
+from stabilitykit.records import quoted
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names, Outcome, Text, outcomes, texts
 from stabilitykit.report.style import BACKING, BROKEN, INK, SKY, bits, dtype_style, series_style
@@ -133,7 +134,7 @@ def _span_hover(name: str, span: Span, bottom: float, top: float, axes: int) -> 
     lengths = f"{span.first:,}" if span.first == span.last else f"{span.first:,} to {span.last:,}"
     text = f"{name}, {lengths} tokens: {'clean' if span.broke is None else 'breaks in ' + str(span.site)}"
     if span.broke is not None and span.token_text is not None:
-        text += f", at token {span.broke.position} {span.token_text!r}"
+        text += f", at token {span.broke.position} {quoted(span.token_text)}"
     return Hover(left=span.first - 0.5, right=span.last + 0.5, bottom=bottom, top=top, text=text, axes=axes)
 
 
@@ -312,7 +313,7 @@ def _first_break_row(text: str, case: Case, found: LengthMap) -> list[Cell]:
         found.longest,
         found.first_broken,
         None if broken is None else broken.site,
-        None if broken is None or broken.token_text is None else repr(broken.token_text),
+        None if broken is None or broken.token_text is None else quoted(broken.token_text),
         None if broken is None or broken.broke is None else broken.broke.value,
         None if amax is None or math.isnan(amax) else number_format(found.header.dtype).headroom(amax),
         found.runs,
@@ -422,7 +423,7 @@ def _spans(maps: Maps) -> Table:
                 span.site,
                 span.label,
                 None if span.broke is None else span.broke.kind,
-                None if span.token_text is None else repr(span.token_text),
+                None if span.token_text is None else quoted(span.token_text),
                 None if span.broke is None else span.broke.position,
                 None if span.broke is None else span.broke.value,
                 span.run,
@@ -452,7 +453,7 @@ def _runs(runs: Sequence[Outcome]) -> Table:
                 *_whose(run.text, run.case, run.dtype),
                 span.first,
                 span.site,
-                None if span.token_text is None else repr(span.token_text),
+                None if span.token_text is None else quoted(span.token_text),
                 None if span.broke is None else span.broke.value,
                 run.headroom,
                 run.error,
