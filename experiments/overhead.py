@@ -158,9 +158,14 @@ def recording_rows(model: Gemma, tokens: list[int], rounds: int) -> Iterator[Row
         for name, what in names.items():
             target, stretch = targets.get(name, (None, None))
             yield Row(
-                what=f"{what}, {length} tokens", measured=seconds[name] / seconds["bare"], unit="× bare", target=target,
-                stretch=stretch, detail=detail if name == "operators" else "", bar=True,
-            )  # fmt: skip
+                what=f"{what}, {length} tokens",
+                measured=seconds[name] / seconds["bare"],
+                unit="× bare",
+                target=target,
+                stretch=stretch,
+                detail=detail if name == "operators" else "",
+                bar=True,
+            )
     recording = recorded(model, torch.tensor([tokens[:512]]), {}, last)
     began = time.perf_counter()
     _ = recording.records
@@ -425,7 +430,7 @@ def write_large(folder: Path, config: GemmaConfig) -> None:
                 "num_key_value_heads": config.kv_heads,
                 "max_position_embeddings": config.context,
             }
-        )  # fmt: skip
+        )
     )
 
 
