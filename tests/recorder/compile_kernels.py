@@ -47,22 +47,24 @@ class CompiledOnly:
         return launch
 
 
-def compile_all(dtypes: tuple[torch.dtype, ...]) -> None:
-    for dtype in dtypes:
-        against = edges(dtype, FORMATS)
-        tensor = torch.zeros(4, 4, 4096, dtype=dtype)
-        cuda.tally(tensor, against)
+def compile_for(dtype: torch.dtype) -> None:
+    """The kernels for dense tensors, and for strided ones with a mask."""
+    against = edges(dtype, FORMATS)
+    tensor = torch.zeros(4, 4, 4096, dtype=dtype)
+    cuda.tally(tensor, against)
+    if dtype in (torch.float16, torch.float64):
         cuda.tally(tensor[..., ::3], against, torch.zeros(4096, dtype=torch.bool)[::3].expand(4, 4, -1), 0.0)
         cuda_softmax.tally(tensor, tensor, 1, None)
-    logits = torch.zeros(2, 3, 4, 40, dtype=torch.float32).transpose(1, 2)
-    hidden = torch.zeros(40, dtype=torch.bool)
-    cuda_softmax.tally(logits, logits.to(dtypes[0]), 2, hidden)
+    else:
+        logits = torch.zeros(2, 3, 4, 40).transpose(1, 2)
+        cuda_softmax.tally(logits, logits.to(dtype), 2, torch.zeros(40, dtype=torch.bool))
 
 
 for module in (cuda, cuda_softmax):
     for name, value in list(vars(module).items()):
         if isinstance(value, triton.JITFunction) and name in ("count", "look", "merge"):
             setattr(module, name, CompiledOnly(value))
-for capability, dtypes in ((90, DTYPES), (80, DTYPES[:1])):
+for capability, dtypes in ((90, DTYPES), (80, DTYPES[1:2])):
     triton.runtime.driver.set_active(Driver(capability))
-    compile_all(dtypes)
+    for dtype in dtypes:
+        compile_for(dtype)

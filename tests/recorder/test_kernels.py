@@ -29,7 +29,7 @@ SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 65504.0, -65520.0, 2.0**-25
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXAMPLES, ELEMENTS = (200, 200_000) if DEVICE == "cuda" else (30, 6_000)
+EXAMPLES, ELEMENTS = (200, 200_000) if DEVICE == "cuda" else (20, 5_000)
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +244,11 @@ def check_triton_softmax_agrees(
     with no_wait():
         row = cuda_softmax.tally(*there, head, hidden_there)
         again = cuda_softmax.tally(*there, head, hidden_there)
-        if logits.numel():
-            other = plain_softmax.tally(*there, head, hidden_there)
-            check_equal_softmax(row.cpu().numpy(), other.cpu().numpy())
+        other = plain_softmax.tally(*there, head, hidden_there) if logits.numel() else row
     assert row.device == there[0].device
     assert torch.equal(row.view(torch.int64), again.view(torch.int64))
-    check_equal_softmax(row.cpu().numpy(), cpu_softmax.tally(logits, probabilities, head, hidden))
+    check_equal_softmax(cpu_softmax.tally(logits, probabilities, head, hidden), row.cpu().numpy())
+    check_equal_softmax(other.cpu().numpy(), row.cpu().numpy())
 
 
 def drawn_softmax(

@@ -1,6 +1,6 @@
-"""What Triton's kernels share: which devices they run on, how many programs fill one, and float32's bits.
+"""What the launches of Triton's kernels share: which devices they run on, how many programs fill one, strides.
 
-It can be imported without Triton; `cuda` and `cuda_softmax` cannot.
+This can be imported without Triton; `cuda` and `cuda_softmax` cannot.
 """
 
 import contextlib
