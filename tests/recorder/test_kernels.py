@@ -166,6 +166,15 @@ def test_triton_finds_the_first_of_equal_peaks_in_any_program(cuda: ModuleType, 
     assert check_triton_agrees(cuda, tensor[:, :1_600])[Field.INDEX] == 1_607
 
 
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+@pytest.mark.parametrize("limit", [math.inf, 1.0, -0.0, 0.0, -1.0, -math.inf])
+def test_triton_hides_what_is_not_above_the_limit(cuda: ModuleType, dtype: torch.dtype, limit: float) -> None:
+    """NaN of either sign is never hidden, and both zeros are equal."""
+    magnitudes = torch.tensor([math.nan, math.inf, 0.0, 1.0, 1.5, 2.0**-16], dtype=dtype)
+    tensor = torch.cat([magnitudes.copysign(torch.tensor(sign, dtype=dtype)) for sign in (1.0, -1.0)])
+    check_triton_agrees(cuda, tensor, torch.ones_like(tensor, dtype=torch.bool), limit)
+
+
 def test_triton_walks_with_wide_indices(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in tensors with more than 2^30 elements."""
     monkeypatch.setattr(device, "_LARGE", 0)
