@@ -1,13 +1,19 @@
 """The real Gemma 3 270M, once per session; tests that ask for it are skipped where the `demo` extra is missing."""
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import stabilitykit as stabilitykit
 from hypothesis import settings
 
 from stabilitykit.checkpoints import Checkpoint, cache_folder, open_checkpoint
 from stabilitykit.checkpoints.bundled import bundled_gguf
+
+if find_spec("triton") and not torch.cuda.is_available():  # Triton looks at this when it is imported, much later
+    os.environ["TRITON_INTERPRET"] = "1"  # its kernels then run on CPU tensors, slowly
 
 # the same examples in every run of one commit; `pytest --hypothesis-profile=default` looks for new ones
 settings.register_profile("repeatable", derandomize=True)

@@ -1,7 +1,16 @@
-"""Every kernel writes the same row: counts and peaks to the last one, sums as closely as their order allows."""
+"""Every kernel writes the same row: counts and peaks to the last one, sums as closely as their order allows.
+
+Triton's run on a GPU where there is one, else in Triton's interpreter, which is slow: fewer and smaller tensors then.
+"""
 
 import math
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stabilitykit.recorder.kernels import cpu, cpu_softmax, machine, plain, plain_softmax, softmax_layout
+from stabilitykit.recorder.kernels import cpu, cpu_softmax, device, machine, plain, plain_softmax, softmax_layout
 from stabilitykit.recorder.kernels.layout import Field, edges
 
 FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -19,15 +28,75 @@ INTEGERS[torch.float64] = torch.int64
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 65504.0, -65520.0, 2.0**-25, 2.0**-149, 464.0, 1e300, 5e-324]
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXAMPLES, ELEMENTS = (200, 200_000) if DEVICE == "cuda" else (20, 5_000)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> Iterator[ModuleType]:
+    pytest.importorskip("triton", reason="needs Triton")
+    from stabilitykit.recorder.kernels import cuda
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":  # as many programs for small tensors as others have for large ones
+            patch.setattr(cuda, "_BLOCKS", 1)
+            patch.setattr(cuda, "_COLUMNS", 512)
+        yield cuda
+
+
+@pytest.fixture(scope="module")
+def cuda_softmax() -> Iterator[ModuleType]:
+    pytest.importorskip("triton", reason="needs Triton")
+    from stabilitykit.recorder.kernels import cuda_softmax
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(cuda_softmax, "_TILES", 1)
+        yield cuda_softmax
+
+
+@contextmanager
+def no_wait() -> Iterator[None]:
+    """Torch raises where something waits for the device. The interpreter, which is numpy, may overflow in silence."""
+    before = torch.cuda.get_sync_debug_mode() if DEVICE == "cuda" else 0
+    try:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def on_device(tensor: Tensor | None) -> Tensor | None:
+    """The same values with the same strides; `Tensor.cuda` would make some dense."""
+    if tensor is None or DEVICE == "cpu":
+        return tensor
+    held = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).to(DEVICE)
+    return held.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def check_rows_agree(tensor: Tensor, hidden: Tensor | None = None, limit: float = math.inf) -> None:
     against = edges(tensor.dtype, FORMATS)
     first, second = cpu.tally(tensor, against, hidden, limit), plain.tally(tensor, against, hidden, limit).numpy()
-    if torch.cuda.is_available():
-        from stabilitykit.recorder.kernels import cuda
-
-        third = cuda.tally(tensor.cuda(), against, None if hidden is None else hidden.cuda(), limit).cpu().numpy()
-        check_equal(first, third)
     check_equal(first, second)
+
+
+def check_triton_agrees(
+    cuda: ModuleType, tensor: Tensor, hidden: Tensor | None = None, limit: float = math.inf
+) -> np.ndarray:
+    against = edges(tensor.dtype, FORMATS)
+    there, hidden_there = on_device(tensor), on_device(hidden)
+    with no_wait():
+        row = cuda.tally(there, against, hidden_there, limit)
+        again = cuda.tally(there, against, hidden_there, limit)
+        other = plain.tally(there, against, hidden_there, limit)
+    assert row.device == there.device
+    assert torch.equal(row.view(torch.int64), again.view(torch.int64))
+    check_equal(cpu.tally(tensor, against, hidden, limit), row.cpu().numpy())
+    check_equal(other.cpu().numpy(), row.cpu().numpy())
+    return row.cpu().numpy()
 
 
 def check_equal(first: np.ndarray, second: np.ndarray) -> None:
@@ -55,12 +124,13 @@ def drawn(draw: Callable[..., int], dtype: torch.dtype, elements: int, seed: int
     return torch.where(kind < rare, torch.where(kind < rare / 2, bits, special), usual)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data(), st.sampled_from(list(INTEGERS)), st.integers(0, 2**32))
-def test_any_tensor(data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
+def drawn_with_mask(
+    data: st.DataObject, dtype: torch.dtype, seed: int, most: int
+) -> tuple[Tensor, Tensor | None, float]:
+    """A tensor of any shape and strides, and perhaps what of it is hidden up to which value."""
     shape = data.draw(st.lists(st.integers(0, 9), max_size=6))
     shape[-1:] = [data.draw(st.sampled_from([1, 3, 31, 257, 5000]))]
-    while math.prod(shape) > 200_000:
+    while math.prod(shape) > most:
         shape.pop(0)
     tensor = drawn(data.draw, dtype, math.prod(shape), seed).reshape(shape)
     tensor = tensor.permute(data.draw(st.permutations(range(len(shape)))))
@@ -70,8 +140,78 @@ def test_any_tensor(data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
     if data.draw(st.booleans()):
         rows = torch.rand(tensor.shape[-1:], generator=torch.Generator().manual_seed(seed)) < 0.3
         hidden = rows.expand(tensor.shape) if data.draw(st.booleans()) else rows.expand(tensor.shape).contiguous()
-        limit = data.draw(st.sampled_from([math.inf, 0.0, -1000.0]))
-    check_rows_agree(tensor, hidden, limit)
+        limit = data.draw(st.sampled_from([math.inf, 0.0, -0.0, -1000.0, -1e300]))
+    return tensor, hidden, limit
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(list(INTEGERS)), st.integers(0, 2**32))
+def test_any_tensor(data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
+    check_rows_agree(*drawn_with_mask(data, dtype, seed, 200_000))
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.data(), st.sampled_from(list(INTEGERS)), st.integers(0, 2**32))
+def test_any_tensor_in_triton(cuda: ModuleType, data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
+    check_triton_agrees(cuda, *drawn_with_mask(data, dtype, seed, ELEMENTS))
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+def test_triton_finds_the_first_of_equal_peaks_in_any_program(cuda: ModuleType, dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 1_603, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[0, 1_601] = tensor[1, 7] = tensor[2, 5] = -30_000.0
+    tensor[1, 100:200] = math.nan
+    assert check_triton_agrees(cuda, tensor)[Field.INDEX] == 1_601
+    assert check_triton_agrees(cuda, tensor.T)[Field.INDEX] == 5 * 3 + 2
+    assert check_triton_agrees(cuda, tensor[:, :1_600])[Field.INDEX] == 1_607
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+@pytest.mark.parametrize("limit", [math.inf, 1.0, -0.0, 0.0, -1.0, -math.inf])
+def test_triton_hides_what_is_not_above_the_limit(cuda: ModuleType, dtype: torch.dtype, limit: float) -> None:
+    """NaN of either sign is never hidden, and both zeros are equal."""
+    magnitudes = torch.tensor([math.nan, math.inf, 0.0, 1.0, 1.5, 2.0**-16], dtype=dtype)
+    tensor = torch.cat([magnitudes.copysign(torch.tensor(sign, dtype=dtype)) for sign in (1.0, -1.0)])
+    check_triton_agrees(cuda, tensor, torch.ones_like(tensor, dtype=torch.bool), limit)
+
+
+def test_triton_walks_with_wide_indices(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in tensors with more than 2^30 elements."""
+    monkeypatch.setattr(device, "_LARGE", 0)
+    tensor = torch.randn(2, 3, 4, 5, 60, generator=torch.Generator().manual_seed(0)).permute(1, 0, 3, 4, 2)
+    hidden = (torch.arange(60) < 9)[:, None].expand(tensor.shape)
+    check_triton_agrees(cuda, tensor, hidden, 0.5)
+    check_triton_agrees(cuda, tensor.contiguous())
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+@pytest.mark.parametrize("value", [0.0, -0.0, math.nan, -math.inf, -1.5])
+def test_one_value_throughout_in_triton(cuda: ModuleType, dtype: torch.dtype, value: float) -> None:
+    tensor = torch.full((1_100,), value, dtype=dtype)
+    check_triton_agrees(cuda, tensor)
+    row = check_triton_agrees(cuda, tensor, torch.ones(1_100, dtype=torch.bool))
+    assert row[Field.MASKED] + row[Field.NAN] == 1_100
+    assert row[Field.AMAX] == -1
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+def test_triton_counts_from_each_code_on_and_each_exponent(cuda: ModuleType, dtype: torch.dtype) -> None:
+    """The numbers next to each edge and each power of two, on either side: an edge off by one changes a count."""
+    against = edges(dtype, FORMATS)
+    powers = 2.0 ** np.arange(against.lowest, against.lowest + against.bins, dtype=np.float64)
+    integer = INTEGERS[against.wide]
+    codes = torch.cat((torch.tensor(against.codes.tolist()), torch.tensor(powers).to(against.wide).view(integer)))
+    near = torch.cat([codes + step for step in (-1, 0, 0, 1, 1, 1)]).clamp(min=0).to(integer).view(against.wide)
+    check_triton_agrees(cuda, near.to(dtype))
+    check_triton_agrees(cuda, -near.to(dtype))
+
+
+@pytest.mark.parametrize("sizes", [(1e-320, 1e-170), (1e-170, 1.0), (1.0, 1e170), (1e-320, 1e170), (0.0, 1e-320)])
+def test_triton_squares_float64_of_any_size(cuda: ModuleType, sizes: tuple[float, float]) -> None:
+    """Whether they meet in one lane, in one block or only when programs' rows are merged."""
+    small, large = (torch.full((600,), size, dtype=torch.float64) for size in sizes)
+    for tensor in (torch.cat((small, large)), torch.stack((small, large), -1).reshape(-1), small):
+        check_triton_agrees(cuda, tensor)
 
 
 @pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
@@ -98,17 +238,31 @@ def test_without_torchs_threads_the_caller_does_it_all(monkeypatch: pytest.Monke
     check_equal(cpu.tally(tensor, edges(tensor.dtype, FORMATS)), shared)
 
 
-def check_softmax_agrees(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> None:
-    first = cpu_softmax.tally(logits, probabilities, head, hidden)
-    second = plain_softmax.tally(logits, probabilities, head, hidden).numpy()
+def check_equal_softmax(first: np.ndarray, second: np.ndarray) -> None:
     counted = [i for i in range(len(first)) if i < softmax_layout.FIELDS and i != softmax_layout.Field.SUM_ERROR]
     np.testing.assert_array_equal(first[counted], second[counted])
+    np.testing.assert_array_equal(first[softmax_layout.FIELDS + 2 :: 3], second[softmax_layout.FIELDS + 2 :: 3])
     np.testing.assert_allclose(first, second, rtol=2e-5, atol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data(), st.sampled_from(list(INTEGERS)), st.booleans(), st.integers(0, 2**32))
-def test_any_softmax(data: st.DataObject, dtype: torch.dtype, narrow: bool, seed: int) -> None:
+def check_triton_softmax_agrees(
+    cuda_softmax: ModuleType, logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None
+) -> None:
+    there = [on_device(part) for part in (logits, probabilities)]
+    hidden_there = on_device(hidden)
+    with no_wait():
+        row = cuda_softmax.tally(*there, head, hidden_there)
+        again = cuda_softmax.tally(*there, head, hidden_there)
+        other = plain_softmax.tally(*there, head, hidden_there) if logits.numel() else row
+    assert row.device == there[0].device
+    assert torch.equal(row.view(torch.int64), again.view(torch.int64))
+    check_equal_softmax(cpu_softmax.tally(logits, probabilities, head, hidden), row.cpu().numpy())
+    check_equal_softmax(other.cpu().numpy(), row.cpu().numpy())
+
+
+def drawn_softmax(
+    data: st.DataObject, dtype: torch.dtype, narrow: bool, seed: int
+) -> tuple[Tensor, Tensor, int | None, Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
     rows, heads, queries, keys = (data.draw(st.integers(1, most)) for most in (2, 3, 9, 300))
     logits = torch.randn(rows, heads, queries, keys, generator=generator) * 10.0 ** data.draw(st.integers(-1, 2))
@@ -125,10 +279,46 @@ def test_any_softmax(data: st.DataObject, dtype: torch.dtype, narrow: bool, seed
     logits = logits.to(wide)
     if data.draw(st.booleans()):  # strides do not matter
         logits, probabilities = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (logits, probabilities))
-    check_softmax_agrees(logits, probabilities, data.draw(st.sampled_from([None, 1])), hidden)
+    return logits, probabilities, data.draw(st.sampled_from([None, 1])), hidden
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(list(INTEGERS)), st.booleans(), st.integers(0, 2**32))
+def test_any_softmax(data: st.DataObject, dtype: torch.dtype, narrow: bool, seed: int) -> None:
+    drawn = drawn_softmax(data, dtype, narrow, seed)
+    check_equal_softmax(cpu_softmax.tally(*drawn), plain_softmax.tally(*drawn).numpy())
+
+
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(st.data(), st.sampled_from(list(INTEGERS)), st.booleans(), st.integers(0, 2**32))
+def test_any_softmax_in_triton(
+    cuda_softmax: ModuleType, data: st.DataObject, dtype: torch.dtype, narrow: bool, seed: int
+) -> None:
+    check_triton_softmax_agrees(cuda_softmax, *drawn_softmax(data, dtype, narrow, seed))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (5,), (1, 1), (4, 1), (2, 33_000)])
+def test_softmax_of_any_length_in_triton(cuda_softmax: ModuleType, shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    probabilities = torch.softmax(logits, -1)
+    check_triton_softmax_agrees(cuda_softmax, logits, probabilities, None, None)
+    if len(shape) > 1:
+        check_triton_softmax_agrees(cuda_softmax, logits, probabilities, 0, None)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (5,)])
 def test_softmax_of_little(shape: tuple[int, ...]) -> None:
     found = cpu_softmax.tally(torch.zeros(shape), torch.softmax(torch.zeros(shape), -1), None, None)
     assert found[softmax_layout.Field.VISIBLE] == math.prod(shape)
+
+
+def test_triton_compiles_the_kernels_for_gpus(tmp_path: Path) -> None:
+    """In a process of its own: this one may interpret them. Only ln may flush subnormals, of which it gets none."""
+    pytest.importorskip("triton", reason="needs Triton")
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    flushing = {tuple(line.split()) for line in ran.stdout.splitlines()}
+    assert flushing <= {("look", "fma.rn.ftz.f32"), ("look", "rcp.approx.ftz.f64")}

@@ -6,13 +6,13 @@ Of devices without float64 (MPS) the caller brings the tensor to the CPU.
 import math
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, infinity_code
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_EXPONENT_BITS = {torch.float32: 8, torch.float64: 11}
 
 
 def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> Tensor:
@@ -55,9 +55,15 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
 
 @lru_cache(maxsize=64)
 def _bounds(edges: Edges, device: torch.device) -> Tensor:
-    """The codes of `edges`, of all powers of two that it has bins for, and of infinity."""
+    """The codes of `edges`, of all powers of two that it has bins for, and of infinity.
+
+    Made where they are needed: a copy from the CPU would wait for all that the device has yet to do.
+    """
+    integer = _INTEGERS[edges.wide]
     with torch.inference_mode(False):  # or it could not be used again outside of that mode
-        powers = np.ldexp(1.0, np.arange(edges.bins) + edges.lowest)
-        codes = torch.from_numpy(powers).to(edges.wide).view(_INTEGERS[edges.wide])
-        ends = torch.tensor([infinity_code(edges.wide)])
-        return torch.cat((torch.from_numpy(edges.codes.copy()), codes, ends)).to(codes.dtype).to(device)
+        mantissa = infinity_code(edges.wide).bit_length() - _EXPONENT_BITS[edges.wide]
+        place = torch.arange(edges.bins + 1, dtype=integer, device=device)  # the last power is infinity
+        one = torch.ones_like(place)
+        powers = torch.where(place < mantissa, one << place.clamp(max=mantissa), (place - mantissa + 1) << mantissa)
+        codes = [torch.full((1,), code, dtype=integer, device=device) for code in edges.codes.tolist()]
+        return torch.cat((*codes, powers))

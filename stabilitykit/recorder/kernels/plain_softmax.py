@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field, empty_row
+from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field
 
 
 def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> Tensor:
@@ -24,7 +24,7 @@ def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tenso
     entropy = torch.special.entr(p).sum(-1, dtype=torch.float64)
     heads = 1 if head is None else logits.shape[head]
 
-    row = torch.from_numpy(empty_row(heads)).to(logits.device)
+    row = torch.zeros(FIELDS + HEAD_FIELDS * heads, dtype=torch.float64, device=logits.device)  # a copy would wait
     row[Field.MAX_LOGIT] = highest.max()
     row[Field.RANGE] = (highest - lowest).where(shown.any(-1), -math.inf).max()
     row[Field.MAX_PROBABILITY] = p.amax(-1).where(sound, -math.inf).max()
