@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitykit.recorder.kernels import device
 from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field, empty_row, merged
 from stabilitykit.records import Softmax
 
@@ -67,6 +68,11 @@ def _tally(
 
         if cpu_softmax.supports(logits, probabilities):
             return cpu_softmax.tally(logits, probabilities, head, hidden)
+    if device.runs_triton(logits.device) and logits.device == probabilities.device:
+        from stabilitykit.recorder.kernels import cuda_softmax
+
+        if cuda_softmax.supports(logits, probabilities):
+            return cuda_softmax.tally(logits, probabilities, head, hidden)
     from stabilitykit.recorder.kernels import plain_softmax
 
     return plain_softmax.tally(logits, probabilities, head, hidden)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitykit.recorder.blocks import Part
-from stabilitykit.recorder.kernels import plain
+from stabilitykit.recorder.kernels import device, plain
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, edges
 from stabilitykit.records import FormatCounts, index_at
 
@@ -78,6 +78,10 @@ def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: f
         return cpu.tally(tensor, against, hidden, limit)
     if tensor.device.type == "mps":  # has no float64 to sum in
         return tally(tensor.cpu(), against, None if hidden is None else hidden.cpu(), limit)
+    if device.runs_triton(tensor.device):
+        from stabilitykit.recorder.kernels import cuda  # triton, which other machines may lack
+
+        return cuda.tally(tensor, against, hidden, limit)
     return plain.tally(tensor, against, hidden, limit)
 
 
