@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -65,7 +65,7 @@ class Entry:
     measured: Statistics | None = None
     elements: int | None = None  # as many as the blocks have; None: as many as the form
     position_amax: Tensor | None = None  # by row and position
-    lost_positions: list[Tensor] = field(default_factory=list)  # a count of each block
+    lost_positions: Tensor | None = None
     lost_channels: Tensor | None = None  # by channel
     softmax: SoftmaxTally | None = None
     deviation: DeviationTally | None = None
@@ -95,7 +95,8 @@ class Entry:
         kept = {d for d in (axes.row, axes.position) if d is not None}
         if axes.position is not None or axes.at_last:
             others = [dim for dim in range(folded.ndim) if dim not in kept]
-            self.lost_positions.append((folded.any(dim=others) if others else folded).sum())
+            found = (folded.any(dim=others) if others else folded).sum()
+            self.lost_positions = found if self.lost_positions is None else self.lost_positions + found
         channels = folded.reshape(-1, folded.shape[-1] if folded.ndim else 1).any(0)
         if part is not None:
             of_part, channels = channels, channels.new_zeros(part.whole[-1])
@@ -164,7 +165,7 @@ class Entry:
             position_amax=None if self.position_amax is None else tuple(self.position_amax.flatten().tolist()),
             positions=self.positions,
             channels=shape[-1] if shape else None,
-            lost_positions=sum(map(int, self.lost_positions)),
+            lost_positions=0 if self.lost_positions is None else int(self.lost_positions),
             lost_channels=0 if self.lost_channels is None else int(self.lost_channels.sum()),
             softmax=None if self.softmax is None else self.softmax.result(),
             deviation=None if self.deviation is None else self.deviation.result(),

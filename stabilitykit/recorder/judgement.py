@@ -41,6 +41,8 @@ class Operand:
         if tensor.ndim < 2 or self.origin.clear:
             return None
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if self.origin.hidden is None:
+            self.origin.hidden = {}
         if key not in self.origin.hidden:  # nothing is written there without becoming another origin
             # Attention masks come with four dimensions; what has fewer may be a hidden state, large and negative.
             is_mask = self.origin.kind == "constant" or tensor.ndim > 3

@@ -1,7 +1,7 @@
 """Where a tensor's values came from: a weight, a constant, an input, or a record."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Origin:
     lost: bool = False
     masked: Hidden | None = None
     pairs: bool = False
-    hidden: dict[tuple[object, ...], Hidden | None] = field(default_factory=dict)
+    hidden: dict[tuple[object, ...], Hidden | None] | None = None
     clear: bool = False
     looked_at: bool = False
 

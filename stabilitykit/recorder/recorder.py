@@ -202,15 +202,14 @@ class _Frame:
     numbers: dict[str, int] = field(default_factory=dict)
     by_blocks: bool = False
     block: QueryBlock | None = None
-    numbers_before: dict[str, int] = field(default_factory=dict)
-    of_blocks: dict[str, int] = field(default_factory=dict)
+    numbers_before: dict[str, int] | None = None
+    of_blocks: dict[str, int] | None = None
 
     def turn_to(self, block: QueryBlock | None) -> None:
         """Operators have the same numbers in every block, and go on from there after the last one."""
         if block is not None:
-            if self.block is None:
-                self.numbers_before = dict(self.numbers)
-                self.of_blocks = {}
+            if self.block is None or self.numbers_before is None:
+                self.numbers_before, self.of_blocks = dict(self.numbers), {}
             self.numbers = dict(self.numbers_before)
         self.block = block
 
@@ -375,7 +374,7 @@ class _Recorder:
             elif entry.region == memory:
                 repeats = origin.entry  # without operators a write in between goes unseen, so the statistics decide
         call = Call("module", self._inputs(frame) if frame.inputs is None else frame.inputs)
-        self._add(call, tensor, frame, site, repeats=repeats)
+        self._add(call, tensor, frame, site, repeats=repeats)  # what hides, only operators tell
 
     # Operators
 
@@ -405,10 +404,10 @@ class _Recorder:
         if kind.name == "cast" and kind.writes_in_place:  # what stood there before is no operand
             overwritten = operands.pop(0).origin
         constant = overwritten is None or overwritten.kind == "constant"
+        hides = kind.name in SELECTIONS
         for operand in operands:
-            if operand.origin.kind != "constant":
-                constant = False
-                break
+            constant = constant and operand.origin.kind == "constant"
+            hides = hides or operand.origin.may_hide
         if constant or kind.factory:
             for tensor in outputs:
                 self.origins.remember(tensor, Origin("constant", kind.name))
@@ -424,7 +423,7 @@ class _Recorder:
         site = f"{frame.path}/{kind.name}.{number}"
         fused = kind.name == FUSED_ATTENTION
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
-            self._add(call, tensor, frame, f"{site}[{i}]" if i else site)
+            self._add(call, tensor, frame, f"{site}[{i}]" if i else site, hides=hides)
         if overwritten is not None:
             self._also_lost(self.origins.of(outputs[0]), [overwritten])  # elsewhere in that memory
         if fused and self.fused_softmax and self.detail == "statistics":
@@ -461,7 +460,7 @@ class _Recorder:
                 with _aside():
                     where = blocks(measurable(tensor), narrowest(tensor, operands))
                     moved = hidden(where, tensor.stride())
-                moved_from, origin = origin, replace(origin, masked=moved, hidden={})
+                moved_from, origin = origin, replace(origin, masked=moved, hidden=None)
                 self._also_lost(origin, [moved_from])
             self.origins.remember(tensor, origin)
 
@@ -476,14 +475,23 @@ class _Recorder:
 
     # Records
 
-    def _add(self, call: Call, tensor: Tensor, frame: _Frame, site: str, *, repeats: int | None = None) -> None:
+    def _add(
+        self,
+        call: Call,
+        tensor: Tensor,
+        frame: _Frame,
+        site: str,
+        *,
+        hides: bool = False,
+        repeats: int | None = None,
+    ) -> None:
         values = tensor
         if tensor.dtype not in _MEASURED:
             with _aside():
                 values = measurable(tensor)
         masked: Hidden | None = None
         where, limit = None, math.inf
-        if call.name in SELECTIONS or any(operand.origin.may_hide for operand in call.operands):
+        if hides:
             with _aside():
                 found = may_hide(call, values)
                 if found is not None:
@@ -491,7 +499,7 @@ class _Recorder:
                     where = masked.where
         entry, axes, part, pairs = self._entry(call, tensor, values, frame, site, repeats)
         number = len(self.entries)
-        if part is not None:
+        if part is not None and frame.of_blocks is not None:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
@@ -550,7 +558,7 @@ class _Recorder:
             if part is not None:
                 by_position = pairs and block.queries == block.keys  # else keys count those in a cache too
                 axes = part.axes(axes_of(part.shape, step.rows, queries, by_position))
-                number = frame.of_blocks.get(site)
+                number = None if frame.of_blocks is None else frame.of_blocks.get(site)
                 if number is not None:
                     return self.entries[number], axes, part, pairs
                 form = self._form(tensor, values, part.whole, by_position)
