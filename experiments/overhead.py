@@ -35,7 +35,7 @@ from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.experiment.prompts import parse_prompt
 from stabilitykit.experiment.prompts import tokens as tokens_of
 from stabilitykit.gemma import Gemma, KVCache
-from stabilitykit.gemma.matmul import matmul
+from stabilitykit.products import matmul
 from stabilitykit.records import Recording
 from stabilitykit.report.blocks import Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import BLUE, INK, VERMILLION

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "stabilitykit"
 FLOORS = [
     {"errors"},
     {"formats"},
-    {"checkpoints", "records"},
+    {"checkpoints", "products", "records"},
     {"lengths"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},

@@ -112,7 +112,7 @@ def profile(
     from stabilitykit.diagnosis import document
     from stabilitykit.experiment.case import Sampling, run_dtypes
     from stabilitykit.gemma.load import parse_device, parse_dtype
-    from stabilitykit.gemma.matmul import check_matmul
+    from stabilitykit.products import check_matmul
     from stabilitykit.recorder.weights import check_weights
 
     for name in dtypes:

@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 from stabilitykit.checkpoints.config import ALIASES, RELEASED
 from stabilitykit.gemma.load import DTYPES
-from stabilitykit.gemma.matmul import KINDS, check_matmul
 from stabilitykit.gemma.model import ROUNDINGS
 from stabilitykit.gemma.stress import check_gamma
+from stabilitykit.products import KINDS, check_matmul
 from stabilitykit.records import Level
 from stabilitykit.results import USUAL
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stabilitykit.errors import MisuseError
 from stabilitykit.experiment.subject import GemmaSubject, Subject
 from stabilitykit.gemma import Gemma
-from stabilitykit.gemma.matmul import matmul, preferred_matmul
+from stabilitykit.products import preferred_matmul
 from stabilitykit.recorder import record, unrecorded
 from stabilitykit.records import Level, LogitsError, Recording, StoredWeights
 
@@ -130,7 +130,7 @@ def run_case(
 
     error: RuntimeError | None = None
     try:
-        with torch.inference_mode(), matmul(kind), ExitStack() as stack:
+        with torch.inference_mode(), ExitStack() as stack:
             if progress is not None:
                 _announce(subject.layers, new_tokens, progress, stack)
             recording = stack.enter_context(

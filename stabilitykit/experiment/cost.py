@@ -15,8 +15,8 @@ import torch
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.experiment.axes import is_range
 from stabilitykit.experiment.footprint import footprint
-from stabilitykit.gemma.matmul import matmul, preferred_matmul
 from stabilitykit.gemma.query_blocks import query_blocks
+from stabilitykit.products import matmul, preferred_matmul
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.peaks import measure_peaks
 from stabilitykit.recorder.statistics import measure

@@ -17,9 +17,9 @@ from stabilitykit.diagnosis.layers import stored
 from stabilitykit.experiment.case import Progress
 from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.gemma import Gemma
-from stabilitykit.gemma.matmul import matmul
 from stabilitykit.gemma.model import soft_cap
 from stabilitykit.lengths import Check, LengthMap, Peak, Span
+from stabilitykit.products import matmul
 from stabilitykit.recorder import record
 from stabilitykit.records import Level, Record, Recording
 
@@ -112,7 +112,6 @@ class _Passes:
         try:
             with (
                 torch.inference_mode(),
-                matmul(self.kind),
                 record(
                     self.model,
                     level=self.level,

@@ -115,7 +115,7 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.gemma import build
     from stabilitykit.gemma.load import parse_device, parse_dtype
-    from stabilitykit.gemma.matmul import preferred_matmul
+    from stabilitykit.products import preferred_matmul
 
     parse_dtype(dtype)
     place = parse_device(device)
@@ -199,7 +199,7 @@ def _prefill(model: "Gemma", length: int, kind: str) -> "torch.Tensor":
     import torch
 
     from stabilitykit.gemma.kv_cache import KVCache
-    from stabilitykit.gemma.matmul import matmul
+    from stabilitykit.products import matmul
 
     ids = (torch.arange(length, device=model.device) % model.config.vocabulary)[None]
     cache = KVCache(model.config, batch=1, length=length, dtype=model.dtype, device=model.device)

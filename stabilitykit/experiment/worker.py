@@ -25,8 +25,8 @@ from stabilitykit.experiment.footprint import footprint
 from stabilitykit.experiment.memory import measure, starve
 from stabilitykit.experiment.plan import case_tokens
 from stabilitykit.gemma import Gemma, build
-from stabilitykit.gemma.matmul import preferred_matmul
 from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.products import preferred_matmul
 from stabilitykit.results import Case, Failure, Footprint, Results, Shortage
 
 Report = Callable[[str, int, int], None]

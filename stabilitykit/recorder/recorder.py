@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from stabilitykit import products
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
@@ -72,7 +73,7 @@ def record(
     stop_at_break: bool = False,
     keep: dict[str, Tensor] | None = None,
     against: Mapping[str, Tensor] | None = None,
-    matmul: str = "native",
+    matmul: str | None = None,
     watch: Sequence[tuple[str, int]] = (),
     token_text: Callable[[int], str] | None = None,
     redact: bool = False,
@@ -88,8 +89,9 @@ def record(
     was given. `stop_at_break` ends the block at the first break, whatever follows in it.
 
     `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
-    handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul` says in the
-    header how products are computed, which is the caller's to choose.
+    handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
+    computes 16-bit matrix products in the block as `stabilitykit.products.matmul` does; without it arithmetic stays as
+    it is. The header says which was in force.
 
     `watch` names single elements, by site and row-major index, whose values the header keeps as `watched`.
     `token_text` gives a token id's text; a model with a `tokenizer` that has `piece` needs none. `redact` keeps
@@ -100,8 +102,8 @@ def record(
     `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
     the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
 
-    Raises MisuseError for an unknown level, detail or format, for a model or a module of it that went through
-    `torch.compile`. Warns at the end of a block in which no part of the model was called.
+    Raises MisuseError for an unknown level, detail, format or kind of products, for a model or a module of it that went
+    through `torch.compile`. Warns at the end of a block in which no part of the model was called.
     """
     if level not in get_args(Level):
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
@@ -109,6 +111,8 @@ def record(
         raise MisuseError(f"A detail is one of {', '.join(get_args(Detail))}; {detail!r} is none of them.")
     for name in formats:
         number_format(name)
+    if matmul is not None:
+        products.check_matmul(matmul)
     if any("_orig_mod" in m._modules or m.__dict__.get("_compiled_call_impl") is not None for m in model.modules()):
         raise MisuseError(
             "A recorded model runs operator by operator; this one, or a part of it, is compiled into kernels that no "
@@ -125,13 +129,15 @@ def record(
         stop_at_break=stop_at_break,
         keep=keep,
         against=against or {},
-        matmul=matmul,
         watch=watch,
     )
     recording = Recording(recorder.header(case or {}))
     error: str | None = None
     try:
         with ExitStack() as stack:
+            if matmul is not None:
+                stack.enter_context(products.matmul(matmul))
+            recording.header = replace(recording.header, matmul=products.matmul_in_force())
             if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             recorder.attach(stack)
@@ -227,7 +233,6 @@ class _Recorder:
         stop_at_break: bool,
         keep: dict[str, Tensor] | None,
         against: Mapping[str, Tensor],
-        matmul: str,
         watch: Sequence[tuple[str, int]],
     ) -> None:
         self.model = model
@@ -240,7 +245,6 @@ class _Recorder:
         self.broken = False
         self.keep = keep
         self.against = against
-        self.matmul = matmul
         self.watch = watch
         self.watched: list[tuple[str, int, Tensor]] = []
         self.frames = [_Frame(_OUTSIDE, None, 0)]
@@ -678,7 +682,7 @@ class _Recorder:
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
             level=self.level,
-            matmul=self.matmul,
+            matmul="native",
             formats=self.formats,
             rows=0,
             tokens=None,

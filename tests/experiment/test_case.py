@@ -10,7 +10,7 @@ import torch
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.experiment.case import Sampling, logits_error, run_case, run_reference
 from stabilitykit.gemma import Gemma, build
-from stabilitykit.gemma.matmul import matmul
+from stabilitykit.products import matmul
 from stabilitykit.records import LogitsError
 
 Floats = npt.NDArray[np.float64]

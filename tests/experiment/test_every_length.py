@@ -10,8 +10,8 @@ from stabilitykit.experiment.every_length import every_length
 from stabilitykit.experiment.prompts import parse_prompt
 from stabilitykit.experiment.prompts import tokens as prompt_tokens
 from stabilitykit.gemma import Gemma, build
-from stabilitykit.gemma.matmul import matmul
 from stabilitykit.gemma.stress import apply_stress
+from stabilitykit.products import matmul
 from stabilitykit.recorder import record
 
 LENGTH = 24

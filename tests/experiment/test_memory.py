@@ -14,7 +14,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.experiment.memory import measure
 from stabilitykit.gemma import Gemma, KVCache, build
-from stabilitykit.gemma.matmul import matmul
+from stabilitykit.products import matmul
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&head_dim=16&vocabulary=512"
 SPECS = {

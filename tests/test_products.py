@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
-from stabilitykit.gemma import Gemma, build
-from stabilitykit.gemma.matmul import matmul, preferred_matmul
+from stabilitykit.gemma import Gemma, build, load
+from stabilitykit.products import matmul, preferred_matmul
 from stabilitykit.recorder import record
 
 Floats = npt.NDArray[np.float64]
@@ -175,6 +175,44 @@ def test_a_recorder_inside_sees_16_bit_products_at_the_same_sites(model: Gemma) 
     name = str(model.dtype).removeprefix("torch.")
     assert {r.dtype for r in recording if r.operator == "matmul"} == {name}
     assert (recording.header.matmul, native.header.matmul) == ("float32-accumulate", "native")
+
+
+@pytest.mark.parametrize("kind", ["float32-accumulate", "float16-accumulate:4"])
+def test_a_recording_changes_products_where_it_is_asked_to_and_says_what_was_in_force(model: Gemma, kind: str) -> None:
+    ids = torch.tensor([[2, 70, 71, 72, 73]])
+    with torch.inference_mode(), matmul(kind):
+        expected = model(ids)
+        with record(model) as inside:
+            model(ids)
+    with torch.inference_mode(), record(model, matmul=kind) as asked:
+        found = model(ids)
+    assert torch.equal(found, expected)
+    assert inside.header.matmul == asked.header.matmul == kind
+    assert _get_current_dispatch_mode_stack() == []
+    with pytest.raises(MisuseError, match="none of them"), record(model, matmul="float8"):
+        pass
+
+
+def test_native_and_wider_products_break_at_the_same_place_and_agree_within_rounding() -> None:
+    """The real model in float16: the same site and token, and before it breaks, logits that differ by rounding."""
+    model = load("gemma3-270m", dtype="float16")
+    broke = []
+    for kind in ("native", "float32-accumulate"):
+        with torch.inference_mode(), record(model, matmul=kind) as recording:
+            model(torch.tensor([[2, 651, 6037, 576]]))
+        first = recording.first_break()
+        assert first is not None
+        assert first.broke is not None
+        broke.append((first.site, first.broke.kind, first.broke.position, first.broke.channel))
+        assert first.broke.value == pytest.approx(68_384, abs=64)
+    assert broke[0] == broke[1] == ("layers.7", "overflow", 0, broke[0][3])
+    quarter = load("gemma3-270m", dtype="float16", stress=0.25)
+    logits = []
+    for kind in ("native", "float32-accumulate"):
+        with torch.inference_mode(), matmul(kind):
+            logits.append(quarter(torch.tensor([[2, 651, 6037, 576]])).float())
+    spread = logits[0].abs().max()
+    assert 0 < (logits[0] - logits[1]).abs().max() < 2.0**-8 * spread
 
 
 def test_a_models_linear_layers_are_computed_so(model: Gemma) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from stabilitykit.errors import MisuseError
 
@@ -55,16 +55,21 @@ def matmul(kind: str) -> Iterator[None]:
     those K is rounded to float16 each time: once a partial sum is infinite, the result is, or NaN. bfloat16 products
     are then summed in float32, as on every device that has them.
 
-    Other dtypes are left alone. Enter it before `record`, which then sees 16-bit operands and results as always. Raises
-    MisuseError for another name.
+    Other dtypes are left alone. It works on any model. Enter it before `record`, or let `record` do so: that sees
+    16-bit operands and results as always. Raises MisuseError for another name.
     """
     check_matmul(kind)
     if kind == "native":
         yield
         return
-    terms = _NARROW_SUM.fullmatch(kind)
-    with _Accumulate(int(terms[1]) if terms else None):
+    with _Accumulate(kind):
         yield
+
+
+def matmul_in_force() -> str:
+    """The kind of the innermost block that is being executed, "native" outside of all."""
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _Accumulate)]
+    return modes[-1].kind if modes else "native"
 
 
 def preferred_matmul(dtype: str, device: str) -> str:
@@ -73,9 +78,11 @@ def preferred_matmul(dtype: str, device: str) -> str:
 
 
 class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, terms: int | None) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.terms = terms
+        self.kind = kind
+        terms = _NARROW_SUM.fullmatch(kind)
+        self.terms = int(terms[1]) if terms else None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
