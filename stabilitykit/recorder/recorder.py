@@ -252,7 +252,7 @@ class _Recorder:
         self.tokens: list[list[int]] = []  # of the sequences now running, with what their cache holds
         self.seen: set[int] = set()
         self.origins = Origins(
-            weights=((_path(name), tensor) for name, tensor in model.named_parameters()),
+            weights=lambda: ((_path(name), tensor) for name, tensor in model.named_parameters()),
             constants=((_path(name), tensor) for name, tensor in model.named_buffers()),
         )
         self.family = family_of(model)
