@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 1 << 25
-"""Elements that are read at a time: 64 MiB of 16-bit weights."""
+PIECE = 1 << 22
+"""Elements that are read at a time: 8 MiB of 16-bit weights."""
 
 _PAGEMAP = Path("/proc/self/pagemap")  # eight bytes a page; see the kernel's admin-guide/mm/pagemap.rst
 _IN_USE = np.uint64(0b11 << 62)  # present in memory, or swapped out
@@ -37,6 +38,19 @@ def read_once(tensor: Tensor) -> Iterator[Tensor]:
     for piece in pieces(tensor):
         yield piece
         give_back(piece)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype, *, sparse: bool = False) -> Tensor:
+    """A contiguous CPU tensor of this shape, in memory that goes back to the system with it, and not to an allocator.
+
+    Allocators keep what is freed, between what is not, for later. Only pages that are written to take memory; with
+    `sparse` few will be, and else large pages save the time of asking for each.
+    """
+    memory = mmap.mmap(-1, max(1, tensor.numel() * dtype.itemsize))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # kernels may be built without
+            memory.madvise(mmap.MADV_NOHUGEPAGE if sparse else mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=tensor.numel()).view(tensor.shape)
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

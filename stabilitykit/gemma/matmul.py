@@ -31,7 +31,7 @@ _PRODUCTS = frozenset((*_PLAIN, *_ADDING, *_VECTORS, *_COMPOSITE))
 
 # Elements that are widened at once. A right operand, which is a layer's weight, goes through a buffer that the second
 # cache holds most of, so it is read from memory once and in 16 bits; fewer columns than these make products slow.
-_PIECE = 1 << 20
+_PIECE = 1 << 21
 _COLUMNS = 256
 _ROWS = 1 << 26  # of a left operand: 256 MiB
 

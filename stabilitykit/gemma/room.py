@@ -8,6 +8,7 @@ import torch
 
 _SPARE = 0.1  # of what is free, for libraries, for whatever else runs, and for the system's own cache of files
 
+_MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Of each version of control groups: where its hierarchy is, the files of the limit and of what is in use, and the
 # name that pages of files which can be dropped at once have in memory.stat.
@@ -49,7 +50,7 @@ def _available() -> int:
 def _left_in_groups() -> list[int]:
     """What the limits of this process's control groups, and of those around them, leave."""
     try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [line.split(":", 2) for line in _MEMBERSHIP.read_text().splitlines()]
     except OSError:
         return []
     left = []

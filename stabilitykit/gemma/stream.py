@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stabilitykit.checkpoints.mapped import give_back, pieces, read_once
+from stabilitykit.checkpoints.mapped import empty_like, give_back, pieces, read_once
 from stabilitykit.gemma.model import Embedding, at_least_float32
 
 STREAMED = "streamed: each matrix of weights was in memory only while it was in use"
@@ -41,9 +41,9 @@ class StoredWeight:
         stored = self.read()
         if self._as_it_is(stored):
             return stored
-        made = torch.empty_like(stored, dtype=self.dtype, device=self.device)
+        made = self._empty(stored)
         for piece, place in zip(read_once(stored), pieces(made), strict=True):
-            place.copy_(cast(piece, self.factor, self.dtype, self.device))
+            place.copy_(piece if self.factor == 1.0 else cast(piece, self.factor, self.dtype, self.device))
         return made
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -52,10 +52,15 @@ class StoredWeight:
         if self._as_it_is(stored):
             return stored
         used = torch.unique(ids)
-        made = torch.empty_like(stored, dtype=self.dtype, device=self.device)
+        made = self._empty(stored, sparse=True)
         made[used] = cast(stored[used.cpu()], self.factor, self.dtype, self.device)
         give_back(stored)
         return made
+
+    def _empty(self, stored: Tensor, *, sparse: bool = False) -> Tensor:
+        if self.device.type == "cpu" and stored.is_contiguous() and stored.numel():
+            return empty_like(stored, self.dtype, sparse=sparse)
+        return torch.empty_like(stored, dtype=self.dtype, device=self.device)
 
     def _as_it_is(self, stored: Tensor) -> bool:
         return self.factor == 1.0 and stored.dtype == self.dtype and stored.device == self.device
