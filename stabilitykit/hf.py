@@ -9,10 +9,10 @@ are first needed; they come with the extra `hf`.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +25,9 @@ from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
 from stabilitykit.gemma.load import parse_device, parse_dtype
+from stabilitykit.gemma.room import fits
+from stabilitykit.gemma.stream import STREAMED, StoredWeight
+from stabilitykit.gemma.stream import stream as stream_weights
 from stabilitykit.gemma.tokenizer import printable
 
 PREFIX = "hf:"
@@ -219,14 +222,18 @@ def open_model(
     device: str | torch.device = "cpu",
     attention: str | None = None,
     adapter: str | Path | None = None,
+    stream: bool | None = None,
 ) -> HuggingFaceModel:
     """The model in the folder `name`, or of that name on the hub if it lies in the local cache, ready to run.
 
     `attention` is transformers' choice unless given. `adapter` is the folder of a LoRA or another adapter that peft
-    reads. Weights that are quantised stay so and compute in `dtype`.
+    reads. Weights that are quantised stay so and compute in `dtype`. With `stream` each matrix is read by every call
+    that needs it, as `stabilitykit.gemma.stream` does; None streams where the weights do not fit in the memory that is
+    free. An adapter's own weights stay.
 
-    Raises MisuseError for a missing extra, a name that is nowhere, an unknown attention or dtype; CheckpointError,
-    with the library's reason, for a folder that cannot be loaded, and for weights that do not fit the model.
+    Raises MisuseError for a missing extra, a name that is nowhere, an unknown attention or dtype, and for quantised
+    weights that are to be streamed; CheckpointError, with the library's reason, for a folder that cannot be loaded, and
+    for weights that do not fit the model.
     """
     if attention is not None and attention not in get_args(Attention):
         raise MisuseError(f"An attention is one of {', '.join(get_args(Attention))}; {attention!r} is none of them.")
@@ -236,9 +243,20 @@ def open_model(
     with _quiet(transformers), _explained(name):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         how = {} if attention is None else {"attn_implementation": attention}
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=target, local_files_only=True, output_loading_info=True, **how
-        )
+        quantised = getattr(config, "quantization_config", None)
+        if stream is None:
+            stream = quantised is None and not fits(_elements(folder) * target.itemsize, place)
+        if stream and quantised is not None:
+            raise MisuseError(
+                f"Weights that are streamed are cast as they are read; those of {name} are quantised, and are what its "
+                "library makes of them while it loads. Leave --stream out."
+            )
+        if stream:
+            model, loading = _streamed(transformers, folder, config, target, place, how)
+        else:
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=target, local_files_only=True, output_loading_info=True, **how
+            )
     wrong = {
         kind: sorted(map(str, loading.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected", "mismatched")
     }
@@ -255,10 +273,11 @@ def open_model(
     if wrong["unexpected"]:
         some = ", ".join(wrong["unexpected"][:3])
         notes.append(f"{len(wrong['unexpected'])} tensors in the folder have no place in the model ({some}, ...)")
-    quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         notes.append(f"weights quantised by {getattr(method, 'value', method)}, computing in {str(target)[6:]}")
+    if stream:
+        notes.append(STREAMED)
     facts = {"implementation": "transformers", "attention": model.config._attn_implementation}
     if adapter is not None:
         model = _adapted(model, adapter)
@@ -285,6 +304,57 @@ def stored_tensors(name: str) -> Iterator[tuple[str, Tensor]]:
 def stored_bytes(name: str) -> int:
     """The size of those files."""
     return sum(path.stat().st_size for path in weight_files(local_folder(name)))
+
+
+def _elements(folder: Path) -> int:
+    return sum(tensor.numel() for path in weight_files(folder) for tensor in tensors_of(path).values())
+
+
+def _streamed(
+    transformers: Any, folder: Path, config: Any, dtype: torch.dtype, device: torch.device, how: Mapping[str, str]
+) -> tuple[Any, dict[str, Any]]:
+    """The model, its matrices read from the folder's files as it runs, and what transformers says of its loading.
+
+    transformers is given placeholders, and renames and ties them as it would the weights. Each has a storage of its
+    own, by which a parameter tells what tensor in the files it stands for. Raises MisuseError for weights that
+    transformers makes out of several tensors while it loads.
+    """
+    stored = {name: tensor for path in weight_files(folder) for name, tensor in tensors_of(path).items()}
+    weights = {
+        name: StoredWeight(read=partial(stored.__getitem__, name), dtype=dtype, device=device)
+        for name, tensor in stored.items()
+        if tensor.ndim > 1 and tensor.is_floating_point()
+    }
+    placeholders = {name: torch.full((), torch.nan, dtype=dtype).expand(stored[name].shape) for name in weights}
+    with torch.device("meta"):
+        blank = transformers.AutoModelForCausalLM.from_config(config, **how)
+    shapes = {tensor.shape for tensor in stored.values()}
+    _refuse_made(folder, [name for name, one in blank.named_parameters() if one.ndim > 2 and one.shape not in shapes])
+    model, loading = type(blank).from_pretrained(
+        None, config=blank.config, state_dict=stored | placeholders, dtype=dtype, output_loading_info=True, **how
+    )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+
+    names = {tensor.untyped_storage()._cdata: name for name, tensor in placeholders.items()}
+    found = {name: names.get(one.untyped_storage()._cdata) for name, one in model.named_parameters()}
+    if not (loading["missing_keys"] or loading["mismatched_keys"]):
+        _refuse_made(folder, [name for name, one in model.named_parameters() if one.ndim > 1 and found[name] is None])
+    for module, leaf, buffer in [(m, leaf, b) for m in model.modules() for leaf, b in m.named_buffers(recurse=False)]:
+        name = names.get(buffer.untyped_storage()._cdata)
+        if name is not None:
+            setattr(module, leaf, weights[name].whole())
+    stream_weights(model, {name: weights[one] for name, one in found.items() if one is not None})
+    return model, loading
+
+
+def _refuse_made(folder: Path, made: Sequence[str]) -> None:
+    if made:
+        raise MisuseError(
+            f"A weight that is streamed is one of the tensors in the folder's files; of {folder.name} {len(made)} are "
+            f"made out of several while transformers loads them ({made[0]}, ...). Leave --stream out, where there is "
+            "memory for all of them."
+        )
 
 
 def _imported() -> Any:

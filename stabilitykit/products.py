@@ -6,8 +6,9 @@ operands, which is exact, and rounding the result. Older and smaller devices kee
 in float16; that can be had too, and overflows where only the result would not.
 """
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,17 +22,18 @@ KINDS = "native, float32-accumulate or float16-accumulate:K"
 
 _NARROW_SUM = re.compile(r"float16-accumulate:([1-9]\d*)")
 
-_PRODUCTS = frozenset(
-    {
-        torch.ops.aten.mm,
-        torch.ops.aten.bmm,
-        torch.ops.aten.matmul,
-        torch.ops.aten.linear,
-        torch.ops.aten.addmm,
-        torch.ops.aten.baddbmm,
-    }
-)
 _NARROW = (torch.float16, torch.bfloat16)
+_PLAIN = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+_ADDING = (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default)
+_VECTORS = (torch.ops.aten.mv.default, torch.ops.aten.dot.default)
+_COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)  # of the others
+_PRODUCTS = frozenset((*_PLAIN, *_ADDING, *_VECTORS, *_COMPOSITE))
+
+# Elements that are widened at once. A right operand, which is a layer's weight, goes through a buffer that the second
+# cache holds most of, so it is read from memory once and in 16 bits; fewer columns than these make products slow.
+_PIECE = 1 << 21
+_COLUMNS = 256
+_ROWS = 1 << 26  # of a left operand: 256 MiB
 
 
 def check_matmul(kind: str) -> str:
@@ -83,6 +85,7 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kind = kind
         terms = _NARROW_SUM.fullmatch(kind)
         self.terms = int(terms[1]) if terms else None
+        self.buffers: dict[torch.device, Tensor] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -90,38 +93,72 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket not in _PRODUCTS or "out" in kwargs:
+        if func not in _PRODUCTS:
             return func(*args, **kwargs)
         dtypes = {argument.dtype for argument in args if isinstance(argument, Tensor)}
         if len(dtypes) != 1 or not dtypes <= set(_NARROW):
             return func(*args, **kwargs)
-        dtype = dtypes.pop()
-        wide = [argument.float() if isinstance(argument, Tensor) else argument for argument in args]
-        if self.terms is None or dtype != torch.float16:
-            return func(*wide, **kwargs).to(dtype)
-        return _in_steps(func, wide, kwargs, self.terms)
+        if func in _COMPOSITE:
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func in _VECTORS:
+            return self.piece(func, (), args[0].float(), args[1], kwargs)
+        *added, left, right = args
+        if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-2]:
+            return func(*args, **kwargs)  # which says what is wrong with them
+        return self.product(func, added, left, right, kwargs)
 
+    def product(
+        self, func: Any, added: Sequence[Tensor], left: Tensor, right: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """[..., M, K] times [..., K, N], matrices or batches of them, a few rows and columns at a time."""
+        *batch, rows, inner = left.shape
+        columns = right.shape[-1]
+        deep = math.prod(batch) * max(1, inner)
+        height, width = max(1, _ROWS // deep), max(_COLUMNS, _PIECE // deep)
+        if rows <= height and columns <= width:
+            return self.piece(func, added, left.float(), right, kwargs)
+        out = left.new_empty((*batch, rows, columns))
+        addends = [term.expand(out.shape) for term in added]
+        for top in range(0, rows, height):
+            wide = left[..., top : top + height, :].float()
+            for first in range(0, columns, width):
+                part = (..., slice(top, top + height), slice(first, first + width))
+                terms = [term[part] for term in addends]
+                out[part] = self.piece(func, terms, wide, right[..., first : first + width], kwargs)
+        return out
 
-def _in_steps(func: Any, wide: list[Any], kwargs: dict[str, Any], terms: int) -> Tensor:
-    """The product of float32 operands, its sum rounded to float16 every `terms` terms; then what is added to it."""
-    packet = func.overloadpacket
-    if packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
-        added, left, right = wide
-        product = _summed(left, right, terms).float() * kwargs.get("alpha", 1)
-        total: Tensor = product + added * kwargs.get("beta", 1)
+    def piece(self, func: Any, added: Sequence[Tensor], wide: Tensor, right: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """As `product`, of a left operand that is already float32; rounded to the dtype of the other."""
+        widened = self.widened(right)
+        if self.terms is None or right.dtype != torch.float16:
+            result: Tensor = func(*(term.float() for term in added), wide, widened, **kwargs)
+            return result.to(right.dtype)
+        total = _summed(wide, widened, self.terms)
+        if added:
+            total = total.float() * kwargs.get("alpha", 1) + added[0].float() * kwargs.get("beta", 1)
         return total.to(torch.float16)
-    left, right, *bias = wide
-    if packet == torch.ops.aten.linear:
-        product = _summed(left, right.mT, terms)
-        return (product.float() + bias[0]).to(torch.float16) if bias and bias[0] is not None else product
-    return _summed(left, right, terms)
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """The tensor in float32, in memory that the next call writes over."""
+        buffer = self.buffers.get(tensor.device)
+        if buffer is None or buffer.numel() < tensor.numel():
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                buffer = torch.empty(max(_PIECE, tensor.numel()), dtype=torch.float32, device=tensor.device)
+            self.buffers[tensor.device] = buffer
+        turned = tensor.ndim > 1 and tensor.stride(-1) > tensor.stride(
+            -2
+        )  # a linear layer's weight is stored by its output rows
+        shape = tensor.mT.shape if turned else tensor.shape
+        place = buffer[: tensor.numel()].view(shape)
+        return (place.mT if turned else place).copy_(tensor)
 
 
 def _summed(left: Tensor, right: Tensor, terms: int) -> Tensor:
-    along = -1 if right.ndim == 1 else -2
-    pieces = zip(torch.split(left, terms, dim=-1), torch.split(right, terms, dim=along), strict=True)
+    """The product of float32 operands, its sum rounded to float16 every `terms` terms."""
     total: Tensor | None = None
-    for one, other in pieces:
+    along = -min(2, right.ndim)
+    for one, other in zip(torch.split(left, terms, dim=-1), torch.split(right, terms, dim=along), strict=True):
         part = torch.matmul(one, other)
         total = (part if total is None else total.float() + part).to(torch.float16)
     assert total is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import family_model
+from families import FAMILIES, family_model
 from safetensors.torch import load_file, save_file
 from written import write_huggingface
 
@@ -17,6 +17,7 @@ from stabilitykit.checkpoints import random_checkpoint
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.experiment.case import Sampling, run_case
+from stabilitykit.gemma.stream import STREAMED
 from stabilitykit.recorder import record
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
@@ -206,7 +207,7 @@ def test_folders_that_transformers_refuses_are_explained_in_one_line(folder: Pat
     short = copied(folder, tmp_path / "short")
     whole = (short / "model.safetensors").read_bytes()
     (short / "model.safetensors").write_bytes(whole[:-50])
-    with pytest.raises(CheckpointError, match=r"this one it cannot: "):
+    with pytest.raises(CheckpointError, match=r"a whole safetensors file; this one is not: "):
         hf.open_model(str(short))
     with pytest.raises(MisuseError, match="An attention is one of eager, sdpa; 'flash' is none"):
         hf.open_model(str(folder), attention="flash")
@@ -256,3 +257,69 @@ def test_any_family_of_a_folder_is_profiled(tmp_path: Path, stabilitykit: Run) -
     refused = stabilitykit("profile", str(tmp_path / "qwen"), "--prompt", "Hi")
     assert refused.code == 2
     assert "with hf: before the folder" in " ".join(refused.err.split())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_streamed_model_makes_the_same_records(name: str, dtype: str, tmp_path: Path) -> None:
+    """Over a prompt and two more steps with transformers' cache; its vectors alone are in memory between them."""
+    family_model(name, torch.bfloat16).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    whole, streamed = (hf.open_model(str(tmp_path), dtype=dtype, stream=stream) for stream in (False, True))
+    ids = torch.tensor([[2, 70, 71, 399]])
+    assert torch.equal(whole.module(ids).logits, streamed.module(ids).logits)
+    records, found = (list(run_case(model, ids[0].tolist(), new_tokens=3).recording) for model in (whole, streamed))
+    assert found == records
+    for parameter in streamed.module.parameters():
+        assert parameter.ndim == 1 or parameter.untyped_storage().nbytes() == parameter.element_size()
+    assert (STREAMED in streamed.notes, STREAMED in whole.notes) == (True, False)
+
+
+def test_an_adapter_is_run_on_a_streamed_model(folder: Path, adapter: Path) -> None:
+    ids = torch.tensor([[2, 70, 71]])
+    whole, streamed = (hf.open_model(str(folder), adapter=adapter, stream=stream) for stream in (False, True))
+    assert torch.equal(whole.module(ids).logits, streamed.module(ids).logits)
+    with torch.inference_mode(), record(whole.module) as expected:
+        whole.module(ids)
+    with torch.inference_mode(), record(streamed.module) as found:
+        streamed.module(ids)
+    assert list(found) == list(expected)
+
+
+def test_a_streamed_model_ends_where_its_generation_config_says(folder: Path, tmp_path: Path) -> None:
+    ended = copied(folder, tmp_path / "ended")
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    for stream in (False, True):
+        assert hf.open_model(str(ended), stream=stream).causal.generation_config.eos_token_id == [1, 7]
+
+
+def test_what_cannot_be_streamed_is_refused(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    quantised = copied(folder, tmp_path / "quantised", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(MisuseError, match=r"those of .*quantised are quantised.* Leave --stream out"):
+        hf.open_model(str(quantised), stream=True)
+    config = transformers.MixtralConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    with pytest.raises(MisuseError, match=r"of experts 4 are made out of several .*experts.*Leave --stream out"):
+        hf.open_model(str(tmp_path / "experts"), stream=True)
+    for keys, message in (({"num_hidden_layers": 4, "layer_types": None}, "13 of them are missing"), (
+        {"intermediate_size": 96}, "of another shape|size mismatch|cannot"
+    )):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            hf.open_model(str(copied(folder, tmp_path / str(len(message)), **keys)), stream=True)
+
+
+def test_what_does_not_fit_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch, stabilitykit: Run) -> None:
+    monkeypatch.setattr("stabilitykit.gemma.room.available_memory", lambda device: 1 << 16)
+    for source in (str(folder), f"hf:{folder}"):
+        shown = stabilitykit("profile", source, "--prompt", "Hello")
+        assert STREAMED in " ".join(shown.out.split())
+    monkeypatch.setattr("stabilitykit.gemma.room.available_memory", lambda device: 1 << 40)
+    for source in (str(folder), f"hf:{folder}"):
+        assert STREAMED not in " ".join(stabilitykit("profile", source, "--prompt", "Hello").out.split())
+        forced = stabilitykit("profile", source, "--prompt", "Hello", "--stream")
+        assert STREAMED in " ".join(forced.out.split())

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stabilitykit.checkpoints.cache import file_sha256
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.config import GemmaConfig, Generation
+from stabilitykit.checkpoints.mapped import equal
 from stabilitykit.checkpoints.pickles import load_pickle
 from stabilitykit.checkpoints.vocabulary import folder_vocabulary
 from stabilitykit.errors import CheckpointError
@@ -67,7 +67,7 @@ def read_huggingface(folder: Path, *, cache: Path) -> Checkpoint:
                 tensors[plain] = tensor
     head = tensors.pop("lm_head.weight", None)
     embedding = tensors.get("embed_tokens.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if head is not None and embedding is not None and not equal(head, embedding):
         raise CheckpointError(
             f"{folder}: a Gemma's logits come from its embedding; this lm_head.weight holds other numbers. Run it as "
             "transformers does, with hf: before the folder."

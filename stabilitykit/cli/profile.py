@@ -17,6 +17,7 @@ from stabilitykit.errors import MisuseError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stabilitykit.checkpoints import GemmaConfig
     from stabilitykit.experiment.case import Progress
     from stabilitykit.experiment.subject import Subject
     from stabilitykit.records import Recording
@@ -85,6 +86,9 @@ def profile(
             "terms. On a CPU float32-accumulate if not given, native elsewhere."
         ),
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read each weight when it is needed, as is done where not all of them fit.")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="Of the sampling step.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of the sampling step.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Of the sampling step.")] = 64,
@@ -110,9 +114,10 @@ def profile(
 
     from stabilitykit.cli import screen
     from stabilitykit.diagnosis import document
+    from stabilitykit.experiment import footprint
     from stabilitykit.experiment.case import Sampling, run_dtypes
     from stabilitykit.gemma.load import parse_device, parse_dtype
-    from stabilitykit.products import check_matmul
+    from stabilitykit.products import check_matmul, preferred_matmul
     from stabilitykit.recorder.weights import check_weights
 
     for name in dtypes:
@@ -127,13 +132,19 @@ def profile(
         if checkpoint.startswith(_HF):
             if rounding is not RoundingChoice.transformers or stress != 1:
                 raise MisuseError("--rounding and --stress are the kit's own model's; leave them out with hf:.")
-            source = _huggingface(checkpoint.removeprefix(_HF), how, device, attention, adapter)
+            source = _huggingface(checkpoint.removeprefix(_HF), how, device, attention, adapter, stream or None)
         else:
             if attention is not None or adapter is not None:
                 raise MisuseError(
                     "--attention and --adapter are for transformers' models: write hf: before the folder or the name."
                 )
-            source = _gemma(checkpoint, how, device, rounding, stress, progress)
+
+            def must_stream(config: "GemmaConfig", dtype: str, tokens: int) -> bool:
+                place, kind = parse_device(device), matmul or preferred_matmul(dtype, device)
+                length = left_padding + tokens + generate - 1
+                return stream or footprint.must_stream(config, dtype, length, matmul=kind, device=place)
+
+            source = _gemma(checkpoint, how, device, rounding, stress, must_stream, progress)
         weights = check_weights(source.tensors, list(dict.fromkeys(dtypes)), _counting(progress, source.bytes))
         runs = run_dtypes(
             source.subject_in,
@@ -199,7 +210,13 @@ class _Source:
 
 
 def _gemma(
-    name: str, prompt: _Prompt, device: str, rounding: RoundingChoice, stress: float, progress: "Progress"
+    name: str,
+    prompt: _Prompt,
+    device: str,
+    rounding: RoundingChoice,
+    stress: float,
+    must_stream: "Callable[[GemmaConfig, str, int], bool]",
+    progress: "Progress",
 ) -> _Source:
     """The kit's own model of a checkpoint."""
     from stabilitykit.checkpoints import open_checkpoint
@@ -216,7 +233,15 @@ def _gemma(
         tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
-        made = build(opened, dtype=dtype, device=device, rounding=rounding.value, stress=stress, progress=announce)
+        made = build(
+            opened,
+            dtype=dtype,
+            device=device,
+            rounding=rounding.value,
+            stress=stress,
+            stream=must_stream(opened.config, dtype, len(tokens)),
+            progress=announce,
+        )
         return GemmaSubject(made)
 
     return _Source(
@@ -229,7 +254,12 @@ def _gemma(
 
 
 def _huggingface(
-    name: str, prompt: _Prompt, device: str, attention: AttentionChoice | None, adapter: Path | None
+    name: str,
+    prompt: _Prompt,
+    device: str,
+    attention: AttentionChoice | None,
+    adapter: Path | None,
+    stream: bool | None,
 ) -> _Source:
     """transformers' model of a folder."""
     from stabilitykit import hf
@@ -242,7 +272,12 @@ def _huggingface(
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
         return hf.open_model(
-            name, dtype=dtype, device=device, attention=None if attention is None else attention.value, adapter=adapter
+            name,
+            dtype=dtype,
+            device=device,
+            attention=None if attention is None else attention.value,
+            adapter=adapter,
+            stream=stream,
         )
 
     return _Source(

@@ -7,11 +7,14 @@ rounding.
 import math
 from dataclasses import dataclass
 
+import torch
+
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.gemma.query_blocks import query_blocks
+from stabilitykit.gemma.room import fits
 from stabilitykit.results import Footprint
 
 
@@ -40,6 +43,12 @@ def footprint(
     )
     prefill.run()
     return Footprint(dtype=dtype, length=length, device=device, weights=weights, cache=cache, activations=prefill.peak)
+
+
+def must_stream(config: GemmaConfig, dtype: str, length: int, *, matmul: str, device: torch.device) -> bool:
+    """Whether the model and one prefill of `length` tokens do not fit in the memory that is free on the device."""
+    needs = footprint(config, dtype, length, matmul=matmul, device=device.type)
+    return not fits(needs.weights + needs.cache + needs.activations, device)
 
 
 @dataclass(slots=True, kw_only=True)

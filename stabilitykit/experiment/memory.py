@@ -124,7 +124,7 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
     kind = preferred_matmul(dtype, place.type)
     # Loads what is loaded when first used: kernels, the BLAS and its buffers, threads.
     tiny = open_checkpoint("random:gemma3-270m?layers=2&vocabulary=3000")
-    _prefill(build(tiny, dtype=dtype, device=device), 64, kind)
+    _prefill(build(tiny, dtype=dtype, device=device, stream=False), 64, kind)
     libraries = _in_use(place.type)
     before = 0 if place.type == "cpu" else torch.cuda.memory_allocated()
 
@@ -132,7 +132,7 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
     config = opened.config
     if length > config.context:
         raise MisuseError(f"A prompt fits the model's context of {config.context:,} tokens; {length:,} do not.")
-    model = build(opened, dtype=dtype, device=device)
+    model = build(opened, dtype=dtype, device=device, stream=False)
     # The file's float32 tensors would be resident beside the model's own, and the vocabulary's strings with them.
     del opened
     model.vocabulary = None

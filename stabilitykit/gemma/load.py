@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
@@ -13,7 +14,10 @@ from stabilitykit.checkpoints.mistakes import usual_mistake
 from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.gemma.model import Gemma, RoundingName, at_least_float32
+from stabilitykit.gemma.model import Gemma, RoundingName
+from stabilitykit.gemma.room import fits
+from stabilitykit.gemma.stream import STREAMED, StoredWeight, cast
+from stabilitykit.gemma.stream import stream as stream_weights
 from stabilitykit.gemma.stress import check_gamma, stress_norms, weight_factor
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -31,6 +35,7 @@ def build(
     device: str | torch.device = "cpu",
     rounding: RoundingName = "transformers",
     stress: float = 1.0,
+    stream: bool | None = None,
     progress: Progress | None = None,
 ) -> Gemma:
     """The checkpoint's model in `dtype` on `device`, for inference: eval mode, no parameter needs a gradient.
@@ -38,6 +43,9 @@ def build(
     Weights are scaled by the stress γ in float32, then rounded to `dtype` (nearest even; magnitudes
     past its range become infinite), then moved, one at a time: the peak is the model and one tensor. Tensors that
     need none of it are used as they are, memory-mapped where the checkpoint's are: replace parameters, never write.
+
+    With `stream` each matrix is read, scaled and cast by every call that needs it, and dropped after that: the same
+    bits from a model that does not fit. None streams where the weights alone do not fit in the memory that is free.
     `progress` is called with the bytes of the model that are done and those in all, after each tensor.
 
     Raises CheckpointError, listing them, for tensors that are missing, unexpected or of another shape than the
@@ -52,24 +60,36 @@ def build(
         model = Gemma(checkpoint.config, rounding=rounding)
 
     misshapen = []
+    streamed: dict[str, StoredWeight] = {}
     done, total = 0, sum(map(math.prod, shapes.values())) * target.itemsize
+    if stream is None:
+        stream = not fits(total, place)
     for name, shape in shapes.items():
         tensor = checkpoint.tensors[name]
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{name} is {list(tensor.shape)} and not {list(shape)}")
             continue
         path, _, leaf = name.rpartition(".")
-        weight = _cast(tensor, weight_factor(checkpoint.config, name, stress), target, place)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
-        done += weight.nbytes
+        factor = weight_factor(checkpoint.config, name, stress)
+        if stream and len(shape) > 1:
+            read = partial(checkpoint.tensors.__getitem__, name)
+            streamed[name] = StoredWeight(read=read, factor=factor, dtype=target, device=place)
+        else:
+            weight = cast(tensor, factor, target, place)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+        done += tensor.numel() * target.itemsize
         if progress is not None:
             progress(done, total)
     if misshapen:
         raise CheckpointError(f"{checkpoint.source}: tensors have the shapes that the config gives; {some(misshapen)}.")
 
     model.lm_head.weight = model.embed_tokens.weight
+    if stream:
+        stream_weights(model, streamed)
     stress_norms(model, stress)
     model.source, model.sha256, model.notes = checkpoint.source, checkpoint.sha256, checkpoint.notes
+    if stream:
+        model.streamed, model.notes = True, (*model.notes, STREAMED)
     model.vocabulary, model.eos = checkpoint.vocabulary, checkpoint.vocabulary.eos
     return model.eval()
 
@@ -81,6 +101,7 @@ def load(
     device: str | torch.device = "cpu",
     rounding: RoundingName = "transformers",
     stress: float = 1.0,
+    stream: bool | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Gemma:
@@ -89,7 +110,9 @@ def load(
     `progress` counts bytes: of the cache where it must be filled first, then of the model.
     """
     checkpoint = open_checkpoint(source, cache=cache, progress=progress)
-    return build(checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, progress=progress)
+    return build(
+        checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, stream=stream, progress=progress
+    )
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -109,12 +132,6 @@ def parse_device(device: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0]
         raise MisuseError(f"The device {str(device)!r} cannot be used here: {reason}. Try 'cpu'.") from error
     return place
-
-
-def _cast(tensor: Tensor, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if factor != 1.0:
-        tensor = tensor.to(at_least_float32(tensor.dtype)) * factor
-    return tensor.to(dtype).to(device)
 
 
 def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:

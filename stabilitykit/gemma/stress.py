@@ -32,7 +32,8 @@ def apply_stress(model: Gemma, gamma: float) -> None:
     """Scale a float32 (or float64) model by `gamma`, a power of two, in place; twice multiplies.
 
     Scaled parameters are replaced, never written to: they may be memory-mapped. Raises MisuseError for any other
-    γ, and for a 16-bit model, whose weights are already rounded: `build(..., stress=gamma)` scales before it casts.
+    γ, for a 16-bit model, whose weights are already rounded, and for a streamed one, whose weights are not there:
+    `build(..., stress=gamma)` scales before it casts, and as it reads.
     """
     check_gamma(gamma)
     check_gamma(model.stress * gamma)
@@ -40,6 +41,11 @@ def apply_stress(model: Gemma, gamma: float) -> None:
         raise MisuseError(
             f"Stress is applied to the float32 weights, before they are cast; this model is already {model.dtype}. "
             "Pass stress= to build or load."
+        )
+    if model.streamed:
+        raise MisuseError(
+            "Stress is applied to weights that are in memory; this model's are read when they are needed. Pass stress= "
+            "to build or load."
         )
     for name, weight in model.named_parameters():
         if weight_factor(model.config, name, gamma) != 1.0:

@@ -1,6 +1,6 @@
 """Where a tensor's values came from: a weight, a constant, an input, or a record."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,29 +68,40 @@ class Origin:
 class Origins:
     """The origin of each storage in use: views share it, whatever is written anew replaces it."""
 
-    def __init__(self, *, weights: Iterable[tuple[str, Tensor]], constants: Iterable[tuple[str, Tensor]]) -> None:
-        """`weights` are parameters; `constants` are buffers, which may hold masks and be written to.
+    def __init__(
+        self, *, weights: Callable[[], Iterable[tuple[str, Tensor]]], constants: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """`weights` gives the parameters that there are now; `constants` are buffers, which may hold masks and be
+        written to.
 
-        Their storages are kept from being freed: a model that swaps its weights while it runs would else give their
-        addresses to others.
+        The storages that there are at first are kept from being freed: a model that swaps its weights while it runs
+        would else give their addresses to others. `weights` is asked again when a parameter is met that is none of
+        them: of a streamed model each is there only while its module runs.
         """
-        weights, constants = list(weights), list(constants)
-        self._kept = [tensor for _, tensor in (*weights, *constants)]
+        self._weights = weights
+        named, constants = list(weights()), list(constants)
+        self._kept = [tensor for _, tensor in (*named, *constants)]
+        self._named = {name: Origin("weight", name) for name, _ in named}
         self._own = {tensor.untyped_storage()._cdata: Origin("constant", name) for name, tensor in constants}
-        self._own |= {tensor.untyped_storage()._cdata: Origin("weight", name) for name, tensor in weights}
+        self._own |= {tensor.untyped_storage()._cdata: self._named[name] for name, tensor in named}
+        self._lent: dict[int, tuple[StorageWeakRef, Origin]] = {}
         self._held: dict[int, tuple[StorageWeakRef, Origin]] = {}
         self._forget_at = 256
 
     def of(self, tensor: Tensor) -> Origin:
         """A scalar nobody has seen made is a constant; anything else unseen was passed in."""
         key = tensor.untyped_storage()._cdata
-        held = self._held.get(key)
+        held = self._held.get(key) or self._lent.get(key)
         if held is not None:
             return held[1]
         own = self._own.get(key)
         if own is not None:
             return own
         if isinstance(tensor, nn.Parameter):  # brought in after the block began
+            self._look_again()
+            lent = self._lent.get(key)
+            if lent is not None:
+                return lent[1]
             origin = Origin("weight", "a parameter")
         else:
             origin = Origin("constant" if tensor.ndim == 0 else "input", "input")
@@ -98,10 +109,19 @@ class Origins:
             self.remember(tensor, origin)
         return origin
 
+    def _look_again(self) -> None:
+        """Knows the parameters that there are now by their names, and those that have gone no longer."""
+        self._lent = {key: lent for key, lent in self._lent.items() if not lent[0].expired()}  # type: ignore[no-untyped-call]
+        for name, tensor in self._weights():
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._own and storage._cdata not in self._lent:
+                origin = self._named.setdefault(name, Origin("weight", name))
+                self._lent[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
+
     def remember(self, tensor: Tensor, origin: Origin) -> None:
         storage = tensor.untyped_storage()
         own = self._own.get(storage._cdata)
-        if own is not None and own.kind == "weight":
+        if (own is not None and own.kind == "weight") or storage._cdata in self._lent:
             return
         # The weak reference keeps the storage's address from being used again, so a key never lies.
         self._held[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
@@ -111,4 +131,5 @@ class Origins:
 
     def forget(self) -> None:
         self._held.clear()
+        self._lent.clear()
         self._kept.clear()

@@ -257,7 +257,7 @@ class _Recorder:
         self.autocast: str | None = None
         self.seen: set[int] = set()
         self.origins = Origins(
-            weights=((_path(name), tensor) for name, tensor in model.named_parameters()),
+            weights=lambda: ((_path(name), tensor) for name, tensor in model.named_parameters()),
             constants=((_path(name), tensor) for name, tensor in model.named_buffers()),
         )
         self.family = family_of(model)

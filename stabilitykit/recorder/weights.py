@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.recorder.statistics import measure
 from stabilitykit.records import StoredWeights, WeightCounts
 
@@ -16,25 +17,30 @@ def check_weights(
     """`StoredWeights` of named tensors for each format, exact, ties included, in one reading of every tensor.
 
     Counts are those of a cast to the nearest, ties to even. Tensors of integers, such as quantised weights, are passed
-    over. `progress` is called with the bytes read, after each tensor.
+    over. Of a mapped tensor a few rows at a time are in memory. `progress` is called with the bytes read, after each
+    such piece.
     """
     found: dict[str, list[WeightCounts]] = {name: [] for name in formats}
     for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel():
-            seen = measure(tensor, formats)
-            for dtype, counts in seen.formats.items():
-                found[dtype].append(
-                    WeightCounts(
-                        name=name,
-                        elements=seen.elements,
-                        overflow=counts.overflow,
-                        subnormal=counts.subnormal,
-                        zero=counts.zero,
-                        nonfinite=seen.nonfinite,
-                    )
+        is_counted = tensor.is_floating_point() and tensor.numel() > 0
+        seen = []
+        for piece in read_once(tensor):
+            if is_counted:
+                seen.append(measure(piece, formats))
+            if progress is not None:
+                progress(piece.nbytes)
+        for dtype in formats if is_counted else ():
+            counts = [piece.formats[dtype] for piece in seen]
+            found[dtype].append(
+                WeightCounts(
+                    name=name,
+                    elements=tensor.numel(),
+                    overflow=sum(count.overflow for count in counts),
+                    subnormal=sum(count.subnormal for count in counts),
+                    zero=sum(count.zero for count in counts),
+                    nonfinite=sum(piece.nonfinite for piece in seen),
                 )
-        if progress is not None:
-            progress(tensor.nbytes)
+            )
     return {dtype: _stored(dtype, counts) for dtype, counts in found.items()}
 
 
