@@ -31,9 +31,9 @@ _PRODUCTS = frozenset((*_PLAIN, *_ADDING, *_VECTORS, *_COMPOSITE))
 
 # Elements that are widened at once. A right operand, which is a layer's weight, goes through a buffer that the second
 # cache holds most of, so it is read from memory once and in 16 bits; fewer columns than these make products slow.
-_PIECE = 1 << 21
-_COLUMNS = 256
-_ROWS = 1 << 26  # of a left operand: 256 MiB
+PIECE = 1 << 21
+COLUMNS = 256
+ROWS = 1 << 26  # of a left operand: 256 MiB
 
 
 def check_matmul(kind: str) -> str:
@@ -115,7 +115,7 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *batch, rows, inner = left.shape
         columns = right.shape[-1]
         deep = math.prod(batch) * max(1, inner)
-        height, width = max(1, _ROWS // deep), max(_COLUMNS, _PIECE // deep)
+        height, width = max(1, ROWS // deep), max(COLUMNS, PIECE // deep)
         if rows <= height and columns <= width:
             return self.piece(func, added, left.float(), right, kwargs)
         out = left.new_empty((*batch, rows, columns))
@@ -144,7 +144,7 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
         buffer = self.buffers.get(tensor.device)
         if buffer is None or buffer.numel() < tensor.numel():
             with torch.inference_mode(False):  # or it could not be written to outside of that mode
-                buffer = torch.empty(max(_PIECE, tensor.numel()), dtype=torch.float32, device=tensor.device)
+                buffer = torch.empty(max(PIECE, tensor.numel()), dtype=torch.float32, device=tensor.device)
             self.buffers[tensor.device] = buffer
         turned = tensor.ndim > 1 and tensor.stride(-1) > tensor.stride(
             -2

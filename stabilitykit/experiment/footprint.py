@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stabilitykit import products
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError
@@ -25,7 +26,7 @@ def footprint(
 
     The cache has room for exactly these tokens, and logits are the last token's. Activations are all other tensors of
     the pass, ids, masks, RoPE tables and copies in a wider dtype among them, at the moment at which they are most. With
-    `matmul` other than "native" every product of 16-bit tensors holds float32 copies of its operands and result.
+    `matmul` other than "native" products of 16-bit tensors hold float32 copies of parts of their operands and results.
     What libraries take for themselves is not included. Raises MisuseError for an unknown dtype or a length below 1.
     """
     if length < 1:
@@ -64,6 +65,7 @@ class _Prefill:
     size: int  # bytes of an element of the model's dtype
     accumulates: bool
     casts_scores: bool
+    buffer: int = 0  # elements that right operands are widened into, again and again
     live: int = 0
     peak: int = 0
 
@@ -99,7 +101,7 @@ class _Prefill:
             window = None if config.is_global(index) else config.window
             h = self.replaced(h, self.layer(window, by_blocks=by_blocks))
         self.replaced(h, self.norm(self.length, config.hidden_size))
-        logits = self.product(config.hidden_size, config.hidden_size * config.vocabulary, config.vocabulary)
+        logits = self.product(1, 1, config.hidden_size, config.vocabulary)
         if config.logit_softcap is not None:
             self.replaced(logits, self.soft_cap(config.vocabulary))
 
@@ -162,17 +164,17 @@ class _Prefill:
         else:
             out, scores, p = self.attend(length, length)
             self.free(scores, p)
-        if length > 1 and config.heads > 1:  # else its transpose is contiguous already
-            out = self.replaced(out, self.new(length * queries))
+            if length > 1 and config.heads > 1:  # else its transpose is contiguous already
+                out = self.replaced(out, self.new(length * queries))
         projected = self.linear(queries, config.hidden_size)
         self.free(q, k, v, repeated, out)
         return projected
 
     def attend(self, queries: int, keys: int) -> tuple[int, int, int]:
         """The output of all heads, the scores and the probabilities, of so many queries that look at so many keys."""
-        heads, channels = self.config.heads, self.config.heads * self.config.head_dim
+        heads, channels = self.config.heads, self.config.head_dim
         elements = heads * queries * keys
-        scores = self.product(queries * channels, keys * channels, elements)
+        scores = self.product(heads, queries, channels, keys)
         scores = self.replaced(scores, self.new(elements))  # times the query scale
         capped = 0 if self.config.attention_softcap is None else self.soft_cap(elements)
         scores = self.replaced(scores + capped, self.new(elements))  # plus the mask
@@ -180,7 +182,7 @@ class _Prefill:
         p = self.replaced(cast, self.new(elements, self.wide))
         if self.wide != self.size:
             p = self.replaced(p, self.new(elements))
-        return self.product(elements, keys * channels, queries * channels), scores, p
+        return self.product(heads, queries, keys, channels), scores, p
 
     def mlp(self) -> int:
         hidden, inner = self.config.hidden_size, self.config.feed_forward
@@ -216,10 +218,32 @@ class _Prefill:
         return self.replaced(bounded, self.new(elements))
 
     def linear(self, inputs: int, outputs: int) -> int:
-        return self.product(self.length * inputs, inputs * outputs, self.length * outputs)
+        return self.product(1, self.length, inputs, outputs)
 
-    def product(self, left: int, right: int, out: int) -> int:
-        """A matrix product: elements of both operands and of the result."""
+    def product(self, batch: int, rows: int, inner: int, columns: int) -> int:
+        """As many products of matrices, [rows, inner] by [inner, columns], as the batch counts."""
         if not self.accumulates:
-            return self.new(out)
-        return self.replaced(self.new(left + right, 4) + self.new(out, 4), self.new(out))
+            return self.new(batch * rows * columns)
+        deep = batch * inner
+        height, width = max(1, products.ROWS // deep), max(products.COLUMNS, products.PIECE // deep)
+        if rows <= height and columns <= width:
+            wide = self.new(rows * deep, 4)
+            out = self.piece(batch, rows, inner, columns)
+            self.free(wide)
+            return out
+        out, wide = self.new(batch * rows * columns), 0
+        for top in range(0, rows, height):
+            high = min(height, rows - top)
+            wide = self.replaced(wide, self.new(high * deep, 4))
+            for first in range(0, columns, width):
+                self.free(self.piece(batch, high, inner, min(width, columns - first)))
+        self.free(wide)
+        return out
+
+    def piece(self, batch: int, rows: int, inner: int, columns: int) -> int:
+        widened = max(products.PIECE, batch * inner * columns)
+        if widened > self.buffer:
+            new = self.new(widened, 4)
+            self.free(4 * self.buffer)
+            self.buffer = new // 4
+        return self.replaced(self.new(batch * rows * columns, 4), self.new(batch * rows * columns))

@@ -291,8 +291,8 @@ class Attention(nn.Module):
         return torch.matmul(p_BNTK, v_BNKD)
 
     def _attend_by_blocks(self, q_BNTD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, mask: AttentionMask) -> Tensor:
-        batch, heads, new, _ = q_BNTD.shape
-        out_BNTD = torch.empty_like(q_BNTD)
+        batch, heads, new, channels = q_BNTD.shape
+        out_BNTD = q_BNTD.new_empty((batch, new, heads, channels)).transpose(1, 2)  # as the projection wants it
         try:
             for block in query_blocks(batch * heads, new, k_BNKD.shape[2], mask.window):
                 self.query_block = block

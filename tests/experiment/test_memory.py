@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from stabilitykit import products
 from stabilitykit.checkpoints import GemmaConfig
 from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.experiment.memory import measure
-from stabilitykit.gemma import Gemma, KVCache, build
+from stabilitykit.gemma import Gemma, KVCache, build, query_blocks
 from stabilitykit.products import matmul
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&head_dim=16&vocabulary=512"
@@ -90,13 +91,30 @@ def test_cache_and_activations_are_what_the_allocator_hands_out_to_the_byte(
         assert 0 <= taken - (found.cache + found.activations) <= 24, length
 
 
-def test_only_16_bit_products_are_widened() -> None:
-    """One token: the head's float32 copy of the embedding is then nearly all there is."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("generation", SPECS)
+def test_attention_by_blocks_and_products_by_pieces_too(
+    monkeypatch: pytest.MonkeyPatch, generation: int, dtype: str
+) -> None:
+    for module, name, value in (
+        (query_blocks, "WHOLE", 4000), (query_blocks, "BLOCK", 4000),
+        (products, "ROWS", 1 << 12), (products, "COLUMNS", 8), (products, "PIECE", 1 << 10),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    model = build(random_checkpoint(SPECS[generation]), dtype=dtype)
+    for length in (40, 300):
+        found = footprint(model.config, dtype, length, matmul="float32-accumulate")
+        taken = most_allocated(model, length, "float32-accumulate")
+        assert 0 <= taken - (found.cache + found.activations) <= 48, length
+
+
+def test_only_16_bit_products_are_widened_and_a_part_at_a_time() -> None:
+    """One token: the buffer that weights are widened into is then nearly all there is."""
     config = RELEASED["gemma3-270m"]
-    copy = 4 * 262_144 * 640
     for dtype in ("float16", "bfloat16"):
-        assert footprint(config, dtype, 1).activations < 0.01 * copy
-        assert copy < footprint(config, dtype, 1, matmul="float32-accumulate").activations < 1.01 * copy
+        assert footprint(config, dtype, 1).activations < products.PIECE
+        wider = footprint(config, dtype, 1, matmul="float32-accumulate").activations
+        assert 4 * products.PIECE < wider < 5 * products.PIECE
     for dtype in ("float32", "float64"):
         assert footprint(config, dtype, 1) == footprint(config, dtype, 1, matmul="float32-accumulate")
 
