@@ -178,13 +178,13 @@ def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) ->
         arguments = carray(given, (_ARGUMENTS,), np.int64)
         own = address_of(given)
         width, rows, columns = arguments[_WIDTH], arguments[_ROWS], arguments[_SHAPE + OUTER]
-        worker = taken(own + 8 * _WORKERS)
+        worker = taken(own + 8 * _WORKERS, 1)
         row = carray(pointer(arguments[_OUT] + 8 * worker * width), (width,), np.float64)
         logit_bits, bits = np.empty(columns, integer), np.empty(columns, integer)
         nothing = np.zeros(columns, np.uint8)
         keys = np.empty(2, integer)
         while True:
-            begin = taken(own + 8 * _NEXT) * arguments[_TAKEN]
+            begin = taken(own + 8 * _NEXT, 1) * arguments[_TAKEN]
             if begin >= rows:
                 break
             for index in range(begin, min(begin + arguments[_TAKEN], rows)):

@@ -101,24 +101,28 @@ def address_of(context: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def taken(context: Any, address: Any) -> Any:
-    """The counter at this address, which is one higher afterwards; each thread gets a number of its own."""
+def taken(context: Any, address: Any, number: Any) -> Any:
+    """The counter at this address, which is higher by `number` afterwards: no two threads get the same.
+
+    Who gets a number sees all that was written by those who got the ones before it.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", counter, arguments[1], "acq_rel")
 
-    return types.int64(types.int64), generate
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
 def float_of(context: Any, bits: Any) -> Any:
-    """The float32 with these bits, an int32."""
+    """The float with these bits, an int32 or int64."""
+    wide = bits.bitwidth == 64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
+        return builder.bitcast(arguments[0], ir.DoubleType() if wide else ir.FloatType())
 
-    return types.float32(types.int32), generate
+    return (types.float64 if wide else types.float32)(bits), generate
 
 
 @njit
