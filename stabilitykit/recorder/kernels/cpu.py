@@ -21,6 +21,7 @@ from torch import Tensor
 from stabilitykit.recorder.kernels import plain
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field
 from stabilitykit.recorder.kernels.machine import (
+    FASTER,
     OUTER,
     Compiled,
     address_of,
@@ -43,17 +44,16 @@ _ROOM = 1 << 18  # bytes that a thread has for its blocks and its row
 _PIECE = 1 << 15  # numbers, about a hundred rows
 _LEAST_SQUARES = 1e-280  # a smaller sum may have lost some to float64's own subnormals
 
-# The arguments are 64-bit: three counters of the kernel's own, addresses, sizes, strides in elements, a float64.
-_NEXT, _WORKERS, _FINISHED, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _SCRATCH, _ELEMENTS, _SHAPE = (
+# The arguments are 64-bit: three counters of the kernel's own, addresses, sizes, and one float64.
+_NEXT, _WORKERS, _FINISHED, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _SCRATCH, _ELEMENTS, _PLACES = (
     range(13)
 )
-_STRIDES = _SHAPE + OUTER + 1
-_HIDDEN_STRIDES = _STRIDES + OUTER + 1
-_ARGUMENTS = _HIDDEN_STRIDES + OUTER + 1
-_PACKED = struct.Struct(f"<5qd{_ARGUMENTS - 6}q")
+_ARGUMENTS = 13
+_PACKED = struct.Struct("<5qd7q")
+# The places, at an address of their own: a shape, the strides of the tensor and of the mask.
+_STRIDES, _HIDDEN_STRIDES = OUTER + 1, 2 * (OUTER + 1)
 
 _MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = map(int, Field)
-_ONES, _ZEROS = (1,) * OUTER, (0,) * OUTER
 
 
 def supports(tensor: Tensor) -> bool:
@@ -67,16 +67,16 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
     """
     elements = tensor.numel()
     threads = 1 if elements <= _CHUNK else min(torch.get_num_threads(), -(-elements // _CHUNK))
-    places: tuple[int, ...] | None
-    if elements == 0 or (hidden is None and tensor.is_contiguous()):
-        places = (*_ONES, elements, *_ZEROS, 1, *_ZEROS, 0)
-    else:
-        places = joined((tensor, tensor if hidden is None else hidden))
-        if places is None:
+    places = 0  # one piece of memory
+    if hidden is not None or not tensor.is_contiguous():
+        found = joined(tensor.shape, (tensor.stride(), (tensor if hidden is None else hidden).stride()))
+        if found is None:
             return tally(tensor.reshape(-1), edges, None if hidden is None else hidden.reshape(-1), limit)
-    row, address = _mine.row(edges.width)
+        places = found.address
+    mine = _own.memory
+    row, address = mine.row(edges.width)
     _PACKED.pack_into(
-        _mine.arguments,
+        mine.arguments,
         0,
         0,
         0,
@@ -88,18 +88,19 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
         edges.count,
         address,
         edges.width,
-        _mine.scratch(threads),
+        mine.rooms_for(threads),
         elements,
-        *places,
+        places,
     )
-    run(_kernel(tensor.dtype), _mine.address, threads)
-    if tensor.dtype == torch.float64 and row[_AMAX] > 0 and not _LEAST_SQUARES < row[_SQUARES] < math.inf:
+    dtype = tensor.dtype
+    run(_kernel(dtype), mine.address, threads)
+    if dtype == torch.float64 and row[_AMAX] > 0 and not _LEAST_SQUARES < row[_SQUARES] < math.inf:
         return plain.tally(tensor, edges, hidden, limit).numpy()
     return row
 
 
-class _Mine(threading.local):
-    """Each Python thread's own memory: for arguments, for the kernel's blocks, and for rows, cut from one piece."""
+class _Memory:
+    """For arguments, for the kernel's blocks, and for rows, which are cut from one piece."""
 
     def __init__(self) -> None:
         self.arguments = ctypes.create_string_buffer(_PACKED.size)
@@ -108,6 +109,7 @@ class _Mine(threading.local):
         self.start = 0
         self.used = 0
         self.rooms = np.empty(0, np.uint8)
+        self.scratch = 0
 
     def row(self, numbers: int) -> tuple[NDArray[np.float64], int]:
         """An array of so many numbers that nobody else has, and its address."""
@@ -118,35 +120,43 @@ class _Mine(threading.local):
         self.used += numbers
         return self.piece[begin : self.used], self.start + 8 * begin
 
-    def scratch(self, threads: int) -> int:
+    def rooms_for(self, threads: int) -> int:
         """The address of a room for each thread."""
         if threads * _ROOM > len(self.rooms):
             self.rooms = np.empty(threads * _ROOM, np.uint8)
-        return self.rooms.ctypes.data
+            self.scratch = self.rooms.ctypes.data
+        return self.scratch
 
 
-_mine = _Mine()
+class _Own(threading.local):
+    """Each Python thread's."""
+
+    def __init__(self) -> None:
+        self.memory = _Memory()
 
 
-# Below is what numba compiles. It finds a kernel on disk by what that closes over, which is numbers and types: functions
+_own = _Own()
+
+
+# Below is what numba compiles. It finds a kernel on disk by what the kernel closes over: numbers and types. A function
 # would have a new name in each process, and the kernel be compiled again.
 
 
 @njit(error_model="numpy")  # no branch for a division by zero
-def _offsets(arguments, flat):
+def _offsets(places, flat):
     """Of one element: where it is in the tensor and in the mask, and how many its row still has, itself included."""
-    inner = arguments[_SHAPE + OUTER]
+    inner = places[OUTER]
     outer = flat // inner
     column = flat - outer * inner
-    at, hidden_at = column * arguments[_STRIDES + OUTER], column * arguments[_HIDDEN_STRIDES + OUTER]
+    at, hidden_at = column * places[_STRIDES + OUTER], column * places[_HIDDEN_STRIDES + OUTER]
     for dimension in range(OUTER - 1, -1, -1):
-        size = arguments[_SHAPE + dimension]
+        size = places[dimension]
         if size > 1:
             rest = outer // size
             index = outer - rest * size
             outer = rest
-            at += index * arguments[_STRIDES + dimension]
-            hidden_at += index * arguments[_HIDDEN_STRIDES + dimension]
+            at += index * places[_STRIDES + dimension]
+            hidden_at += index * places[_HIDDEN_STRIDES + dimension]
     return at, hidden_at, inner - column
 
 
@@ -161,18 +171,18 @@ def _picked(source, step, target):
 
 
 @njit
-def _gathered(arguments, begin, elements, hides):
+def _gathered(data, hidden, places, begin, elements, hides):
     """Brings elements, and what the mask says of them, into one piece from wherever they are."""
     filled = 0
     while filled < elements.size:
-        at, hidden_at, row = _offsets(arguments, begin + filled)
+        at, hidden_at, row = _offsets(places, begin + filled)
         piece = min(row, elements.size - filled)
-        step = arguments[_STRIDES + OUTER]
-        source = carray(pointer(arguments[_DATA] + at * elements.itemsize), (piece * step,), elements.dtype)
+        step = places[_STRIDES + OUTER]
+        source = carray(pointer(data + at * elements.itemsize), (piece * step,), elements.dtype)
         _picked(source, step, elements[filled : filled + piece])
-        if arguments[_HIDDEN]:
-            step = arguments[_HIDDEN_STRIDES + OUTER]
-            source = carray(pointer(arguments[_HIDDEN] + hidden_at), (piece * step,), hides.dtype)
+        if hidden:
+            step = places[_HIDDEN_STRIDES + OUTER]
+            source = carray(pointer(hidden + hidden_at), (piece * step,), hides.dtype)
             _picked(source, step, hides[filled : filled + piece])
         filled += piece
 
@@ -262,6 +272,14 @@ def _started(row):
     row[_SMALLEST], row[_MINIMUM], row[_MAXIMUM] = np.inf, np.inf, -np.inf
 
 
+@njit(fastmath=FASTER)
+def _sum(numbers):
+    total = 0.0
+    for i in range(numbers.size):
+        total += numbers[i]
+    return total
+
+
 @njit
 def _merge(row, other):
     """Makes one row of two; of equal peaks the first in row-major order."""
@@ -309,8 +327,8 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
         floating_limit = floating(carray(given, (_ARGUMENTS,), np.float64)[_LIMIT])
         edges = carray(pointer(arguments[_EDGES]), (arguments[_EDGE_COUNT],), np.int64)
         bins = FIELDS + edges.size
-        masks = arguments[_HIDDEN] != 0
-        step, hidden_step = arguments[_STRIDES + OUTER], arguments[_HIDDEN_STRIDES + OUTER]
+        data, hidden, somewhere = arguments[_DATA], arguments[_HIDDEN], arguments[_PLACES] != 0
+        places = carray(pointer(arguments[_PLACES]), (_HIDDEN_STRIDES + OUTER + 1,), np.int64)
         peak, smallest = integer(-1), infinity
         done = 0
         while chunk < chunks:
@@ -322,12 +340,17 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                 padded = groups * group
 
                 # The elements in one piece, then their bits, with zeros up to a whole group.
-                at, hidden_at, piece = _offsets(arguments, begin)
-                if piece >= block and step == 1 and (not masks or hidden_step == 1):
-                    where, hidden_where = arguments[_DATA] + at * size, arguments[_HIDDEN] + hidden_at
-                else:
-                    where, hidden_where = scratch, scratch + 5 * room
-                    _gathered(arguments, begin, carray(pointer(where), (block,), stored), hides)
+                where, hidden_where = data + begin * size, hidden + begin
+                if somewhere:
+                    at, hidden_at, piece = _offsets(places, begin)
+                    where, hidden_where = data + at * size, hidden + hidden_at
+                    if (
+                        piece < block
+                        or places[_STRIDES + OUTER] != 1
+                        or (hidden and places[_HIDDEN_STRIDES + OUTER] != 1)
+                    ):
+                        where, hidden_where = scratch, scratch + 5 * room
+                        _gathered(data, hidden, places, begin, carray(pointer(where), (block,), stored), hides)
                 source = carray(pointer(where), (block,), stored)
                 if direct and padded == block:
                     bits = carray(pointer(where), (padded,), integer)
@@ -341,7 +364,7 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                         copy(source, bits.view(floating), bits)
                     bits[block:] = 0
                 lost = 0
-                if masks:
+                if hidden:
                     hiding = carray(pointer(hidden_where), (block,), np.uint8)
                     masked = _shown(bits, bits.view(floating), hiding, floating_limit, shown, kept[:block])
                     shown[block:padded] = 0
@@ -352,7 +375,7 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                 signed, high, first, final, total, squares = scan(bits, exponents, groups)
                 top = max(integer(unsigned(high) & unsigned(magnitude)), signed)
                 if top >= infinity:
-                    if not masks:
+                    if not hidden:
                         kept[:block] = 1
                     nan, plus, minus = _finite(bits, magnitude, infinity, finite, kept[:block])
                     finite[block:padded] = 0
@@ -426,8 +449,7 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
             scratch = arguments[_SCRATCH] + other * _ROOM
             _merge(row, carray(pointer(scratch + 7 * room), (width,), np.float64))
         for i in range(edges.size):
-            for place in range(bins + mantissa + (edges[i] >> mantissa), width):
-                row[FIELDS + i] += row[place]
+            row[FIELDS + i] += _sum(row[bins + mantissa + (edges[i] >> mantissa) :])
 
     return cfunc(types.void(types.voidptr), cache=True)(kernel)
 

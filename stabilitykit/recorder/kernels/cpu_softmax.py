@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from stabilitykit.recorder.kernels.machine import (
     FASTER,
     OUTER,
     Compiled,
+    Places,
     address_of,
     as_function,
     copy,
@@ -30,11 +32,12 @@ from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Fi
 
 _CHUNK = 1 << 16  # elements, in whole rows, that one thread takes at a time
 
-# The arguments are 64-bit integers: two counters of the kernel's own, addresses, sizes, strides in elements.
-_NEXT, _WORKERS, _LOGITS, _PROBABILITIES, _HIDDEN, _OUT, _WIDTH, _ROWS, _HEAD_ROWS, _HEADS, _TAKEN, _SHAPE = range(12)
-_LOGITS_STRIDES, _PROBABILITIES_STRIDES, _HIDDEN_STRIDES = (_SHAPE + (OUTER + 1) * i for i in (1, 2, 3))
-_ARGUMENTS = _HIDDEN_STRIDES + OUTER + 1
+# The arguments are 64-bit integers: two counters of the kernel's own, addresses, sizes.
+_NEXT, _WORKERS, _LOGITS, _PROBABILITIES, _HIDDEN, _OUT, _WIDTH, _ROWS, _HEAD_ROWS, _HEADS, _TAKEN, _PLACES = range(12)
+_ARGUMENTS = 12
 _PACKED = struct.Struct(f"<{_ARGUMENTS}q")
+# The places, at an address of their own: a shape, and the strides of each tensor.
+_LOGITS_STRIDES, _PROBABILITIES_STRIDES, _HIDDEN_STRIDES = ((OUTER + 1) * i for i in (1, 2, 3))
 
 _MAX_LOGIT, _RANGE, _MAX_PROBABILITY, _SUM_ERROR, _VISIBLE, _UNDERFLOWED, _MASKED_ROWS, _NAN_ROWS, _BOTH_ROWS = map(
     int, Field
@@ -67,11 +70,11 @@ def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tenso
     if hidden is not None:
         hidden = hidden.expand(shape)
         hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    places = joined([*tensors, tensors[0] if hidden is None else hidden], keep=1)
+    places = _places(tensors, hidden)
     if places is None:
         tensors = [part.contiguous() for part in tensors]
         hidden = None if hidden is None else hidden.contiguous()
-        places = joined([*tensors, tensors[0] if hidden is None else hidden], keep=1)
+        places = _places(tensors, hidden)
         assert places is not None
     taken_rows = max(1, _CHUNK // shape[-1])
     threads = min(torch.get_num_threads(), -(-rows // taken_rows))
@@ -89,12 +92,17 @@ def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tenso
             head_rows,
             heads,
             taken_rows,
-            *places,
+            places.address,
         ),
         _PACKED.size,
     )
     run(_kernel(logits.dtype, probabilities.dtype), arguments, threads)
     return merged(table)
+
+
+def _places(tensors: Sequence[Tensor], hidden: Tensor | None) -> Places | None:
+    strides = (*(part.stride() for part in tensors), (tensors[0] if hidden is None else hidden).stride())
+    return joined(tensors[0].shape, strides, keep=1)
 
 
 @njit(fastmath=FASTER, error_model="numpy")  # the other one branches at each division
@@ -177,7 +185,9 @@ def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) ->
     def kernel(given):
         arguments = carray(given, (_ARGUMENTS,), np.int64)
         own = address_of(given)
-        width, rows, columns = arguments[_WIDTH], arguments[_ROWS], arguments[_SHAPE + OUTER]
+        width, rows = arguments[_WIDTH], arguments[_ROWS]
+        places = carray(pointer(arguments[_PLACES]), (_HIDDEN_STRIDES + OUTER + 1,), np.int64)
+        columns = places[OUTER]
         worker = taken(own + 8 * _WORKERS, 1)
         row = carray(pointer(arguments[_OUT] + 8 * worker * width), (width,), np.float64)
         logit_bits, bits = np.empty(columns, integer), np.empty(columns, integer)
@@ -190,12 +200,12 @@ def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) ->
             for index in range(begin, min(begin + arguments[_TAKEN], rows)):
                 outer, at, logits_at, hidden_at = index, 0, 0, 0
                 for dimension in range(OUTER - 1, -1, -1):
-                    rest = outer // arguments[_SHAPE + dimension]
-                    place = outer - rest * arguments[_SHAPE + dimension]
+                    rest = outer // places[dimension]
+                    place = outer - rest * places[dimension]
                     outer = rest
-                    logits_at += place * arguments[_LOGITS_STRIDES + dimension]
-                    at += place * arguments[_PROBABILITIES_STRIDES + dimension]
-                    hidden_at += place * arguments[_HIDDEN_STRIDES + dimension]
+                    logits_at += place * places[_LOGITS_STRIDES + dimension]
+                    at += place * places[_PROBABILITIES_STRIDES + dimension]
+                    hidden_at += place * places[_HIDDEN_STRIDES + dimension]
                 widen_logits(
                     carray(pointer(arguments[_LOGITS] + logits_at * logits_size), (columns,), logits_stored),
                     logit_bits.view(floating),

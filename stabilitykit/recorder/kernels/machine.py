@@ -6,7 +6,8 @@ own would have to share the cores with those, which spin for a while after each 
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-from torch import Tensor
+from numpy.typing import NDArray
 
 OUTER = 4  # dimensions before the last that a kernel walks through
 
@@ -36,35 +37,43 @@ def as_function(compiled: Any) -> Compiled:
 def run(kernel: Compiled, arguments: Any, threads: int) -> None:
     """Runs `kernel` once in each of as many threads, all with the same arguments."""
     parallel = _torch_threads() if threads > 1 else None
-    if parallel is not None:
+    if parallel is None:
+        kernel(arguments)  # it does the work of all
+    else:
         parallel(kernel, arguments, threads, 0)
-        return
-    for _ in range(threads):  # the first does it all, the others find nothing to do
-        kernel(arguments)
 
 
-def joined(tensors: Sequence[Tensor], *, keep: int = 0) -> tuple[int, ...] | None:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the elements of tensors of one shape are: numbers, and their address."""
+
+    numbers: NDArray[np.int64]
+    address: int
+
+
+@lru_cache(maxsize=4096)
+def joined(shape: Sequence[int], strides: Sequence[Sequence[int]], *, keep: int = 0) -> Places | None:
     """Sizes of the dimensions that the tensors of one shape have in common, then the strides of each of them.
 
     Dimensions are joined that lie in memory in one piece in all of them, the last `keep` excepted, and filled up on the
     left to `OUTER` + 1. None for more than that.
     """
     found: list[list[int]] = []
-    shape = tensors[0].shape
     kept = len(shape) - keep
-    for dim, parts in enumerate(zip(shape, *(tensor.stride() for tensor in tensors), strict=True)):
-        size, *strides = parts
+    for dim, parts in enumerate(zip(shape, *strides, strict=True)):
+        size, *steps = parts
         if dim >= kept:
-            found.append([size, *strides])
+            found.append([size, *steps])
         elif size != 1:
-            if found and all(a == b * size for a, b in zip(found[-1][1:], strides, strict=True)):
-                found[-1] = [found[-1][0] * size, *strides]
+            if found and all(a == b * size for a, b in zip(found[-1][1:], steps, strict=True)):
+                found[-1] = [found[-1][0] * size, *steps]
             else:
-                found.append([size, *strides])
+                found.append([size, *steps])
     if len(found) > OUTER + 1:
         return None
-    filled = [[1] + [0] * len(tensors)] * (OUTER + 1 - len(found)) + found
-    return tuple(part[i] for i in range(len(tensors) + 1) for part in filled)
+    filled = [[1] + [0] * len(strides)] * (OUTER + 1 - len(found)) + found
+    numbers = np.array(filled, dtype=np.int64).T.reshape(-1)
+    return Places(numbers, int(numbers.ctypes.data))
 
 
 @cache
@@ -125,17 +134,23 @@ def float_of(context: Any, bits: Any) -> Any:
     return (types.float64 if wide else types.float32)(bits), generate
 
 
+@intrinsic
+def bits_of(context: Any, value: Any) -> Any:
+    """Of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
 @njit
 def widen_float16(source, values, bits):
     """Shifted into float32's fields, the exponent is 112 too small; infinity and NaN need the largest one."""
     for i in range(source.size):
-        bits[i] = np.int32(source[i] & np.int16(0x7FFF)) << np.int32(13)
-    for i in range(source.size):
-        values[i] = values[i] * np.float32(2.0**112)
-    for i in range(source.size):
-        more = np.int32(0x7F800000) if (source[i] & np.int16(0x7FFF)) >= np.int16(0x7C00) else np.int32(0)
-        sign = np.int32(source[i] & np.int16(-0x8000)) << np.int32(16)
-        bits[i] = bits[i] | more | sign
+        moved = np.int32(np.int32(np.int32(source[i]) << np.int32(13)) & np.int32(-0x70002000))
+        lost = np.int32(moved & np.int32(0x0F800000)) == np.int32(0x0F800000)
+        bits[i] = bits_of(float_of(moved) * np.float32(2.0**112)) | (np.int32(0x7F800000) if lost else np.int32(0))
 
 
 @njit
