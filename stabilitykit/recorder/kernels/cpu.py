@@ -200,11 +200,11 @@ def _shown(bits, values, hides, limit, clean, kept):
 
 
 @njit
-def _finite(bits, magnitude, infinity, clean, kept):
+def _finite(bits, integer, magnitude, infinity, clean, kept):
     """Zeros for what is not finite, which is not `kept`; returns how many are NaN, inf and -inf."""
     lost, nan, plus = np.int32(0), np.int32(0), np.int32(0)
     for i in range(kept.size):
-        code = bits[i] & magnitude
+        code = integer(bits[i] & magnitude)
         infinite = code >= infinity
         lost = np.int32(lost + np.int32(infinite))
         nan = np.int32(nan + np.int32(code > infinity))
@@ -233,10 +233,10 @@ def _least(bits, magnitude, unsigned, infinity):
 
 
 @njit
-def _between(bits, magnitude, edge, last):
+def _between(bits, integer, magnitude, edge, last):
     found = np.int32(0)
     for i in range(bits.size):
-        code = bits[i] & magnitude
+        code = integer(bits[i] & magnitude)
         found = np.int32(found + np.int32((code >= edge) & (code <= last)))
     return found
 
@@ -377,7 +377,7 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                 if top >= infinity:
                     if not hidden:
                         kept[:block] = 1
-                    nan, plus, minus = _finite(bits, magnitude, infinity, finite, kept[:block])
+                    nan, plus, minus = _finite(bits, integer, magnitude, infinity, finite, kept[:block])
                     finite[block:padded] = 0
                     bits = finite[:padded]
                     row[_NAN] += nan
@@ -434,7 +434,7 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                 for i in range(edges.size):  # among those of its exponent
                     edge = integer(edges[i])
                     if low << mantissa <= edge < (last + 1) << mantissa or max(least, edge) < normal:
-                        row[FIELDS + i] += _between(bits, magnitude, edge, edge | integer(normal - 1))
+                        row[FIELDS + i] += _between(bits, integer, magnitude, edge, integer(edge | integer(normal - 1)))
                 begin += block
             done += 1
             chunk = taken(own + 8 * _NEXT, 1)
