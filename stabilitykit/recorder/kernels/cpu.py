@@ -35,12 +35,14 @@ from stabilitykit.recorder.kernels.machine import (
     widen_bfloat16,
     widen_float16,
 )
-from stabilitykit.recorder.kernels.vectors import AT_ONCE, BYTES, GROUP, counts, scan, vector_with
+from stabilitykit.recorder.kernels.vectors import AT_ONCE, BYTES, GROUP, counts, scan, vector_holding, vector_with
 
 _BLOCK = 4096  # elements; their codes, exponents and widened bits fit the smallest first caches
 _CHUNK = 1 << 16  # elements that one thread takes at a time
 _MANY = 96  # exponents in one block, from which on counting one by one is faster
-_ROOM = 1 << 18  # bytes that a thread has for its blocks and its row
+_FEW = 16  # elements of one exponent in a block, up to which they are looked for by it
+_FIELDS = 1 << 11  # values of an exponent's field
+_ROOM = 3 << 17  # bytes that a thread has for its blocks and its row
 _PIECE = 1 << 15  # numbers, about a hundred rows
 _LEAST_SQUARES = 1e-280  # a smaller sum may have lost some to float64's own subnormals
 
@@ -242,6 +244,18 @@ def _between(bits, integer, magnitude, edge, last):
 
 
 @njit
+def _between_few(bits, exponents, groups, exponent, integer, magnitude, edge, last):
+    """The same in the groups alone that have this exponent, the edge's."""
+    group = bits.size // groups
+    found = np.int32(0)
+    i = vector_holding(exponents, 0, groups, exponent)
+    while i < groups:
+        found = np.int32(found + _between(bits[i * group : (i + 1) * group], integer, magnitude, edge, last))
+        i = vector_holding(exponents, i + 1, groups, exponent)
+    return found
+
+
+@njit
 def _index_of(bits, magnitude, code):
     """Of the first one that has this code, which there must be."""
     lanes = BYTES // bits.itemsize
@@ -322,7 +336,8 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
         exponents = carray(pointer(scratch + 4 * room), (_BLOCK,), exponent)
         hides = carray(pointer(scratch + 5 * room), (_BLOCK,), np.uint8)
         kept = carray(pointer(scratch + 6 * room), (_BLOCK,), np.uint8)
-        row = carray(pointer(arguments[_OUT] if worker == 0 else scratch + 7 * room), (width,), np.float64)
+        counted = carray(pointer(scratch + 7 * room), (_FIELDS,), np.int64)
+        row = carray(pointer(arguments[_OUT] if worker == 0 else scratch + 8 * room), (width,), np.float64)
         _started(row)
         floating_limit = floating(carray(given, (_ARGUMENTS,), np.float64)[_LIMIT])
         edges = carray(pointer(arguments[_EDGES]), (arguments[_EDGE_COUNT],), np.int64)
@@ -419,8 +434,10 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                         found = counts(exponents, groups, exponent(wanted))
                         for i in range(min(AT_ONCE, last + 1 - wanted)):
                             row[bins + mantissa - 1 + wanted + i] += found[i]
+                            counted[wanted + i] = found[i]
                             nonzero += found[i]
                 else:
+                    counted[low : last + 1] = padded
                     for i in range(padded):
                         if exponents[i]:
                             row[bins + mantissa - 1 + exponents[i]] += 1
@@ -433,8 +450,12 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                         _count_subnormal(bits, magnitude, normal, row, bins)
                 for i in range(edges.size):  # among those of its exponent
                     edge = integer(edges[i])
-                    if low << mantissa <= edge < (last + 1) << mantissa or max(least, edge) < normal:
-                        row[FIELDS + i] += _between(bits, integer, magnitude, edge, integer(edge | integer(normal - 1)))
+                    ends, field = integer(edge | integer(normal - 1)), edge >> mantissa
+                    if low <= field <= last and 0 < counted[field] <= _FEW:
+                        few = _between_few(bits, exponents, groups, exponent(field), integer, magnitude, edge, ends)
+                        row[FIELDS + i] += few
+                    elif (low <= field <= last and counted[field]) or max(least, edge) < normal:
+                        row[FIELDS + i] += _between(bits, integer, magnitude, edge, ends)
                 begin += block
             done += 1
             chunk = taken(own + 8 * _NEXT, 1)
@@ -447,7 +468,7 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
         row = carray(pointer(arguments[_OUT]), (width,), np.float64)
         for other in range(1, arguments[_WORKERS]):
             scratch = arguments[_SCRATCH] + other * _ROOM
-            _merge(row, carray(pointer(scratch + 7 * room), (width,), np.float64))
+            _merge(row, carray(pointer(scratch + 8 * room), (width,), np.float64))
         for i in range(edges.size):
             row[FIELDS + i] += _sum(row[bins + mantissa + (edges[i] >> mantissa) :])
 

@@ -198,3 +198,30 @@ def vector_with(context: Any, bits: Any, code: Any) -> Any:
         return index
 
     return types.int64(bits, bits.dtype), generate
+
+
+@intrinsic
+def vector_holding(context: Any, keys: Any, first: Any, vectors: Any, wanted: Any) -> Any:
+    """The first vector from `first` on that has this key in it, or `vectors`."""
+    lanes = 8 * BYTES // keys.dtype.bitwidth
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = _vectors(builder, context, signature.args[0], arguments[0])
+        wanted = _spread(builder, arguments[3], lanes)
+        before = builder.block
+        check, body, after = (builder.append_basic_block(name) for name in ("check", "seek", "found"))
+        builder.branch(check)
+        builder.position_at_end(check)
+        index = builder.phi(_I64)
+        builder.cbranch(builder.icmp_signed("<", index, arguments[2]), body, after)
+        builder.position_at_end(body)
+        which = builder.icmp_unsigned("==", _loaded(builder, start, index), wanted)
+        which = builder.bitcast(which, ir.IntType(lanes))
+        following = builder.add(index, _I64(1))
+        index.add_incoming(arguments[1], before)
+        index.add_incoming(following, body)
+        builder.cbranch(builder.icmp_unsigned("==", which, ir.IntType(lanes)(0)), check, after)
+        builder.position_at_end(after)
+        return index
+
+    return types.int64(keys, types.int64, types.int64, keys.dtype), generate
