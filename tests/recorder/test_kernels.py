@@ -238,6 +238,51 @@ def test_without_torchs_threads_the_caller_does_it_all(monkeypatch: pytest.Monke
     check_equal(cpu.tally(tensor, edges(tensor.dtype, FORMATS)), shared)
 
 
+def test_fewer_threads_than_asked_for_do_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(700_000, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for started in (1, 2, 7):
+
+        def start(kernel: machine.Compiled, arguments: int, *_: int, times: int = started) -> None:
+            for _time in range(times):
+                kernel(arguments)
+
+        monkeypatch.setattr(machine, "_torch_threads", lambda start=start: start)
+        check_rows_agree(tensor)
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("zeros", [(), (9_000,), (0,)])
+def test_numbers_of_one_sign(dtype: torch.dtype, sign: int, zeros: tuple[int, ...]) -> None:
+    tensor = sign * (torch.rand(10_001, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    tensor[list(zeros)] = 0.0
+    check_rows_agree(tensor)
+    check_rows_agree(tensor, torch.arange(10_001) % 3 == 0)
+    tensor[1::3] = math.nan
+    check_rows_agree(tensor)
+
+
+@pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
+def test_numbers_about_each_edge(dtype: torch.dtype) -> None:
+    """Each edge is met in a block of its own, among numbers on either side of it."""
+    against = edges(dtype, FORMATS)
+    integers = INTEGERS[against.wide]
+    codes = torch.from_numpy(against.codes).to(integers)
+    tensor = torch.cat([(code + torch.arange(-2048, 2048, dtype=integers)).abs() for code in codes]).view(against.wide)
+    check_rows_agree(tensor.to(dtype))
+    check_rows_agree(torch.cat((tensor[:7], tensor[-7:])).to(dtype))
+
+
+def test_kernels_can_be_found_on_disk() -> None:
+    for dtype in INTEGERS:
+        check_rows_agree(torch.zeros(3, dtype=dtype))
+        cpu_softmax.tally(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype) / 3, None, None)
+    for kernel in machine._kept:  # numba names what it keeps by these, and functions are other ones in each process
+        held = [cell.cell_contents for cell in kernel._pyfunc.__closure__]
+        assert all(isinstance(value, (bool, int, np.generic, type)) for value in held), held
+
+
 def check_equal_softmax(first: np.ndarray, second: np.ndarray) -> None:
     counted = [i for i in range(len(first)) if i < softmax_layout.FIELDS and i != softmax_layout.Field.SUM_ERROR]
     np.testing.assert_array_equal(first[counted], second[counted])

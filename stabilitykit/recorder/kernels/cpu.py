@@ -14,10 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,34 +22,39 @@ from stabilitykit.recorder.kernels import plain
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field
 from stabilitykit.recorder.kernels.machine import (
     FASTER,
-    OUTER,
     Compiled,
     address_of,
     as_function,
     copy,
-    joined,
+    float_of,
     pointer,
     run,
     taken,
     widen_bfloat16,
     widen_float16,
 )
+from stabilitykit.recorder.kernels.places import OUTER, joined
+from stabilitykit.recorder.kernels.vectors import AT_ONCE, BYTES, GROUP, counts, scan, vector_holding, vector_with
 
 _BLOCK = 4096  # elements; their codes, exponents and widened bits fit the smallest first caches
 _CHUNK = 1 << 16  # elements that one thread takes at a time
 _MANY = 96  # exponents in one block, from which on counting one by one is faster
+_FEW = 16  # elements of one exponent in a block, up to which they are looked for by it
+_FIELDS = 1 << 11  # values of an exponent's field
+_ROOM = 3 << 17  # bytes that a thread has for its blocks and its row
 _PIECE = 1 << 15  # numbers, about a hundred rows
 _LEAST_SQUARES = 1e-280  # a smaller sum may have lost some to float64's own subnormals
 
-# The arguments are 64-bit: two counters of the kernel's own, addresses, sizes, strides in elements, a float64.
-_NEXT, _WORKERS, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _ELEMENTS, _SHAPE = range(11)
-_STRIDES = _SHAPE + OUTER + 1
-_HIDDEN_STRIDES = _STRIDES + OUTER + 1
-_ARGUMENTS = _HIDDEN_STRIDES + OUTER + 1
-_PACKED = struct.Struct(f"<4qd{_ARGUMENTS - 5}q")
+# The arguments are 64-bit: three counters of the kernel's own, addresses, sizes, and one float64.
+_NEXT, _WORKERS, _FINISHED, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _SCRATCH, _ELEMENTS, _PLACES = (
+    range(13)
+)
+_ARGUMENTS = 13
+_PACKED = struct.Struct("<5qd7q")
+# The places, at an address of their own: a shape, the strides of the tensor and of the mask.
+_STRIDES, _HIDDEN_STRIDES = OUTER + 1, 2 * (OUTER + 1)
 
 _MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = map(int, Field)
-_ONES, _ZEROS = (1,) * OUTER, (0,) * OUTER
 
 
 def supports(tensor: Tensor) -> bool:
@@ -66,16 +68,17 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
     """
     elements = tensor.numel()
     threads = 1 if elements <= _CHUNK else min(torch.get_num_threads(), -(-elements // _CHUNK))
-    places: tuple[int, ...] | None
-    if elements == 0 or (hidden is None and tensor.is_contiguous()):
-        places = (*_ONES, elements, *_ZEROS, 1, *_ZEROS, 0)
-    else:
-        places = joined((tensor, tensor if hidden is None else hidden))
-        if places is None:
+    places = 0  # one piece of memory
+    if hidden is not None or not tensor.is_contiguous():
+        found = joined(tensor.shape, (tensor.stride(), (tensor if hidden is None else hidden).stride()))
+        if found is None:
             return tally(tensor.reshape(-1), edges, None if hidden is None else hidden.reshape(-1), limit)
-    rows, address = _mine.rows(threads * edges.width)
+        places = found.address
+    mine = _own.memory
+    row, address = mine.row(edges.width)
     _PACKED.pack_into(
-        _mine.arguments,
+        mine.arguments,
+        0,
         0,
         0,
         0,
@@ -86,19 +89,19 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
         edges.count,
         address,
         edges.width,
+        mine.rooms_for(threads),
         elements,
-        *places,
+        places,
     )
-    run(_kernel(tensor.dtype), _mine.address, threads)
-    if threads > 1:
-        rows = _merged(rows.reshape(threads, edges.width))
-    if tensor.dtype == torch.float64 and rows[_AMAX] > 0 and not _LEAST_SQUARES < rows[_SQUARES] < math.inf:
+    dtype = tensor.dtype
+    run(_kernel(dtype), mine.address, threads)
+    if dtype == torch.float64 and row[_AMAX] > 0 and not _LEAST_SQUARES < row[_SQUARES] < math.inf:
         return plain.tally(tensor, edges, hidden, limit).numpy()
-    return rows
+    return row
 
 
-class _Mine(threading.local):
-    """Each Python thread's own memory for arguments, and for rows, of which many are cut from one piece."""
+class _Memory:
+    """For arguments, for the kernel's blocks, and for rows, which are cut from one piece."""
 
     def __init__(self) -> None:
         self.arguments = ctypes.create_string_buffer(_PACKED.size)
@@ -106,8 +109,10 @@ class _Mine(threading.local):
         self.piece = np.empty(0)
         self.start = 0
         self.used = 0
+        self.rooms = np.empty(0, np.uint8)
+        self.scratch = 0
 
-    def rows(self, numbers: int) -> tuple[NDArray[np.float64], int]:
+    def row(self, numbers: int) -> tuple[NDArray[np.float64], int]:
         """An array of so many numbers that nobody else has, and its address."""
         if self.used + numbers > len(self.piece):
             self.piece = np.empty(max(_PIECE, numbers))
@@ -116,311 +121,363 @@ class _Mine(threading.local):
         self.used += numbers
         return self.piece[begin : self.used], self.start + 8 * begin
 
-
-_mine = _Mine()
-
-
-def _merged(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One row from those of several threads; of equal peaks the first in row-major order."""
-    row: NDArray[np.float64] = rows.sum(axis=0)
-    best = min(range(len(rows)), key=lambda i: (-rows[i, _AMAX], rows[i, _INDEX]))
-    row[_AMAX], row[_INDEX] = rows[best, _AMAX], rows[best, _INDEX]
-    for field in (_SMALLEST, _MINIMUM):
-        row[field] = rows[:, field].min()
-    row[_MAXIMUM] = rows[:, _MAXIMUM].max()
-    row[_SCALE] = 1.0
-    return row
+    def rooms_for(self, threads: int) -> int:
+        """The address of a room for each thread."""
+        if threads * _ROOM > len(self.rooms):
+            self.rooms = np.empty(threads * _ROOM, np.uint8)
+            self.scratch = self.rooms.ctypes.data
+        return self.scratch
 
 
-# Below is what numba compiles.
+class _Own(threading.local):
+    """Each Python thread's."""
+
+    def __init__(self) -> None:
+        self.memory = _Memory()
 
 
-@intrinsic
-def _equal(context: Any, keys: Any, vectors: Any, wanted: Any) -> Any:
-    """How many of `vectors` times 32 bytes of `keys` are `wanted`; a lane holds the count of its own, so at most 255.
+_own = _Own()
 
-    Written out, because no loop of numba's is compiled to sums of bytes that are added up only once.
-    """
-    width = keys.dtype.bitwidth
-    lanes = 256 // width
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        lane, count = ir.IntType(width), ir.IntType(64)
-        vector = ir.VectorType(lane, lanes)
-        start = builder.bitcast(array.data, vector.as_pointer())
-        alone = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(count, 0))
-        spread = builder.shuffle_vector(
-            alone, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        )
-        before = builder.block
-        body, after = builder.append_basic_block("equal"), builder.append_basic_block("equal.summed")
-        builder.branch(body)
-        builder.position_at_end(body)
-        index, found = builder.phi(count), builder.phi(vector)
-        index.add_incoming(ir.Constant(count, 0), before)
-        found.add_incoming(ir.Constant(vector, [0] * lanes), before)
-        loaded = builder.load(builder.gep(start, [index]), align=1)
-        more = builder.sub(found, builder.sext(builder.icmp_unsigned("==", loaded, spread), vector))
-        following = builder.add(index, ir.Constant(count, 1))
-        index.add_incoming(following, body)
-        found.add_incoming(more, body)
-        builder.cbranch(builder.icmp_signed("<", following, arguments[1]), body, after)
-        builder.position_at_end(after)
-        wide = ir.VectorType(ir.IntType(16), lanes)
-        reduce = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.IntType(16), [wide]), f"llvm.vector.reduce.add.v{lanes}i16"
-        )
-        summed = builder.zext(more, wide) if width < 16 else more
-        return builder.zext(builder.call(reduce, [summed]), count)
+# Below is what numba compiles. It finds a kernel on disk by what the kernel closes over: numbers and types. A function
+# would have a new name in each process, and the kernel be compiled again.
 
-    return types.int64(keys, types.int64, keys.dtype), generate
+
+@njit(error_model="numpy")  # no branch for a division by zero
+def _offsets(places, flat):
+    """Of one element: where it is in the tensor and in the mask, and how many its row still has, itself included."""
+    inner = places[OUTER]
+    outer = flat // inner
+    column = flat - outer * inner
+    at, hidden_at = column * places[_STRIDES + OUTER], column * places[_HIDDEN_STRIDES + OUTER]
+    for dimension in range(OUTER - 1, -1, -1):
+        size = places[dimension]
+        if size > 1:
+            rest = outer // size
+            index = outer - rest * size
+            outer = rest
+            at += index * places[_STRIDES + dimension]
+            hidden_at += index * places[_HIDDEN_STRIDES + dimension]
+    return at, hidden_at, inner - column
 
 
 @njit
-def _at_least(codes, edge):
+def _picked(source, step, target):
+    if step == 1:
+        for i in range(target.size):
+            target[i] = source[i]
+    else:
+        for i in range(target.size):
+            target[i] = source[i * step]
+
+
+@njit
+def _gathered(data, hidden, places, begin, elements, hides):
+    """Brings elements, and what the mask says of them, into one piece from wherever they are."""
+    filled = 0
+    while filled < elements.size:
+        at, hidden_at, row = _offsets(places, begin + filled)
+        piece = min(row, elements.size - filled)
+        step = places[_STRIDES + OUTER]
+        source = carray(pointer(data + at * elements.itemsize), (piece * step,), elements.dtype)
+        _picked(source, step, elements[filled : filled + piece])
+        if hidden:
+            step = places[_HIDDEN_STRIDES + OUTER]
+            source = carray(pointer(hidden + hidden_at), (piece * step,), hides.dtype)
+            _picked(source, step, hides[filled : filled + piece])
+        filled += piece
+
+
+@njit
+def _shown(bits, values, hides, limit, clean, kept):
+    """Zeros for what is masked, and what is `kept`; returns how many are masked."""
+    masked = np.int32(0)
+    for i in range(kept.size):
+        hidden = (hides[i] != 0) & (values[i] <= limit)
+        masked = np.int32(masked + np.int32(hidden))
+        kept[i] = not hidden
+        clean[i] = 0 if hidden else bits[i]
+    return masked
+
+
+@njit
+def _finite(bits, integer, magnitude, infinity, clean, kept):
+    """Zeros for what is not finite, which is not `kept`; returns how many are NaN, inf and -inf."""
+    lost, nan, plus = np.int32(0), np.int32(0), np.int32(0)
+    for i in range(kept.size):
+        code = integer(bits[i] & magnitude)
+        infinite = code >= infinity
+        lost = np.int32(lost + np.int32(infinite))
+        nan = np.int32(nan + np.int32(code > infinity))
+        plus = np.int32(plus + np.int32(bits[i] == infinity))
+        kept[i] = kept[i] & (not infinite)
+        clean[i] = 0 if infinite else bits[i]
+    return nan, plus, lost - nan - plus
+
+
+@njit
+def _lowest(bits, kept, unsigned, most):
+    """As an unsigned integer: the smallest where none is negative, the largest where none is positive."""
+    low = most
+    for i in range(kept.size):
+        low = min(low, unsigned(bits[i]) if kept[i] else most)
+    return low
+
+
+@njit
+def _least(bits, magnitude, unsigned, infinity):
+    """The smallest magnitude code above zero, or that of infinity."""
+    least = unsigned(infinity - 1)
+    for i in range(bits.size):
+        least = min(least, unsigned(unsigned(bits[i] & magnitude) - unsigned(1)))  # zero becomes the largest
+    return least + unsigned(1)
+
+
+@njit
+def _between(bits, integer, magnitude, edge, last):
     found = np.int32(0)
-    for i in range(codes.size):
-        found = np.int32(found + np.int32(codes[i] >= edge))
+    for i in range(bits.size):
+        code = integer(bits[i] & magnitude)
+        found = np.int32(found + np.int32((code >= edge) & (code <= last)))
     return found
 
 
+@njit
+def _between_few(bits, exponents, groups, exponent, integer, magnitude, edge, last):
+    """The same in the groups alone that have this exponent, the edge's."""
+    group = bits.size // groups
+    found = np.int32(0)
+    i = vector_holding(exponents, 0, groups, exponent)
+    while i < groups:
+        found = np.int32(found + _between(bits[i * group : (i + 1) * group], integer, magnitude, edge, last))
+        i = vector_holding(exponents, i + 1, groups, exponent)
+    return found
+
+
+@njit
+def _index_of(bits, magnitude, code):
+    """Of the first one that has this code, which there must be."""
+    lanes = BYTES // bits.itemsize
+    i = vector_with(bits, code) * lanes
+    while bits[i] & magnitude != code:
+        i += 1
+    return i
+
+
+@njit
+def _count_subnormal(bits, magnitude, normal, row, bins):
+    """Those below the smallest normal number: the exponent is that of the code's leading bit."""
+    for i in range(bits.size):
+        code = bits[i] & magnitude
+        if 0 < code < normal:
+            place = -1
+            while code:
+                code = code >> 1
+                place += 1
+            row[bins + place] += 1
+
+
+@njit
+def _started(row):
+    for i in range(row.size):
+        row[i] = 0.0
+    row[_AMAX], row[_SCALE] = -1.0, 1.0
+    row[_SMALLEST], row[_MINIMUM], row[_MAXIMUM] = np.inf, np.inf, -np.inf
+
+
 @njit(fastmath=FASTER)
-def _sums(values):
-    total, squares = 0.0, 0.0
-    for i in range(values.size):
-        value = np.float64(values[i])
-        total += value
-        squares += value * value
-    return total, squares
+def _sum(numbers):
+    total = 0.0
+    for i in range(numbers.size):
+        total += numbers[i]
+    return total
 
 
-def _compiled(stored: Any, integer: Any, unsigned: Any, floating: Any, exponent: Any, mantissa: int, widen: Any) -> Any:
+@njit
+def _merge(row, other):
+    """Makes one row of two; of equal peaks the first in row-major order."""
+    if other[_AMAX] > row[_AMAX] or (other[_AMAX] == row[_AMAX] and other[_INDEX] < row[_INDEX]):
+        row[_AMAX], row[_INDEX] = other[_AMAX], other[_INDEX]
+    for field in (_SMALLEST, _MINIMUM):
+        row[field] = min(row[field], other[field])
+    row[_MAXIMUM] = max(row[_MAXIMUM], other[_MAXIMUM])
+    for field in (_MASKED, _NAN, _PLUS, _MINUS, _SUM, _SQUARES):
+        row[field] += other[field]
+    for i in range(FIELDS, row.size):
+        row[i] += other[i]
+
+
+def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: Any, exponent: Any, mantissa: int) -> Any:
     """The kernel for one dtype: how it is stored, and the integers and floats that it is counted by."""
     magnitude = integer(np.iinfo(integer).max)
-    shift = integer(mantissa)
-    infinity = integer(magnitude - (2**mantissa - 1))
-    last = int(infinity >> shift)
-    unused = exponent(last)
-    lowest, most = np.iinfo(integer).min, np.iinfo(unsigned).max
-    width_of_one = np.dtype(stored).itemsize
+    infinity, normal = integer(magnitude - (2**mantissa - 1)), integer(2**mantissa)
+    most = unsigned(np.iinfo(unsigned).max)
+    none = exponent(np.iinfo(exponent).max)  # of `scan`, where all exponent fields are 0
+    size, wide = np.dtype(stored).itemsize, np.dtype(integer).itemsize
+    group = GROUP * BYTES // wide
+    half, brain = dtype == "float16", dtype == "bfloat16"
     direct = stored is integer
-
-    @njit
-    def codes_of(bits, codes, exponents):
-        for i in range(bits.size):
-            code = integer(bits[i] & magnitude)
-            codes[i] = code
-            exponents[i] = exponent(code >> shift)
-
-    @njit
-    def extremes(bits):
-        """Of the bits as signed and as unsigned integers, and the least magnitude code, less one, as unsigned."""
-        signed, high, low, least = integer(lowest), unsigned(0), unsigned(most), unsigned(most)
-        for i in range(bits.size):
-            one = bits[i]
-            signed = max(signed, one)
-            high = max(high, unsigned(one))
-            low = min(low, unsigned(one))
-            least = min(least, unsigned(unsigned(one & magnitude) - unsigned(1)))
-        return signed, high, low, least
-
-    @njit
-    def cleaned(bits, values, hidden, limit, codes, exponents, clean, row):
-        """`bits` with zero where something is masked or not finite; `codes` become negative there, `row` counts it."""
-        masked, lost, nan, plus = integer(0), integer(0), integer(0), integer(0)
-        one, none = integer(1), integer(0)
-        for i in range(bits.size):
-            code = codes[i]
-            shown = none if (hidden[i] != 0) & (values[i] <= limit) else one
-            infinite = shown if code >= infinity else none
-            masked = integer(masked + integer(one - shown))
-            lost = integer(lost + infinite)
-            nan = integer(nan + (infinite if code > infinity else none))
-            plus = integer(plus + (infinite if bits[i] == infinity else none))
-            kept = integer(shown - infinite)
-            clean[i] = integer(bits[i] & integer(-kept))
-            codes[i] = integer((code & integer(-kept)) | integer(kept - one))
-            exponents[i] = exponent(codes[i] >> shift)
-        row[_MASKED] += masked
-        row[_NAN] += nan
-        row[_PLUS] += plus
-        row[_MINUS] += lost - nan - plus
-
-    @njit
-    def extremes_of_clean(bits, codes):
-        signed, high, low, least = integer(lowest), unsigned(0), unsigned(most), unsigned(most)
-        for i in range(bits.size):
-            kept, one = codes[i] >= 0, bits[i]
-            signed = max(signed, one if kept else integer(lowest))
-            high = max(high, unsigned(one) if kept else unsigned(0))
-            low = min(low, unsigned(one) if kept else unsigned(most))
-            least = min(least, unsigned(unsigned(codes[i]) - unsigned(1)))
-        return signed, high, low, least
-
-    @njit
-    def count(codes, exponents, top, least, edges, row):
-        """Histogram and edges of one block, whose largest code is `top` and whose least above zero is `least`."""
-        bins = FIELDS + edges.size
-        nonzero = 0
-        first, final = int(least >> shift), int(top >> shift)
-        if final - first < _MANY:
-            lanes = 32 // exponents.itemsize
-            vectors = -(-codes.size // lanes)
-            for i in range(codes.size, vectors * lanes):
-                exponents[i] = unused
-            for wanted in range(max(first, 1), final + 1):
-                found = _equal(exponents, vectors, exponent(wanted))
-                row[bins + mantissa - 1 + wanted] += found
-                nonzero += found
-        else:
-            for i in range(codes.size):
-                place = int(codes[i] >> shift)
-                if 0 < place < last:
-                    row[bins + mantissa - 1 + place] += 1
-                    nonzero += 1
-        if first == 0:  # subnormal ones: the leading bit is the exponent
-            for i in range(codes.size):
-                code = codes[i]
-                if code > 0 and code >> shift == 0:
-                    place = -1
-                    while code:
-                        code = code >> integer(1)
-                        place += 1
-                    row[bins + place] += 1
-                    nonzero += 1
-        for i in range(edges.size):
-            if edges[i] <= least:
-                row[FIELDS + i] += nonzero
-            elif edges[i] <= top:
-                row[FIELDS + i] += _at_least(codes, integer(edges[i]))
+    room = _BLOCK * wide + 5 * 64  # not a power of two: of those a cache holds few
 
     def kernel(given):
         arguments = carray(given, (_ARGUMENTS,), np.int64)
         own = address_of(given)
-        worker = taken(own + 8 * _WORKERS)
-        limit = carray(given, (_ARGUMENTS,), np.float64)[_LIMIT]
-        floating_limit = floating(limit)
+        elements, width = arguments[_ELEMENTS], arguments[_WIDTH]
+        chunks = max(-(-elements // _CHUNK), 1)
+        chunk = taken(own + 8 * _NEXT, 1)
+        if chunk >= chunks:
+            return
+        worker = taken(own + 8 * _WORKERS, 1)
+        scratch = arguments[_SCRATCH] + worker * _ROOM
+        widened = carray(pointer(scratch + room), (_BLOCK,), integer)
+        shown = carray(pointer(scratch + 2 * room), (_BLOCK,), integer)
+        finite = carray(pointer(scratch + 3 * room), (_BLOCK,), integer)
+        exponents = carray(pointer(scratch + 4 * room), (_BLOCK,), exponent)
+        hides = carray(pointer(scratch + 5 * room), (_BLOCK,), np.uint8)
+        kept = carray(pointer(scratch + 6 * room), (_BLOCK,), np.uint8)
+        counted = carray(pointer(scratch + 7 * room), (_FIELDS,), np.int64)
+        row = carray(pointer(arguments[_OUT] if worker == 0 else scratch + 8 * room), (width,), np.float64)
+        _started(row)
+        floating_limit = floating(carray(given, (_ARGUMENTS,), np.float64)[_LIMIT])
         edges = carray(pointer(arguments[_EDGES]), (arguments[_EDGE_COUNT],), np.int64)
-        width, elements = arguments[_WIDTH], arguments[_ELEMENTS]
-        row = carray(pointer(arguments[_OUT] + 8 * worker * width), (width,), np.float64)
-        for i in range(width):
-            row[i] = 0.0
-        row[_AMAX], row[_SCALE] = -1.0, 1.0
-        row[_SMALLEST], row[_MINIMUM], row[_MAXIMUM] = np.inf, np.inf, -np.inf
-        codes = np.empty(_BLOCK, integer)
-        exponents = np.empty(_BLOCK, exponent)
-        widened = np.empty(_BLOCK, integer)
-        spare = np.empty(_BLOCK, integer)
-        picked = np.empty(_BLOCK, stored)
-        nothing = np.zeros(_BLOCK, np.uint8)
-        gathered = np.empty(_BLOCK, np.uint8)
-        value_of = np.empty(1, integer)
-        inner = arguments[_SHAPE + OUTER]
-        step, hidden_step = arguments[_STRIDES + OUTER], arguments[_HIDDEN_STRIDES + OUTER]
-        peak = integer(-1)
-        while True:
-            begin = taken(own + 8 * _NEXT) * _CHUNK
-            if begin >= elements:
-                break
+        bins = FIELDS + edges.size
+        data, hidden, somewhere = arguments[_DATA], arguments[_HIDDEN], arguments[_PLACES] != 0
+        places = carray(pointer(arguments[_PLACES]), (_HIDDEN_STRIDES + OUTER + 1,), np.int64)
+        peak, smallest = integer(-1), infinity
+        done = 0
+        while chunk < chunks:
+            begin = chunk * _CHUNK
             end = min(begin + _CHUNK, elements)
             while begin < end:
-                filled, top, least = 0, integer(-1), magnitude
                 block = min(_BLOCK, end - begin)
-                while filled < block:
-                    flat = begin + filled
-                    outer = flat // inner
-                    column = flat - outer * inner
-                    piece = min(inner - column, block - filled)
-                    at, hidden_at = column * step, column * hidden_step
-                    for dimension in range(OUTER - 1, -1, -1):
-                        size = arguments[_SHAPE + dimension]
-                        rest = outer // size
-                        index = outer - rest * size
-                        outer = rest
-                        at += index * arguments[_STRIDES + dimension]
-                        hidden_at += index * arguments[_HIDDEN_STRIDES + dimension]
-                    address = arguments[_DATA] + at * width_of_one
-                    source = carray(pointer(address), ((piece - 1) * step + 1,), stored)
-                    if direct and step == 1:
-                        bits = source[:piece]
-                        values = carray(pointer(address), (piece,), floating)
+                groups = -(-block // group)
+                padded = groups * group
+
+                # The elements in one piece, then their bits, with zeros up to a whole group.
+                where, hidden_where = data + begin * size, hidden + begin
+                if somewhere:
+                    at, hidden_at, piece = _offsets(places, begin)
+                    where, hidden_where = data + at * size, hidden + hidden_at
+                    if (
+                        piece < block
+                        or places[_STRIDES + OUTER] != 1
+                        or (hidden and places[_HIDDEN_STRIDES + OUTER] != 1)
+                    ):
+                        where, hidden_where = scratch, scratch + 5 * room
+                        _gathered(data, hidden, places, begin, carray(pointer(where), (block,), stored), hides)
+                source = carray(pointer(where), (block,), stored)
+                if direct and padded == block:
+                    bits = carray(pointer(where), (padded,), integer)
+                else:
+                    bits = widened[:padded]
+                    if half:
+                        widen_float16(source, bits.view(floating), bits)
+                    elif brain:
+                        widen_bfloat16(source, bits.view(floating), bits)
                     else:
-                        bits = widened[:piece]
-                        values = bits.view(floating)
-                        if step == 1:
-                            widen(source[:piece], values, bits)
-                        else:
-                            for i in range(piece):
-                                picked[i] = source[i * step]
-                            widen(picked[:piece], values, bits)
-                    here = codes[filled : filled + piece]
-                    bytes_here = exponents[filled : filled + piece]
-                    codes_of(bits, here, bytes_here)
-                    signed, high, low, less = extremes(bits)
-                    negative = high > unsigned(magnitude)
-                    most_here = integer(high & unsigned(magnitude))
-                    if negative and signed >= 0:
-                        most_here = max(most_here, signed)
-                    kept = piece
-                    if arguments[_HIDDEN] or most_here >= infinity:
-                        if arguments[_HIDDEN] == 0:
-                            hides = nothing[:piece]
-                        elif hidden_step == 1:
-                            hides = carray(pointer(arguments[_HIDDEN] + hidden_at), (piece,), np.uint8)
-                        else:
-                            hides = gathered[:piece]
-                            for i in range(piece):
-                                where = arguments[_HIDDEN] + hidden_at + i * hidden_step
-                                hides[i] = carray(pointer(where), (1,), np.uint8)[0]
-                        before = row[_MASKED] + row[_NAN] + row[_PLUS] + row[_MINUS]
-                        cleaned(bits, values, hides, floating_limit, here, bytes_here, spare[:piece], row)
-                        kept = piece - (row[_MASKED] + row[_NAN] + row[_PLUS] + row[_MINUS] - before)
-                        bits = spare[:piece]
-                        values = bits.view(floating)
-                        signed, high, low, less = extremes_of_clean(bits, here)
-                        negative = high > unsigned(magnitude)
-                        most_here = integer(high & unsigned(magnitude))
-                        if negative and signed >= 0:
-                            most_here = max(most_here, signed)
-                    if kept == 0:
-                        filled += piece
-                        continue
-                    total, squares = _sums(values)
-                    row[_SUM] += total
-                    row[_SQUARES] += squares
-                    value_of[0] = integer(high if negative else low)
-                    row[_MINIMUM] = min(row[_MINIMUM], np.float64(value_of.view(floating)[0]))
-                    value_of[0] = signed if signed >= 0 else integer(low)
-                    row[_MAXIMUM] = max(row[_MAXIMUM], np.float64(value_of.view(floating)[0]))
-                    least_here = integer(less + unsigned(1)) if less < unsigned(magnitude) else magnitude
-                    top, least = max(top, most_here), min(least, least_here)
-                    filled += piece
+                        copy(source, bits.view(floating), bits)
+                    bits[block:] = 0
+                lost = 0
+                if hidden:
+                    hiding = carray(pointer(hidden_where), (block,), np.uint8)
+                    masked = _shown(bits, bits.view(floating), hiding, floating_limit, shown, kept[:block])
+                    shown[block:padded] = 0
+                    bits = shown[:padded]
+                    row[_MASKED] += masked
+                    lost += masked
+
+                signed, high, first, final, total, squares = scan(bits, exponents, groups)
+                top = max(integer(unsigned(high) & unsigned(magnitude)), signed)
+                if top >= infinity:
+                    if not hidden:
+                        kept[:block] = 1
+                    nan, plus, minus = _finite(bits, integer, magnitude, infinity, finite, kept[:block])
+                    finite[block:padded] = 0
+                    bits = finite[:padded]
+                    row[_NAN] += nan
+                    row[_PLUS] += plus
+                    row[_MINUS] += minus
+                    lost += nan + plus + minus
+                    signed, high, first, final, total, squares = scan(bits, exponents, groups)
+                    top = max(integer(unsigned(high) & unsigned(magnitude)), signed)
+                if lost == block:
+                    begin += block
+                    continue
+
+                row[_SUM] += total
+                row[_SQUARES] += squares
+                if high < 0:
+                    row[_MINIMUM] = min(row[_MINIMUM], np.float64(float_of(high)))
+                if signed > 0:
+                    row[_MAXIMUM] = max(row[_MAXIMUM], np.float64(float_of(signed)))
+                if (high >= 0 and row[_MINIMUM] > 0) or (signed <= 0 and row[_MAXIMUM] < 0):
+                    if lost == 0:
+                        kept[:block] = 1
+                    low = np.float64(float_of(integer(_lowest(bits, kept[:block], unsigned, most))))
+                    row[_MINIMUM], row[_MAXIMUM] = min(row[_MINIMUM], low), max(row[_MAXIMUM], low)
                 if top > peak:
                     peak = top
-                    for i in range(block):
-                        if codes[i] == top:
-                            row[_INDEX] = begin + i
-                            break
-                if top > 0:
-                    count(codes[:block], exponents, top, least, edges, row)
-                    value_of[0] = least
-                    row[_SMALLEST] = min(row[_SMALLEST], np.float64(value_of.view(floating)[0]))
+                    place = 0
+                    if top > 0:
+                        place = _index_of(bits, magnitude, top)
+                    elif lost:
+                        while not kept[place]:
+                            place += 1
+                    row[_INDEX] = begin + place
+
+                nonzero, low, last = 0, np.int64(first) + 1, np.int64(final)
+                if first == none:
+                    low, last = 1, 0
+                if last - low < _MANY:
+                    for wanted in range(low, last + 1, AT_ONCE):
+                        found = counts(exponents, groups, exponent(wanted))
+                        for i in range(min(AT_ONCE, last + 1 - wanted)):
+                            row[bins + mantissa - 1 + wanted + i] += found[i]
+                            counted[wanted + i] = found[i]
+                            nonzero += found[i]
+                else:
+                    counted[low : last + 1] = padded
+                    for i in range(padded):
+                        if exponents[i]:
+                            row[bins + mantissa - 1 + exponents[i]] += 1
+                            nonzero += 1
+                least = normal
+                if nonzero < padded or low << mantissa <= smallest:
+                    least = integer(_least(bits, magnitude, unsigned, infinity))
+                    smallest = min(smallest, least)
+                    if least < normal:
+                        _count_subnormal(bits, magnitude, normal, row, bins)
+                for i in range(edges.size):  # among those of its exponent
+                    edge = integer(edges[i])
+                    ends, field = integer(edge | integer(normal - 1)), edge >> mantissa
+                    if low <= field <= last and 0 < counted[field] <= _FEW:
+                        few = _between_few(bits, exponents, groups, exponent(field), integer, magnitude, edge, ends)
+                        row[FIELDS + i] += few
+                    elif (low <= field <= last and counted[field]) or max(least, edge) < normal:
+                        row[FIELDS + i] += _between(bits, integer, magnitude, edge, ends)
                 begin += block
+            done += 1
+            chunk = taken(own + 8 * _NEXT, 1)
         if peak >= 0:
-            value_of[0] = peak
-            row[_AMAX] = np.float64(value_of.view(floating)[0])
+            row[_AMAX] = np.float64(float_of(peak))
+        row[_SMALLEST] = np.float64(float_of(smallest))
+
+        if taken(own + 8 * _FINISHED, done) + done < chunks:
+            return  # the last one to finish goes on
+        row = carray(pointer(arguments[_OUT]), (width,), np.float64)
+        for other in range(1, arguments[_WORKERS]):
+            scratch = arguments[_SCRATCH] + other * _ROOM
+            _merge(row, carray(pointer(scratch + 8 * room), (width,), np.float64))
+        for i in range(edges.size):
+            row[FIELDS + i] += _sum(row[bins + mantissa + (edges[i] >> mantissa) :])
 
     return cfunc(types.void(types.voidptr), cache=True)(kernel)
 
 
 @cache
 def _kernel(dtype: torch.dtype) -> Compiled:
+    name = str(dtype).removeprefix("torch.")
     if dtype == torch.float64:
-        made = _compiled(np.int64, np.int64, np.uint64, np.float64, np.uint16, 52, copy)
-    elif dtype == torch.float32:
-        made = _compiled(np.int32, np.int32, np.uint32, np.float32, np.uint8, 23, copy)
-    else:
-        widen = widen_float16 if dtype == torch.float16 else widen_bfloat16
-        made = _compiled(np.int16, np.int32, np.uint32, np.float32, np.uint8, 23, widen)
-    return as_function(made)
+        return as_function(_compiled(name, np.int64, np.int64, np.uint64, np.float64, np.uint16, 52))
+    stored = np.int32 if dtype == torch.float32 else np.int16
+    return as_function(_compiled(name, stored, np.int32, np.uint32, np.float32, np.uint8, 23))

@@ -1,7 +1,9 @@
 """The statistics of a softmax on a CPU: each row of logits and probabilities read once, by torch's own threads."""
 
 import ctypes
+import math
 import struct
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,35 +15,34 @@ from torch import Tensor
 
 from stabilitykit.recorder.kernels.machine import (
     FASTER,
-    OUTER,
     Compiled,
     address_of,
     as_function,
-    copy,
     float_of,
-    joined,
     pointer,
     run,
     taken,
     widen_bfloat16,
     widen_float16,
 )
+from stabilitykit.recorder.kernels.places import OUTER, Places, joined
 from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field, empty_row, merged
 
 _CHUNK = 1 << 16  # elements, in whole rows, that one thread takes at a time
 
-# The arguments are 64-bit integers: two counters of the kernel's own, addresses, sizes, strides in elements.
-_NEXT, _WORKERS, _LOGITS, _PROBABILITIES, _HIDDEN, _OUT, _WIDTH, _ROWS, _HEAD_ROWS, _HEADS, _TAKEN, _SHAPE = range(12)
-_LOGITS_STRIDES, _PROBABILITIES_STRIDES, _HIDDEN_STRIDES = (_SHAPE + (OUTER + 1) * i for i in (1, 2, 3))
-_ARGUMENTS = _HIDDEN_STRIDES + OUTER + 1
+# The arguments are 64-bit integers: two counters of the kernel's own, addresses, sizes.
+_NEXT, _WORKERS, _LOGITS, _PROBABILITIES, _HIDDEN, _OUT, _WIDTH, _ROWS, _HEAD_ROWS, _HEADS, _TAKEN, _PLACES = range(12)
+_ARGUMENTS = 12
 _PACKED = struct.Struct(f"<{_ARGUMENTS}q")
+# The places, at an address of their own: a shape, and the strides of each tensor.
+_LOGITS_STRIDES, _PROBABILITIES_STRIDES, _HIDDEN_STRIDES = ((OUTER + 1) * i for i in (1, 2, 3))
 
 _MAX_LOGIT, _RANGE, _MAX_PROBABILITY, _SUM_ERROR, _VISIBLE, _UNDERFLOWED, _MASKED_ROWS, _NAN_ROWS, _BOTH_ROWS = map(
     int, Field
 )
 
 _STORED = {torch.float16: np.int16, torch.bfloat16: np.int16, torch.float32: np.int32, torch.float64: np.int64}
-_WIDEN = {torch.float16: widen_float16, torch.bfloat16: widen_bfloat16, torch.float32: copy, torch.float64: copy}
+_SPAN = 64  # elements that are looked at together for one that is not zero
 
 
 def supports(logits: Tensor, probabilities: Tensor) -> bool:
@@ -62,20 +63,20 @@ def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tenso
     result = empty_row(heads)
     if rows == 0 or shape[-1] == 0:
         return result
-    head_rows = rows if head is None else int(np.prod(shape[head + 1 : -1], dtype=np.int64))
+    head_rows = rows if head is None else math.prod(shape[head + 1 : -1])
     tensors = [part if part.stride(-1) == 1 else part.contiguous() for part in (logits, probabilities)]
     if hidden is not None:
         hidden = hidden.expand(shape)
         hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    places = joined([*tensors, tensors[0] if hidden is None else hidden], keep=1)
+    places = _places(tensors, hidden)
     if places is None:
         tensors = [part.contiguous() for part in tensors]
         hidden = None if hidden is None else hidden.contiguous()
-        places = joined([*tensors, tensors[0] if hidden is None else hidden], keep=1)
+        places = _places(tensors, hidden)
         assert places is not None
     taken_rows = max(1, _CHUNK // shape[-1])
     threads = min(torch.get_num_threads(), -(-rows // taken_rows))
-    table = np.tile(result, (threads, 1))
+    table = result.reshape(1, -1) if threads == 1 else np.tile(result, (threads, 1))
     arguments = ctypes.create_string_buffer(
         _PACKED.pack(
             0,
@@ -89,12 +90,21 @@ def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tenso
             head_rows,
             heads,
             taken_rows,
-            *places,
+            places.address,
         ),
         _PACKED.size,
     )
     run(_kernel(logits.dtype, probabilities.dtype), arguments, threads)
-    return merged(table)
+    return result if threads == 1 else merged(table)
+
+
+def _places(tensors: Sequence[Tensor], hidden: Tensor | None) -> Places | None:
+    strides = (*(part.stride() for part in tensors), (tensors[0] if hidden is None else hidden).stride())
+    return joined(tensors[0].shape, strides, keep=1)
+
+
+# Below is what numba compiles. It finds a kernel on disk by what the kernel closes over: numbers and types. A function
+# would have a new name in each process, and the kernel be compiled again.
 
 
 @njit(fastmath=FASTER, error_model="numpy")  # the other one branches at each division
@@ -129,95 +139,125 @@ def _entropy_of_float64(bits):
     return total
 
 
-def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) -> Any:
+@njit
+def _key(bits, integer, most):
+    """An integer that grows with the number that these bits stand for; of a key, the bits."""
+    return integer(bits ^ integer(most if bits < 0 else 0))
+
+
+@njit
+def _logits_of(bits, hidden, integer, least, most, infinity):
+    """Of the logits that are finite and not hidden the largest and the smallest, as keys; and how many are shown."""
+    high, low, visible = least, most, np.int32(0)
+    for i in range(bits.size):
+        key = _key(bits[i], integer, most)
+        kept = (hidden[i] == 0) & (integer(bits[i] & most) < infinity)
+        high = max(high, key if kept else least)
+        low = min(low, key if kept else most)
+        visible = np.int32(visible + np.int32((hidden[i] == 0) & (bits[i] != integer(least | infinity))))
+    return high, low, visible
+
+
+@njit
+def _probabilities_of(bits, logit_bits, hidden, integer, least, most, infinity):
+    """The largest, as its bits; how many are NaN, and how many are zero where the logit is shown."""
+    largest, nan, zero = integer(0), np.int32(0), np.int32(0)
+    for i in range(bits.size):
+        code = integer(bits[i] & most)
+        shown = (hidden[i] == 0) & (logit_bits[i] != integer(least | infinity))
+        largest = max(largest, bits[i])
+        nan = np.int32(nan + np.int32(code > infinity))
+        zero = np.int32(zero + np.int32((code == 0) & shown))
+    return largest, nan, zero
+
+
+@njit
+def _span(bits):
+    """Where the first and the last are that are not zero, in whole spans: a mask leaves many zeros at the ends."""
+    begin, end = 0, bits.size
+    while end - begin > _SPAN and _all_zero(bits[end - _SPAN : end]):
+        end -= _SPAN
+    while end - begin > _SPAN and _all_zero(bits[begin : begin + _SPAN]):
+        begin += _SPAN
+    return begin, end
+
+
+@njit
+def _all_zero(bits):
+    some = bits[0]
+    for i in range(bits.size):
+        some |= bits[i]
+    return some == 0
+
+
+@njit(fastmath=FASTER)
+def _sum(values):
+    total = 0.0
+    for i in range(values.size):
+        total += np.float64(values[i])
+    return total
+
+
+def _compiled(logits: str, logits_stored: Any, probabilities: str, stored: Any) -> Any:
     wide = stored is np.int64
     integer, floating = (np.int64, np.float64) if wide else (np.int32, np.float32)
-    least, most, one, none = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max), integer(1), integer(0)
-    last = integer(8 * np.dtype(integer).itemsize - 1)
+    least, most = integer(np.iinfo(integer).min), integer(np.iinfo(integer).max)
     infinity = integer(np.array(np.inf, floating).view(integer))
-    minus_infinity = integer(np.array(-np.inf, floating).view(integer))
     logits_size, size = np.dtype(logits_stored).itemsize, np.dtype(stored).itemsize
-    entropy_of = _entropy_of_float64 if wide else _entropy_of_float32
-
-    @njit
-    def logits_of(bits, hidden):
-        """Of the logits that are finite and not hidden the largest and the smallest, as keys; and how many are shown.
-
-        A key is an integer that grows with the number it stands for.
-        """
-        high, low, visible = least, most, none
-        for i in range(bits.size):
-            one_bits = bits[i]
-            key = integer(one_bits ^ integer(integer(one_bits >> last) & most))
-            kept = (hidden[i] == 0) & (integer(one_bits & most) < infinity)
-            high = max(high, key if kept else least)
-            low = min(low, key if kept else most)
-            visible = integer(visible + (one if (hidden[i] == 0) & (one_bits != minus_infinity) else none))
-        return high, low, visible
-
-    @njit
-    def probabilities_of(bits, logit_bits, hidden):
-        """The largest, as its bits; how many are NaN, and how many are zero where the logit is shown."""
-        largest, nan, zero = none, none, none
-        for i in range(bits.size):
-            code = integer(bits[i] & most)
-            shown = (hidden[i] == 0) & (logit_bits[i] != minus_infinity)
-            largest = max(largest, bits[i])
-            nan = integer(nan + (one if code > infinity else none))
-            zero = integer(zero + (one if (code == 0) & shown else none))
-        return largest, nan, zero
-
-    @njit(fastmath=FASTER)
-    def sum_of(values):
-        total = 0.0
-        for i in range(values.size):
-            total += np.float64(values[i])
-        return total
+    half_logits, brain_logits = logits == "float16", logits == "bfloat16"
+    half, brain = probabilities == "float16", probabilities == "bfloat16"
 
     def kernel(given):
         arguments = carray(given, (_ARGUMENTS,), np.int64)
         own = address_of(given)
-        width, rows, columns = arguments[_WIDTH], arguments[_ROWS], arguments[_SHAPE + OUTER]
-        worker = taken(own + 8 * _WORKERS)
+        width, rows = arguments[_WIDTH], arguments[_ROWS]
+        places = carray(pointer(arguments[_PLACES]), (_HIDDEN_STRIDES + OUTER + 1,), np.int64)
+        columns = places[OUTER]
+        worker = taken(own + 8 * _WORKERS, 1)
         row = carray(pointer(arguments[_OUT] + 8 * worker * width), (width,), np.float64)
-        logit_bits, bits = np.empty(columns, integer), np.empty(columns, integer)
+        widened_logits, widened = np.empty(columns, integer), np.empty(columns, integer)
         nothing = np.zeros(columns, np.uint8)
-        keys = np.empty(2, integer)
         while True:
-            begin = taken(own + 8 * _NEXT) * arguments[_TAKEN]
+            begin = taken(own + 8 * _NEXT, 1) * arguments[_TAKEN]
             if begin >= rows:
                 break
             for index in range(begin, min(begin + arguments[_TAKEN], rows)):
                 outer, at, logits_at, hidden_at = index, 0, 0, 0
                 for dimension in range(OUTER - 1, -1, -1):
-                    rest = outer // arguments[_SHAPE + dimension]
-                    place = outer - rest * arguments[_SHAPE + dimension]
+                    rest = outer // places[dimension]
+                    place = outer - rest * places[dimension]
                     outer = rest
-                    logits_at += place * arguments[_LOGITS_STRIDES + dimension]
-                    at += place * arguments[_PROBABILITIES_STRIDES + dimension]
-                    hidden_at += place * arguments[_HIDDEN_STRIDES + dimension]
-                widen_logits(
-                    carray(pointer(arguments[_LOGITS] + logits_at * logits_size), (columns,), logits_stored),
-                    logit_bits.view(floating),
-                    logit_bits,
-                )
-                widen(
-                    carray(pointer(arguments[_PROBABILITIES] + at * size), (columns,), stored),
-                    bits.view(floating),
-                    bits,
-                )
+                    logits_at += place * places[_LOGITS_STRIDES + dimension]
+                    at += place * places[_PROBABILITIES_STRIDES + dimension]
+                    hidden_at += place * places[_HIDDEN_STRIDES + dimension]
+                logits_where = arguments[_LOGITS] + logits_at * logits_size
+                where = arguments[_PROBABILITIES] + at * size
+                logit_bits, bits = widened_logits, widened
+                if half_logits:
+                    source = carray(pointer(logits_where), (columns,), np.int16)
+                    widen_float16(source, widened_logits.view(floating), widened_logits)
+                elif brain_logits:
+                    source = carray(pointer(logits_where), (columns,), np.int16)
+                    widen_bfloat16(source, widened_logits.view(floating), widened_logits)
+                else:
+                    logit_bits = carray(pointer(logits_where), (columns,), integer)
+                if half:
+                    source = carray(pointer(where), (columns,), np.int16)
+                    widen_float16(source, widened.view(floating), widened)
+                elif brain:
+                    source = carray(pointer(where), (columns,), np.int16)
+                    widen_bfloat16(source, widened.view(floating), widened)
+                else:
+                    bits = carray(pointer(where), (columns,), integer)
                 hidden = nothing
                 if arguments[_HIDDEN]:
                     hidden = carray(pointer(arguments[_HIDDEN] + hidden_at), (columns,), np.uint8)
-                high, low, visible = logits_of(logit_bits, hidden)
-                largest, nan, zero = probabilities_of(bits, logit_bits, hidden)
+                high, low, visible = _logits_of(logit_bits, hidden, integer, least, most, infinity)
+                largest, nan, zero = _probabilities_of(bits, logit_bits, hidden, integer, least, most, infinity)
                 if high >= low:
-                    keys[0], keys[1] = high, low
-                    for i in range(2):
-                        keys[i] = integer(keys[i] ^ integer(integer(keys[i] >> last) & most))
-                    extremes = keys.view(floating)
-                    row[_MAX_LOGIT] = max(row[_MAX_LOGIT], np.float64(extremes[0]))
-                    row[_RANGE] = max(row[_RANGE], np.float64(floating(extremes[0] - extremes[1])))
+                    highest, lowest = float_of(_key(high, integer, most)), float_of(_key(low, integer, most))
+                    row[_MAX_LOGIT] = max(row[_MAX_LOGIT], np.float64(highest))
+                    row[_RANGE] = max(row[_RANGE], np.float64(floating(highest - lowest)))
                 row[_VISIBLE] += visible
                 row[_UNDERFLOWED] += zero
                 masked = visible == 0
@@ -228,10 +268,11 @@ def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) ->
                 if masked and nan:
                     row[_BOTH_ROWS] += 1
                 if not masked and not nan:
-                    keys[0] = largest
-                    row[_MAX_PROBABILITY] = max(row[_MAX_PROBABILITY], np.float64(keys.view(floating)[0]))
-                    row[_SUM_ERROR] = max(row[_SUM_ERROR], abs(sum_of(bits.view(floating)) - 1.0))
-                    entropy = np.float64(entropy_of(bits))
+                    first, end = _span(bits)
+                    bits = bits[first:end]
+                    row[_MAX_PROBABILITY] = max(row[_MAX_PROBABILITY], np.float64(float_of(largest)))
+                    row[_SUM_ERROR] = max(row[_SUM_ERROR], abs(_sum(bits.view(floating)) - 1.0))
+                    entropy = np.float64(_entropy_of_float64(bits) if wide else _entropy_of_float32(bits))
                     head = FIELDS + HEAD_FIELDS * (index // arguments[_HEAD_ROWS] % arguments[_HEADS])
                     row[head] = min(row[head], entropy)
                     row[head + 1] += entropy
@@ -242,4 +283,5 @@ def _compiled(logits_stored: Any, widen_logits: Any, stored: Any, widen: Any) ->
 
 @cache
 def _kernel(logits: torch.dtype, probabilities: torch.dtype) -> Compiled:
-    return as_function(_compiled(_STORED[logits], _WIDEN[logits], _STORED[probabilities], _WIDEN[probabilities]))
+    names = [str(dtype).removeprefix("torch.") for dtype in (logits, probabilities)]
+    return as_function(_compiled(names[0], _STORED[logits], names[1], _STORED[probabilities]))

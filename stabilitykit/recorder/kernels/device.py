@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from stabilitykit.recorder.kernels.machine import OUTER, joined
+from stabilitykit.recorder.kernels.places import OUTER, joined
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,17 +54,17 @@ def power_of_two(least: int) -> int:
 
 
 def walked(tensors: Sequence[Tensor], *, keep: int = 0) -> tuple[list[Tensor], tuple[int, ...], int]:
-    """The tensors, sizes and strides as in `machine.joined`, and how many of the dimensions are needed.
+    """The tensors, sizes and strides as in `places.joined`, and how many of the dimensions are needed.
 
     Tensors of more dimensions than can be joined are copied.
     """
-    places = joined(tensors, keep=keep)
-    if places is None:
+    found = joined(tensors[0].shape, tuple(tensor.stride() for tensor in tensors), keep=keep)
+    if found is None:
         tensors = [tensor.contiguous() for tensor in tensors]
-        places = joined(tensors, keep=keep)
-        assert places is not None
-    sizes = places[: OUTER + 1]
-    needed = next((OUTER + 1 - i for i, size in enumerate(sizes) if size != 1), 1)
+        found = joined(tensors[0].shape, tuple(tensor.stride() for tensor in tensors), keep=keep)
+        assert found is not None
+    places = tuple(found.numbers.tolist())
+    needed = next((OUTER + 1 - i for i, size in enumerate(places[: OUTER + 1]) if size != 1), 1)
     return list(tensors), places, needed
 
 

@@ -5,7 +5,7 @@ own would have to share the cores with those, which spin for a while after each 
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,6 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-from torch import Tensor
-
-OUTER = 4  # dimensions before the last that a kernel walks through
 
 FASTER = {"reassoc", "contract", "nsz"}  # for sums, which may be split; NaN and infinities keep their meaning
 
@@ -36,35 +33,10 @@ def as_function(compiled: Any) -> Compiled:
 def run(kernel: Compiled, arguments: Any, threads: int) -> None:
     """Runs `kernel` once in each of as many threads, all with the same arguments."""
     parallel = _torch_threads() if threads > 1 else None
-    if parallel is not None:
+    if parallel is None:
+        kernel(arguments)  # it does the work of all
+    else:
         parallel(kernel, arguments, threads, 0)
-        return
-    for _ in range(threads):  # the first does it all, the others find nothing to do
-        kernel(arguments)
-
-
-def joined(tensors: Sequence[Tensor], *, keep: int = 0) -> tuple[int, ...] | None:
-    """Sizes of the dimensions that the tensors of one shape have in common, then the strides of each of them.
-
-    Dimensions are joined that lie in memory in one piece in all of them, the last `keep` excepted, and filled up on the
-    left to `OUTER` + 1. None for more than that.
-    """
-    found: list[list[int]] = []
-    shape = tensors[0].shape
-    kept = len(shape) - keep
-    for dim, parts in enumerate(zip(shape, *(tensor.stride() for tensor in tensors), strict=True)):
-        size, *strides = parts
-        if dim >= kept:
-            found.append([size, *strides])
-        elif size != 1:
-            if found and all(a == b * size for a, b in zip(found[-1][1:], strides, strict=True)):
-                found[-1] = [found[-1][0] * size, *strides]
-            else:
-                found.append([size, *strides])
-    if len(found) > OUTER + 1:
-        return None
-    filled = [[1] + [0] * len(tensors)] * (OUTER + 1 - len(found)) + found
-    return tuple(part[i] for i in range(len(tensors) + 1) for part in filled)
 
 
 @cache
@@ -101,37 +73,47 @@ def address_of(context: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def taken(context: Any, address: Any) -> Any:
-    """The counter at this address, which is one higher afterwards; each thread gets a number of its own."""
+def taken(context: Any, address: Any, number: Any) -> Any:
+    """The counter at this address, which is higher by `number` afterwards: no two threads get the same.
+
+    Who gets a number sees all that was written by those who got the ones before it.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", counter, arguments[1], "acq_rel")
 
-    return types.int64(types.int64), generate
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
 def float_of(context: Any, bits: Any) -> Any:
-    """The float32 with these bits, an int32."""
+    """The float with these bits, an int32 or int64."""
+    wide = bits.bitwidth == 64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
+        return builder.bitcast(arguments[0], ir.DoubleType() if wide else ir.FloatType())
 
-    return types.float32(types.int32), generate
+    return (types.float64 if wide else types.float32)(bits), generate
+
+
+@intrinsic
+def bits_of(context: Any, value: Any) -> Any:
+    """Of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
 
 
 @njit
 def widen_float16(source, values, bits):
     """Shifted into float32's fields, the exponent is 112 too small; infinity and NaN need the largest one."""
     for i in range(source.size):
-        bits[i] = np.int32(source[i] & np.int16(0x7FFF)) << np.int32(13)
-    for i in range(source.size):
-        values[i] = values[i] * np.float32(2.0**112)
-    for i in range(source.size):
-        more = np.int32(0x7F800000) if (source[i] & np.int16(0x7FFF)) >= np.int16(0x7C00) else np.int32(0)
-        sign = np.int32(source[i] & np.int16(-0x8000)) << np.int32(16)
-        bits[i] = bits[i] | more | sign
+        moved = np.int32(np.int32(np.int32(source[i]) << np.int32(13)) & np.int32(-0x70002000))
+        lost = np.int32(moved & np.int32(0x0F800000)) == np.int32(0x0F800000)
+        bits[i] = bits_of(float_of(moved) * np.float32(2.0**112)) | (np.int32(0x7F800000) if lost else np.int32(0))
 
 
 @njit
