@@ -47,7 +47,8 @@ def write_tokenizer(folder: Path) -> None:
     made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
     made.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
     made.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    turn = "<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {
@@ -116,11 +117,52 @@ def test_text_and_tokens(folder: Path) -> None:
     assert len(tokenizer.encode("<eos>", bos=False)) == 5
     turn = [tokenizer.piece(token) for token in tokenizer.chat("x", system="y")]
     assert turn.count("<start_of_turn>") == 2
+    assert turn[0] == "<bos>"
+    assert [tokenizer.piece(token) for token in tokenizer.chat("x", system="y", bos=False)] == turn[1:]
     with pytest.raises(MisuseError, match=r"makes its own masks"):
         hf.open_model(str(folder)).decode(
             torch.tensor([ids]), max_new_tokens=1, temperature=None, top_p=1.0, top_k=0, seed=0, padding=None,
             mask=None, every_logit=True, saw=lambda logits: False,
         )  # fmt: skip
+
+
+def test_ids_that_have_no_row_in_the_embedding(folder: Path, tmp_path: Path) -> None:
+    other = copied(folder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["H"] = 512
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    model = hf.open_model(str(other))
+    with pytest.raises(CheckpointError, match=r"rows of the embedding; it gave 512 and there are 512 rows"):
+        run_case(model, model.tokenizer.encode("Hi"))
+
+
+def test_settings_that_transformers_does_not_sample_with(folder: Path) -> None:
+    model = hf.open_model(str(folder))
+    for top_p, top_k in ((0.0, 64), (1.5, 64), (-1.0, 64), (float("nan"), 64), (0.95, -1)):
+        with pytest.raises(MisuseError, match=rf"a top_k of at least 0, .*; {top_p} and {top_k} were given"):
+            run_case(model, [2, 70], sampling=Sampling(top_p=top_p, top_k=top_k))
+    for sampling in (Sampling(top_p=1.0, top_k=0), Sampling(temperature=None, top_p=-1.0, top_k=-1)):
+        assert run_case(model, [2, 70], sampling=sampling).error is None
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(folder: Path, tmp_path: Path) -> None:
+    without = copied(folder, tmp_path / "without")
+    for path in without.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"comes with its tokenizer, .*without has none that holds tokens"):
+        hf.open_tokenizer(str(without))
+
+
+def test_a_part_of_a_character_is_named_and_a_line_ends_in_no_table(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = hf.HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=made), "made here")
+    pieces = [tokenizer.piece(token) for token in tokenizer.encode("a\n\té")]
+    assert pieces == ["a", "\\n", "\\t", "Ã", "©"]
 
 
 def test_the_kits_own_model_and_transformers_agree_on_a_folder(folder: Path, stabilitykit: Run) -> None:
@@ -229,11 +271,13 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
         MisuseError, match=r"owner/other is no folder .* nothing is fetched .*: hf download owner/other"
     ):
         local_folder("owner/other")
-    for name in ("other", "./a/b", "a/b/c", "/nowhere/at"):
+    for name in ("", "other", "./a/b", "a/b/c", "/nowhere/at"):
         with pytest.raises(MisuseError, match=r"A model is a folder, or a name on the hub"):
             local_folder(name)
     with pytest.raises(MisuseError, match=r"cannot be one"):
         local_folder("owner/..bad--name")
+    with pytest.raises(MisuseError, match=r"runs a folder, and .*model\.safetensors is a file: leave hf: out"):
+        local_folder(str(folder / "model.safetensors"))
 
 
 def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:

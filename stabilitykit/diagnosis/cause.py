@@ -80,10 +80,12 @@ def cause(recording: Recording) -> Cause | None:
             "Check how the checkpoint was written and cast; no number format helps.",
         )
     if broke.kind == "unresolved" and weights is not None and weights.nonfinite:
+        verb, worst = "is" if weights.nonfinite == 1 else "are", weights.worst[0]
+        more = ", ..." if worst.nonfinite < weights.nonfinite else ""
         return Cause(
             "weights",
-            f"The weights were not finite to begin with: {weights.nonfinite:,} of them are NaN or infinite in the "
-            f"checkpoint itself ({weights.worst[0].name}, ...).",
+            f"The weights were not finite to begin with: {weights.nonfinite:,} of them {verb} NaN or infinite in the "
+            f"checkpoint itself ({worst.name}{more}).",
             "Check how the checkpoint was written and cast; no number format helps.",
         )
     if broke.kind == "input":

@@ -96,6 +96,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"every n-th layer is global and the others slide; layer_types says otherwise",
     ),
     "a size that is none": (lambda f: change(f, num_hidden_layers="many"), r"invalid literal|sizes are numbers"),
+    "a fraction of a channel": (lambda f: change(f, head_dim=16.5), r"sizes are numbers; one is not: 16\.5 is no"),
+    "true for a size": (lambda f: change(f, num_attention_heads=True), r"one is not: True is no whole number"),
+    "a fraction of a period": (
+        lambda f: change(f, sliding_window_pattern=2.5),
+        r"sizes are numbers; one is not: 2\.5 is no whole number",
+    ),
+    "no width": (lambda f: change(f, hidden_size=0), r"at least 1; hidden_size is 0"),
+    "no context": (lambda f: change(f, max_position_embeddings=0), r"context is above zero; this one says 0"),
+    "no window": (lambda f: change(f, sliding_window=0), r"window is above zero; this one says 0"),
+    "no period": (lambda f: change(f, sliding_window_pattern=0), r"global_every is above zero; this one says 0"),
+    "no query scale": (lambda f: change(f, query_pre_attn_scalar=0), r"query_scalar is above zero; this one says 0\.0"),
+    "a negative base": (lambda f: change(f, rope_theta=-1e4), r"rope_base is above zero; this one says -10000\.0"),
+    "an infinite base": (
+        lambda f: change(f, rope_local_base_freq=float("inf")),
+        r"rope_base_local is above zero; this one says inf",
+    ),
+    "no scaling": (
+        lambda f: change(f, rope_scaling={"rope_type": "linear", "factor": 0.0}),
+        r"rope_scaling is above zero; this one says 0\.0",
+    ),
+    "too few kinds of layer": (
+        lambda f: change(f, layer_types=["sliding_attention"]),
+        r"layer_types names each layer's kind; it names 1, and num_hidden_layers is 2",
+    ),
+    "too many kinds of layer": (
+        lambda f: change(f, layer_types=["full_attention"] * 3),
+        r"layer_types names each layer's kind; it names 3, and num_hidden_layers is 2",
+    ),
 }  # fmt: skip
 
 
@@ -107,6 +135,56 @@ def test_a_damaged_folder_is_told_apart(damage: str, checkpoint: Checkpoint, tmp
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def fast_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A tokenizer.json of the random vocabulary, as far as it is read."""
+    ids = {piece: index for index, piece in enumerate(checkpoint.vocabulary.pieces)}
+    model = {"type": "BPE", "byte_fallback": True, "vocab": ids, "merges": ["a b"]}
+    added = [{"id": ids[name], "content": name, "special": True} for name in ("<pad>", "<eos>", "<bos>", "<unk>")]
+    return {"model": model, "added_tokens": added}
+
+
+TOKENIZER_DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda made: [made],
+    "no model": lambda made: made | {"model": None},
+    "a list for a model": lambda made: made | {"model": []},
+    "no merges": lambda made: made | {"model": made["model"] | {"merges": None}},
+    "half a merge": lambda made: made | {"model": made["model"] | {"merges": ["ab"]}},
+    "no pieces": lambda made: made | {"model": made["model"] | {"vocab": {}}, "added_tokens": []},
+    "fewer pieces than 4": lambda made: made | {"model": made["model"] | {"vocab": {"a": 0}}, "added_tokens": []},
+    "text for ids": lambda made: made | {"model": made["model"] | {"vocab": {"a": "0"}}},
+    "negative ids": lambda made: made | {"model": made["model"] | {"vocab": {"a": -9}}, "added_tokens": []},
+    "an added token without an id": lambda made: made | {"added_tokens": [{"content": "<bos>"}]},
+    "no added tokens": lambda made: made | {"added_tokens": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def fast_folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    folder = write_huggingface(checkpoint, tmp_path / "hf")
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(fast_tokenizer(checkpoint)))
+    return folder
+
+
+@pytest.mark.parametrize("damage", TOKENIZER_DAMAGES)
+def test_a_damaged_fast_tokenizer_is_told_apart(damage: str, fast_folder: Path, tmp_path: Path) -> None:
+    load(fast_folder, tmp_path)
+    path = fast_folder / "tokenizer.json"
+    path.write_text(json.dumps(TOKENIZER_DAMAGES[damage](json.loads(path.read_text()))))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a fast .*; this one cannot be read") as caught:
+        load(fast_folder, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fast_tokenizer_of_another_kind(fast_folder: Path, tmp_path: Path) -> None:
+    path = fast_folder / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    for other in ({"byte_fallback": False}, {"type": "Unigram", "vocab": [["a", 0.0]]}):
+        path.write_text(json.dumps(whole | {"model": whole["model"] | other}))
+        with pytest.raises(CheckpointError, match=r"is BPE with byte fallback; .*tokenizer\.json is another"):
+            load(fast_folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +279,22 @@ def test_int8_weights_without_their_scalers_and_scalers_without_weights(checkpoi
     torch.save({"model_state_dict": {key: value for key, value in state.items() if key != f"{name}_scaler"}}, path)
     with pytest.raises(CheckpointError, match=r"come with scalers; layers\.0\.mlp\.gate_proj\.weight has none"):
         load(path, tmp_path)
+
+
+def test_tensors_of_another_shape_than_a_matrix_or_its_scaler(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_gemma_pytorch(checkpoint, tmp_path / "gp")
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    for name, tensor in (("embedder.weight", torch.ones(512)), (gate, torch.tensor(1.0))):
+        torch.save({"model_state_dict": gemma_pytorch_state(checkpoint) | {name: tensor}}, path)
+        with pytest.raises(CheckpointError, match=r"model\.ckpt: embedding and projections are matrices; one of the"):
+            load(path, tmp_path)
+    state = gemma_pytorch_state(checkpoint, int8=True)
+    for scaler in (torch.ones(63), torch.ones(64, 1), torch.tensor(1.0)):
+        torch.save({"model_state_dict": state | {f"{gate}_scaler": scaler}}, path)
+        with pytest.raises(
+            CheckpointError, match=r"scaler for each row; layers\.0\.mlp\.gate_proj\.weight is \[64, 32\]"
+        ):
+            load(path, tmp_path)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
