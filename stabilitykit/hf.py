@@ -25,7 +25,7 @@ from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
 from stabilitykit.gemma.load import parse_device, parse_dtype
-from stabilitykit.gemma.tokenizer import printable
+from stabilitykit.records import printable
 
 PREFIX = "hf:"
 
@@ -67,7 +67,7 @@ class HuggingFaceTokenizer:
     def piece(self, token: int) -> str:
         text = self.tokenizer.convert_ids_to_tokens(token)
         if text is None:
-            return str(token)
+            return f"<row {token}>"
         if "\u2581" in text:  # SentencePiece's mark for a space
             text = text.replace("\u2581", " ")
         elif token not in self.tokenizer.all_special_ids:

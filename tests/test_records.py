@@ -11,7 +11,7 @@ from torch import nn
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.recorder import record
-from stabilitykit.records import SCHEMA_VERSION, Recording, finite_or_text, flat_index, index_at, quoted
+from stabilitykit.records import SCHEMA_VERSION, Recording, finite_or_text, flat_index, index_at, printable, quoted
 
 
 class Breaks(nn.Module):
@@ -102,5 +102,11 @@ def test_numbers_that_json_cannot_hold_become_text() -> None:
 
 
 def test_a_piece_stands_between_quotes_it_does_not_hold() -> None:
-    pieces = (" a", "\\n", "it's", '"', """'\"""")
-    assert [quoted(piece) for piece in pieces] == ["' a'", "'\\n'", '"it\'s"', "'\"'", "''\"'"]
+    pieces = (" a", "\\n", "\n\x1b", "it's", '"', """'\"""")
+    assert [quoted(piece) for piece in pieces] == ["' a'", "'\\n'", "'\\n\\x1b'", '"it\'s"', "'\"'", "''\"'"]
+
+
+def test_a_piece_tells_a_line_end_from_a_backslash_and_an_n() -> None:
+    texts = ("\n", "\\n", "\\", "é\u200b")
+    assert [printable(text) for text in texts] == ["\\n", "\\\\n", "\\\\", "é\\u200b"]
+    assert [quoted(printable(text)) for text in texts[:2]] == ["'\\n'", "'\\\\n'"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from stabilitykit.records import Record, Recording, quoted
+from stabilitykit.records import Record, Recording
 
 Event = Literal["break", "first NaN", "layer", "logits", "probabilities", "error", "greedy"]
 
@@ -64,9 +64,9 @@ def _links(recording: Recording) -> Iterator[Link]:
     first = recording.first_break()
     step = first.step if first else 0
     if first is not None and first.broke is not None:
-        place = recording.header.text_of(first.broke.token)
+        named = recording.header.named(first.broke.token)
         at = "" if first.broke.position is None else f" at position {first.broke.position}"
-        token = f" {quoted(place)}" if place else ""
+        token = f" {named}" if named else ""
         yield _link("break", first, f"{first.broke.kind}: {_count(first.lost, 'element')} lost{at}{token}")
 
         after = [r for r in recording if r.step == step and r.order >= first.order]

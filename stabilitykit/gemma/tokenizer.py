@@ -9,6 +9,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from stabilitykit.checkpoints.checkpoint import Vocabulary
 from stabilitykit.checkpoints.config import Generation
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.records import printable
 
 _PIECE = ModelProto.SentencePiece
 _TYPES = {
@@ -73,7 +74,7 @@ class Tokenizer:
         return str(self._processor.decode(list(ids)))
 
     def piece(self, index: int) -> str:
-        """A token as a table shows it: ` France`, `<bos>`, `<0xE2>`, and `\\n` as a backslash and an n.
+        """A token as a table shows it: ` France`, `<bos>`, `<0xE2>`; a line's end is a backslash and an n.
 
         Raises MisuseError for an id outside the vocabulary.
         """
@@ -111,11 +112,6 @@ class Tokenizer:
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._vocabulary.pieces):
             raise MisuseError(f"A token id is from 0 to {len(self._vocabulary.pieces) - 1}; {index} is not.")
-
-
-def printable(text: str) -> str:
-    """What no terminal shows, as Python would write it: a line's end as a backslash and an n."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def serialised(vocabulary: Vocabulary) -> bytes:

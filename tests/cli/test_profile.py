@@ -136,7 +136,7 @@ def test_redact_keeps_prompt_and_tokens_out_of_everything(stabilitykit: Run, tmp
     assert shown.code == 0
     document = stabilitykit(*common, "--json")
     found = strict_json(document.out)
-    assert (found["tokens"], found["first_break"]["token"]) == (None, None)
+    assert (found["tokens"], found["first_break"]["token"], found["first_break"]["token_id"]) == (None, None, None)
     written = b"".join(path.read_bytes() for path in (tmp_path / "run").iterdir())
     ids = str([2, *(ord(letter) + 4 for letter in secret)])[1:-1]
     for text in (shown.out, document.out, written.decode("latin-1")):

@@ -183,8 +183,19 @@ def test_a_piece_is_shown_as_it_is_once() -> None:
     line = Recording(header, BROKEN)
     assert "at token 0 '\\n':" in verdict(line)
     assert chain(line)[0].text.endswith("at position 0 '\\n'")
-    quote = Recording(header, [made(0, "layers.0", amax_token_text="it's")])
+    quote = Recording(header, [made(0, "layers.0")])
     assert 'at token 1 "it\'s"' in verdict(quote)
+
+
+def test_a_token_without_a_text_is_its_id_and_never_a_text() -> None:
+    header = replace(HEADER, token_texts={})
+    broken = Recording(header, BROKEN)
+    assert "at token 0 (id 2): 60,000 + 8,000" in verdict(broken)
+    assert "That depends on the token with id 2 alone, whatever follows" in verdict(broken)
+    assert chain(broken)[0].text == "overflow: 1 element lost at position 0 (id 2)"
+    found = document(broken)["first_break"]
+    assert (found["token"], found["token_id"]) == (None, 2)
+    assert "at token 1 (id 7), 2.0 bits below" in verdict(Recording(header, [made(0, "layers.0", amax=16376.0)]))
 
 
 def test_layers_are_judged_by_what_is_stored_in_the_dtype() -> None:

@@ -154,6 +154,12 @@ def test_pieces_are_readable(tokenizer: Tokenizer, index: int, shown: str) -> No
     assert tokenizer.piece(index) == shown
 
 
+def test_a_written_escape_is_no_line_end(tokenizer: Tokenizer) -> None:
+    for text in ("\n", "\\n", "\\"):
+        shown = "".join(tokenizer.piece(index) for index in tokenizer.encode(text, bos=False))
+        assert shown == text.encode("unicode_escape").decode()
+
+
 @pytest.mark.parametrize("index", [-1, 262_144])
 def test_an_id_outside_the_vocabulary_is_said(tokenizer: Tokenizer, index: int) -> None:
     for use in (tokenizer.piece, lambda index: tokenizer.decode([index])):
