@@ -81,13 +81,21 @@ class Tokenizer:
         self._check(index)
         return printable(self._vocabulary.pieces[index].replace("▁", " "))
 
-    def chat(self, prompt: str, *, generation: Generation, system: str | None = None, bos: bool = True) -> list[int]:
+    def chat(
+        self,
+        prompt: str,
+        *,
+        generation: Generation,
+        system: str | None = None,
+        bos: bool = True,
+        special_tokens: bool = False,
+    ) -> list[int]:
         """The ids of a user's turn in Gemma's template, after `<bos>`, up to where the model's turn begins.
 
-        The prompt is plain text: `<end_of_turn>` written in it ends nothing. White space around it goes, as in the
-        released templates. Generation 3 reads `system` before the prompt, a blank line between them. Raises
-        MisuseError for a system text in generations 1 and 2, which have no such role, and for a vocabulary without
-        turns.
+        The prompt is plain text unless `special_tokens` is True: `<end_of_turn>` written in it ends nothing. White
+        space around it goes, as in the released templates. Generation 3 reads `system` before the prompt, a blank line
+        between them. Raises MisuseError for a system text in generations 1 and 2, which have no such role, and for a
+        vocabulary without turns.
         """
         if system is not None and generation < 3:
             raise MisuseError(f"Gemma {generation} has no system role; a system text was given: put it in the prompt.")
@@ -96,7 +104,8 @@ class Tokenizer:
             raise MisuseError(f"A chat needs a vocabulary with {_START} and {_END}; this one lacks them. Use encode.")
         start, end = self._controls[_START], self._controls[_END]
         ids = [self._vocabulary.bos] if bos else []
-        ids += [start, *self._plain(f"user\n{prompt}"), end, *self._plain("\n")]
+        user = self.encode(f"user\n{prompt}", bos=False, special_tokens=special_tokens)
+        ids += [start, *user, end, *self._plain("\n")]
         return [*ids, start, *self._plain("model\n")]
 
     def _plain(self, text: str) -> list[int]:

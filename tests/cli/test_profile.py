@@ -88,6 +88,13 @@ def test_the_single_token_bos_breaks(checkpoint_270m: Checkpoint, stabilitykit: 
     assert found["first_break"]["layer"] == 7
 
 
+def test_one_token_is_counted_as_one(stabilitykit: Run) -> None:
+    common = ("profile", RANDOM, "--no-bos", "--prompt")
+    assert "1 token: 'a'" in stabilitykit(*common, "a").out
+    assert "1 token, redacted." in stabilitykit(*common, "a", "--redact").out
+    assert "2 tokens: 'a' 'b'" in stabilitykit(*common, "ab").out
+
+
 def test_special_tokens_are_text_unless_asked(checkpoint_270m: Checkpoint, stabilitykit: Run) -> None:
     assert 2 not in profile_270m(stabilitykit, "--no-bos", "--stress", "0.25", prompt="<bos>")["tokens"]
 
