@@ -286,18 +286,19 @@ def _read_prompt(prompt: str) -> str:
 def _print_subject(recording: "Recording", source: _Source, redact: bool) -> None:
     from stabilitykit.cli import screen
     from stabilitykit.records import quoted
+    from stabilitykit.report.words import count
 
     header = recording.header
     screen.print_note(str(header.checkpoint))
     for note in header.notes:
         screen.print_note(f"{note}.")
     tokens: Sequence[int] = source.tokens
-    count = "1 token" if len(tokens) == 1 else f"{len(tokens)} tokens"
+    amount = count(len(tokens), "token")
     if redact:
-        screen.print_note(f"{count}, redacted.")
+        screen.print_note(f"{amount}, redacted.")
     else:
         shown = " ".join(quoted(source.piece(token)) for token in tokens[:16])
-        screen.print_note(f"{count}: {shown}{' ...' if len(tokens) > 16 else ''}")
+        screen.print_note(f"{amount}: {shown}{' ...' if len(tokens) > 16 else ''}")
     screen.output.print()
 
 

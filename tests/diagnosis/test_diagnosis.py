@@ -158,6 +158,19 @@ def test_causes_are_told_apart(site: str, kind: BreakKind, case: dict[str, Any],
     assert found.remedy in verdict(recording)
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["a"], "The checkpoint lacks 1 parameter of the model by name (a; it has b instead), and"),
+        (["a", "c"], "The checkpoint lacks 2 parameters of the model by name (a, ...; it has b instead), and"),
+    ],
+)
+def test_one_parameter_is_counted_as_one(names: list[str], told: str) -> None:
+    case = {"loading": {"missing": names, "unexpected": ["b"]}}
+    record = made(0, "layers.0", positive_inf=1, broke=broke("weight"))
+    assert told in verdict(Recording(replace(HEADER, case=case), [record]))
+
+
 def stored_weights(nonfinite: int, overflow: int) -> StoredWeights:
     worst = WeightCounts(
         name="layers.0.mlp.up_proj.weight", elements=8, overflow=overflow, subnormal=0, zero=0, nonfinite=nonfinite
