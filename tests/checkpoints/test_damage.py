@@ -12,6 +12,7 @@ import torch
 from written import gemma_pytorch_state, write_gemma_pytorch, write_huggingface
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
+from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.gemma import build
 
@@ -296,6 +297,21 @@ def test_tensors_of_another_shape_than_a_matrix_or_its_scaler(checkpoint: Checkp
             CheckpointError, match=r"scaler for each row; layers\.0\.mlp\.gate_proj\.weight is \[64, 32\]"
         ):
             load(path, tmp_path)
+
+
+def test_a_released_size_without_its_last_layers(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gemma_pytorch(checkpoint, tmp_path / "gp")
+    monkeypatch.setitem(RELEASED, "gemma3-tiny", replace(checkpoint.config, layers=3))
+    with pytest.raises(
+        CheckpointError, match=r"model\.ckpt: every size is gemma3-tiny's, .* 3 layers; here they end after 2\."
+    ):
+        load(path, tmp_path)
+    monkeypatch.setitem(RELEASED, "gemma3-tiny", replace(checkpoint.config, layers=1))
+    assert "which are no released ones" in open_checkpoint(path, cache=tmp_path / "cache").notes[0]
+    monkeypatch.setitem(RELEASED, "gemma3-tiny", checkpoint.config)
+    assert open_checkpoint(path, cache=tmp_path / "cache").notes == ()
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
