@@ -391,16 +391,16 @@ class Recording:
 
 def printable(text: str) -> str:
     """A token's text as a piece: a line's end is a backslash and an n, and a backslash two of them."""
-    return _escaped(text.replace("\\", "\\\\"))
+    return escaped(text.replace("\\", "\\\\"))
 
 
 def quoted(piece: str) -> str:
     """A piece between quotes. Its backslashes stand for what they stood for; repr would double them."""
-    shown = _escaped(piece)
+    shown = escaped(piece)
     return f'"{shown}"' if "'" in shown and '"' not in shown else f"'{shown}'"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """What no terminal shows, as Python would write it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

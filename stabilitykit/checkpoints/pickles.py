@@ -47,7 +47,7 @@ def _load(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of a file that is refused all the same
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")  # read or refused, whatever it is
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 

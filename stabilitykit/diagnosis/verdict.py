@@ -8,7 +8,7 @@ from stabilitykit.diagnosis.cause import Cause, cause
 from stabilitykit.diagnosis.chain import Link, chain, logits_of
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.formats import number_format
-from stabilitykit.records import Break, Record, Recording, StoredWeights, finite_or_text
+from stabilitykit.records import Break, Record, Recording, StoredWeights, escaped, finite_or_text
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
@@ -144,7 +144,7 @@ def _dependence(recording: Recording, first: Record) -> str:
         return ""
     token = _broke(first).token
     if position == 0:
-        text = recording.header.text_of(token)
+        text = escaped(recording.header.text_of(token) or "")
         named = "its first token" if token is None else f"the token {text}" if text else f"the token with id {token}"
         return f"That depends on {named} alone, whatever follows: every prompt that begins with it breaks here."
     return f"That depends on the first {position + 1} tokens alone: every prompt that begins with them breaks here."

@@ -195,6 +195,8 @@ def test_a_piece_is_shown_as_it_is_once() -> None:
     header = replace(HEADER, token_texts={2: "\\n", 7: "it's", 9: "."})
     line = Recording(header, BROKEN)
     assert "at token 0 '\\n':" in verdict(line)
+    raw = verdict(Recording(replace(header, token_texts={2: "\n"}), BROKEN))  # of a tokenizer that is not the kit's
+    assert raw == verdict(line)
     assert chain(line)[0].text.endswith("at position 0 '\\n'")
     quote = Recording(header, [made(0, "layers.0")])
     assert 'at token 1 "it\'s"' in verdict(quote)
