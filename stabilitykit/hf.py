@@ -8,6 +8,9 @@ Nothing is fetched: a name is looked for in the local Hugging Face cache. transf
 are first needed; they come with the extra `hf`.
 """
 
+import logging
+import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +31,7 @@ from stabilitykit.gemma.load import parse_device, parse_dtype
 from stabilitykit.gemma.room import fits
 from stabilitykit.gemma.stream import STREAMED, StoredWeight
 from stabilitykit.gemma.stream import stream as stream_weights
-from stabilitykit.gemma.tokenizer import printable
+from stabilitykit.records import printable
 
 PREFIX = "hf:"
 
@@ -47,30 +50,64 @@ class HuggingFaceTokenizer:
         ids = self.tokenizer(text, add_special_tokens=bos, split_special_tokens=not special_tokens)["input_ids"]
         return [int(token) for token in ids]
 
-    def chat(self, text: str, *, system: str | None = None, bos: bool = True) -> list[int]:
+    def chat(
+        self, text: str, *, system: str | None = None, bos: bool = True, special_tokens: bool = False
+    ) -> list[int]:
         """One turn in the tokenizer's own chat template, up to where the answer begins; without `bos` less its first
-        token, where that is `<bos>`. Control tokens written in the text are tokens, as the template's own are.
+        token, where that is `<bos>`. `special_tokens` reads control tokens in the text; else only the template's are.
 
-        Raises MisuseError for a tokenizer without a template and for a template that refuses the turn.
+        Raises MisuseError for a tokenizer without a template, for a template that refuses the turn, and for control
+        tokens in the text where they cannot be told from the template's.
         """
         if not self.tokenizer.chat_template:
             raise MisuseError(
                 f"A turn needs the tokenizer's chat template, and the one of {self.source} has none: leave --chat out."
             )
-        turns = [{"role": "system", "content": system}] if system is not None else []
+        said = [text] if system is None else [system, text]
+        controls = self._controls()
+        written = [] if special_tokens else [token for token in controls if any(token in part for part in said)]
+        # what is written in the text stands behind a character of private use while the template is filled in
+        unused = (mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if not any(mark in part for part in said))
+        hidden = dict(zip(written, unused, strict=False))
+        turns = [
+            {"role": role, "content": _replaced(part, hidden)}
+            for role, part in zip(("system", "user")[-len(said) :], said, strict=True)
+        ]
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [*turns, {"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
+            filled = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # jinja's, raised by the template itself
             raise MisuseError(f"The chat template of {self.source} refuses this turn: {error}.") from error
+        ids = self.encode(filled, bos=False, special_tokens=True)
+        if hidden:
+            parts = re.split(f"({'|'.join(map(re.escape, controls))})", filled)
+            if self._joined(parts, {}) != ids:
+                raise MisuseError(
+                    f"Around {written[0]} in the prompt, {self.source} cannot tell its template's tokens from text: "
+                    "leave it out, or add --special-tokens if the token is meant."
+                )
+            ids = self._joined(parts, {mark: token for token, mark in hidden.items()})
         starts = not bos and ids[:1] == [self.tokenizer.bos_token_id]
-        return [int(token) for token in ids[starts:]]
+        return ids[starts:]
+
+    def _controls(self) -> list[str]:
+        """The special tokens as they are written, the longer before what they begin with."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return sorted((str(token.content) for token in added if token.special), key=len, reverse=True)
+
+    def _joined(self, parts: Sequence[str], marks: Mapping[str, str]) -> list[int]:
+        """The ids of text and control tokens by turns, with `marks` in the text replaced."""
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                ids.append(int(self.tokenizer.convert_tokens_to_ids(part)))
+            else:
+                ids += self.encode(_replaced(part, marks), bos=False)
+        return ids
 
     def piece(self, token: int) -> str:
         text = self.tokenizer.convert_ids_to_tokens(token)
         if text is None:
-            return str(token)
+            return f"<row {token}>"
         if "\u2581" in text:  # SentencePiece's mark for a space
             text = text.replace("\u2581", " ")
         elif token not in self.tokenizer.all_special_ids:
@@ -78,6 +115,11 @@ class HuggingFaceTokenizer:
             if decoded and "\ufffd" not in decoded:  # else a part of a character, which its own name tells
                 text = decoded
         return printable(str(text))
+
+    @property
+    def begins(self) -> bool:
+        """Whether a text begins with `<bos>` unless that is left out."""
+        return self.encode("a")[:1] == [self.tokenizer.bos_token_id]
 
     @property
     def pad(self) -> int:
@@ -242,6 +284,7 @@ def open_model(
     transformers = _imported()
     with _quiet(transformers), _explained(name):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_window(config.get_text_config(), name)
         how = {} if attention is None else {"attn_implementation": attention}
         quantised = getattr(config, "quantization_config", None)
         if stream is None:
@@ -255,29 +298,40 @@ def open_model(
             model, loading = _streamed(transformers, folder, config, target, place, how)
         else:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=target, local_files_only=True, output_loading_info=True, **how
+                folder,
+                dtype=target,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **how,
             )
-    wrong = {
-        kind: sorted(map(str, loading.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected", "mismatched")
-    }
-    if wrong["missing"] or wrong["mismatched"]:
-        lacking = wrong["missing"] or wrong["mismatched"]
+    missing, unexpected = (sorted(map(str, loading.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected"))
+    reshaped = [
+        f"{tensor} is {list(stored)} and not {list(asked)}"
+        for tensor, stored, asked in sorted(loading.get("mismatched_keys", ()))
+    ]
+    if missing or reshaped:
+        lacking = missing or reshaped
         raise CheckpointError(
-            f"{name}: the weights are those that the config asks for; {len(lacking)} of them are "
-            f"{'missing' if wrong['missing'] else 'of another shape'} ({', '.join(lacking[:3])}, ...), and would be "
-            "filled with random numbers. Another model's config, or an adapter's folder?"
+            f"{name}: the weights are those that the config asks for; {len(lacking)} of them "
+            f"{'is' if len(lacking) == 1 else 'are'} {'missing' if missing else 'of another shape'} "
+            f"({_first(lacking)}), and would be filled with random numbers. Another model's config, or an adapter's "
+            "folder?"
         )
     notes = [f"run by transformers {version('transformers')}"]
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
         notes.append("only the text part was run: what reads images or sound was not examined")
-    if wrong["unexpected"]:
-        some = ", ".join(wrong["unexpected"][:3])
-        notes.append(f"{len(wrong['unexpected'])} tensors in the folder have no place in the model ({some}, ...)")
+    if unexpected:
+        have = "1 tensor in the folder has" if len(unexpected) == 1 else f"{len(unexpected)} tensors in the folder have"
+        notes.append(f"{have} no place in the model ({_first(unexpected)})")
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         notes.append(f"weights quantised by {getattr(method, 'value', method)}, computing in {str(target)[6:]}")
     if stream:
         notes.append(STREAMED)
+    tokenizer = open_tokenizer(name)
+    if str(config.model_type).startswith("gemma") and not tokenizer.begins:
+        notes.append("the folder's tokenizer puts no <bos> before a text, where a released Gemma's does")
     facts = {"implementation": "transformers", "attention": model.config._attn_implementation}
     if adapter is not None:
         model = _adapted(model, adapter)
@@ -287,7 +341,7 @@ def open_model(
         model = model.to(place)
     return HuggingFaceModel(
         module=model.eval().requires_grad_(False),
-        tokenizer=open_tokenizer(name),
+        tokenizer=tokenizer,
         source=f"{PREFIX}{name}",
         sha256=files_sha256(weight_files(folder), cache_folder()),
         notes=tuple(notes),
@@ -331,7 +385,13 @@ def _streamed(
     shapes = {tensor.shape for tensor in stored.values()}
     _refuse_made(folder, [name for name, one in blank.named_parameters() if one.ndim > 2 and one.shape not in shapes])
     model, loading = type(blank).from_pretrained(
-        None, config=blank.config, state_dict=stored | placeholders, dtype=dtype, output_loading_info=True, **how
+        None,
+        config=blank.config,
+        state_dict=stored | placeholders,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused by name, as where nothing is streamed
+        **how,
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -367,17 +427,37 @@ def _imported() -> Any:
     return transformers
 
 
+def _first(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join([*names[:shown], *(["..."] if len(names) > shown else [])])
+
+
+def _replaced(text: str, by: Mapping[str, str]) -> str:
+    for old, new in by.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _check_window(config: Any, name: str) -> None:
+    """Of layers that slide; transformers checks the other sizes itself."""
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if slides and window is not None and window < 1:
+        raise CheckpointError(
+            f"{name}: a layer's window is of at least 1 token; the config's sliding_window is {window}."
+        )
+
+
 def _adapted(model: Any, adapter: str | Path) -> Any:
     try:
-        import peft
+        with _quiet(_imported()):
+            import peft
     except ImportError:
         raise MisuseError(
             'An adapter is read by peft, which is not installed here: pip install "stabilitykit[hf]".'
         ) from None
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise MisuseError(f"An adapter is a folder with an adapter_config.json; {adapter} has none.")
-    with _explained(str(adapter)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _explained(str(adapter), "an adapter that peft can put on this model"), _quiet(_imported()):
         # peft only warns where an adapter's tensors have no place in the model
         warnings.filterwarnings("error", category=UserWarning)
         return peft.PeftModel.from_pretrained(model, str(adapter))
@@ -385,28 +465,31 @@ def _adapted(model: Any, adapter: str | Path) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' bars and remarks: what is wrong with a checkpoint is said by the kit."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Without the libraries' bars, remarks and warnings: what is wrong with a checkpoint is said by the kit."""
+    told, bitsandbytes = transformers.utils.logging, logging.getLogger("bitsandbytes")
+    verbosity, bars, level = told.get_verbosity(), told.is_progress_bar_enabled(), bitsandbytes.level
+    told.set_verbosity_error()
+    told.disable_progress_bar()
+    bitsandbytes.setLevel(logging.ERROR)  # it regrets an absent kernel as soon as peft imports it
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(verbosity)
+        told.set_verbosity(verbosity)
+        bitsandbytes.setLevel(level)
         if bars:
-            logging.enable_progress_bar()
+            told.enable_progress_bar()
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, what: str = "a folder that transformers can load") -> Iterator[None]:
     """A library's refusal of a folder as the kit's own, with the reason it gave."""
     try:
         yield
     except MisuseError:
         raise
     except Exception as error:  # transformers, safetensors, peft and the hub's library each raise their own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(
-            f"{name} is a folder that transformers can load; this one it cannot: {reason.rstrip('.')}."
-        ) from error
+        said = repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
+        reason = textwrap.shorten(said, 300, placeholder=" ...")
+        raise CheckpointError(f"{name} is {what}; this one it cannot: {reason.removesuffix('.')}.") from error

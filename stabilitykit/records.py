@@ -303,8 +303,13 @@ class Header:
     schema: int = SCHEMA_VERSION
 
     def text_of(self, token: int | None) -> str | None:
-        """A token as text, or as its id where the text is not known; None for none or a redacted one."""
-        return None if token is None else self.token_texts.get(token, str(token))
+        """A token as text; None where that is not known, and for no token or a redacted one."""
+        return None if token is None else self.token_texts.get(token)
+
+    def named(self, token: int | None) -> str | None:
+        """A token in a sentence: `'<bos>'`, or `(id 2)` where its text is not known; None as in `text_of`."""
+        text = self.text_of(token)
+        return quoted(text) if text else None if token is None else f"(id {token})"
 
     def first_position(self, step: int) -> int | None:
         """The absolute position of a step's first token; None for a step that is not known."""
@@ -384,9 +389,20 @@ class Recording:
         return cls(Header.from_json(raw), [Record.from_row(row) for row in table.to_pylist()])
 
 
+def printable(text: str) -> str:
+    """A token's text as a piece: a line's end is a backslash and an n, and a backslash two of them."""
+    return escaped(text.replace("\\", "\\\\"))
+
+
 def quoted(piece: str) -> str:
-    """A token's piece between quotes. A piece is printable as it is: repr would double its backslashes."""
-    return f'"{piece}"' if "'" in piece and '"' not in piece else f"'{piece}'"
+    """A piece between quotes. Its backslashes stand for what they stood for; repr would double them."""
+    shown = escaped(piece)
+    return f'"{shown}"' if "'" in shown and '"' not in shown else f"'{shown}'"
+
+
+def escaped(text: str) -> str:
+    """What no terminal shows, as Python would write it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_table(path: Path, table: pa.Table, header: dict[str, Any]) -> None:

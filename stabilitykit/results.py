@@ -81,7 +81,9 @@ def _spoken(name: str, value: Any) -> str:
         return "with <bos>" if value else "without <bos>"
     if name in ("model", "prompt", "dtype"):
         return str(value)
-    return f"{value} tokens" if name == "length" else f"{name} {value}"
+    if name == "length":
+        return "1 token" if value == 1 else f"{value} tokens"
+    return f"{name} {value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

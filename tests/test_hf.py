@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,6 @@ from stabilitykit.recorder import record
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPEC = f"random:gemma3-270m?{SHAPE}&window=4&global_every=2"
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 Run = Callable[..., Any]
 
@@ -48,7 +50,8 @@ def write_tokenizer(folder: Path) -> None:
     made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
     made.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
     made.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    turn = "<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {
@@ -117,11 +120,78 @@ def test_text_and_tokens(folder: Path) -> None:
     assert len(tokenizer.encode("<eos>", bos=False)) == 5
     turn = [tokenizer.piece(token) for token in tokenizer.chat("x", system="y")]
     assert turn.count("<start_of_turn>") == 2
+    assert turn[0] == "<bos>"
+    assert [tokenizer.piece(token) for token in tokenizer.chat("x", system="y", bos=False)] == turn[1:]
     with pytest.raises(MisuseError, match=r"makes its own masks"):
         hf.open_model(str(folder)).decode(
             torch.tensor([ids]), max_new_tokens=1, temperature=None, top_p=1.0, top_k=0, seed=0, padding=None,
             mask=None, every_logit=True, saw=lambda logits: False,
         )  # fmt: skip
+
+
+def test_control_tokens_in_a_turn_are_text_unless_they_are_meant(folder: Path) -> None:
+    tokenizer = hf.open_tokenizer(str(folder))
+    turns = len(tokenizer.chat("", system=""))
+    for text in ("a<eos>b", "<end_of_turn>", "<bos>\U000f0000<eos>", "x"):
+        plain = tokenizer.encode(text, bos=False)
+        meant = tokenizer.encode(text, bos=False, special_tokens=True)
+        for how, ids in (({}, plain), ({"special_tokens": True}, meant)):
+            made = tokenizer.chat(text, system=text, **how)
+            assert len(made) == turns + 2 * len(ids)
+            assert (made[0], made.count(260)) == (2, 2)  # <bos>, and where each turn starts
+            assert made[-len(ids) - 2 : -2] == ids  # before <end_of_turn> and a line's end
+
+
+def test_control_tokens_that_cannot_be_told_from_the_templates(folder: Path, tmp_path: Path) -> None:
+    greedy = copied(folder, tmp_path / "greedy")
+    raw = json.loads((greedy / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token["rstrip"] = True  # takes the line's end after it, which the template wrote
+    (greedy / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = hf.open_tokenizer(str(greedy))
+    with pytest.raises(MisuseError, match=r"Around <eos> in the prompt, .* leave it out, or add --special-tokens"):
+        tokenizer.chat("a<eos>b")
+    assert 1 in tokenizer.chat("a<eos>b", special_tokens=True)
+    assert tokenizer.chat("ab")
+
+
+def test_ids_that_have_no_row_in_the_embedding(folder: Path, tmp_path: Path) -> None:
+    other = copied(folder, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["H"] = 512
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    model = hf.open_model(str(other))
+    with pytest.raises(CheckpointError, match=r"rows of the embedding; it gave 512 and there are 512 rows"):
+        run_case(model, model.tokenizer.encode("Hi"))
+
+
+def test_settings_that_transformers_does_not_sample_with(folder: Path) -> None:
+    model = hf.open_model(str(folder))
+    for top_p, top_k in ((0.0, 64), (1.5, 64), (-1.0, 64), (float("nan"), 64), (0.95, -1)):
+        with pytest.raises(MisuseError, match=rf"a top_k of at least 0, .*; {top_p} and {top_k} were given"):
+            run_case(model, [2, 70], sampling=Sampling(top_p=top_p, top_k=top_k))
+    for sampling in (Sampling(top_p=1.0, top_k=0), Sampling(temperature=None, top_p=-1.0, top_k=-1)):
+        assert run_case(model, [2, 70], sampling=sampling).error is None
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(folder: Path, tmp_path: Path) -> None:
+    without = copied(folder, tmp_path / "without")
+    for path in without.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"comes with its tokenizer, .*without has none that holds tokens"):
+        hf.open_tokenizer(str(without))
+
+
+def test_a_part_of_a_character_is_named_and_a_line_ends_in_no_table(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = hf.HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=made), "made here")
+    pieces = [tokenizer.piece(token) for token in tokenizer.encode("a\n\té")]
+    assert pieces == ["a", "\\n", "\\t", "Ã", "©"]
 
 
 def test_the_kits_own_model_and_transformers_agree_on_a_folder(folder: Path, stabilitykit: Run) -> None:
@@ -153,10 +223,12 @@ def test_fused_softmax_is_said_to_be_recomputed_and_can_be_left_out(folder: Path
 
 @pytest.fixture(scope="module")
 def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    peft = pytest.importorskip("peft")
     path = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(hf.open_model(str(folder)).module, config).save_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of making one, which the kit does not
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(hf.open_model(str(folder)).module, config).save_pretrained(path)
     return path
 
 
@@ -181,7 +253,8 @@ def test_an_adapter_that_is_none_or_another_models(folder: Path, adapter: Path, 
     save_file(
         {name.replace("layers.0", "layers.7"): t for name, t in tensors.items()}, other / "adapter_model.safetensors"
     )
-    with pytest.raises(CheckpointError, match=r"other is a folder that transformers can load; this one it cannot"):
+    message = r"other is an adapter that peft can put on this model; this one it cannot: Found missing adapter keys"
+    with pytest.raises(CheckpointError, match=message):
         hf.open_model(str(folder), adapter=other)
 
 
@@ -190,13 +263,53 @@ def test_weights_that_do_not_fit_are_never_filled_up_in_silence(folder: Path, tm
     with pytest.raises(CheckpointError, match=r"13 of them are missing \(model\.layers\.3.*filled with random numbers"):
         hf.open_model(str(more))
     wide = copied(folder, tmp_path / "wide", intermediate_size=96)
-    with pytest.raises(CheckpointError, match=r"of another shape|size mismatch|cannot"):
+    message = (
+        r"9 of them are of another shape \(model\.layers\.0\.mlp\.down_proj\.weight is \[32, 64\] and not \[32, 96\], "
+    )
+    with pytest.raises(CheckpointError, match=message):
         hf.open_model(str(wide))
+    none = copied(folder, tmp_path / "none", hidden_size=0)
+    with pytest.raises(CheckpointError, match=r"35 of them are of another shape"):  # and torch's remarks are not heard
+        hf.open_model(str(none))
+    tall = copied(folder, tmp_path / "tall", vocab_size=500)
+    with pytest.raises(
+        CheckpointError, match=r"1 of them is of another shape \(model\.embed_tokens\.weight is \[512, 32\] "
+    ):
+        hf.open_model(str(tall))
     extra = copied(folder, tmp_path / "extra")
     tensors = load_file(extra / "model.safetensors")
     save_file(tensors | {"model.layers.0.mlp.odd.weight": torch.ones(2)}, extra / "model.safetensors", {"format": "pt"})
     notes = hf.open_model(str(extra)).notes
-    assert any("1 tensors in the folder have no place in the model (model.layers.0.mlp.odd.weight" in n for n in notes)
+    assert "1 tensor in the folder has no place in the model (model.layers.0.mlp.odd.weight)" in notes
+
+
+def test_a_window_that_holds_no_token(folder: Path, tmp_path: Path) -> None:
+    for window in (0, -1):
+        with pytest.raises(CheckpointError, match=rf"of at least 1 token; the config's sliding_window is {window}\."):
+            hf.open_model(str(copied(folder, tmp_path / f"window{window}", sliding_window=window)))
+    unused = copied(folder, tmp_path / "unused", sliding_window=0, layer_types=["full_attention"] * 3)
+    assert run_case(hf.open_model(str(unused)), [2, 70]).error is None  # no layer slides
+
+
+def test_a_gemma_whose_tokenizer_adds_no_bos_is_noted(folder: Path, tmp_path: Path) -> None:
+    note = "the folder's tokenizer puts no <bos> before a text, where a released Gemma's does"
+    assert note not in hf.open_model(str(folder)).notes
+    bare = copied(folder, tmp_path / "bare")
+    tokenizer = json.loads((bare / "tokenizer.json").read_text()) | {"post_processor": None}
+    (bare / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert note in hf.open_model(str(bare)).notes
+
+
+def test_a_long_reason_ends_at_a_word() -> None:
+    with pytest.raises(CheckpointError) as caught, hf._explained("x"):
+        raise ValueError("many\nwords " * 100)
+    reason = str(caught.value).partition("this one it cannot: ")[2]
+    assert reason.endswith(("many ...", "words ..."))
+    assert 280 < len(reason) <= 300
+    for error, told in ((KeyError("foo"), "KeyError('foo')."), (ValueError(), "ValueError."), (OSError("No."), "No.")):
+        with pytest.raises(CheckpointError) as caught, hf._explained("x"):
+            raise error
+        assert str(caught.value) == f"x is a folder that transformers can load; this one it cannot: {told}"
 
 
 def test_folders_that_transformers_refuses_are_explained_in_one_line(folder: Path, tmp_path: Path) -> None:
@@ -230,11 +343,13 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
         MisuseError, match=r"owner/other is no folder .* nothing is fetched .*: hf download owner/other"
     ):
         local_folder("owner/other")
-    for name in ("other", "./a/b", "a/b/c", "/nowhere/at"):
+    for name in ("", "other", "./a/b", "a/b/c", "/nowhere/at"):
         with pytest.raises(MisuseError, match=r"A model is a folder, or a name on the hub"):
             local_folder(name)
     with pytest.raises(MisuseError, match=r"cannot be one"):
         local_folder("owner/..bad--name")
+    with pytest.raises(MisuseError, match=r"runs a folder, and .*model\.safetensors is a file: leave hf: out"):
+        local_folder(str(folder / "model.safetensors"))
 
 
 def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:
@@ -247,6 +362,26 @@ def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilityk
         assert refused.code == 2
         assert message in " ".join(refused.err.split())
         assert "Traceback" not in refused.err
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_special_tokens_are_read_in_a_turn_too(prefix: str, folder: Path, stabilitykit: Run) -> None:
+    common = ("profile", f"{prefix}{folder}", "--chat", "--prompt", "a<eos>b", "--level", "layers", "--json")
+    for arguments, there in (((), False), (("--special-tokens",), True)):
+        tokens = json.loads(stabilitykit(*common, *arguments).out)["tokens"]
+        assert (1 in tokens) == there
+        assert tokens[0] == 2
+    assert json.loads(stabilitykit(*common, "--no-bos").out)["tokens"][0] == 260
+
+
+def test_no_library_speaks_beside_the_findings(folder: Path, adapter: Path) -> None:
+    """In a process of its own: what is said at an import is said once."""
+    arguments = ("profile", f"hf:{folder}", "--prompt", "a", "--adapter", str(adapter), "--level", "layers")
+    shown = subprocess.run(
+        [sys.executable, "-m", "stabilitykit", *arguments], capture_output=True, text=True, check=True
+    )
+    assert shown.stderr == ""
+    assert "with an adapter of peft's." in shown.stdout
 
 
 def test_any_family_of_a_folder_is_profiled(tmp_path: Path, stabilitykit: Run) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.recorder import record
-from stabilitykit.records import SCHEMA_VERSION, Recording, finite_or_text, flat_index, index_at
+from stabilitykit.records import SCHEMA_VERSION, Recording, finite_or_text, flat_index, index_at, printable, quoted
 
 
 class Breaks(nn.Module):
@@ -34,6 +34,13 @@ def test_what_is_read_is_what_was_written(recording: Recording, tmp_path: Path) 
     read = Recording.load(tmp_path / "run.parquet")
     assert read.header == recording.header
     assert repr(read.records) == repr(recording.records)  # NaN entropies are equal by their text only
+
+
+def test_a_path_may_be_a_text(recording: Recording, tmp_path: Path) -> None:
+    recording.save(str(tmp_path / "new" / "run.parquet"))
+    assert Recording.load(str(tmp_path / "new" / "run.parquet")).header == recording.header
+    with pytest.raises(MisuseError, match="cannot be read as one"):
+        Recording.load(str(tmp_path / "nowhere.parquet"))
 
 
 def test_the_frame_has_the_files_columns(recording: Recording, tmp_path: Path) -> None:
@@ -92,3 +99,14 @@ def test_row_major_indices() -> None:
 def test_numbers_that_json_cannot_hold_become_text() -> None:
     numbers = (1.5, None, float("inf"), -float("inf"), float("nan"))
     assert [finite_or_text(number) for number in numbers] == [1.5, None, "inf", "-inf", "nan"]
+
+
+def test_a_piece_stands_between_quotes_it_does_not_hold() -> None:
+    pieces = (" a", "\\n", "\n\x1b", "it's", '"', """'\"""")
+    assert [quoted(piece) for piece in pieces] == ["' a'", "'\\n'", "'\\n\\x1b'", '"it\'s"', "'\"'", "''\"'"]
+
+
+def test_a_piece_tells_a_line_end_from_a_backslash_and_an_n() -> None:
+    texts = ("\n", "\\n", "\\", "é\u200b")
+    assert [printable(text) for text in texts] == ["\\n", "\\\\n", "\\\\", "é\\u200b"]
+    assert [quoted(printable(text)) for text in texts[:2]] == ["'\\n'", "'\\\\n'"]

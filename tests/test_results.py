@@ -55,6 +55,7 @@ def test_a_case_is_known_by_its_settings() -> None:
     ids = [run_case().id, run_case(bos=False).id, run_case(seed=1).id, lengths_case().id, memory_case().id]
     assert len(set(ids)) == len(ids)
     assert str(run_case(seed=1)) == "prose 3 tokens with <bos> float16 seed 1"
+    assert str(run_case(length=1)) == "prose 1 token with <bos> float16"
     wild = run_case(prompt="../a b/<c>")
     assert "/" not in wild.id
 

@@ -51,7 +51,7 @@ def read_gemma_pytorch(path: Path, *, cache: Path) -> Checkpoint:
             "Put the file into a folder with its config.json and give the folder."
         )
     sizes = _Sizes.of(raw, embedder, path)
-    config, notes = sizes.config()
+    config, notes = sizes.config(path)
     if any(name.startswith(_VISION) for name in raw):
         notes = (*notes, VISION_NOTE)
     if raw[embedder].dtype == torch.int8:
@@ -139,12 +139,22 @@ class _Sizes:
             vocabulary=len(raw[embedder]),
         )
 
-    def config(self) -> tuple[GemmaConfig, tuple[str, ...]]:
-        """The released config of these sizes, or that of the generation's smallest with these sizes, and a note."""
+    def config(self, path: Path) -> tuple[GemmaConfig, tuple[str, ...]]:
+        """The released config of these sizes, or that of the generation's smallest with these sizes, and a note.
+
+        Raises CheckpointError for a released size that lacks its last layers.
+        """
         sizes = {name: getattr(self, name) for name in self.__slots__}
-        for config in RELEASED.values():
-            if all(getattr(config, name) == size for name, size in sizes.items() if name != "vocabulary"):
+        for released, config in RELEASED.items():
+            other = {name for name, size in sizes.items() if getattr(config, name) != size} - {"vocabulary"}
+            if not other:
                 return replace(config, vocabulary=self.vocabulary), ()
+            if other == {"layers"} and self.layers < config.layers:
+                raise CheckpointError(
+                    f"{path.name}: every size is {released}'s, which has {config.layers} layers; here they end "
+                    f"after {self.layers}. Fetch the checkpoint again. A model that was cut on purpose is read as a "
+                    "Hugging Face folder, whose config.json says how many layers it has."
+                )
         family = _FAMILIES[self.generation]
         known = replace(RELEASED[family], **sizes, query_scalar=float(self.head_dim))
         return known, (

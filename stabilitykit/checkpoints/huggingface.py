@@ -241,7 +241,7 @@ def _layer_kinds(generation: Generation, given: Mapping[str, Any], layers: int, 
     window = _whole(given["sliding_window"])
     kinds = given.get("layer_types")
     if kinds is None:
-        return window, int(given.get("_sliding_window_pattern", given["sliding_window_pattern"]))
+        return window, _whole(given.get("_sliding_window_pattern", given["sliding_window_pattern"]))
     if len(kinds) != layers:
         raise CheckpointError(
             f"{folder}: layer_types names each layer's kind; it names {len(kinds)}, and num_hidden_layers is {layers}."

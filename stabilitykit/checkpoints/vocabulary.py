@@ -90,30 +90,17 @@ def json_vocabulary(path: Path) -> Vocabulary:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         bpe = raw["model"].get("type", "BPE") == "BPE" and raw["model"].get("byte_fallback", False)
-        ids, pieces, scores, types = _from_json(raw["model"], raw.get("added_tokens", [])) if bpe else ({}, [], [], [])
+        made = _from_json(raw["model"], raw.get("added_tokens", [])) if bpe else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name} is a fast tokenizer's JSON; this one cannot be read: {error!r}.") from error
-    if not bpe:
+    if made is None:
         raise CheckpointError(
             f"A Gemma's tokenizer is BPE with byte fallback; {path} is another. Which model is it of?"
         )
-    unknown = ids.get("<unk>", 3)
-    types[unknown] = "unknown"
-    return Vocabulary(
-        pieces=tuple(pieces),
-        scores=tuple(scores),
-        types=tuple(types),
-        bos=ids.get("<bos>", 2),
-        eos=ids.get("<eos>", 1),
-        pad=ids.get("<pad>", 0),
-        unk=unknown,
-    )
+    return made
 
 
-def _from_json(
-    model: dict[str, Any], added: list[dict[str, Any]]
-) -> tuple[dict[str, int], list[str], list[float], list[PieceType]]:
-    """Ids by piece, and pieces, scores and types by id."""
+def _from_json(model: dict[str, Any], added: list[dict[str, Any]]) -> Vocabulary:
     ids: dict[str, int] = dict(model["vocab"])
     merges = model["merges"]
     kinds: dict[int, PieceType] = {
@@ -134,4 +121,14 @@ def _from_json(
         whole = ids.get(left + right)
         if whole is not None:
             scores[whole] = -float(rank)
-    return ids, pieces, scores, types
+    unknown = ids.get("<unk>", 3)
+    types[unknown] = "unknown"
+    return Vocabulary(
+        pieces=tuple(pieces),
+        scores=tuple(scores),
+        types=tuple(types),
+        bos=ids.get("<bos>", 2),
+        eos=ids.get("<eos>", 1),
+        pad=ids.get("<pad>", 0),
+        unk=unknown,
+    )

@@ -55,8 +55,12 @@ def profile(
         typer.Option(help="float16, bfloat16, float32 or float64; give it again for more. float16 if not given."),
     ] = None,
     no_bos: Annotated[bool, typer.Option("--no-bos", help="Do not begin with <bos>.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in Gemma's turn template.")] = False,
-    system: Annotated[str | None, typer.Option(help="A system text for --chat (Gemma 3).")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in Gemma's turn template, or an hf: tokenizer's own.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="A system text for --chat (Gemma 3, and hf: templates that have the role).")
+    ] = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Read <bos> and its like in the prompt as tokens, not text.")
     ] = False,
@@ -227,8 +231,13 @@ def _gemma(
     opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
     tokenizer = Tokenizer(opened.vocabulary)
     if prompt.chat:
-        generation = opened.config.generation
-        tokens = tokenizer.chat(prompt.text, system=prompt.system, generation=generation, bos=prompt.bos)
+        tokens = tokenizer.chat(
+            prompt.text,
+            generation=opened.config.generation,
+            system=prompt.system,
+            bos=prompt.bos,
+            special_tokens=prompt.special_tokens,
+        )
     else:
         tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
 
@@ -266,7 +275,7 @@ def _huggingface(
 
     tokenizer = hf.open_tokenizer(name)
     if prompt.chat:
-        tokens = tokenizer.chat(prompt.text, system=prompt.system, bos=prompt.bos)
+        tokens = tokenizer.chat(prompt.text, system=prompt.system, bos=prompt.bos, special_tokens=prompt.special_tokens)
     else:
         tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
 
@@ -312,17 +321,19 @@ def _read_prompt(prompt: str) -> str:
 def _print_subject(recording: "Recording", source: _Source, redact: bool) -> None:
     from stabilitykit.cli import screen
     from stabilitykit.records import quoted
+    from stabilitykit.report.words import count
 
     header = recording.header
     screen.print_note(str(header.checkpoint))
     for note in header.notes:
         screen.print_note(f"{note}.")
     tokens: Sequence[int] = source.tokens
+    amount = count(len(tokens), "token")
     if redact:
-        screen.print_note(f"{len(tokens)} tokens, redacted.")
+        screen.print_note(f"{amount}, redacted.")
     else:
         shown = " ".join(quoted(source.piece(token)) for token in tokens[:16])
-        screen.print_note(f"{len(tokens)} tokens: {shown}{' ...' if len(tokens) > 16 else ''}")
+        screen.print_note(f"{amount}: {shown}{' ...' if len(tokens) > 16 else ''}")
     screen.output.print()
 
 

@@ -19,6 +19,7 @@ from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, 
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording, quoted
 from stabilitykit.report.style import size
+from stabilitykit.report.words import count
 from stabilitykit.results import Plan
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def print_steps(recording: Recording) -> None:
 
 def print_cases(plan: Plan, costs: "Sequence[Cost | None]") -> None:
     """What a sweep would run: its cases, the tokens of the longest pass of each, and what each will cost."""
-    table = _table(f"{plan.title}: {len(plan.cases):,} cases")
+    table = _table(f"{plan.title}: {count(len(plan.cases), 'case')}")
     table.add_column("kind")
     table.add_column("case", overflow="fold")
     for name in ("tokens", "about", "memory"):

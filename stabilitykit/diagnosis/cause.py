@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stabilitykit.diagnosis.chain import logits_of
+from stabilitykit.diagnosis.chain import counted, logits_of
 from stabilitykit.records import Recording
 
 CauseName = Literal[
@@ -52,17 +52,17 @@ def cause(recording: Recording) -> Cause | None:
     if scalers:
         return Cause(
             "int8-scalers-dropped",
-            f"The checkpoint holds int8 weights and {len(scalers)} scalers for them ({scalers[0]}, ...) that the model "
-            "has no place for. Loaded without them every weight is an integer up to 127 instead of a small fraction, "
-            "so the failure is in the weights, not in the number format.",
+            f"The checkpoint holds int8 weights and {counted(len(scalers), 'scaler')} for them ({_first(scalers)}) "
+            "that the model has no place for. Loaded without them every weight is an integer up to 127 instead of a "
+            "small fraction, so the failure is in the weights, not in the number format.",
             "Build the model with quantised layers, or multiply each row by its scaler before loading.",
         )
     if missing:
         return Cause(
             "parameter-names",
-            f"{len(missing)} parameters of the model are not in the checkpoint under these names ({missing[0]}, ...; "
-            f"it has {', '.join(unexpected[:2]) or 'nothing else'} instead), and `strict=False` left them "
-            "uninitialised: whatever the memory held was run as weights.",
+            f"The checkpoint lacks {counted(len(missing), 'parameter')} of the model by name ({_first(missing)}; it "
+            f"has {', '.join(unexpected[:2]) or 'nothing else'} instead), and `strict=False` left uninitialised what "
+            "it lacks: whatever the memory held was run as weights.",
             "Load with strict=True and rename the parameters it lists.",
         )
     weights = recording.header.weights
@@ -80,10 +80,12 @@ def cause(recording: Recording) -> Cause | None:
             "Check how the checkpoint was written and cast; no number format helps.",
         )
     if broke.kind == "unresolved" and weights is not None and weights.nonfinite:
+        worst, lost = weights.worst[0], counted(weights.nonfinite, "of them is", "of them are")
+        more = ", ..." if worst.nonfinite < weights.nonfinite else ""
         return Cause(
             "weights",
-            f"The weights were not finite to begin with: {weights.nonfinite:,} of them are NaN or infinite in the "
-            f"checkpoint itself ({weights.worst[0].name}, ...).",
+            f"The weights were not finite to begin with: {lost} NaN or infinite in the "
+            f"checkpoint itself ({worst.name}{more}).",
             "Check how the checkpoint was written and cast; no number format helps.",
         )
     if broke.kind == "input":
@@ -110,6 +112,10 @@ def cause(recording: Recording) -> Cause | None:
         f"{first.operator or first.site} has no finite result for its finite operands ({broke.kind}), in any format.",
         "Look at its operands; a wider format will not help.",
     )
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]}, ..." if len(names) > 1 else names[0]
 
 
 def _sampler_cause(recording: Recording) -> Cause:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from stabilitykit.records import Record, Recording, quoted
+from stabilitykit.records import Record, Recording
 
 Event = Literal["break", "first NaN", "layer", "logits", "probabilities", "error", "greedy"]
 
@@ -64,16 +64,16 @@ def _links(recording: Recording) -> Iterator[Link]:
     first = recording.first_break()
     step = first.step if first else 0
     if first is not None and first.broke is not None:
-        place = recording.header.text_of(first.broke.token)
+        named = recording.header.named(first.broke.token)
         at = "" if first.broke.position is None else f" at position {first.broke.position}"
-        token = f" {quoted(place)}" if place else ""
-        yield _link("break", first, f"{first.broke.kind}: {_count(first.lost, 'element')} lost{at}{token}")
+        token = f" {named}" if named else ""
+        yield _link("break", first, f"{first.broke.kind}: {counted(first.lost, 'element')} lost{at}{token}")
 
         after = [r for r in recording if r.step == step and r.order >= first.order]
         nan = next((r for r in after if r.nan), None)
         if nan is not None and nan is not first:
             how = _INVALID.get(nan.operator or "", "an invalid operation")
-            yield _link("first NaN", nan, f"{how} makes {_count(nan.nan, 'NaN', 'NaN')}")
+            yield _link("first NaN", nan, f"{how} makes {counted(nan.nan, 'NaN', 'NaN')}")
         layers = {r.layer: r for r in after if r.layer is not None and r.site.endswith(f"layers.{r.layer}")}
         for record in layers.values():
             if record is not first and record.lost:
@@ -81,13 +81,13 @@ def _links(recording: Recording) -> Iterator[Link]:
         logits = logits_of(recording, step)
         if logits is not None and logits.lost:
             share = (
-                "every logit is" if logits.lost == logits.elements else _count(logits.lost, "logit is", "logits are")
+                "every logit is" if logits.lost == logits.elements else counted(logits.lost, "logit is", "logits are")
             )
             what = "NaN" if logits.nan == logits.lost else "infinite" if not logits.nan else "NaN or infinite"
             yield _link("logits", logits, f"{share} {what}")
         probabilities = next((r for r in after if r.site == "sampler/softmax.0" and r.lost), None)
         if probabilities is not None:
-            lost = _count(probabilities.nan, "probability is", "probabilities are")
+            lost = counted(probabilities.nan, "probability is", "probabilities are")
             yield _link("probabilities", probabilities, f"{lost} NaN")
     if recording.header.error is not None:
         yield Link(event="error", site="sampler", text=recording.header.error)
@@ -122,10 +122,11 @@ def _losses(record: Record) -> str:
     infinite = record.positive_inf + record.negative_inf
     kinds = [f"{count:,} {name}" for count, name in ((infinite, "inf"), (record.nan, "NaN")) if count]
     return (
-        f"{' and '.join(kinds)}, in {record.lost_positions} of {_count(record.positions or 0, 'token')} "
+        f"{' and '.join(kinds)}, in {record.lost_positions} of {counted(record.positions or 0, 'token')} "
         f"and {record.lost_channels:,} of {record.channels or 0:,} channels"
     )
 
 
-def _count(number: int, one: str, many: str | None = None) -> str:
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """`1 token` · `2 tokens`; `many` where an s will not do."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

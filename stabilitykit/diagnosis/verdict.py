@@ -8,7 +8,7 @@ from stabilitykit.diagnosis.cause import Cause, cause
 from stabilitykit.diagnosis.chain import Link, chain, logits_of
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.formats import number_format
-from stabilitykit.records import Break, Record, Recording, StoredWeights, finite_or_text, quoted
+from stabilitykit.records import Break, Record, Recording, StoredWeights, escaped, finite_or_text
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
@@ -63,6 +63,7 @@ def _break_document(recording: Recording, first: Record, reference: Recording | 
         "channel": broke.channel,
         "count": broke.count,
         "token": recording.header.text_of(broke.token),
+        "token_id": broke.token,
         "value": finite_or_text(broke.value),
         "reference_value": finite_or_text(reference_value(recording, reference)),
         "limit": broke.limit,
@@ -99,7 +100,7 @@ def _clean(recording: Recording) -> str:
         return f"{dtype}: nothing was recorded."
     room = number_format(dtype).headroom(top.amax)
     ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
-    place = f"{_where(top)}{_at(recording, top.amax_position, top.amax_row, top.amax_token_text, top.step)}"
+    place = f"{_where(top)}{_at(recording, top.amax_position, top.amax_row, top.amax_token, top.step)}"
     return (
         f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {place}, {room:.1f} bits below the "
         f"format's end at {number(number_format(dtype).largest)}.{ending}"
@@ -108,7 +109,7 @@ def _clean(recording: Recording) -> str:
 
 def _first_sentence(recording: Recording, first: Record) -> str:
     broke, dtype = _broke(first), first.dtype
-    at = _at(recording, broke.position, broke.row, recording.header.text_of(broke.token), first.step)
+    at = _at(recording, broke.position, broke.row, broke.token, first.step)
     place = f"{_where(first)}{at}"
     count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
     match broke.kind:
@@ -141,9 +142,10 @@ def _dependence(recording: Recording, first: Record) -> str:
     position = _broke(first).position
     if position is None or first.layer is None:
         return ""
-    token = recording.header.text_of(_broke(first).token)
+    token = _broke(first).token
     if position == 0:
-        named = f"the token {token}" if token else "its first token"
+        text = escaped(recording.header.text_of(token) or "")
+        named = "its first token" if token is None else f"the token {text}" if text else f"the token with id {token}"
         return f"That depends on {named} alone, whatever follows: every prompt that begins with it breaks here."
     return f"That depends on the first {position + 1} tokens alone: every prompt that begins with them breaks here."
 
@@ -191,10 +193,11 @@ def _where(record: Record | Link) -> str:
     return f"{layer}{named} ({record.site}{operator})" if named != record.site else f"{layer}{named}{operator}"
 
 
-def _at(recording: Recording, position: int | None, row: int | None, token: str | None, step: int) -> str:
+def _at(recording: Recording, position: int | None, row: int | None, token: int | None, step: int) -> str:
     if position is None:
         return ""
-    text = f", at token {position}" + (f" {quoted(token)}" if token else "")
+    named = recording.header.named(token)
+    text = f", at token {position}" + (f" {named}" if named else "")
     if recording.header.rows > 1 and row is not None:
         text += f" of row {row}"
     if step > 0 and position == recording.header.first_position(step):

@@ -96,9 +96,10 @@ def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | N
     ids = begin + ids
     if length is not None and length > len(ids):
         raise MisuseError(
-            f"A text is cut to a length, never drawn out: {prompt.name!r:.60} has {len(ids):,} tokens "
-            f"{'with' if bos else 'without'} <bos>, and {length:,} were asked for. Ask for no more, leave the length "
-            f'out, or take a longer text ("digits" has {DIGITS:,} tokens, "repeat" any number).'
+            f"A text is cut to a length, never drawn out: {prompt.name!r:.60} has {len(ids):,} "
+            f"token{'' if len(ids) == 1 else 's'} {'with' if bos else 'without'} <bos>, and {length:,} were asked for. "
+            f'Ask for no more, leave the length out, or take a longer text ("digits" has {DIGITS:,} tokens, "repeat" '
+            "any number)."
         )
     return ids[:length]
 

@@ -98,7 +98,7 @@ class GemmaSubject:
 
     def piece(self, token: int) -> str:
         tokenizer = self.module.tokenizer
-        return str(token) if tokenizer is None else tokenizer.piece(token)
+        return f"<row {token}>" if tokenizer is None else tokenizer.piece(token)
 
     def decode(self, ids: Tensor, **how: Any) -> list[list[int]]:
         return decode(self.module, ids, **how)

@@ -9,6 +9,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from stabilitykit.checkpoints.checkpoint import Vocabulary
 from stabilitykit.checkpoints.config import Generation
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.records import printable
 
 _PIECE = ModelProto.SentencePiece
 _TYPES = {
@@ -73,20 +74,28 @@ class Tokenizer:
         return str(self._processor.decode(list(ids)))
 
     def piece(self, index: int) -> str:
-        """A token as a table shows it: ` France`, `<bos>`, `<0xE2>`, and `\\n` as a backslash and an n.
+        """A token as a table shows it: ` France`, `<bos>`, `<0xE2>`; a line's end is a backslash and an n.
 
         Raises MisuseError for an id outside the vocabulary.
         """
         self._check(index)
         return printable(self._vocabulary.pieces[index].replace("▁", " "))
 
-    def chat(self, prompt: str, *, generation: Generation, system: str | None = None, bos: bool = True) -> list[int]:
+    def chat(
+        self,
+        prompt: str,
+        *,
+        generation: Generation,
+        system: str | None = None,
+        bos: bool = True,
+        special_tokens: bool = False,
+    ) -> list[int]:
         """The ids of a user's turn in Gemma's template, after `<bos>`, up to where the model's turn begins.
 
-        The prompt is plain text: `<end_of_turn>` written in it ends nothing. White space around it goes, as in the
-        released templates. Generation 3 reads `system` before the prompt, a blank line between them. Raises
-        MisuseError for a system text in generations 1 and 2, which have no such role, and for a vocabulary without
-        turns.
+        The prompt is plain text unless `special_tokens` is True: `<end_of_turn>` written in it ends nothing. White
+        space around it goes, as in the released templates. Generation 3 reads `system` before the prompt, a blank line
+        between them. Raises MisuseError for a system text in generations 1 and 2, which have no such role, and for a
+        vocabulary without turns.
         """
         if system is not None and generation < 3:
             raise MisuseError(f"Gemma {generation} has no system role; a system text was given: put it in the prompt.")
@@ -95,7 +104,8 @@ class Tokenizer:
             raise MisuseError(f"A chat needs a vocabulary with {_START} and {_END}; this one lacks them. Use encode.")
         start, end = self._controls[_START], self._controls[_END]
         ids = [self._vocabulary.bos] if bos else []
-        ids += [start, *self._plain(f"user\n{prompt}"), end, *self._plain("\n")]
+        user = self.encode(f"user\n{prompt}", bos=False, special_tokens=special_tokens)
+        ids += [start, *user, end, *self._plain("\n")]
         return [*ids, start, *self._plain("model\n")]
 
     def _plain(self, text: str) -> list[int]:
@@ -111,11 +121,6 @@ class Tokenizer:
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._vocabulary.pieces):
             raise MisuseError(f"A token id is from 0 to {len(self._vocabulary.pieces) - 1}; {index} is not.")
-
-
-def printable(text: str) -> str:
-    """What no terminal shows, as Python would write it: a line's end as a backslash and an n."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def serialised(vocabulary: Vocabulary) -> bytes:

@@ -102,9 +102,15 @@ def record(
     `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
     the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
 
-    Raises MisuseError for an unknown level, detail, format or kind of products, for a model or a module of it that went
-    through `torch.compile`. Warns at the end of a block in which no part of the model was called.
+    Raises MisuseError for what is no module, for an unknown level, detail, format or kind of products, for a model or a
+    module of it that went through `torch.compile`. Warns at the end of a block in which no part of the model was
+    called.
     """
+    if not isinstance(model, nn.Module):
+        raise MisuseError(
+            f"A recorded model is a torch.nn.Module; this is of type {type(model).__name__}. Of what wraps a model, "
+            "give the module in it."
+        )
     if level not in get_args(Level):
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
     if detail not in get_args(Detail):

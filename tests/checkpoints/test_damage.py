@@ -12,6 +12,7 @@ import torch
 from written import gemma_pytorch_state, write_gemma_pytorch, write_huggingface
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
+from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.gemma import build
 
@@ -96,6 +97,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"every n-th layer is global and the others slide; layer_types says otherwise",
     ),
     "a size that is none": (lambda f: change(f, num_hidden_layers="many"), r"invalid literal|sizes are numbers"),
+    "a fraction of a channel": (lambda f: change(f, head_dim=16.5), r"sizes are numbers; one is not: 16\.5 is no"),
+    "true for a size": (lambda f: change(f, num_attention_heads=True), r"one is not: True is no whole number"),
+    "a fraction of a period": (
+        lambda f: change(f, sliding_window_pattern=2.5),
+        r"sizes are numbers; one is not: 2\.5 is no whole number",
+    ),
+    "no width": (lambda f: change(f, hidden_size=0), r"at least 1; hidden_size is 0"),
+    "no context": (lambda f: change(f, max_position_embeddings=0), r"context is above zero; this one says 0"),
+    "no window": (lambda f: change(f, sliding_window=0), r"window is above zero; this one says 0"),
+    "no period": (lambda f: change(f, sliding_window_pattern=0), r"global_every is above zero; this one says 0"),
+    "no query scale": (lambda f: change(f, query_pre_attn_scalar=0), r"query_scalar is above zero; this one says 0\.0"),
+    "a negative base": (lambda f: change(f, rope_theta=-1e4), r"rope_base is above zero; this one says -10000\.0"),
+    "an infinite base": (
+        lambda f: change(f, rope_local_base_freq=float("inf")),
+        r"rope_base_local is above zero; this one says inf",
+    ),
+    "no scaling": (
+        lambda f: change(f, rope_scaling={"rope_type": "linear", "factor": 0.0}),
+        r"rope_scaling is above zero; this one says 0\.0",
+    ),
+    "too few kinds of layer": (
+        lambda f: change(f, layer_types=["sliding_attention"]),
+        r"layer_types names each layer's kind; it names 1, and num_hidden_layers is 2",
+    ),
+    "too many kinds of layer": (
+        lambda f: change(f, layer_types=["full_attention"] * 3),
+        r"layer_types names each layer's kind; it names 3, and num_hidden_layers is 2",
+    ),
 }  # fmt: skip
 
 
@@ -107,6 +136,56 @@ def test_a_damaged_folder_is_told_apart(damage: str, checkpoint: Checkpoint, tmp
     with pytest.raises(CheckpointError, match=message) as caught:
         load(folder, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def fast_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A tokenizer.json of the random vocabulary, as far as it is read."""
+    ids = {piece: index for index, piece in enumerate(checkpoint.vocabulary.pieces)}
+    model = {"type": "BPE", "byte_fallback": True, "vocab": ids, "merges": ["a b"]}
+    added = [{"id": ids[name], "content": name, "special": True} for name in ("<pad>", "<eos>", "<bos>", "<unk>")]
+    return {"model": model, "added_tokens": added}
+
+
+TOKENIZER_DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda made: [made],
+    "no model": lambda made: made | {"model": None},
+    "a list for a model": lambda made: made | {"model": []},
+    "no merges": lambda made: made | {"model": made["model"] | {"merges": None}},
+    "half a merge": lambda made: made | {"model": made["model"] | {"merges": ["ab"]}},
+    "no pieces": lambda made: made | {"model": made["model"] | {"vocab": {}}, "added_tokens": []},
+    "fewer pieces than 4": lambda made: made | {"model": made["model"] | {"vocab": {"a": 0}}, "added_tokens": []},
+    "text for ids": lambda made: made | {"model": made["model"] | {"vocab": {"a": "0"}}},
+    "negative ids": lambda made: made | {"model": made["model"] | {"vocab": {"a": -9}}, "added_tokens": []},
+    "an added token without an id": lambda made: made | {"added_tokens": [{"content": "<bos>"}]},
+    "no added tokens": lambda made: made | {"added_tokens": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def fast_folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    folder = write_huggingface(checkpoint, tmp_path / "hf")
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(fast_tokenizer(checkpoint)))
+    return folder
+
+
+@pytest.mark.parametrize("damage", TOKENIZER_DAMAGES)
+def test_a_damaged_fast_tokenizer_is_told_apart(damage: str, fast_folder: Path, tmp_path: Path) -> None:
+    load(fast_folder, tmp_path)
+    path = fast_folder / "tokenizer.json"
+    path.write_text(json.dumps(TOKENIZER_DAMAGES[damage](json.loads(path.read_text()))))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a fast .*; this one cannot be read") as caught:
+        load(fast_folder, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fast_tokenizer_of_another_kind(fast_folder: Path, tmp_path: Path) -> None:
+    path = fast_folder / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    for other in ({"byte_fallback": False}, {"type": "Unigram", "vocab": [["a", 0.0]]}):
+        path.write_text(json.dumps(whole | {"model": whole["model"] | other}))
+        with pytest.raises(CheckpointError, match=r"is BPE with byte fallback; .*tokenizer\.json is another"):
+            load(fast_folder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +240,10 @@ def test_a_pickle_with_code_in_it_is_refused_and_its_code_does_not_run(zipped: b
     ran = tmp_path / "ran"
     path = tmp_path / "model.ckpt"
     torch.save({"model_state_dict": Harm(ran)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"nothing that runs; model\.ckpt asks for more .*refused"):
+    with pytest.raises(CheckpointError, match=r"nothing that runs; model\.ckpt asks for more .*refused") as caught:
         open_checkpoint(path, cache=tmp_path / "cache")
+    assert "GLOBAL" in str(caught.value)
+    assert "add_safe_globals" not in str(caught.value)  # torch's advice: let it run
     assert not ran.exists()
     torch.load(path, weights_only=False)  # the code is real
     assert ran.exists()
@@ -186,9 +267,8 @@ def test_files_that_are_no_checkpoint_of_gemma_pytorchs(checkpoint: Checkpoint, 
     refused("names.ckpt", r"has an embedder\.weight; names\.ckpt has model\.norm\.weight, .* Hugging Face's names")
     torch.save({"model_state_dict": gemma_pytorch_state(checkpoint)}, tmp_path / "alone.ckpt")
     refused("alone.ckpt", r"comes with a tokenizer\.model; beside it in .* there is none")
-    protocol = pickle.dumps({"a": 1})
-    (tmp_path / "plain.ckpt").write_bytes(protocol)
-    refused("plain.ckpt", r"plain\.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    refused("plain.ckpt", r"plain\.ckpt asks for more and was refused: Unsupported operand 149\.")
 
 
 def test_int8_weights_without_their_scalers_and_scalers_without_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -201,6 +281,37 @@ def test_int8_weights_without_their_scalers_and_scalers_without_weights(checkpoi
     torch.save({"model_state_dict": {key: value for key, value in state.items() if key != f"{name}_scaler"}}, path)
     with pytest.raises(CheckpointError, match=r"come with scalers; layers\.0\.mlp\.gate_proj\.weight has none"):
         load(path, tmp_path)
+
+
+def test_tensors_of_another_shape_than_a_matrix_or_its_scaler(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_gemma_pytorch(checkpoint, tmp_path / "gp")
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    for name, tensor in (("embedder.weight", torch.ones(512)), (gate, torch.tensor(1.0))):
+        torch.save({"model_state_dict": gemma_pytorch_state(checkpoint) | {name: tensor}}, path)
+        with pytest.raises(CheckpointError, match=r"model\.ckpt: embedding and projections are matrices; one of the"):
+            load(path, tmp_path)
+    state = gemma_pytorch_state(checkpoint, int8=True)
+    for scaler in (torch.ones(63), torch.ones(64, 1), torch.tensor(1.0)):
+        torch.save({"model_state_dict": state | {f"{gate}_scaler": scaler}}, path)
+        with pytest.raises(
+            CheckpointError, match=r"scaler for each row; layers\.0\.mlp\.gate_proj\.weight is \[64, 32\]"
+        ):
+            load(path, tmp_path)
+
+
+def test_a_released_size_without_its_last_layers(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gemma_pytorch(checkpoint, tmp_path / "gp")
+    monkeypatch.setitem(RELEASED, "gemma3-tiny", replace(checkpoint.config, layers=3))
+    with pytest.raises(
+        CheckpointError, match=r"model\.ckpt: every size is gemma3-tiny's, .* 3 layers; here they end after 2\."
+    ):
+        load(path, tmp_path)
+    monkeypatch.setitem(RELEASED, "gemma3-tiny", replace(checkpoint.config, layers=1))
+    assert "which are no released ones" in open_checkpoint(path, cache=tmp_path / "cache").notes[0]
+    monkeypatch.setitem(RELEASED, "gemma3-tiny", checkpoint.config)
+    assert open_checkpoint(path, cache=tmp_path / "cache").notes == ()
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:

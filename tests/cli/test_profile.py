@@ -88,6 +88,13 @@ def test_the_single_token_bos_breaks(checkpoint_270m: Checkpoint, stabilitykit: 
     assert found["first_break"]["layer"] == 7
 
 
+def test_one_token_is_counted_as_one(stabilitykit: Run) -> None:
+    common = ("profile", RANDOM, "--no-bos", "--prompt")
+    assert "1 token: 'a'" in stabilitykit(*common, "a").out
+    assert "1 token, redacted." in stabilitykit(*common, "a", "--redact").out
+    assert "2 tokens: 'a' 'b'" in stabilitykit(*common, "ab").out
+
+
 def test_special_tokens_are_text_unless_asked(checkpoint_270m: Checkpoint, stabilitykit: Run) -> None:
     assert 2 not in profile_270m(stabilitykit, "--no-bos", "--stress", "0.25", prompt="<bos>")["tokens"]
 
@@ -136,7 +143,7 @@ def test_redact_keeps_prompt_and_tokens_out_of_everything(stabilitykit: Run, tmp
     assert shown.code == 0
     document = stabilitykit(*common, "--json")
     found = strict_json(document.out)
-    assert (found["tokens"], found["first_break"]["token"]) == (None, None)
+    assert (found["tokens"], found["first_break"]["token"], found["first_break"]["token_id"]) == (None, None, None)
     written = b"".join(path.read_bytes() for path in (tmp_path / "run").iterdir())
     ids = str([2, *(ord(letter) + 4 for letter in secret)])[1:-1]
     for text in (shown.out, document.out, written.decode("latin-1")):
@@ -214,12 +221,17 @@ def test_an_unreadable_prompt_file(stabilitykit: Run, tmp_path: Path) -> None:
     assert "byte 2" in result.err
 
 
-def test_weights_that_are_not_finite_are_named_before_and_after_the_run(stabilitykit: Run, tmp_path: Path) -> None:
+def write_harmed(folder: Path, name: str, value: float) -> Path:
+    """The random checkpoint as a Hugging Face folder, with one element of one tensor replaced."""
     checkpoint = random_checkpoint(RANDOM)
-    name = "layers.1.mlp.down_proj.weight"
     harmed = checkpoint.tensors[name].clone()
-    harmed[2, 3] = float("nan")
-    folder = write_huggingface(replace(checkpoint, tensors=dict(checkpoint.tensors) | {name: harmed}), tmp_path / "hf")
+    harmed[1, 1] = value
+    return write_huggingface(replace(checkpoint, tensors=dict(checkpoint.tensors) | {name: harmed}), folder)
+
+
+def test_weights_that_are_not_finite_are_named_before_and_after_the_run(stabilitykit: Run, tmp_path: Path) -> None:
+    name = "layers.1.mlp.down_proj.weight"
+    folder = write_harmed(tmp_path / "hf", name, float("nan"))
     shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
     assert "1 is NaN or infinite in the checkpoint itself" in shown
     assert f"most of all in {name}." in shown
@@ -229,12 +241,20 @@ def test_weights_that_are_not_finite_are_named_before_and_after_the_run(stabilit
     assert found["weights"]["worst"][0]["name"] == name
 
 
+@pytest.mark.parametrize("level", ["modules", "layers"])
+def test_weights_that_are_not_finite_are_the_cause_where_only_modules_were_seen(
+    level: str, stabilitykit: Run, tmp_path: Path
+) -> None:
+    name = "layers.1.mlp.down_proj.weight"
+    folder = write_harmed(tmp_path / "hf", name, float("nan"))
+    found = strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--level", level, "--json").out)
+    assert (found["first_break"]["kind"], found["cause"]) == ("unresolved", "weights")
+    assert f"1 of them is NaN or infinite in the checkpoint itself ({name})" in found["verdict"]
+
+
 def test_weights_past_float16_are_told_from_weights_that_were_never_finite(stabilitykit: Run, tmp_path: Path) -> None:
-    checkpoint = random_checkpoint(RANDOM)
     name = "layers.0.mlp.up_proj.weight"
-    large = checkpoint.tensors[name].clone()
-    large[1, 1] = 1e6
-    folder = write_huggingface(replace(checkpoint, tensors=dict(checkpoint.tensors) | {name: large}), tmp_path / "hf")
+    folder = write_harmed(tmp_path / "hf", name, 1e6)
     shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
     assert "1 becomes infinite" in shown
     assert f"most of all in {name}." in shown

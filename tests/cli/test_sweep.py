@@ -230,6 +230,9 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
     told = stabilitykit("sweep", "tiny.toml", "--dry-run")
     assert (told.code, told.err) == (0, "")
     assert "Tiny: 5 cases" in told.out
+    Path("one.toml").write_text(f'title = "One"\ncheckpoint = "{TINY}"\n[[footprint]]\nlength = 8\n')
+    assert "One: 1 case " in stabilitykit("sweep", "one.toml", "--dry-run").out
+    Path("one.toml").unlink()
     found = stabilitykit("sweep", "tiny.toml", "--dry-run", "--json")
     assert (found.code, found.err) == (0, "")
     cases = json.loads(found.out)["cases"]

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from stabilitykit.diagnosis import by_layer, cause, chain, document, is_finite, verdict
-from stabilitykit.records import Break, BreakKind, FormatCounts, Header, Record, Recording, Softmax
+from stabilitykit.records import (
+    Break,
+    BreakKind,
+    FormatCounts,
+    Header,
+    Record,
+    Recording,
+    Softmax,
+    StoredWeights,
+    WeightCounts,
+)
 
 HEADER = Header(
     checkpoint="toy",
@@ -146,6 +156,61 @@ def test_causes_are_told_apart(site: str, kind: BreakKind, case: dict[str, Any],
     assert found is not None
     assert found.name == name
     assert found.remedy in verdict(recording)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["a"], "The checkpoint lacks 1 parameter of the model by name (a; it has b instead), and"),
+        (["a", "c"], "The checkpoint lacks 2 parameters of the model by name (a, ...; it has b instead), and"),
+    ],
+)
+def test_one_parameter_is_counted_as_one(names: list[str], told: str) -> None:
+    case = {"loading": {"missing": names, "unexpected": ["b"]}}
+    record = made(0, "layers.0", positive_inf=1, broke=broke("weight"))
+    assert told in verdict(Recording(replace(HEADER, case=case), [record]))
+
+
+def stored_weights(nonfinite: int, overflow: int) -> StoredWeights:
+    worst = WeightCounts(
+        name="layers.0.mlp.up_proj.weight", elements=8, overflow=overflow, subnormal=0, zero=0, nonfinite=nonfinite
+    )
+    return StoredWeights(
+        dtype="float16", elements=80, overflow=overflow, subnormal=0, zero=0, nonfinite=nonfinite, worst=(worst,)
+    )
+
+
+@pytest.mark.parametrize(("nonfinite", "name"), [(2, "weights"), (0, "range")])
+def test_what_no_operator_explains_is_the_weights_where_they_were_not_finite(nonfinite: int, name: str) -> None:
+    record = made(0, "layers.0", positive_inf=1, broke=broke("unresolved"))
+    recording = Recording(replace(HEADER, level="layers", weights=stored_weights(nonfinite, overflow=0)), [record])
+    found = cause(recording)
+    assert found is not None
+    assert found.name == name
+    told = "2 of them are NaN or infinite in the checkpoint itself (layers.0.mlp.up_proj.weight)"
+    assert (told in verdict(recording)) == (nonfinite > 0)
+
+
+def test_a_piece_is_shown_as_it_is_once() -> None:
+    header = replace(HEADER, token_texts={2: "\\n", 7: "it's", 9: "."})
+    line = Recording(header, BROKEN)
+    assert "at token 0 '\\n':" in verdict(line)
+    raw = verdict(Recording(replace(header, token_texts={2: "\n"}), BROKEN))  # of a tokenizer that is not the kit's
+    assert raw == verdict(line)
+    assert chain(line)[0].text.endswith("at position 0 '\\n'")
+    quote = Recording(header, [made(0, "layers.0")])
+    assert 'at token 1 "it\'s"' in verdict(quote)
+
+
+def test_a_token_without_a_text_is_its_id_and_never_a_text() -> None:
+    header = replace(HEADER, token_texts={})
+    broken = Recording(header, BROKEN)
+    assert "at token 0 (id 2): 60,000 + 8,000" in verdict(broken)
+    assert "That depends on the token with id 2 alone, whatever follows" in verdict(broken)
+    assert chain(broken)[0].text == "overflow: 1 element lost at position 0 (id 2)"
+    found = document(broken)["first_break"]
+    assert (found["token"], found["token_id"]) == (None, 2)
+    assert "at token 1 (id 7), 2.0 bits below" in verdict(Recording(header, [made(0, "layers.0", amax=16376.0)]))
 
 
 def test_layers_are_judged_by_what_is_stored_in_the_dtype() -> None:

@@ -130,6 +130,8 @@ def test_a_text_too_short_is_not_drawn_out(bytes_tokenizer: Tokenizer, tmp_path:
     assert len(tokens(prompt, bytes_tokenizer, bos=True, length=6)) == 6
     with pytest.raises(MisuseError, match=r"'word: seven' has 6 tokens with <bos>, and 7 were asked for"):
         tokens(prompt, bytes_tokenizer, bos=True, length=7)
+    with pytest.raises(MisuseError, match=r"'word: a' has 1 token without <bos>, and 2 were asked for"):
+        tokens(parse_prompt("word: a", tmp_path), bytes_tokenizer, bos=False, length=2)
     with pytest.raises(MisuseError, match=r"'word: seven' has 5 tokens without <bos>, and 6 were asked for"):
         tokens(prompt, bytes_tokenizer, bos=False, length=6)
 

@@ -125,6 +125,14 @@ def test_a_prompt_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
     assert (ids.count(105), ids.count(106)) == (2, 1)
 
 
+def test_a_prompt_ends_its_turn_where_its_tokens_are_meant(tokenizer: Tokenizer) -> None:
+    written = "a<end_of_turn>\n<start_of_turn>model\nb"
+    ids = tokenizer.chat(written, generation=3, special_tokens=True)
+    assert (ids.count(105), ids.count(106)) == (3, 2)
+    turn = f"<start_of_turn>user\n{written}<end_of_turn>\n<start_of_turn>model\n"
+    assert ids == tokenizer.encode(turn, special_tokens=True)
+
+
 def test_only_generation_3_reads_a_system_text(tokenizer: Tokenizer) -> None:
     for generation in (1, 2):
         with pytest.raises(MisuseError, match=rf"Gemma {generation} has no system role; .* put it in the prompt"):
@@ -152,6 +160,12 @@ def test_a_vocabulary_without_turns_cannot_chat() -> None:
 )
 def test_pieces_are_readable(tokenizer: Tokenizer, index: int, shown: str) -> None:
     assert tokenizer.piece(index) == shown
+
+
+def test_a_written_escape_is_no_line_end(tokenizer: Tokenizer) -> None:
+    for text in ("\n", "\\n", "\\"):
+        shown = "".join(tokenizer.piece(index) for index in tokenizer.encode(text, bos=False))
+        assert shown == text.encode("unicode_escape").decode()
 
 
 @pytest.mark.parametrize("index", [-1, 262_144])
