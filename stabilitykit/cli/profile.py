@@ -278,6 +278,7 @@ def _huggingface(
             attention=None if attention is None else attention.value,
             adapter=adapter,
             stream=stream,
+            progress=announce,
         )
 
     return _Source(
