@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.checkpoints.cache import cache_folder
+from stabilitykit.checkpoints.cache import Progress, cache_folder
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
@@ -265,13 +265,15 @@ def open_model(
     attention: str | None = None,
     adapter: str | Path | None = None,
     stream: bool | None = None,
+    progress: Progress | None = None,
 ) -> HuggingFaceModel:
     """The model in the folder `name`, or of that name on the hub if it lies in the local cache, ready to run.
 
     `attention` is transformers' choice unless given. `adapter` is the folder of a LoRA or another adapter that peft
     reads. Weights that are quantised stay so and compute in `dtype`. With `stream` each matrix is read by every call
     that needs it, as `stabilitykit.gemma.stream` does; None streams where the weights do not fit in the memory that is
-    free. An adapter's own weights stay.
+    free. An adapter's own weights stay. `progress` is called with bytes while the files' digest is computed, the first
+    time they are opened.
 
     Raises MisuseError for a missing extra, a name that is nowhere, an unknown attention or dtype, and for quantised
     weights that are to be streamed; CheckpointError, with the library's reason, for a folder that cannot be loaded, and
@@ -343,7 +345,7 @@ def open_model(
         module=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
         source=f"{PREFIX}{name}",
-        sha256=files_sha256(weight_files(folder), cache_folder()),
+        sha256=files_sha256(weight_files(folder), cache_folder(), progress),
         notes=tuple(notes),
         facts=facts,
     )

@@ -30,6 +30,7 @@ Progress = Callable[[int, int], None]
 
 # Part of every entry's name: raise it whenever the same file would be read into other tensors.
 _LAYOUT = "1"
+_READ_AT_ONCE = 1 << 24  # bytes
 _ALIGNMENT = 64  # bytes; mapped tensors start on a cache line
 
 
@@ -69,8 +70,11 @@ def written_beside(path: Path, needed: int) -> Iterator[Path]:
         ) from error
 
 
-def file_sha256(path: Path, cache: Path) -> str:
-    """The file's SHA-256 in hexadecimal, remembered in `cache` for as long as its size and time of change stay."""
+def file_sha256(path: Path, cache: Path, progress: Progress | None = None) -> str:
+    """The file's SHA-256 in hexadecimal, remembered in `cache` for as long as its size and time of change stay.
+
+    `progress` is called with bytes, and only when the file has to be read.
+    """
     path = path.resolve()
     state = path.stat()
     memo = cache / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
@@ -79,8 +83,13 @@ def file_sha256(path: Path, cache: Path) -> str:
         match json.loads(memo.read_text()):
             case {"sha256": str(digest), **rest} if rest == known and re.fullmatch("[0-9a-f]{64}", digest):
                 return digest
+    read = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_READ_AT_ONCE):
+            read.update(piece)
+            if progress is not None:
+                progress(file.tell(), state.st_size)
+    digest = read.hexdigest()
     with suppress(MisuseError), written_beside(memo, 0) as partial:  # a memo that cannot be kept is no loss
         partial.write_text(json.dumps({**known, "sha256": digest}))
     return digest

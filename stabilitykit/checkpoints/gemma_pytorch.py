@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.config import RELEASED, GemmaConfig, Generation
 from stabilitykit.checkpoints.huggingface import VISION_NOTE, files_sha256, weight_files
@@ -32,7 +33,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _FAMILIES: dict[Generation, str] = {1: "gemma-2b", 2: "gemma2-2b", 3: "gemma3-270m"}
 
 
-def read_gemma_pytorch(path: Path, *, cache: Path) -> Checkpoint:
+def read_gemma_pytorch(path: Path, *, cache: Path, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint in a `.ckpt` file or in a folder of shards with their index.
 
     Tensors are memory-mapped; int8 ones are dequantised to float32, weight · scaler of its row, each time they are
@@ -59,7 +60,7 @@ def read_gemma_pytorch(path: Path, *, cache: Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     return Checkpoint(
         source=str(path),
-        sha256=files_sha256(files, cache),
+        sha256=files_sha256(files, cache, progress),
         config=config,
         tensors=_Tensors(dict(_tensors(raw, embedder, config))),
         vocabulary=fitted(sentencepiece_vocabulary(_tokenizer(folder)), config.vocabulary, "tokenizer.model"),

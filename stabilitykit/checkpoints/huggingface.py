@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stabilitykit.checkpoints.cache import file_sha256
+from stabilitykit.checkpoints.cache import Progress, file_sha256
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.config import GemmaConfig, Generation
 from stabilitykit.checkpoints.mapped import equal
@@ -47,7 +47,7 @@ _PREFIXES = ("model.language_model.", "language_model.model.", "language_model."
 _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.")
 
 
-def read_huggingface(folder: Path, *, cache: Path) -> Checkpoint:
+def read_huggingface(folder: Path, *, cache: Path, progress: Progress | None = None) -> Checkpoint:
     """The Gemma in `folder`. Tensors are memory-mapped in the dtype they are stored in.
 
     `sha256` is that of the file of weights; of several, that of their digests in the order of their names. Raises
@@ -76,7 +76,7 @@ def read_huggingface(folder: Path, *, cache: Path) -> Checkpoint:
     notes = (VISION_NOTE,) if (multimodal and seen_vision) or "vision_config" in raw else ()
     return Checkpoint(
         source=str(folder),
-        sha256=files_sha256(files, cache),
+        sha256=files_sha256(files, cache, progress),
         config=config,
         tensors=tensors,
         vocabulary=folder_vocabulary(folder, rows),
@@ -182,9 +182,21 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def files_sha256(files: list[Path], cache: Path) -> str:
-    """The digest of one file; of several, that of their digests, as text, in the order given."""
-    digests = [file_sha256(path, cache) for path in files]
+def files_sha256(files: list[Path], cache: Path, progress: Progress | None = None) -> str:
+    """The digest of one file; of several, that of their digests, as text, in the order given.
+
+    `progress` is called with bytes of all of them, while a file is read whose digest is not remembered.
+    """
+    sizes = [path.stat().st_size for path in files]
+    digests = []
+    for index, path in enumerate(files):
+        before = sum(sizes[:index])
+
+        def announce(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, sum(sizes))
+
+        digests.append(file_sha256(path, cache, announce))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

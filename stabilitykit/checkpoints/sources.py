@@ -21,8 +21,8 @@ def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: 
 
     A path is that of a GGUF file, of gemma_pytorch's `.ckpt`, or of a folder, Hugging Face's or gemma_pytorch's.
 
-    `cache` is `cache_folder()` unless given; a Path is always a path. `progress` is called with bytes while the
-    cache is filled, the first time a file is opened.
+    `cache` is `cache_folder()` unless given; a Path is always a path. `progress` is called with bytes, the first time a
+    file is opened: while the cache is filled, and of folders and `.ckpt` files while their digest is computed.
 
     Raises MisuseError for a source that cannot be meant, CheckpointError for a checkpoint that cannot be read.
     """
@@ -47,20 +47,20 @@ def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: 
             )
     path = Path(source)
     if path.suffix in _TORCH:
-        return read_gemma_pytorch(path, cache=cache)
+        return read_gemma_pytorch(path, cache=cache, progress=progress)
     if path.is_dir():
-        return _read_folder(path, cache)
+        return _read_folder(path, cache, progress)
     return read_gguf(source, cache=cache, progress=progress)
 
 
-def _read_folder(folder: Path, cache: Path) -> Checkpoint:
+def _read_folder(folder: Path, cache: Path, progress: Progress | None) -> Checkpoint:
     if (folder / CONFIG).is_file():
-        return read_huggingface(folder, cache=cache)
+        return read_huggingface(folder, cache=cache, progress=progress)
     if (folder / INDEX).is_file():
-        return read_gemma_pytorch(folder, cache=cache)
+        return read_gemma_pytorch(folder, cache=cache, progress=progress)
     files = sorted(path for path in folder.iterdir() if path.suffix in (".gguf", *_TORCH))
     if len(files) == 1:
-        return open_checkpoint(files[0], cache=cache)
+        return open_checkpoint(files[0], cache=cache, progress=progress)
     several = (
         f"it holds {', '.join(path.name for path in files[:3])}; give one of them" if files else "it holds neither"
     )

@@ -287,6 +287,7 @@ def _huggingface(
             attention=None if attention is None else attention.value,
             adapter=adapter,
             stream=stream,
+            progress=announce,
         )
 
     return _Source(

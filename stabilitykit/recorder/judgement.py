@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from stabilitykit.checkpoints.mapped import pieces
 from stabilitykit.formats import NumberFormat
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.operators import CONTRACTIONS, POLES, SELECTIONS, traits
@@ -175,7 +176,7 @@ def _carries_damage(operand: Operand) -> bool:
     tensor = operand.tensor
     if operand.origin.may_mask:
         return bool((tensor.isnan() | (tensor == math.inf)).any())
-    return not bool(tensor.isfinite().all())
+    return not all(bool(piece.isfinite().all()) for piece in pieces(tensor))  # a head's weight may fill the memory
 
 
 def _earliest(lost: Tensor, axes: Axes) -> int:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from stabilitykit.checkpoints.cache import VARIABLE, cache_folder, cached_tensors, file_sha256, written_beside
+from stabilitykit.checkpoints.huggingface import files_sha256
 from stabilitykit.errors import MisuseError
 
 SHAPES = {"a.weight": (5, 3), "norm.weight": (7,)}
@@ -188,3 +189,14 @@ def test_written_beside_replaces_only_at_the_end(tmp_path: Path) -> None:
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_bytes_of_all_files_are_announced_while_they_are_digested(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file, size in zip(files, (3, (1 << 24) + 5), strict=True):
+        file.write_bytes(bytes(size))
+    seen: list[tuple[int, int]] = []
+    digest = files_sha256(files, tmp_path / "cache", lambda done, total: seen.append((done, total)))
+    total = (1 << 24) + 8
+    assert seen == [(3, total), ((1 << 24) + 3, total), (total, total)]
+    assert files_sha256(files, tmp_path / "cache", lambda done, total: pytest.fail("digests are remembered")) == digest
