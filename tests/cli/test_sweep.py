@@ -122,13 +122,13 @@ def test_the_same_command_again_runs_nothing(stabilitykit: Run, faults: Path, fi
 def test_cases_that_raise_run_out_of_memory_or_are_killed_fail_alone_and_run_again_when_asked_to(
     stabilitykit: Run, faults: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DATA_LIMIT", str(2 << 30))  # the scores of 16,000 tokens take 4 GiB
+    monkeypatch.setenv("DATA_LIMIT", str(2 << 30))  # the logits of 9,000 tokens take 3.6 GB
     path = tmp_path / "tiny.toml"
     path.write_text(
-        f"""checkpoint = "{TINY.replace("context=64", "context=20000")}"
+        f"""checkpoint = "{TINY.replace("context=64", "context=20000").replace("vocabulary=512", "vocabulary=100000")}"
         [[grid]]
         prompt = "repeat: x"
-        length = [4, 16000, 5]
+        length = [4, 9000, 5]
         dtype = "float32"
         level = "layers"
         [[footprint]]
@@ -146,12 +146,12 @@ def test_cases_that_raise_run_out_of_memory_or_are_killed_fail_alone_and_run_aga
     failures = {case.settings["length"]: failure for case, failure in results.failed()}
     assert {length: failure.kind for length, failure in failures.items()} == {
         4: "raised",
-        16000: "out of memory",
+        9000: "out of memory",
         5: "killed",
     }
     assert failures[4].reason.startswith("MisuseError: ")
     assert "No space left on device" in failures[4].reason
-    assert "can't allocate memory" in failures[16000].reason
+    assert "can't allocate memory" in failures[9000].reason
     assert failures[5].reason == (
         "the process was ended by SIGKILL, which is how the system ends a process when memory runs out"
     )
@@ -169,7 +169,7 @@ def test_cases_that_raise_run_out_of_memory_or_are_killed_fail_alone_and_run_aga
     assert records(tmp_path / "out") == before
 
     assert stabilitykit(*command, "--no-report", "--retry-failed").code == 1
-    assert [(case.settings["length"], failure.kind) for case, failure in results.failed()] == [(16000, "out of memory")]
+    assert [(case.settings["length"], failure.kind) for case, failure in results.failed()] == [(9000, "out of memory")]
     assert len(list(results.runs())) == 2
     after = records(tmp_path / "out")
     assert {path for path in before if before[path] != after.get(path)} == {
