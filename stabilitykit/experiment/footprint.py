@@ -13,6 +13,7 @@ from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
+from stabilitykit.gemma.matmul import BUFFER, blocks
 from stabilitykit.gemma.room import fits
 from stabilitykit.results import Footprint
 
@@ -24,7 +25,7 @@ def footprint(
 
     The cache has room for exactly these tokens, and logits are the last token's. Activations are all other tensors of
     the pass, ids, masks, RoPE tables and copies in a wider dtype among them, at the moment at which they are most. With
-    `matmul` other than "native" every product of 16-bit tensors holds float32 copies of its operands and result.
+    `matmul` other than "native" products of 16-bit tensors hold float32 copies of parts of their operands and results.
     What libraries take for themselves is not included. Raises MisuseError for an unknown dtype or a length below 1.
     """
     if length < 1:
@@ -63,6 +64,7 @@ class _Prefill:
     size: int  # bytes of an element of the model's dtype
     accumulates: bool
     casts_scores: bool
+    buffer: int = 0
     live: int = 0
     peak: int = 0
 
@@ -95,7 +97,7 @@ class _Prefill:
         for _ in range(config.layers):
             h = self.replaced(h, self.layer())
         self.replaced(h, self.norm(self.length, config.hidden_size))
-        logits = self.product(config.hidden_size, config.hidden_size * config.vocabulary, config.vocabulary)
+        logits = self.product(1, config.hidden_size, config.vocabulary)
         if config.logit_softcap is not None:
             self.replaced(logits, self.soft_cap(config.vocabulary))
 
@@ -149,7 +151,7 @@ class _Prefill:
         repeated = self.new(2 * length * queries) if config.heads > config.kv_heads > 1 else 0
 
         elements = config.heads * length**2
-        scores = self.product(length * queries, length * queries, elements)
+        scores = self.product(length, config.head_dim, length, batch=config.heads)
         scores = self.replaced(scores, self.new(elements))  # times the query scale
         capped = 0 if config.attention_softcap is None else self.soft_cap(elements)
         scores = self.replaced(scores + capped, self.new(elements))  # plus the mask
@@ -157,7 +159,7 @@ class _Prefill:
         p = self.replaced(cast, self.new(elements, self.wide))
         if self.wide != self.size:
             p = self.replaced(p, self.new(elements))
-        out = self.product(elements, length * queries, length * queries)
+        out = self.product(length, length, config.head_dim, batch=config.heads)
         if length > 1 and config.heads > 1:  # else its transpose is contiguous already
             out = self.replaced(out, self.new(length * queries))
         projected = self.linear(queries, config.hidden_size)
@@ -198,10 +200,27 @@ class _Prefill:
         return self.replaced(bounded, self.new(elements))
 
     def linear(self, inputs: int, outputs: int) -> int:
-        return self.product(self.length * inputs, inputs * outputs, self.length * outputs)
+        return self.product(self.length, inputs, outputs)
 
-    def product(self, left: int, right: int, out: int) -> int:
-        """A matrix product: elements of both operands and of the result."""
+    def product(self, rows: int, inner: int, columns: int, *, batch: int = 1) -> int:
+        """`batch` products of matrices, as `gemma/matmul.py` makes them where it sums in float32."""
         if not self.accumulates:
-            return self.new(out)
-        return self.replaced(self.new(left + right, 4) + self.new(out, 4), self.new(out))
+            return self.new(batch * rows * columns)
+        height, width = blocks(batch, inner)
+        if rows <= height and columns <= width:
+            wide = self.new(batch * rows * inner, 4)
+            self.widened(batch * inner * columns)
+            return self.replaced(wide + self.new(batch * rows * columns, 4), self.new(batch * rows * columns))
+        out = self.new(batch * rows * columns)
+        height, width = min(height, rows), min(width, columns)
+        wide = self.new(batch * height * inner, 4)
+        self.widened(batch * inner * width)
+        self.free(wide, self.new(batch * height * width, 4), self.new(batch * height * width))
+        return out
+
+    def widened(self, elements: int) -> None:
+        """The buffer for part of a right operand stays, and is replaced where it is too small."""
+        needed = 4 * max(BUFFER, elements)
+        if needed > self.buffer:
+            self.free(self.buffer)
+            self.buffer = self.new(needed, 1)
