@@ -29,11 +29,19 @@ _VECTORS = (torch.ops.aten.mv.default, torch.ops.aten.dot.default)
 _COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)  # of the others
 _PRODUCTS = frozenset((*_PLAIN, *_ADDING, *_VECTORS, *_COMPOSITE))
 
-# Elements that are widened at once. A right operand, which is a layer's weight, goes through a buffer that the second
-# cache holds most of, so it is read from memory once and in 16 bits; fewer columns than these make products slow.
-PIECE = 1 << 21
-COLUMNS = 256
-ROWS = 1 << 26  # of a left operand: 256 MiB
+BUFFER = 1 << 21
+"""Elements of the right operand, a layer's weight, that are widened at once, unless 256 columns are more.
+
+They go through a buffer that stays in the processor's caches, so that memory is read once and in 16 bits.
+"""
+_COLUMNS = 256  # fewer make products slow
+_LEFT = 1 << 26  # elements of the left operand: 256 MiB
+
+
+def blocks(batch: int, inner: int) -> tuple[int, int]:
+    """Rows of the left and columns of the right operand that are widened at once, of `batch` matrices."""
+    deep = max(1, batch * inner)
+    return max(1, _LEFT // deep), max(_COLUMNS, BUFFER // deep)
 
 
 def check_matmul(kind: str) -> str:
@@ -114,8 +122,7 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """[..., M, K] times [..., K, N], matrices or batches of them, a few rows and columns at a time."""
         *batch, rows, inner = left.shape
         columns = right.shape[-1]
-        deep = math.prod(batch) * max(1, inner)
-        height, width = max(1, ROWS // deep), max(COLUMNS, PIECE // deep)
+        height, width = blocks(math.prod(batch), inner)
         if rows <= height and columns <= width:
             return self.piece(func, added, left.float(), right, kwargs)
         out = left.new_empty((*batch, rows, columns))
@@ -126,6 +133,7 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 part = (..., slice(top, top + height), slice(first, first + width))
                 terms = [term[part] for term in addends]
                 out[part] = self.piece(func, terms, wide, right[..., first : first + width], kwargs)
+            del wide  # before there is another
         return out
 
     def piece(self, func: Any, added: Sequence[Tensor], wide: Tensor, right: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -141,11 +149,12 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def widened(self, tensor: Tensor) -> Tensor:
         """The tensor in float32, in memory that the next call writes over."""
-        buffer = self.buffers.get(tensor.device)
+        buffer = self.buffers.pop(tensor.device, None)
         if buffer is None or buffer.numel() < tensor.numel():
+            del buffer
             with torch.inference_mode(False):  # or it could not be written to outside of that mode
-                buffer = torch.empty(max(PIECE, tensor.numel()), dtype=torch.float32, device=tensor.device)
-            self.buffers[tensor.device] = buffer
+                buffer = torch.empty(max(BUFFER, tensor.numel()), dtype=torch.float32, device=tensor.device)
+        self.buffers[tensor.device] = buffer
         turned = tensor.ndim > 1 and tensor.stride(-1) > tensor.stride(
             -2
         )  # a linear layer's weight is stored by its output rows

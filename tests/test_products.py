@@ -75,6 +75,25 @@ def test_a_product_is_the_exact_one_rounded_once_within_the_error_of_a_float32_s
     assert (rounded(exact, dtype) == found).mean() > 0.97
 
 
+@pytest.mark.parametrize("kind", ["float32-accumulate", "float16-accumulate:7"])
+@pytest.mark.parametrize("name", [*PRODUCTS, "vector", "dot"])
+def test_pieces_make_the_same_product(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small whole numbers, so that every order of summing gives the same."""
+    vectors: dict[str, tuple[Product, tuple[tuple[int, ...], ...], tuple[int, int]]] = {
+        "vector": (torch.mv, ((7, 300), (300,)), (0, 1)), "dot": (torch.dot, ((300,), (300,)), (0, 1)),
+    }  # fmt: skip
+    product, shapes, _ = (PRODUCTS | vectors)[name]
+    operands = [(drawn(*shape, dtype=torch.float32, seed=seed) * 3).round().half() for seed, shape in enumerate(shapes)]
+    with torch.inference_mode(), matmul(kind):
+        whole = product(*operands)
+    for sizes in ((1, 1, 1), (2, 700, 700), (4, 2000, 512)):
+        for constant, value in zip(("_COLUMNS", "_LEFT", "BUFFER"), sizes, strict=True):
+            monkeypatch.setattr(f"stabilitykit.products.{constant}", value)
+        with torch.inference_mode(), matmul(kind):
+            assert torch.equal(product(*operands), whole)
+    assert torch.equal(whole.double(), product(*(operand.double() for operand in operands)))
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_tie_goes_to_the_even_number(dtype: torch.dtype) -> None:
     half = 2.0 ** -number_format(str(dtype)).precision  # of the gap above 1

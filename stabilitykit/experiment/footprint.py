@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from stabilitykit import products
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.gemma.query_blocks import query_blocks
 from stabilitykit.gemma.room import fits
+from stabilitykit.products import BUFFER, blocks
 from stabilitykit.results import Footprint
 
 
@@ -65,7 +65,7 @@ class _Prefill:
     size: int  # bytes of an element of the model's dtype
     accumulates: bool
     casts_scores: bool
-    buffer: int = 0  # elements that right operands are widened into, again and again
+    buffer: int = 0
     live: int = 0
     peak: int = 0
 
@@ -101,7 +101,7 @@ class _Prefill:
             window = None if config.is_global(index) else config.window
             h = self.replaced(h, self.layer(window, by_blocks=by_blocks))
         self.replaced(h, self.norm(self.length, config.hidden_size))
-        logits = self.product(1, 1, config.hidden_size, config.vocabulary)
+        logits = self.product(1, config.hidden_size, config.vocabulary)
         if config.logit_softcap is not None:
             self.replaced(logits, self.soft_cap(config.vocabulary))
 
@@ -174,7 +174,7 @@ class _Prefill:
         """The output of all heads, the scores and the probabilities, of so many queries that look at so many keys."""
         heads, channels = self.config.heads, self.config.head_dim
         elements = heads * queries * keys
-        scores = self.product(heads, queries, channels, keys)
+        scores = self.product(queries, channels, keys, batch=heads)
         scores = self.replaced(scores, self.new(elements))  # times the query scale
         capped = 0 if self.config.attention_softcap is None else self.soft_cap(elements)
         scores = self.replaced(scores + capped, self.new(elements))  # plus the mask
@@ -182,7 +182,7 @@ class _Prefill:
         p = self.replaced(cast, self.new(elements, self.wide))
         if self.wide != self.size:
             p = self.replaced(p, self.new(elements))
-        return self.product(heads, queries, keys, channels), scores, p
+        return self.product(queries, keys, channels, batch=heads), scores, p
 
     def mlp(self) -> int:
         hidden, inner = self.config.hidden_size, self.config.feed_forward
@@ -218,32 +218,27 @@ class _Prefill:
         return self.replaced(bounded, self.new(elements))
 
     def linear(self, inputs: int, outputs: int) -> int:
-        return self.product(1, self.length, inputs, outputs)
+        return self.product(self.length, inputs, outputs)
 
-    def product(self, batch: int, rows: int, inner: int, columns: int) -> int:
-        """As many products of matrices, [rows, inner] by [inner, columns], as the batch counts."""
+    def product(self, rows: int, inner: int, columns: int, *, batch: int = 1) -> int:
+        """`batch` products of matrices, as `products.py` makes them where it sums in float32."""
         if not self.accumulates:
             return self.new(batch * rows * columns)
-        deep = batch * inner
-        height, width = max(1, products.ROWS // deep), max(products.COLUMNS, products.PIECE // deep)
+        height, width = blocks(batch, inner)
         if rows <= height and columns <= width:
-            wide = self.new(rows * deep, 4)
-            out = self.piece(batch, rows, inner, columns)
-            self.free(wide)
-            return out
-        out, wide = self.new(batch * rows * columns), 0
-        for top in range(0, rows, height):
-            high = min(height, rows - top)
-            wide = self.replaced(wide, self.new(high * deep, 4))
-            for first in range(0, columns, width):
-                self.free(self.piece(batch, high, inner, min(width, columns - first)))
-        self.free(wide)
+            wide = self.new(batch * rows * inner, 4)
+            self.widened(batch * inner * columns)
+            return self.replaced(wide + self.new(batch * rows * columns, 4), self.new(batch * rows * columns))
+        out = self.new(batch * rows * columns)
+        height, width = min(height, rows), min(width, columns)
+        wide = self.new(batch * height * inner, 4)
+        self.widened(batch * inner * width)
+        self.free(wide, self.new(batch * height * width, 4), self.new(batch * height * width))
         return out
 
-    def piece(self, batch: int, rows: int, inner: int, columns: int) -> int:
-        widened = max(products.PIECE, batch * inner * columns)
-        if widened > self.buffer:
-            new = self.new(widened, 4)
-            self.free(4 * self.buffer)
-            self.buffer = new // 4
-        return self.replaced(self.new(batch * rows * columns, 4), self.new(batch * rows * columns))
+    def widened(self, elements: int) -> None:
+        """The buffer for part of a right operand stays, and is replaced where it is too small."""
+        needed = 4 * max(BUFFER, elements)
+        if needed > self.buffer:
+            self.free(self.buffer)
+            self.buffer = self.new(needed, 1)

@@ -6,8 +6,9 @@ infinities, NaN, and what would overflow or vanish elsewhere. Sums are taken in 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
@@ -72,17 +73,28 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
 
 def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> Row | Tensor:
     """What `decode` reads: a row of `layout`, by the kernel of the tensor's device, and still there if not on a CPU."""
-    if tensor.device.type == "cpu":
-        from stabilitykit.recorder.kernels import cpu  # numba, only when something is measured
-
-        return cpu.tally(tensor, against, hidden, limit)
-    if tensor.device.type == "mps":  # has no float64 to sum in
+    kind = tensor.device.type
+    if kind == "cpu":
+        return _cpu_kernel()(tensor, against, hidden, limit)
+    if kind == "mps":  # has no float64 to sum in
         return tally(tensor.cpu(), against, None if hidden is None else hidden.cpu(), limit)
     if device.runs_triton(tensor.device):
-        from stabilitykit.recorder.kernels import cuda  # triton, which other machines may lack
-
-        return cuda.tally(tensor, against, hidden, limit)
+        return _cuda_kernel()(tensor, against, hidden, limit)
     return plain.tally(tensor, against, hidden, limit)
+
+
+@cache
+def _cpu_kernel() -> Callable[..., Row]:
+    from stabilitykit.recorder.kernels import cpu  # numba, only when something is measured
+
+    return cpu.tally
+
+
+@cache
+def _cuda_kernel() -> Callable[..., Tensor]:
+    from stabilitykit.recorder.kernels import cuda  # Triton, which other machines may lack
+
+    return cuda.tally
 
 
 def joined(first: Row | None, row: Row, part: Part | None) -> Row:

@@ -12,10 +12,11 @@ from stabilitykit.checkpoints import GemmaConfig
 from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import MisuseError
+from stabilitykit.experiment import footprint as experiment_footprint
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.experiment.memory import measure
 from stabilitykit.gemma import Gemma, KVCache, build, query_blocks
-from stabilitykit.products import matmul
+from stabilitykit.products import BUFFER, matmul
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&head_dim=16&vocabulary=512"
 SPECS = {
@@ -93,28 +94,26 @@ def test_cache_and_activations_are_what_the_allocator_hands_out_to_the_byte(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("generation", SPECS)
-def test_attention_by_blocks_and_products_by_pieces_too(
+def test_so_are_those_of_attention_by_blocks_and_of_products_made_in_many_pieces(
     monkeypatch: pytest.MonkeyPatch, generation: int, dtype: str
 ) -> None:
     for module, name, value in (
         (query_blocks, "WHOLE", 4000), (query_blocks, "BLOCK", 4000),
-        (products, "ROWS", 1 << 12), (products, "COLUMNS", 8), (products, "PIECE", 1 << 10),
+        (products, "_COLUMNS", 16), (products, "_LEFT", 1024), (products, "BUFFER", 512),
+        (experiment_footprint, "BUFFER", 512),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    model = build(random_checkpoint(SPECS[generation]), dtype=dtype)
-    for length in (40, 300):
-        found = footprint(model.config, dtype, length, matmul="float32-accumulate")
-        taken = most_allocated(model, length, "float32-accumulate")
-        assert 0 <= taken - (found.cache + found.activations) <= 48, length
+    test_cache_and_activations_are_what_the_allocator_hands_out_to_the_byte(generation, dtype, "float32-accumulate")
 
 
-def test_only_16_bit_products_are_widened_and_a_part_at_a_time() -> None:
-    """One token: the buffer that weights are widened into is then nearly all there is."""
+def test_only_16_bit_products_are_widened_and_only_a_part_of_them() -> None:
+    """One token: of the head, whose float32 copy would be all there is, a buffer's worth."""
     config = RELEASED["gemma3-270m"]
     for dtype in ("float16", "bfloat16"):
-        assert footprint(config, dtype, 1).activations < products.PIECE
-        wider = footprint(config, dtype, 1, matmul="float32-accumulate").activations
-        assert 4 * products.PIECE < wider < 5 * products.PIECE
+        native = footprint(config, dtype, 1).activations
+        assert (
+            4 * BUFFER < footprint(config, dtype, 1, matmul="float32-accumulate").activations < 4 * BUFFER + 2 * native
+        )
     for dtype in ("float32", "float64"):
         assert footprint(config, dtype, 1) == footprint(config, dtype, 1, matmul="float32-accumulate")
 
