@@ -45,7 +45,7 @@ from stabilitykit.recorder.peaks import measure_peaks, position_peaks
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import measurable, tally
-from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, is_here, region
+from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, has_elements, is_here, region
 from stabilitykit.records import Header, Level, Record, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -209,10 +209,11 @@ class _Frame:
     path: str
     module: nn.Module | None
     first_entry: int
-    given: tuple[Any, Any] = ((), {})
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    by_blocks: bool = False
     inputs: list[Operand] | None = None
     numbers: dict[str, int] = field(default_factory=dict)
-    by_blocks: bool = False
     block: QueryBlock | None = None
     numbers_before: dict[str, int] | None = None
     of_blocks: dict[str, int] | None = None
@@ -285,24 +286,26 @@ class _Recorder:
             if self.level == "layers" and not _is_layer(path):
                 continue
             for handle in (
-                module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
+                module.register_forward_pre_hook(self._enter(path, module), with_kwargs=True),
                 module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
             ):
                 stack.callback(handle.remove)
 
-    def _enter(self, path: str) -> Callable[..., None]:
+    def _enter(self, path: str, called: nn.Module) -> Callable[..., None]:
+        by_blocks = hasattr(type(called), "query_block")
+        is_whole, is_layer, operators = called in self.wholes, _is_layer(path), self.level == "operators"
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.stop_at_break and self.broken:
                 raise _Stopped  # not at the break: the modules it ends return first, and lend it their names
-            frame = _Frame(path, module, len(self.entries), (args, kwargs))
-            frame.by_blocks = hasattr(type(module), "query_block")
+            frame = _Frame(path, module, len(self.entries), args, kwargs, by_blocks)
             self.frames.append(frame)
-            if module in self.wholes and not any(outer.module in self.wholes for outer in self.frames[:-1]):
+            if is_whole and not any(outer.module in self.wholes for outer in self.frames[:-1]):
                 with _aside():
                     self._begin_step(args, kwargs)
-            if self.level != "operators":
+            if not operators:
                 frame.inputs = self._inputs(frame)
-            elif _is_layer(path):
+            elif is_layer:
                 self._look_for_masks(args, kwargs)
 
         return hook
@@ -311,13 +314,18 @@ class _Recorder:
         if self.frames[-1].module is not module:
             return  # never entered: somebody else's hook raised before ours
         frame = self.frames.pop()
-        for index, tensor in enumerate(floating(output)):
-            self._module_output(frame, index, tensor)
+        if type(output) is Tensor:
+            if has_elements(output):
+                self._module_output(frame, 0, output)
+        else:
+            for index, tensor in enumerate(floating(output)):
+                self._module_output(frame, index, tensor)
         if self.judgements and len(self.frames) == 1:
             self._settle()
 
     def _inputs(self, frame: _Frame) -> list[Operand]:
-        return [Operand(tensor, self.origins.of(tensor)) for tensor in floating(frame.given)]
+        given = floating_of_call(frame.args, frame.kwargs)
+        return [Operand(tensor, self.origins.of(tensor)) for tensor in given]
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._settle()
@@ -368,9 +376,9 @@ class _Recorder:
         site = (frame.path or "/output") + (f"[{index}]" if index else "")
         origin = self.origins.of(tensor)
         memory = region(tensor)
-        given = floating(frame.given) if frame.inputs is None else [operand.tensor for operand in frame.inputs]
-        if any(memory == region(one) for one in given):
-            return  # handed on as it came
+        for one in floating_of_call(frame.args, frame.kwargs):
+            if region(one) == memory:
+                return  # handed on as it came
         repeats = None
         if origin.entry is not None and origin.entry >= frame.first_entry:
             entry = self.entries[origin.entry]
@@ -402,7 +410,10 @@ class _Recorder:
                 seen_args, seen_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
                 tensors = floating_of_call(seen_args, seen_kwargs)
         of = self.origins.of
-        operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
+        if tensors is given:
+            operands = [Operand(tensor, of(tensor)) for tensor in given]
+        else:
+            operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
         output = func(*args, **kwargs)
         outputs = floating(output)
         if not outputs:

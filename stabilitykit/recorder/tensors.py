@@ -23,7 +23,7 @@ def floating(tree: Any) -> list[Tensor]:
     Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
     """
     if type(tree) is Tensor:
-        return [tree] if _has_elements(tree) else []
+        return [tree] if has_elements(tree) else []
     found: list[Tensor] = []
     _collect(tree, found)
     return found
@@ -35,7 +35,7 @@ def floating_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ten
     for argument in args:
         kind = type(argument)
         if kind is Tensor or kind is nn.Parameter:
-            if _has_elements(argument):
+            if has_elements(argument):
                 found.append(argument)
         elif kind not in _LEAVES:
             _collect(argument, found)
@@ -47,7 +47,7 @@ def floating_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ten
 def _collect(node: Any, found: list[Tensor]) -> None:
     kind = type(node)
     if kind is Tensor or kind is nn.Parameter:
-        if _has_elements(node):
+        if has_elements(node):
             found.append(node)
     elif kind is tuple or kind is list:
         for leaf in node:
@@ -59,11 +59,11 @@ def _collect(node: Any, found: list[Tensor]) -> None:
                 _collect(leaf, found)
     elif kind not in _LEAVES:
         for leaf in tree_leaves(node):
-            if type(leaf) in (Tensor, nn.Parameter) and _has_elements(leaf):
+            if type(leaf) in (Tensor, nn.Parameter) and has_elements(leaf):
                 found.append(leaf)
 
 
-def _has_elements(tensor: Tensor) -> bool:
+def has_elements(tensor: Tensor) -> bool:
     return (
         tensor.dtype in NAMES
         and tensor.layout is torch.strided
