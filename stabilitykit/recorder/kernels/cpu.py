@@ -37,7 +37,7 @@ from stabilitykit.recorder.kernels.places import OUTER, joined
 from stabilitykit.recorder.kernels.vectors import AT_ONCE, BYTES, GROUP, counts, scan, vector_holding, vector_with
 
 _BLOCK = 4096  # elements; their codes, exponents and widened bits fit the smallest first caches
-_CHUNK = 1 << 16  # elements that one thread takes at a time
+_CHUNK = 1 << 14  # elements that one thread takes at a time
 _MANY = 96  # exponents in one block, from which on counting one by one is faster
 _FEW = 16  # elements of one exponent in a block, up to which they are looked for by it
 _FIELDS = 1 << 11  # values of an exponent's field
