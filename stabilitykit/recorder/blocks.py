@@ -45,6 +45,14 @@ class Part:
         *lead, query, last = index_at(flat, self.shape)
         return flat_index((*lead, query + self.offsets[0], last + self.offsets[1]), self.whole)
 
+    def holds(self, flat: int) -> int | None:
+        """Row-major index in the part of the whole's element `flat`; None where it is in another part."""
+        *lead, query, last = index_at(flat, self.whole)
+        inside = query - self.offsets[0], last - self.offsets[1]
+        if not (0 <= inside[0] < self.shape[-2] and 0 <= inside[1] < self.shape[-1]):
+            return None
+        return flat_index((*lead, *inside), self.shape)
+
     def axes(self, axes: Axes) -> Axes:
         """`axes`, those of a tensor of the part's shape, with positions counted in the whole."""
         return replace(axes, start=self.offsets[0], first_key=self.offsets[1])

@@ -550,7 +550,7 @@ class _Recorder:
         self.origins.remember(tensor, origin)
         if self.detail == "statistics" and call.name == "softmax" and call.operands and values.numel() and values.ndim:
             self._take_softmax(entry, call, values, axes)
-        self._look_at(entry, values)
+        self._look_at(entry, values, part)
 
         shown = None if masked is None else masked.where
         if isinstance(row, Tensor):
@@ -674,7 +674,7 @@ class _Recorder:
         entry.site = site
         self._look_at(entry, tensor)
 
-    def _look_at(self, entry: Entry, tensor: Tensor) -> None:
+    def _look_at(self, entry: Entry, tensor: Tensor, part: Part | None = None) -> None:
         """What depends on the site's name, and is done again when it changes."""
         site = entry.site
         if self.keep is None and not self.against and not self.watch:
@@ -686,8 +686,9 @@ class _Recorder:
                 stored = FORMATS.get(entry.form.dtype, FLOAT32)
                 entry.deviation = measure_deviation(tensor, self.against[site], stored)
             for watched, index in self.watch:
-                if watched == site and index < tensor.numel():
-                    self.watched.append((site, index, tensor.reshape(-1)[index].clone()))
+                at = index if part is None else part.holds(index)
+                if watched == site and at is not None and at < tensor.numel():
+                    self.watched.append((site, index, tensor.reshape(-1)[at].clone()))
 
     # The result
 
@@ -718,8 +719,10 @@ class _Recorder:
     def finish(
         self, recording: Recording, piece: Callable[[int], str] | None, *, redact: bool, error: str | None
     ) -> None:
+        watched: list[tuple[str, int, float]] = []
         with suppress(RuntimeError):  # a device that failed has nothing more to say; what it said before is kept
             self._settle()
+            watched += [(site, index, float(element)) for site, index, element in self.watched]
         step = self.step
         tokens = None if redact or not step.tokens else tuple(map(tuple, step.tokens))
         if tokens is not None and piece is None:
@@ -728,7 +731,7 @@ class _Recorder:
         recording.header = replace(
             recording.header,
             dtype=self.autocast or recording.header.dtype,
-            watched=tuple((site, index, float(element)) for site, index, element in self.watched),
+            watched=tuple(watched),
             rows=step.rows or 0,
             tokens=tokens,
             token_texts=texts,

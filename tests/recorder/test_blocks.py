@@ -111,6 +111,17 @@ def test_a_break_in_the_scores_is_one_break_at_its_place(
     assert found.lost_channels <= expected.lost_channels
 
 
+def test_an_element_that_is_watched_is_found_in_its_block(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, place = "layers.0.self_attn/mul.4", (1, 2, 20, 18)
+    index = ((place[0] * 4 + place[1]) * LENGTH + place[2]) * LENGTH + place[3]
+    model = small(1, "float32")
+    (expected,) = run(model, watch=[(site, index)]).header.watched
+    by_blocks(monkeypatch)
+    (found,) = run(model, watch=[(site, index)]).header.watched
+    assert found[:2] == expected[:2] == (site, index)
+    assert found[2] == pytest.approx(expected[2], **CLOSE)
+
+
 def test_what_follows_the_blocks_knows_what_they_made(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output projection of a layer whose values overflow names the product of all blocks as its operand."""
     model = small(3, "float16")
