@@ -1,12 +1,12 @@
 """What recording costs: every speed that the project promises, measured in one run and held against its target.
 
-    python experiments/overhead.py                    the speeds, in about ten minutes
-    python experiments/overhead.py --all              also the 32,768-token context, a 17 GB checkpoint, and a report
-    python experiments/overhead.py --device cuda      a model of 7B's shape on a GPU instead
+    python experiments/overhead.py                    every part, in about half an hour
+    python experiments/overhead.py recording start    these parts alone; what the others gave before is kept
+    python experiments/overhead.py cuda               a model of 7B's shape on a GPU, into reports/overhead_cuda
     python experiments/overhead.py --out FOLDER       elsewhere than reports/overhead
 
 Ratios are of medians of runs that take turns in one process: a machine that is busy slows all of them. What was
-measured is kept in overhead.json, and told in report.md and report.html.
+measured is kept in overhead.json, and told in report.md and report.html. Parts from different machines refuse to merge.
 """
 
 import argparse
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = "gemma3-270m"
 LARGE = "gemma-7b"
-COMMAND = (sys.executable, "-m", "stabilitykit")
+PARTS = ("recording", "growth", "products", "peers", "start", "report", "context", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,13 +284,13 @@ def start_rows() -> Iterator[Row]:
     """Processes of their own; the modules' files are in the system's cache."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "STABILITYKIT_CACHE": cache}
-        loads = [json.loads(said([sys.executable, "-c", LOADING], environment).output) for _ in range(4)]
+        loads = [json.loads(said(["-c", LOADING], environment).output) for _ in range(4)]
     later = statistics.median(load[0] for load in loads[1:])
     tokenizer = statistics.median(load[1] for load in loads[1:])
     yield Row(what="first load of the GGUF", measured=loads[0][0], unit="s", target=15, stretch=8)
     yield Row(what="later loads", measured=later, unit="s", target=1.5, stretch=0.5)
     yield Row(what="tokenizer", measured=tokenizer, unit="s", target=0.5, stretch=0.2)
-    times = [said([*COMMAND, "--help"]).seconds for _ in range(7)]
+    times = [said(["stabilitykit", "--help"]).seconds for _ in range(7)]
     yield Row(what="stabilitykit --help", measured=statistics.median(times), unit="s", target=0.4, stretch=0.2)
 
 
@@ -299,8 +299,8 @@ def report_rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "sweep"
         experiment = ROOT / "experiments" / "float16_break.toml"
-        said([*COMMAND, "sweep", str(experiment), "--out", str(out), "--no-report"])
-        times = [said([*COMMAND, "report", str(out)]).seconds for _ in range(3)]
+        said(["stabilitykit", "sweep", str(experiment), "--out", str(out), "--no-report"])
+        times = [said(["stabilitykit", "report", str(out)]).seconds for _ in range(3)]
         cases = len(list((out / "records").iterdir()))
     yield Row(
         what="stabilitykit report",
@@ -321,19 +321,33 @@ class Said:
     peak: float
 
 
+WATCHED = """
+import atexit, runpy, sys
+from pathlib import Path
+def tell(path=sys.argv[1]):
+    status = Path("/proc/self/status")
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
+    Path(path).write_text(fields.get("VmHWM", "nan kB").split()[0])
+atexit.register(tell)
+del sys.argv[:2]
+if sys.argv[0] == "-c":
+    exec(sys.argv[1])
+else:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""  # the system's own count for a child begins with what its parent had
+
+
 def said(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Said:
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    """Runs Python with these arguments, a module's or those of `-c`."""
+    with tempfile.TemporaryDirectory() as folder:
+        peak = Path(folder) / "peak"
         began = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        run = [sys.executable, "-c", WATCHED, str(peak), *command]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
-        output.seek(0)
-        errors.seek(0)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{errors.read().decode()}")
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return Said(output=output.read().decode(), seconds=seconds, peak=usage.ru_maxrss / unit)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        return Said(output=done.stdout, seconds=seconds, peak=float(peak.read_text()) / 2**20)
 
 
 CONTEXT = """
@@ -349,7 +363,7 @@ print(json.dumps([time.perf_counter() - began, len(recording), sum(record.elemen
 
 
 def context_rows() -> Iterator[Row]:
-    done = said([sys.executable, "-c", CONTEXT])
+    done = said(["-c", CONTEXT])
     spent, sites, elements = json.loads(done.output)
     detail = f"{sites:,} tensors, {elements / 1e9:,.0f} billion elements"
     yield Row(
@@ -370,7 +384,7 @@ def large_rows(folder: Path) -> Iterator[Row]:
     if not (folder / "config.json").exists():
         write_large(folder, RELEASED[LARGE])
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    command = [*COMMAND, "profile", str(folder), "--prompt", "The capital of France is", "--dtype", "float16"]
+    command = ["stabilitykit", "profile", str(folder), "--prompt", "The capital of France is", "--dtype", "float16"]
     done = said([*command, "--stream", "--json"])
     yield Row(
         what="profile of a 7B-shaped checkpoint: peak memory",
@@ -517,7 +531,7 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def sections(rows: Sequence[Row], sites: Sequence[str], command: str) -> list[Section]:
+def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
     promised = [row for row in rows if row.target is not None]
     missed = [row for row in promised if row.met == "no"]
     summary = f"Of {len(promised)} targets {len(promised) - len(missed)} are met."
@@ -533,7 +547,7 @@ def sections(rows: Sequence[Row], sites: Sequence[str], command: str) -> list[Se
     )
     bars = [row for row in rows if row.bar]
     figure = Figure(
-        name="overhead",
+        name="ratios",
         title="A recorded pass against one that nobody watches",
         caption="Each bar is a median of runs that took turns; diamonds are targets. 1 is a pass that costs nothing.",
         alt="; ".join(f"{row.what}: {row.measured:.2f} times bare" for row in bars),
@@ -554,7 +568,7 @@ def sections(rows: Sequence[Row], sites: Sequence[str], command: str) -> list[Se
             title="Machine",
             opening="What the numbers were measured on, and how to measure them again.",
             blocks=[
-                Prose(f"To make this again: `{command}`"),
+                Prose("To make this again: `python experiments/overhead.py`"),
                 Table(name="machine", title="Machine", columns=[Column(name="what"), Column(name="value")], rows=about),
             ],
         ),
@@ -602,51 +616,66 @@ def draw(figure: "matplotlib.figure.Figure", rows: Sequence[Row]) -> list[Hover]
     return hovers
 
 
+def parts(names: Sequence[str], rounds: int, large: Path) -> Iterator[tuple[str, Iterator[Row]]]:
+    if "cuda" in names:
+        yield "cuda", cuda_rows(rounds)
+        return
+    model = sk.load(CHECKPOINT)
+    assert model.tokenizer is not None
+    tokens = tokens_of(parse_prompt("prose", ROOT / "experiments"), model.tokenizer, bos=True, length=2048)
+    every = {
+        "recording": lambda: recording_rows(model, tokens, rounds),
+        "growth": lambda: growth_rows(model, tokens, max(1, rounds // 2)),
+        "products": lambda: product_rows(tokens, rounds),
+        "peers": lambda: peer_rows(tokens, rounds),
+        "start": start_rows,
+        "report": report_rows,
+        "context": context_rows,
+        "large": lambda: large_rows(large),
+    }
+    for name in PARTS:
+        if name in names:
+            yield name, every[name]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, "cuda", []), help="all but cuda if not given")
     parser.add_argument("--rounds", type=int, default=9, help="runs of which the median counts")
-    parser.add_argument("--all", action="store_true", help="what takes minutes and gigabytes, too")
-    parser.add_argument("--large", type=Path, help="with --all: where the 17 GB are, or shall be written and left")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--large", type=Path, help="where the 17 GB of the last part are, or shall be written and left")
     parser.add_argument("--out", type=Path, help="reports/overhead, or reports/overhead_cuda, if not given")
     given = parser.parse_args()
-    sites: list[str] = []
-    parts: list[Callable[[], Iterator[Row]]]
+    names = given.parts or PARTS
+    out = given.out or ROOT / "reports" / ("overhead_cuda" if "cuda" in names else "overhead")
+    kept = out / "overhead.json"
+    document: dict[str, Any] = {"machine": machine(), "parts": {}}
+    if kept.exists():
+        document = json.loads(kept.read_text(encoding="utf-8"))
+        if document["machine"] != machine():
+            raise SystemExit(f"{kept} was measured on another machine: choose another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        if given.device == "cuda":
-            parts = [lambda: cuda_rows(given.rounds)]
-        else:
-            model = sk.load(CHECKPOINT)
-            assert model.tokenizer is not None
-            tokens = tokens_of(parse_prompt("prose", ROOT / "experiments"), model.tokenizer, bos=True, length=2048)
-            found = recorded(model, torch.tensor([tokens[:64]]), {}, {"last_only": True})
-            sites = [record.site for record in found]
-            parts = [
-                lambda: recording_rows(model, tokens, given.rounds),
-                lambda: growth_rows(model, tokens, max(1, given.rounds // 2)),
-                lambda: product_rows(tokens, given.rounds),
-                lambda: peer_rows(tokens, given.rounds),
-                start_rows,
-            ]
-            if given.all:
-                parts += [report_rows, context_rows, lambda: large_rows(given.large or Path(scratch) / LARGE)]
-        rows: list[Row] = []
-        for part in parts:
-            for row in part():
+        for name, measured in parts(names, given.rounds, given.large or Path(scratch) / LARGE):
+            found = []
+            for row in measured:
                 print(f"{row.what}: {row.measured:.3g} {row.unit}, {row.met or '-'}", file=sys.stderr, flush=True)
-                rows.append(row)
-    out = given.out or ROOT / "reports" / ("overhead" if given.device == "cpu" else "overhead_cuda")
-    command = f"python experiments/overhead.py{' --all' if given.all else ''}"
-    command += " --device cuda" if given.device == "cuda" else ""
-    page = write_report("What recording costs", sections(rows, sites, command), out)
-    document = {"machine": machine(), "rows": [asdict(row) | {"met": row.met} for row in rows]}
-    (out / "overhead.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                found.append(asdict(row))
+            document["parts"][name] = found
+            kept.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = [Row(**row) for name in (*PARTS, "cuda") for row in document["parts"].get(name, ())]
+    page = write_report("What recording costs", sections(rows, recorded_sites() if "cuda" not in names else []), out)
     width = max(len(row.what) for row in rows)
     print(f"{'':{width}}  {'measured':>14} {'target':>8}  target met")
     for row in rows:
         target = "" if row.target is None else f"{row.target:.3g}"
         print(f"{row.what:{width}}  {row.measured:>7.3g} {row.unit:<6} {target:>8}  {row.met or ''}")
     print(page)
+
+
+def recorded_sites() -> list[str]:
+    model = sk.load(CHECKPOINT)
+    found = recorded(model, torch.tensor([[2, 651]]), {}, {"last_only": True})
+    return [record.site for record in found]
 
 
 if __name__ == "__main__":

@@ -133,4 +133,4 @@ def test_a_process_of_the_real_model_takes_what_is_computed(gguf_270m: Path, dty
     assert abs(found.error) < 0.1, found
     # The weights must not hide an error in the rest, to which kernels add some buffers of their own.
     beside_weights = found.peak - found.libraries - found.weights
-    assert found.cache + found.activations == pytest.approx(beside_weights, rel=0.15), found
+    assert found.cache + found.activations == pytest.approx(beside_weights, rel=0.15, abs=16 << 20), found
