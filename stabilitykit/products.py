@@ -155,9 +155,8 @@ class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with torch.inference_mode(False):  # or it could not be written to outside of that mode
                 buffer = torch.empty(max(BUFFER, tensor.numel()), dtype=torch.float32, device=tensor.device)
         self.buffers[tensor.device] = buffer
-        turned = tensor.ndim > 1 and tensor.stride(-1) > tensor.stride(
-            -2
-        )  # a linear layer's weight is stored by its output rows
+        # a linear layer's weight is stored by its output rows
+        turned = tensor.ndim > 1 and tensor.stride(-1) > tensor.stride(-2)
         shape = tensor.mT.shape if turned else tensor.shape
         place = buffer[: tensor.numel()].view(shape)
         return (place.mT if turned else place).copy_(tensor)

@@ -8,7 +8,7 @@ infinities, NaN, and what would overflow or vanish elsewhere. Sums are taken in 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 import numpy as np
@@ -128,13 +128,16 @@ def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None 
     elements = math.prod(shape) if elements is None else elements
     masked, nan, plus, minus, amax, index, smallest, minimum, maximum, total, squares, scale = row[:FIELDS].tolist()
     counted = elements - int(masked + nan + plus + minus)
+    counts = partial(
+        Statistics,
+        elements=elements,
+        masked=int(masked),
+        nan=int(nan),
+        positive_inf=int(plus),
+        negative_inf=int(minus),
+    )
     if len(row) == FIELDS:
-        return Statistics(
-            elements=elements,
-            masked=int(masked),
-            nan=int(nan),
-            positive_inf=int(plus),
-            negative_inf=int(minus),
+        return counts(
             zero=None,
             subnormal=None,
             amax=amax if counted else None,
@@ -142,12 +145,7 @@ def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None 
             amax_index=index_at(int(index), shape) if counted else None,
         )
     if not counted:
-        return Statistics(
-            elements=elements,
-            masked=int(masked),
-            nan=int(nan),
-            positive_inf=int(plus),
-            negative_inf=int(minus),
+        return counts(
             formats=dict.fromkeys(against.formats, FormatCounts(0, 0, 0)),
         )
     bins = FIELDS + against.count
@@ -164,12 +162,7 @@ def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None 
             return codes[place - FIELDS]
         return at_least[min(max(place - bins - first, 0), last - first)]
 
-    return Statistics(
-        elements=elements,
-        masked=int(masked),
-        nan=int(nan),
-        positive_inf=int(plus),
-        negative_inf=int(minus),
+    return counts(
         zero=counted - nonzero,
         subnormal=nonzero - reaching(against.normal),
         amax=amax,
