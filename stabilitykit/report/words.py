@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stabilitykit.diagnosis.chain import counted
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.lengths import Span
 from stabilitykit.records import quoted
@@ -9,7 +10,7 @@ from stabilitykit.records import quoted
 
 def count(amount: int, one: str, many: str | None = None) -> str:
     """`1 case` · `12 cases` · `no cases`; `many` where an s will not do."""
-    return f"{f'{amount:,}' if amount else 'no'} {one if amount == 1 else many or one + 's'}"
+    return counted(amount, one, many) if amount else f"no {many or one + 's'}"
 
 
 def none_of(amount: int, one: str) -> str:
