@@ -90,6 +90,7 @@ class LengthMap:
     peaks: tuple[Peak, ...]
     checks: tuple[Check, ...] = ()
     _steps: dict[tuple[int, str], tuple[list[int], list[float]]] = field(default_factory=dict, repr=False)
+    _curve: npt.NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
     def longest(self) -> int:
@@ -134,7 +135,16 @@ class LengthMap:
         return site, amax
 
     def curve(self) -> npt.NDArray[np.float64]:
-        """The amax of `peak` at every length, as an array over lengths 1 to `longest`; NaN where none is known."""
+        """The amax of `peak` at every length, as an array over lengths 1 to `longest`; NaN where none is known.
+
+        The array is kept and cannot be written to.
+        """
+        if self._curve is None:
+            self._curve = self._find_curve()
+            self._curve.flags.writeable = False
+        return self._curve
+
+    def _find_curve(self) -> npt.NDArray[np.float64]:
         found = np.full(self.longest, np.nan)
         for span in self.spans:
             peaks = [p for p in self.peaks if p.run == span.run and (span.order is None or p.order < span.order)]
@@ -174,7 +184,12 @@ class LengthMap:
         table, raw = read_table(path)
         spans = tuple(_span(span) for span in raw.pop("spans"))
         checks = tuple(Check(**check) for check in raw.pop("checks"))
-        return cls(Header.from_json(raw), spans, tuple(Peak(**row) for row in table.to_pylist()), checks)
+        columns = (table.column(spec.name).to_pylist() for spec in dataclasses.fields(Peak))
+        peaks = tuple(
+            Peak(run=run, order=order, site=site, label=label, layer=layer, position=position, amax=amax)
+            for run, order, site, label, layer, position, amax in zip(*columns, strict=True)
+        )
+        return cls(Header.from_json(raw), spans, peaks, checks)
 
 
 _SCHEMA = pa.schema(

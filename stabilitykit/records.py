@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -245,22 +245,33 @@ class Record:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Record":
         """The inverse of `row`."""
-        named: dict[str, Any] = {"formats": {}}
-        parts: dict[str, dict[str, Any]] = {}
-        for column, value in row.items():
-            value = tuple(value) if isinstance(value, list) else value
+        return cls.from_columns({name: [value] for name, value in row.items()})[0]
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, list[Any]]) -> "list[Record]":
+        """The records whose rows have these columns, at least one of which there must be."""
+        own: dict[str, list[Any]] = {}
+        parts: dict[str, dict[str, list[Any]]] = {}
+        for column, values in columns.items():
             part, _, name = column.rpartition(".")
-            if part:
-                parts.setdefault(part, {})[name] = value
-            else:
-                named[name] = value
-        for part, fields_ in parts.items():
+            of_part = parts.setdefault(part, {}) if part else own
+            of_part[name] = [tuple(value) if type(value) is list else value for value in values]
+        counts: list[dict[str, FormatCounts]] = [{} for _ in next(iter(own.values()))]
+        for part, of_part in parts.items():
+            made = _NESTED.get(part, FormatCounts)
+            present = (any(value is not None for value in row.values()) for row in _rows(of_part))
+            found = [made(**row) if held else None for row, held in zip(_rows(of_part), present, strict=True)]
             if part in _NESTED:
-                present = any(value is not None for value in fields_.values())
-                named[part] = _NESTED[part](**fields_) if present else None
+                own[part] = found
             else:
-                named["formats"][part] = FormatCounts(**fields_)
-        return cls(**named)
+                for formats, count in zip(counts, found, strict=True):
+                    if isinstance(count, FormatCounts):
+                        formats[part] = count
+        return [cls(**row, formats=formats) for row, formats in zip(_rows(own), counts, strict=True)]
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
 _NESTED: dict[str, type[Softmax] | type[Deviation] | type[Break]] = {
@@ -386,7 +397,8 @@ class Recording:
     def load(cls, path: str | Path) -> "Recording":
         """Reads what `save` wrote. Raises MisuseError for a missing file or one that is no recording."""
         table, raw = read_table(Path(path))
-        return cls(Header.from_json(raw), [Record.from_row(row) for row in table.to_pylist()])
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        return cls(Header.from_json(raw), Record.from_columns(columns))
 
 
 def printable(text: str) -> str:

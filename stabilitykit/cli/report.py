@@ -18,6 +18,8 @@ def report(
 
 def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
     """Draws the report of the sweep in `folder`; unless `quiet`, prints the verdict and where the page is."""
+    import gc
+
     from stabilitykit.cli import screen
     from stabilitykit.report.compare import compare
     from stabilitykit.report.sections import SECTIONS, USUAL
@@ -34,6 +36,7 @@ def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
             sections.append(SECTIONS[name](results))
         if against is not None:
             sections.insert(1, compare(results, Results.open(against)))
+        gc.freeze()  # the records, which are many and stay: looking for some to free takes as long as reading them
         page = write_report(results.plan.title, sections, folder, progress=progress)
     if quiet:
         return

@@ -156,13 +156,13 @@ def limit_line(axes: "Axes", format_name: str, *, along: Literal["x", "y"] = "y"
 
 def magnitude_axis(axes: "Axes", along: Literal["x", "y"] = "y") -> None:
     """Makes an axis logarithmic, with powers of ten as ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     (axes.set_yscale if along == "y" else axes.set_xscale)("log")
     axis = axes.yaxis if along == "y" else axes.xaxis
     axis.set_major_locator(LogLocator(base=10, numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"10{str(round(math.log10(value))).translate(_RAISED)}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.report.blocks import Figure, Section, Table
-from stabilitykit.report.figures import draw
+from stabilitykit.report.figures import draw_all
 from stabilitykit.report.html import html
 from stabilitykit.report.markdown import markdown
 from stabilitykit.report.tables import csv_text
@@ -54,10 +54,9 @@ def write_report(
     write_json(folder / _MANIFEST, sorted(files | earlier))
 
     drawings: dict[str, str] = {}
-    for done, figure in enumerate(figures):
+    for done, (figure, drawing) in enumerate(zip(figures, draw_all(figures), strict=True)):
         if progress is not None:
             progress("drawing figures", done, len(figures))
-        drawing = draw(figure)
         write_text(folder / f"figures/{figure.name}.svg", drawing.svg)
         write_bytes(folder / f"figures/{figure.name}.png", drawing.png)
         drawings[figure.name] = drawing.inline

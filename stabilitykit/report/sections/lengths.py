@@ -231,7 +231,7 @@ def _draw_text(axes: "Axes", maps: Sequence[LengthMap], bos: bool | None) -> "di
 
 def _sound(found: LengthMap) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     """The curve, with a gap where a length breaks: what was stored before a break is not the text's peak."""
-    curve = found.curve()
+    curve = found.curve().copy()
     for span in found.spans:
         if span.broke is not None:
             curve[span.first - 1 : span.last] = math.nan
