@@ -162,12 +162,10 @@ class LogitsError:
 class Record:
     """The statistics of one tensor; statistics over finite elements are None where there are none.
 
-    A run that records peaks alone leaves `zero`, `subnormal`, `smallest`, `mean`, `rms`, `exponents` and `formats` out.
-
     `dtype` is the one in which the tensor was stored. Positions are absolute, rows count the batch.
     `masked` elements are a mask at work (-inf, or the minimum that stands for it) and enter no other count or
-    statistic. `exponents[i]` counts the finite
-    non-zero elements with floor(log2|x|) = `exponent_first + i`. `lost_*` count what holds a non-finite element.
+    statistic. `exponents[i]` counts the finite non-zero elements with floor(log2|x|) = `exponent_first + i`. `lost_*`
+    count what holds a non-finite element.
     `position_amax` runs over rows, then positions; None unless asked for.
     """
 
@@ -186,8 +184,8 @@ class Record:
     nan: int
     positive_inf: int
     negative_inf: int
-    zero: int | None
-    subnormal: int | None
+    zero: int
+    subnormal: int
     amax: float | None
     smallest: float | None
     minimum: float | None

@@ -48,7 +48,7 @@ class Reference:
 def run_reference(model: Gemma, tokens: Sequence[int]) -> Reference:
     """One pass whose tensors are kept for others to be compared with; as much memory as the modules' outputs take."""
     tensors: dict[str, Tensor] = {}
-    with torch.inference_mode(), record(model, detail="peaks", formats=(), keep=tensors):
+    with torch.inference_mode(), record(model, formats=(), keep=tensors):
         logits = model(torch.tensor([tokens], device=model.device))
     return Reference(tensors=tensors, logits=logits[0])
 

@@ -17,8 +17,6 @@ from stabilitykit.experiment.axes import is_range
 from stabilitykit.experiment.footprint import footprint
 from stabilitykit.gemma.query_blocks import query_blocks
 from stabilitykit.products import matmul, preferred_matmul
-from stabilitykit.recorder.axes import Axes
-from stabilitykit.recorder.peaks import measure_peaks
 from stabilitykit.recorder.statistics import measure
 from stabilitykit.results import Case
 
@@ -45,7 +43,7 @@ def cost(case: Case, config: GemmaConfig) -> Cost | None:
     if is_range(settings["length"]):
         passes = sorted({length, *settings["checks"]})
     rate = _products_a_second(dtype, device, kind)
-    recording = _elements_a_second(dtype, device, "peaks" if case.kind == "lengths" else "statistics")
+    recording = _elements_a_second(dtype, device)
     seconds = sum(
         _operations(config, n, every_logit=case.kind == "run") / rate + _elements(config, n) / recording for n in passes
     )
@@ -85,15 +83,10 @@ def _products_a_second(dtype: str, device: str, kind: str) -> float:
 
 
 @cache
-def _elements_a_second(dtype: str, device: str, detail: str) -> float:
+def _elements_a_second(dtype: str, device: str) -> float:
     values = torch.ones(1, 512, 1024, dtype=getattr(torch, dtype), device=device)
-    axes = Axes(tuple(values.shape), row=0, position=1)
-    work: dict[str, Callable[[], object]] = {
-        "peaks": lambda: measure_peaks(values, axes, None),
-        "statistics": lambda: measure(values, (), None),
-    }
     with torch.inference_mode():
-        return values.numel() / _seconds(work[detail], device)
+        return values.numel() / _seconds(lambda: measure(values, ()), device)
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

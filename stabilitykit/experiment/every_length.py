@@ -115,7 +115,6 @@ class _Passes:
                 record(
                     self.model,
                     level=self.level,
-                    detail="peaks",
                     formats=(),
                     position_peaks=True,
                     stop_at_break=True,

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +41,13 @@ from stabilitykit.recorder.kernels.layout import Field, edges
 from stabilitykit.recorder.labels import family_of
 from stabilitykit.recorder.operators import SELECTIONS, Traits, moves, traits
 from stabilitykit.recorder.origins import Hidden, Origin, Origins, hidden
-from stabilitykit.recorder.peaks import measure_peaks, position_peaks
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.softmax import SoftmaxTally
-from stabilitykit.recorder.statistics import measurable, tally
+from stabilitykit.recorder.statistics import measurable, tally, tally_by_position
 from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, has_elements, is_here, region
 from stabilitykit.records import Header, Level, Record, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-
-Detail = Literal["statistics", "peaks"]
 
 _MEASURED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
@@ -66,7 +63,6 @@ def record(
     model: nn.Module,
     *,
     level: Level = "operators",
-    detail: Detail = "statistics",
     formats: Sequence[str] = DEFAULT_FORMATS,
     position_peaks: bool = False,
     fused_softmax: bool = True,
@@ -82,11 +78,10 @@ def record(
     """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
 
     `level`: "layers" sees the outputs of the decoder layers and the model's direct children, "modules" those of
-    every module, "operators" every operator too. `detail`: "peaks" leaves out of tensors that are finite all that
-    takes more than two reductions: histogram, counts, sums, softmax statistics. `formats`: those for which exact
-    counts are kept. `position_peaks` keeps each position's amax. `fused_softmax`: a fused attention kernel runs as it
-    is and keeps no probabilities, so its softmax statistics are recomputed in float32 from the queries and keys it
-    was given. `stop_at_break` ends the block at the first break, whatever follows in it.
+    every module, "operators" every operator too. `formats`: those for which exact counts are kept. `position_peaks`
+    keeps each position's amax. `fused_softmax`: a fused attention kernel runs as it is and keeps no probabilities, so
+    its softmax statistics are recomputed in float32 from the queries and keys it was given. `stop_at_break` ends the
+    block at the first break, whatever follows in it.
 
     `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
     handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
@@ -102,7 +97,7 @@ def record(
     `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
     the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
 
-    Raises MisuseError for what is no module, for an unknown level, detail, format or kind of products, for a model or a
+    Raises MisuseError for what is no module, for an unknown level, format or kind of products, for a model or a
     module of it that went through `torch.compile`. Warns at the end of a block in which no part of the model was
     called.
     """
@@ -113,8 +108,6 @@ def record(
         )
     if level not in get_args(Level):
         raise MisuseError(f"A level is one of {', '.join(get_args(Level))}; {level!r} is none of them.")
-    if detail not in get_args(Detail):
-        raise MisuseError(f"A detail is one of {', '.join(get_args(Detail))}; {detail!r} is none of them.")
     for name in formats:
         number_format(name)
     if matmul is not None:
@@ -128,7 +121,6 @@ def record(
     recorder = _Recorder(
         model,
         level,
-        detail,
         tuple(formats),
         position_peaks=position_peaks,
         fused_softmax=fused_softmax,
@@ -232,7 +224,6 @@ class _Recorder:
         self,
         model: nn.Module,
         level: Level,
-        detail: Detail,
         formats: tuple[str, ...],
         *,
         position_peaks: bool,
@@ -244,7 +235,6 @@ class _Recorder:
     ) -> None:
         self.model = model
         self.level = level
-        self.detail = detail
         self.formats = formats
         self.position_peaks = position_peaks
         self.fused_softmax = fused_softmax
@@ -447,7 +437,7 @@ class _Recorder:
             self._add(call, tensor, frame, f"{site}[{i}]" if i else site, hides=hides)
         if overwritten is not None:
             self._also_lost(self.origins.of(outputs[0]), [overwritten])  # elsewhere in that memory
-        if fused and self.fused_softmax and self.detail == "statistics":
+        if fused and self.fused_softmax:
             with _aside():
                 self.entries[-1].softmax = recompute_softmax(func, args, kwargs)
         return output
@@ -526,29 +516,20 @@ class _Recorder:
             self.entries.append(entry)
         origin = Origin("computed", site, number, pairs=pairs)
 
-        peaks: Tensor | None = None
-        row: Row | Tensor | None = None
-        if self.detail == "peaks" and is_here(values):
-            with _aside():
-                if masked is not None:
-                    masked = _narrowed(masked, values, limit)
-                of_peaks = measure_peaks(values, axes, None if masked is None else masked.where)
-            if of_peaks is not None:
-                row, peaks = of_peaks
-        if row is None:
-            row = tally(values, entry.form.edges, where, limit)
-            if masked is not None and (masked.count is None or row[_MASKED] != masked.count):
-                with _aside():
-                    masked = _narrowed(masked, values, limit) if masked.count is None or row[_MASKED] else None
+        row: Row | Tensor
         if self.position_peaks and axes.position is not None:
             with _aside():
-                if peaks is None:
-                    peaks = position_peaks(values, axes, None if masked is None else masked.where)
+                row, peaks = tally_by_position(values, entry.form.edges, axes, where, limit)
                 entry.take_peaks(peaks, part)
+        else:
+            row = tally(values, entry.form.edges, where, limit)
+        if masked is not None and (masked.count is None or row[_MASKED] != masked.count):
+            with _aside():
+                masked = _narrowed(masked, values, limit) if masked.count is None or row[_MASKED] else None
         if masked is not None:
             origin.masked = replace(masked, stride=tensor.stride())
         self.origins.remember(tensor, origin)
-        if self.detail == "statistics" and call.name == "softmax" and call.operands and values.numel() and values.ndim:
+        if call.name == "softmax" and call.operands and values.numel() and values.ndim:
             self._take_softmax(entry, call, values, axes)
         self._look_at(entry, values, part)
 

@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.blocks import Part
 from stabilitykit.recorder.kernels import device, plain
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, edges
+from stabilitykit.recorder.kernels.positions import position_peaks
 from stabilitykit.records import FormatCounts, index_at
 
 Row = NDArray[np.float64]
@@ -28,18 +30,15 @@ _MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What `measure` found; None where there is no finite element (`smallest`: no finite non-zero one).
-
-    `measure_peaks` leaves `zero` and `subnormal` None too.
-    """
+    """What `measure` found; None where there is no finite element (`smallest`: no finite non-zero one)."""
 
     elements: int
     masked: int
     nan: int
     positive_inf: int
     negative_inf: int
-    zero: int | None = 0
-    subnormal: int | None = 0
+    zero: int = 0
+    subnormal: int = 0
     amax: float | None = None
     smallest: float | None = None
     minimum: float | None = None
@@ -75,7 +74,7 @@ def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: f
     """What `decode` reads: a row of `layout`, by the kernel of the tensor's device, and still there if not on a CPU."""
     kind = tensor.device.type
     if kind == "cpu":
-        return _cpu_kernel()(tensor, against, hidden, limit)
+        return _cpu_kernels()[0](tensor, against, hidden, limit)
     if kind == "mps":  # has no float64 to sum in
         return tally(tensor.cpu(), against, None if hidden is None else hidden.cpu(), limit)
     if device.runs_triton(tensor.device):
@@ -83,11 +82,24 @@ def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: f
     return plain.tally(tensor, against, hidden, limit)
 
 
+def tally_by_position(
+    tensor: Tensor, against: Edges, axes: Axes, hidden: Tensor | None = None, limit: float = math.inf
+) -> tuple[Row | Tensor, Tensor]:
+    """As `tally`, with the largest finite magnitude that is not masked by row and position; 0 where there is none.
+
+    `axes` must have a position.
+    """
+    if tensor.device.type == "cpu":
+        return _cpu_kernels()[1](tensor, against, axes, hidden, limit)
+    masked = None if hidden is None else hidden & (tensor <= limit)
+    return tally(tensor, against, hidden, limit), position_peaks(tensor, axes, masked)
+
+
 @cache
-def _cpu_kernel() -> Callable[..., Row]:
+def _cpu_kernels() -> tuple[Callable[..., Row], Callable[..., tuple[Row, Tensor]]]:
     from stabilitykit.recorder.kernels import cpu  # numba, only when something is measured
 
-    return cpu.tally
+    return cpu.tally, cpu.tally_by_position
 
 
 @cache
@@ -100,15 +112,13 @@ def _cuda_kernel() -> Callable[..., Tensor]:
 def joined(first: Row | None, row: Row, part: Part | None) -> Row:
     """The row of a tensor of whose parts `first` has counted some, and `row` one more.
 
-    Of equal peaks the first in row-major order counts, as everywhere. Where one of them has no histogram, as
-    `measure_peaks` leaves it out, the result has none.
+    Of equal peaks the first in row-major order counts, as everywhere.
     """
     if part is not None and row[Field.AMAX] >= 0:
         row[Field.INDEX] = part.index(int(row[Field.INDEX]))
     if first is None:
         return row
-    width = min(len(first), len(row))
-    both: Row = first[:width] + row[:width]
+    both: Row = first + row
     best = min(first, row, key=lambda one: (-one[Field.AMAX], one[Field.INDEX]))
     both[[Field.AMAX, Field.INDEX]] = best[[Field.AMAX, Field.INDEX]]
     for least in (Field.SMALLEST, Field.MINIMUM):
@@ -121,10 +131,7 @@ def joined(first: Row | None, row: Row, part: Part | None) -> Row:
 
 
 def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None = None) -> Statistics:
-    """The statistics that a kernel counted of a tensor of this shape, or of as many of its elements.
-
-    Of a row without histogram, which `measure_peaks` makes, only counts and the peak.
-    """
+    """The statistics that a kernel counted of a tensor of this shape, or of as many of its elements."""
     elements = math.prod(shape) if elements is None else elements
     masked, nan, plus, minus, amax, index, smallest, minimum, maximum, total, squares, scale = row[:FIELDS].tolist()
     counted = elements - int(masked + nan + plus + minus)
@@ -136,14 +143,6 @@ def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None 
         positive_inf=int(plus),
         negative_inf=int(minus),
     )
-    if len(row) == FIELDS:
-        return counts(
-            zero=None,
-            subnormal=None,
-            amax=amax if counted else None,
-            formats={},
-            amax_index=index_at(int(index), shape) if counted else None,
-        )
     if not counted:
         return counts(
             formats=dict.fromkeys(against.formats, FormatCounts(0, 0, 0)),

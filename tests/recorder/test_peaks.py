@@ -1,7 +1,7 @@
-"""Peaks alone say what the full statistics say of them, stop where a full recording breaks, and change nothing."""
+"""A position's peak is that of the elements it brings; a recording that stops at a break is the whole's beginning."""
 
-import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -16,17 +16,13 @@ from stabilitykit.gemma import Gemma
 from stabilitykit.recorder import record
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.kernels.layout import edges
-from stabilitykit.recorder.peaks import measure_peaks, position_peaks
-from stabilitykit.recorder.statistics import decode, measure
-from stabilitykit.records import Record, Recording
+from stabilitykit.recorder.kernels.positions import position_peaks
+from stabilitykit.recorder.statistics import tally, tally_by_position
+from stabilitykit.records import Recording
 
 Small = Callable[..., Gemma]
 Floats = npt.NDArray[np.float64]
 
-LEFT_OUT = {
-    "zero", "subnormal", "smallest", "minimum", "maximum", "mean", "rms", "exponent_first", "exponents", "formats",
-    "softmax",
-}  # fmt: skip
 ROWS, LENGTH, HEADS, WINDOW = 3, 11, 4, 4
 PADDED = (0, 3, 7)
 """Pad tokens on the left of each row."""
@@ -45,46 +41,11 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def shared(record: Record) -> dict[str, object]:
-    """What both details say of a tensor; `repr` makes NaN equal to NaN."""
-    return {spec.name: repr(getattr(record, spec.name)) for spec in dataclasses.fields(record)} | dict.fromkeys(
-        LEFT_OUT
-    )
-
-
 def run(model: Gemma, *, padded: bool = True, **options: object) -> Recording:
     ids, real = batch()
     with torch.inference_mode(), record(model, **options) as recording:
         model(ids, padding=real if padded else None)
     return recording
-
-
-@pytest.mark.parametrize(("stress", "padded"), [(1.0, False), (BREAKS_FLOAT16, True)])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("generation", [1, 2, 3])
-def test_peaks_are_those_of_the_full_statistics_in_the_same_places(
-    small: Small, generation: int, dtype: str, stress: float, padded: bool
-) -> None:
-    model = small(generation, dtype, stress)
-    full = run(model, padded=padded, position_peaks=True)
-    peaks = run(model, padded=padded, position_peaks=True, detail="peaks")
-    assert [r.site for r in peaks] == [r.site for r in full]
-    assert len(full) > 120
-    for found, expected in zip(peaks, full, strict=True):
-        assert shared(found) == shared(expected), expected.site
-    assert (full.first_break() is not None) == (dtype == "float16" and stress == BREAKS_FLOAT16)
-
-
-def test_finite_tensors_are_spared_the_rest_and_others_are_not(small: Small) -> None:
-    recording = run(small(2, "float16", BREAKS_FLOAT16), detail="peaks")
-    lost = [r for r in recording if r.lost]
-    # Without a position axis there is nothing to read off: RoPE's tables have one, gains are constants.
-    spared = [r for r in recording if not r.lost and r.positions]
-    assert lost
-    assert all(r.exponents and r.formats and r.zero is not None for r in lost if r.amax)
-    assert spared
-    assert all((r.exponents, r.formats, r.zero, r.mean, r.rms, r.softmax) == ((), {}, None, None, None, None)
-               for r in spared)  # fmt: skip
 
 
 def belongs_to(pairs: npt.NDArray[np.bool_] | None, scores: Floats) -> Floats:
@@ -101,12 +62,10 @@ def double(tensor: torch.Tensor) -> Floats:
     return tensor.double().numpy()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "detail"), [("float32", "peaks"), ("float16", "statistics"), ("float16", "peaks"), ("bfloat16", "peaks")]
-)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [2, 3])
 def test_each_positions_amax_is_that_of_the_elements_it_brings(
-    small: Small, monkeypatch: pytest.MonkeyPatch, generation: int, dtype: str, detail: str
+    small: Small, monkeypatch: pytest.MonkeyPatch, generation: int, dtype: str
 ) -> None:
     """Tensors are taken by hooks, and by listening at the functions that make and read the attention scores."""
     model = small(generation, dtype)
@@ -136,7 +95,7 @@ def test_each_positions_amax_is_that_of_the_elements_it_brings(
             model(ids, padding=real)
     for handle in handles:
         handle.remove()
-    recording = run(model, position_peaks=True, detail=detail)
+    recording = run(model, position_peaks=True)
 
     compared = 0
     for name, output in outputs.items():
@@ -171,103 +130,87 @@ def test_each_positions_amax_is_that_of_the_elements_it_brings(
         assert found["matmul.1"].position_amax == tuple(expected.flatten().tolist())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_ties_masks_and_blocks_are_as_in_a_plain_count(dtype: torch.dtype) -> None:
-    """Few different values, so that most peaks tie; the reference looks at every element in row-major order."""
+def counted(values: torch.Tensor, axes: Axes, hidden: npt.NDArray[np.bool_]) -> Floats:
+    """By row and position, from a look at every element."""
+    folded, hidden = np.abs(double(values)).reshape(axes.shape), hidden.reshape(axes.shape)
+    found = np.zeros((1 if axes.row is None else axes.shape[axes.row], axes.shape[axes.position]))
+    before = axes.start - axes.first_key
+    for place in np.ndindex(*axes.shape):
+        if not hidden[place] and np.isfinite(folded[place]):
+            position = place[axes.position]
+            position = max(position, place[-1] - before) if axes.pairs else position
+            at = (0 if axes.row is None else place[axes.row], position)
+            found[at] = max(found[at], folded[place])
+    return found
+
+
+SHAPES = [
+    Axes((2, 5, 4), row=0, position=1),
+    Axes((2, 3, 5, 4), row=0, head=1, position=2),
+    Axes((2, 5, 3, 4), row=0, position=1, head=2),
+    Axes((2, 5, 1), row=0, position=1),
+    Axes((5, 7), position=0),
+    Axes((2, 0, 4), row=0, position=1),
+    Axes((2, 3, 5, 5), row=0, head=1, position=2, pairs=True),
+    Axes((1, 2, 5, 5), position=2, pairs=True),
+    Axes((2, 3, 4, 9), row=0, head=1, position=2, pairs=True, start=9, first_key=4),  # a block of queries
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("axes", SHAPES, ids=str)
+def test_every_way_to_find_a_positions_peak_agrees(axes: Axes, dtype: torch.dtype) -> None:
+    """Few different values, so that most peaks tie; some not finite, some hidden; transposed in memory and not."""
     generator = torch.Generator().manual_seed(0)
-    cases = itertools.product(
-        [((2, 3, 5, 4), 0, 2, False), ((2, 5, 4), 0, 1, False), ((2, 5, 3, 4), 0, 1, False),
-         ((5, 7), None, 0, False), ((2, 3, 5, 5), 0, 2, True), ((1, 2, 5, 5), None, 2, True)],
-        [0.0, 0.3, 0.9, 1.0],
-        range(4),
-    )  # fmt: skip
-    for (shape, row, position, pairs), share, _ in cases:
+    against = edges(dtype, ())
+    for share, transposed, _ in itertools.product([0.0, 0.3, 1.0], [False, True], range(3)):
+        shape = axes.shape[::-1] if transposed else axes.shape
         values = torch.randint(-3, 4, shape, generator=generator).to(dtype)
-        masked = torch.rand(shape, generator=generator) < share if share else None
-        axes = Axes(tuple(values.shape), row=row, position=position, pairs=pairs)
-        found = measure_peaks(values, axes, masked)
-        assert found is not None
-        counted, peaks = found
-        statistics = decode(counted, edges(dtype, ()), values.shape)
-        hidden = np.zeros(shape, bool) if masked is None else masked.numpy()
-        rows = 1 if row is None else shape[row]
-        expected = np.zeros((rows, shape[position]))
-        magnitudes = np.abs(double(values))
-        best: tuple[float, tuple[int, ...] | None] = (-1.0, None)
-        for place in np.ndindex(*shape):
-            if hidden[place]:
-                continue
-            magnitude = magnitudes[place]
-            at = (0 if row is None else place[row], max(place[-1], place[-2]) if pairs else place[position])
-            expected[at] = max(expected[at], magnitude)
-            if magnitude > best[0]:
-                best = (magnitude, place)
-        shown = best[1] is not None
+        chance = torch.rand(shape, generator=generator)
+        values[chance < 0.1], values[chance > 0.95] = math.nan, -math.inf
+        values = values.permute(*range(values.ndim)[::-1]) if transposed else values
+        hidden = torch.rand(values.shape, generator=generator) < share if share else None
+        expected = counted(values, axes, np.zeros(axes.shape, bool) if hidden is None else hidden.numpy())
+        row, peaks = tally_by_position(values, against, axes, hidden)
         assert peaks.reshape(expected.shape).tolist() == expected.tolist()
-        assert position_peaks(values, axes, masked).reshape(expected.shape).tolist() == expected.tolist()
-        assert statistics.amax == (best[0] if shown else None)
-        if best[0] != 0.0:  # among zeros any is as good, a masked one too
-            assert statistics.amax_index == best[1]
-            assert statistics.amax_index == measure(values, (), masked).amax_index
-        assert statistics.masked == hidden.sum()
+        assert position_peaks(values, axes, hidden).reshape(expected.shape).tolist() == expected.tolist()
+        assert np.array_equal(row, tally(values, against, hidden))
 
 
-def test_long_scores_are_gathered_block_by_block_without_a_seam() -> None:
-    length = 1030  # more than two blocks
+@pytest.mark.parametrize("limit", [-1.0, 0.0])
+def test_what_a_mask_does_not_hide_counts(limit: float) -> None:
+    values = torch.tensor([[[-5.0, 2.0], [3.0, -1.0]]])
+    axes = Axes(tuple(values.shape), row=0, position=1)
+    _, peaks = tally_by_position(values, edges(values.dtype, ()), axes, torch.ones(1, 2, 2, dtype=torch.bool), limit)
+    assert peaks.tolist() == [[2.0, 3.0]]
+
+
+def test_long_scores_have_no_seam_where_blocks_and_threads_meet() -> None:
+    length = 1030
     scores = torch.randn(1, 2, length, length, generator=torch.Generator().manual_seed(0))
+    scores[0, 1, 700, 1029], scores[0, 0, 1029, 5], scores[0, 1, 3, 600] = -9.0, 8.0, 7.0
     i, k = np.indices((length, length))
     expected = np.zeros(length, np.float32)
     np.maximum.at(expected, np.maximum(i, k).ravel(), scores.abs().amax((0, 1)).numpy().ravel())
-    # The peak: once where it is alone, once where a later head has the same at an earlier position.
-    for places in ([(0, 1, 700, 1029)], [(0, 1, 3, 600), (0, 0, 1029, 5)], [(0, 0, 600, 513), (0, 0, 513, 600)]):
-        changed = scores.clone()
-        for place in places:
-            changed[place] = -9.0
-            expected_here = expected.copy()
-        for place in places:
-            expected_here[max(place[2:])] = 9.0
-        found = measure_peaks(changed, Axes(tuple(changed.shape), row=0, head=1, position=2, pairs=True), None)
-        assert found is not None
-        assert found[1].flatten().tolist() == expected_here.tolist()
-        statistics = decode(found[0], edges(torch.float32, ()), changed.shape)
-        assert (statistics.amax, statistics.amax_index) == (9.0, min(places))
-
-
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-def test_a_tensor_that_is_not_finite_is_left_to_the_full_statistics(value: float) -> None:
-    for place in ((0, 0, 0), (0, 4, 2)):
-        tensor = torch.ones(1, 5, 3)
-        tensor[place] = value
-        axes = Axes(tuple(tensor.shape), row=0, position=1)
-        assert measure_peaks(tensor, axes, None) is None
-        assert position_peaks(tensor, axes, None).tolist() == [[1.0] * 5]  # the finite ones
-        hidden = torch.zeros(1, 5, 3, dtype=torch.bool)
-        hidden[place] = True
-        assert measure_peaks(tensor, axes, hidden) is not None
+    axes = Axes(tuple(scores.shape), row=0, head=1, position=2, pairs=True)
+    _, peaks = tally_by_position(scores, edges(scores.dtype, ()), axes)
+    assert peaks.flatten().tolist() == expected.tolist()
+    assert position_peaks(scores, axes, None).flatten().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
-    ("generation", "detail", "level"),
-    [
-        (1, "peaks", "operators"),
-        (2, "statistics", "operators"),
-        (3, "peaks", "operators"),
-        (3, "peaks", "modules"),
-        (3, "statistics", "layers"),
-    ],
+    ("generation", "level"), [(1, "operators"), (2, "operators"), (3, "operators"), (3, "modules"), (3, "layers")]
 )
-def test_a_stopped_recording_is_the_beginning_of_the_whole_one(
-    small: Small, generation: int, detail: str, level: str
-) -> None:
+def test_a_stopped_recording_is_the_beginning_of_the_whole_one(small: Small, generation: int, level: str) -> None:
     model = small(generation, "float16", BREAKS_FLOAT16)
-    whole = run(model, detail=detail, level=level)
+    whole = run(model, level=level)
     expected = whole.first_break()
     assert expected is not None
     ids, real = batch()
     entered: list[nn.Module] = []
     handles = [m.register_forward_hook(lambda module, args, out: entered.append(module)) for m in model.modules()]
     reached_the_end = False
-    with torch.inference_mode(), record(model, detail=detail, level=level, stop_at_break=True) as stopped:
+    with torch.inference_mode(), record(model, level=level, stop_at_break=True) as stopped:
         model(ids, padding=real)
         reached_the_end = True
     seen = len(entered)
@@ -281,7 +224,7 @@ def test_a_stopped_recording_is_the_beginning_of_the_whole_one(
     assert expected.order < len(stopped) < len(whole)
     assert [repr(r) for r in stopped] == [repr(r) for r in whole.records[: len(stopped)]]
     assert repr(stopped.first_break()) == repr(expected)
-    again = run(model, detail=detail, level=level)  # nothing of it stayed behind in the model
+    again = run(model, level=level)  # nothing of it stayed behind in the model
     assert list(map(repr, again)) == list(map(repr, whole))
 
 
@@ -304,7 +247,7 @@ def test_a_break_after_the_last_module_began_ends_the_block_before_the_next_pass
 
 def test_a_sound_pass_is_never_stopped(small: Small) -> None:
     model = small(3, "float16")
-    whole, stopped = run(model, detail="peaks"), run(model, detail="peaks", stop_at_break=True)
+    whole, stopped = run(model), run(model, stop_at_break=True)
     assert list(map(repr, stopped)) == list(map(repr, whole))
 
 

@@ -18,6 +18,7 @@ from numba import carray, cfunc, njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.kernels import plain
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field
 from stabilitykit.recorder.kernels.machine import (
@@ -34,6 +35,7 @@ from stabilitykit.recorder.kernels.machine import (
     widen_float16,
 )
 from stabilitykit.recorder.kernels.places import OUTER, joined
+from stabilitykit.recorder.kernels.positions import positions
 from stabilitykit.recorder.kernels.vectors import AT_ONCE, BYTES, GROUP, counts, scan, vector_holding, vector_with
 
 _BLOCK = 4096  # elements; their codes, exponents and widened bits fit the smallest first caches
@@ -46,11 +48,10 @@ _PIECE = 1 << 15  # numbers, about a hundred rows
 _LEAST_SQUARES = 1e-280  # a smaller sum may have lost some to float64's own subnormals
 
 # The arguments are 64-bit: three counters of the kernel's own, addresses, sizes, and one float64.
-_NEXT, _WORKERS, _FINISHED, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _SCRATCH, _ELEMENTS, _PLACES = (
-    range(13)
-)
-_ARGUMENTS = 13
-_PACKED = struct.Struct("<5qd7q")
+_NEXT, _WORKERS, _FINISHED, _DATA, _HIDDEN, _LIMIT, _EDGES, _EDGE_COUNT, _OUT, _WIDTH, _SCRATCH, _ELEMENTS = range(12)
+_PLACES, _POSITIONS, _PEAKS = range(12, 15)
+_ARGUMENTS = 15
+_PACKED = struct.Struct("<5qd9q")
 # The places, at an address of their own: a shape, the strides of the tensor and of the mask.
 _STRIDES, _HIDDEN_STRIDES = OUTER + 1, 2 * (OUTER + 1)
 
@@ -66,13 +67,37 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
 
     An element is masked where `hidden`, boolean and of the tensor's shape, is True and it is not above `limit`.
     """
+    return _tally(tensor, edges, hidden, limit, 0, 0)
+
+
+def tally_by_position(
+    tensor: Tensor, edges: Edges, axes: Axes, hidden: Tensor | None = None, limit: float = math.inf
+) -> tuple[NDArray[np.float64], Tensor]:
+    """As `tally`, with the largest finite magnitude that is not masked by row and position, as `positions` gives it."""
+    found, wide = positions(axes), tensor.dtype == torch.float64
+    threads = _threads(tensor.numel())
+    codes = np.zeros((threads, *found.shape), np.int64 if wide else np.int32)
+    row = _tally(tensor, edges, hidden, limit, found.address, codes.ctypes.data)
+    peaks = codes[0] if threads == 1 else codes.max(axis=0)
+    return row, torch.from_numpy(peaks.view(np.float64 if wide else np.float32))
+
+
+def _threads(elements: int) -> int:
+    return 1 if elements <= _CHUNK else min(torch.get_num_threads(), -(-elements // _CHUNK))
+
+
+def _tally(
+    tensor: Tensor, edges: Edges, hidden: Tensor | None, limit: float, positions: int, peaks: int
+) -> NDArray[np.float64]:
+    """`positions` and `peaks` are addresses: of the numbers that say what is whose, and of codes for each thread."""
     elements = tensor.numel()
-    threads = 1 if elements <= _CHUNK else min(torch.get_num_threads(), -(-elements // _CHUNK))
+    threads = _threads(elements)
     places = 0  # one piece of memory
     if hidden is not None or not tensor.is_contiguous():
         found = joined(tensor.shape, (tensor.stride(), (tensor if hidden is None else hidden).stride()))
         if found is None:
-            return tally(tensor.reshape(-1), edges, None if hidden is None else hidden.reshape(-1), limit)
+            flat = None if hidden is None else hidden.reshape(-1)
+            return _tally(tensor.reshape(-1), edges, flat, limit, positions, peaks)
         places = found.address
     mine = _own.memory
     row, address = mine.row(edges.width)
@@ -92,6 +117,8 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
         mine.rooms_for(threads),
         elements,
         places,
+        positions,
+        peaks,
     )
     dtype = tensor.dtype
     run(_kernel(dtype), mine.address, threads)
@@ -265,6 +292,42 @@ def _index_of(bits, magnitude, code):
 
 
 @njit
+def _largest(bits, integer, magnitude):
+    largest = integer(0)
+    for i in range(bits.size):
+        largest = max(largest, integer(bits[i] & magnitude))
+    return largest
+
+
+@njit
+def _raise(peaks, bits, integer, magnitude):
+    for i in range(bits.size):
+        peaks[i] = max(peaks[i], integer(bits[i] & magnitude))
+
+
+@njit(error_model="numpy")
+def _by_position(bits, integer, magnitude, begin, positions, peaks):
+    """Raises each position's peak to those of its elements in a block; of a query and a key the later one's."""
+    inner, outer, length, before, pairs = positions[0], positions[1], positions[2], positions[3], positions[4]
+    done = 0
+    while done < bits.size:
+        flat = begin + done
+        place = flat // inner
+        column = flat - place * inner
+        size = min(inner - column, bits.size - done)
+        position = place % length
+        first = flat // outer * length
+        own = min(max(before + position + 1 - column, 0), size) if pairs else size
+        if own:
+            largest = _largest(bits[done : done + own], integer, magnitude)
+            peaks[first + position] = max(peaks[first + position], largest)
+        if own < size:
+            key = first + column + own - before
+            _raise(peaks[key : key + size - own], bits[done + own : done + size], integer, magnitude)
+        done += size
+
+
+@njit
 def _count_subnormal(bits, magnitude, normal, row, bins):
     """Those below the smallest normal number: the exponent is that of the code's leading bit."""
     for i in range(bits.size):
@@ -343,6 +406,9 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
         bins = FIELDS + edges.size
         data, hidden, somewhere = arguments[_DATA], arguments[_HIDDEN], arguments[_PLACES] != 0
         places = carray(pointer(arguments[_PLACES]), (_HIDDEN_STRIDES + OUTER + 1,), np.int64)
+        positions, positioned = carray(pointer(arguments[_POSITIONS]), (6,), np.int64), arguments[_POSITIONS] != 0
+        asked = positions[5] if positioned else 0
+        peaks = carray(pointer(arguments[_PEAKS] + worker * asked * wide), (asked,), integer)
         peak, smallest = integer(-1), infinity
         done = 0
         while chunk < chunks:
@@ -424,6 +490,9 @@ def _compiled(dtype: str, stored: Any, integer: Any, unsigned: Any, floating: An
                         while not kept[place]:
                             place += 1
                     row[_INDEX] = begin + place
+
+                if positioned:
+                    _by_position(bits[:block], integer, magnitude, begin, positions, peaks)
 
                 nonzero, low, last = 0, np.int64(first) + 1, np.int64(final)
                 if first == none:

@@ -78,7 +78,7 @@ def _underflow(attention: _Attention, dtype: str) -> float:
     """
     record, own = attention.record, attention.softmax.underflow_share
     counts = record.formats.get(dtype)
-    if counts is None or record.zero is None or own == 1:
+    if counts is None or own == 1:
         return own
     shown = (record.elements - record.lost - record.masked - record.zero) / (1 - own)
     return own + counts.zero / shown if shown else own
