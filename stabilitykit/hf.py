@@ -186,6 +186,14 @@ class HuggingFaceModel:
     def piece(self, token: int) -> str:
         return self.tokenizer.piece(token)
 
+    def blank(self, dtype: torch.dtype) -> nn.Module | None:
+        """None where something in the model is none of transformers' own: an adapter, quantised weights."""
+        if self.causal is not self.module or getattr(self.causal.config, "quantization_config", None) is not None:
+            return None
+        with torch.device("meta"):
+            model: nn.Module = type(self.causal)(self.causal.config)
+        return model.to(dtype).eval()
+
     def decode(
         self,
         ids: Tensor,

@@ -166,7 +166,8 @@ class Record:
     `masked` elements are a mask at work (-inf, or the minimum that stands for it) and enter no other count or
     statistic. `exponents[i]` counts the finite non-zero elements with floor(log2|x|) = `exponent_first + i`. `lost_*`
     count what holds a non-finite element.
-    `position_amax` runs over rows, then positions; None unless asked for.
+    `position_amax` runs over rows, then positions; None unless asked for. `stored_dtype` is the dtype in which a run of
+    the same model in float16 stores these values, None where nobody found out.
     """
 
     order: int
@@ -178,6 +179,7 @@ class Record:
     layer: int | None
     dtype: str
     shape: tuple[int, ...]
+    stored_dtype: str | None = None
 
     elements: int
     masked: int

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from stabilitykit.cli.forecast import forecast
 from stabilitykit.cli.profile import profile
 from stabilitykit.cli.report import report
 from stabilitykit.cli.reproduce import reproduce
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(profile)
+app.command()(forecast)
 app.command()(reproduce)
 app.command()(sweep)
 app.command()(report)

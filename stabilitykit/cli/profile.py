@@ -4,25 +4,26 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stabilitykit.cli.source import (
+    CHECKPOINT_HELP,
+    AttentionChoice,
+    Prompt,
+    RoundingChoice,
+    counting,
+    open_source,
+    print_source,
+    read_prompt,
+)
 from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stabilitykit.checkpoints import GemmaConfig
-    from stabilitykit.experiment.case import Progress
-    from stabilitykit.experiment.subject import Subject
     from stabilitykit.records import Recording
-
-_HF = "hf:"
 
 
 class LevelName(StrEnum):
@@ -31,23 +32,10 @@ class LevelName(StrEnum):
     operators = "operators"
 
 
-class RoundingChoice(StrEnum):
-    transformers = "transformers"
-    gemma_pytorch = "gemma_pytorch"
-
-
-class AttentionChoice(StrEnum):
-    eager = "eager"
-    sdpa = "sdpa"
-
-
 def profile(
     checkpoint: Annotated[
         str,
-        typer.Argument(
-            help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or gemma_pytorch's .ckpt file, "
-            "random:SIZE?layers=2&seed=0, or hf:FOLDER or hf:NAME to run transformers' own code (extra: hf)."
-        ),
+        typer.Argument(help=CHECKPOINT_HELP),
     ],
     prompt: Annotated[str, typer.Option(help="The text, or @FILE to read it from a UTF-8 file.")],
     dtype: Annotated[
@@ -114,14 +102,13 @@ def profile(
     if not (0 <= temperature < math.inf):
         raise MisuseError(f"A temperature is 0 (greedy) or a positive number; {temperature} is neither.")
     dtypes = dtype or ["float16"]
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
 
     from stabilitykit.cli import screen
     from stabilitykit.diagnosis import document
-    from stabilitykit.experiment import footprint
     from stabilitykit.experiment.case import Sampling, run_dtypes
     from stabilitykit.gemma.load import parse_device, parse_dtype
-    from stabilitykit.products import check_matmul, preferred_matmul
+    from stabilitykit.products import check_matmul
     from stabilitykit.recorder.weights import check_weights
 
     for name in dtypes:
@@ -131,25 +118,21 @@ def profile(
         check_matmul(matmul)
     if system is not None and not chat:
         raise MisuseError("--system belongs to the turn template; add --chat.")
-    how = _Prompt(text=text, bos=not no_bos, chat=chat, system=system, special_tokens=special_tokens)
     with screen.progress_bar() as progress:
-        if checkpoint.startswith(_HF):
-            if rounding is not RoundingChoice.transformers or stress != 1:
-                raise MisuseError("--rounding and --stress are the kit's own model's; leave them out with hf:.")
-            source = _huggingface(checkpoint.removeprefix(_HF), how, device, attention, adapter, stream or None)
-        else:
-            if attention is not None or adapter is not None:
-                raise MisuseError(
-                    "--attention and --adapter are for transformers' models: write hf: before the folder or the name."
-                )
-
-            def must_stream(config: "GemmaConfig", dtype: str, tokens: int) -> bool:
-                place, kind = parse_device(device), matmul or preferred_matmul(dtype, device)
-                length = left_padding + tokens + generate - 1
-                return stream or footprint.must_stream(config, dtype, length, matmul=kind, device=place)
-
-            source = _gemma(checkpoint, how, device, rounding, stress, must_stream, progress)
-        weights = check_weights(source.tensors, list(dict.fromkeys(dtypes)), _counting(progress, source.bytes))
+        source = open_source(
+            checkpoint,
+            Prompt(text=text, bos=not no_bos, chat=chat, system=system, special_tokens=special_tokens),
+            device=device,
+            rounding=rounding,
+            stress=stress,
+            attention=attention,
+            adapter=adapter,
+            stream=stream,
+            matmul=matmul,
+            more_tokens=left_padding + generate - 1,
+            progress=progress,
+        )
+        weights = check_weights(source.tensors, list(dict.fromkeys(dtypes)), counting(progress, source.bytes))
         runs = run_dtypes(
             source.subject_in,
             source.tokens,
@@ -174,7 +157,7 @@ def profile(
         screen.print_json(found)
         return
 
-    _print_subject(recordings[0], source, redact)
+    print_source(recordings[0], source, redact)
     screen.print_weights(recordings)
     for recording in recordings:
         screen.print_verdict(recording, reference)
@@ -191,151 +174,6 @@ def profile(
         )
     if out is not None:
         screen.print_note(f"Records and findings: {out}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prompt:
-    text: str
-    bos: bool
-    chat: bool
-    system: str | None
-    special_tokens: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """What the command needs of a checkpoint, whoever runs it; `tensors` are the weights as stored."""
-
-    tokens: list[int]
-    piece: Callable[[int], str]
-    subject_in: "Callable[[str, Callable[[int, int], None]], Subject]"
-    tensors: "Iterable[tuple[str, Tensor]]"
-    bytes: int
-
-
-def _gemma(
-    name: str,
-    prompt: _Prompt,
-    device: str,
-    rounding: RoundingChoice,
-    stress: float,
-    must_stream: "Callable[[GemmaConfig, str, int], bool]",
-    progress: "Progress",
-) -> _Source:
-    """The kit's own model of a checkpoint."""
-    from stabilitykit.checkpoints import open_checkpoint
-    from stabilitykit.experiment.subject import GemmaSubject
-    from stabilitykit.gemma import build
-    from stabilitykit.gemma.tokenizer import Tokenizer
-
-    opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
-    tokenizer = Tokenizer(opened.vocabulary)
-    if prompt.chat:
-        tokens = tokenizer.chat(
-            prompt.text,
-            generation=opened.config.generation,
-            system=prompt.system,
-            bos=prompt.bos,
-            special_tokens=prompt.special_tokens,
-        )
-    else:
-        tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
-
-    def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
-        made = build(
-            opened,
-            dtype=dtype,
-            device=device,
-            rounding=rounding.value,
-            stress=stress,
-            stream=must_stream(opened.config, dtype, len(tokens)),
-            progress=announce,
-        )
-        return GemmaSubject(made)
-
-    return _Source(
-        tokens=tokens,
-        piece=tokenizer.piece,
-        subject_in=subject_in,
-        tensors=opened.tensors.items(),
-        bytes=sum(tensor.nbytes for tensor in opened.tensors.values()),
-    )
-
-
-def _huggingface(
-    name: str,
-    prompt: _Prompt,
-    device: str,
-    attention: AttentionChoice | None,
-    adapter: Path | None,
-    stream: bool | None,
-) -> _Source:
-    """transformers' model of a folder."""
-    from stabilitykit import hf
-
-    tokenizer = hf.open_tokenizer(name)
-    if prompt.chat:
-        tokens = tokenizer.chat(prompt.text, system=prompt.system, bos=prompt.bos, special_tokens=prompt.special_tokens)
-    else:
-        tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
-
-    def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
-        return hf.open_model(
-            name,
-            dtype=dtype,
-            device=device,
-            attention=None if attention is None else attention.value,
-            adapter=adapter,
-            stream=stream,
-            progress=announce,
-        )
-
-    return _Source(
-        tokens=tokens,
-        piece=tokenizer.piece,
-        subject_in=subject_in,
-        tensors=hf.stored_tensors(name),
-        bytes=hf.stored_bytes(name),
-    )
-
-
-def _counting(progress: "Progress", total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        progress("checking weights", done, total)
-
-    return count
-
-
-def _read_prompt(prompt: str) -> str:
-    from stabilitykit.experiment.prompts import read_text
-
-    text = read_text(Path(prompt[1:])) if prompt.startswith("@") else prompt
-    if not text:
-        raise MisuseError("A prompt has at least one character; this one is empty. Write some text.")
-    return text
-
-
-def _print_subject(recording: "Recording", source: _Source, redact: bool) -> None:
-    from stabilitykit.cli import screen
-    from stabilitykit.records import quoted
-    from stabilitykit.report.words import count
-
-    header = recording.header
-    screen.print_note(str(header.checkpoint))
-    for note in header.notes:
-        screen.print_note(f"{note}.")
-    tokens: Sequence[int] = source.tokens
-    amount = count(len(tokens), "token")
-    if redact:
-        screen.print_note(f"{amount}, redacted.")
-    else:
-        shown = " ".join(quoted(source.piece(token)) for token in tokens[:16])
-        screen.print_note(f"{amount}: {shown}{' ...' if len(tokens) > 16 else ''}")
-    screen.output.print()
 
 
 def _write(folder: Path, recordings: "list[Recording]", found: Any) -> None:

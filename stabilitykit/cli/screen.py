@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
+from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Recording, quoted
-from stabilitykit.report.style import size
+from stabilitykit.report.style import share, size
 from stabilitykit.report.words import count
 from stabilitykit.results import Plan
 
@@ -178,6 +179,39 @@ def _duration(seconds: float) -> str:
         return f"{max(seconds, 0.1):.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def print_forecasts(recording: Recording, found: Sequence[Forecast]) -> None:
+    """A sentence for each format, then a table of what would become of elements and weights."""
+    for one in found:
+        style = "bold red" if one.breaks else "bold green"
+        output.print(Text(prediction(recording, one), style=style))
+    output.print()
+    dtype, judged = recording.header.dtype, found[0]
+    table = _table(
+        f"What would become of {judged.elements:,} elements in {count(judged.judged, 'tensor')} of the {dtype} run"
+    )
+    table.add_column("format")
+    for name in ("past its range", "subnormal", "zero", "headroom [bits]", "weights lost"):
+        table.add_column(name, justify="right")
+    table.add_column("past the range a value becomes", overflow="fold")
+    for one in found:
+        table.add_row(
+            one.format,
+            _zero_as_dash(one.past),
+            *(share(part / one.elements) if part else "-" for part in (one.subnormal, one.zero)),
+            "-" if one.headroom is None else f"{one.headroom:.1f}",
+            "-" if one.weights is None else _zero_as_dash(one.weights.overflow + one.weights.zero),
+            overflow_becomes(one.format),
+            style="red" if one.breaks else None,
+        )
+    output.print(table)
+    output.print()
+    print_note(
+        "Judged are the tensors that a float16 run stores in 16 bits, by their values in this run, exact to the "
+        "rounding ties. After a first overflow nothing is what it would have been. weights lost: become infinite or "
+        "zero."
+    )
 
 
 LEGEND = (

@@ -100,7 +100,7 @@ def _clean(recording: Recording) -> str:
         return f"{dtype}: nothing was recorded."
     room = number_format(dtype).headroom(top.amax)
     ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
-    place = f"{_where(top)}{_at(recording, top.amax_position, top.amax_row, top.amax_token, top.step)}"
+    place = f"{where(top)}{place_of(recording, top.amax_position, top.amax_row, top.amax_token, top.step)}"
     return (
         f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {place}, {room:.1f} bits below the "
         f"format's end at {number(number_format(dtype).largest)}.{ending}"
@@ -109,8 +109,8 @@ def _clean(recording: Recording) -> str:
 
 def _first_sentence(recording: Recording, first: Record) -> str:
     broke, dtype = _broke(first), first.dtype
-    at = _at(recording, broke.position, broke.row, broke.token, first.step)
-    place = f"{_where(first)}{at}"
+    at = place_of(recording, broke.position, broke.row, broke.token, first.step)
+    place = f"{where(first)}{at}"
     count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
     match broke.kind:
         case "overflow":
@@ -159,7 +159,7 @@ def _consequences(links: tuple[Link, ...]) -> str:
     greedy = next((link for link in links if link.event == "greedy"), None)
     parts = []
     if nan is not None:
-        parts.append(f"in {_where(nan)} infinity becomes NaN ({nan.text.split(' makes')[0]})")
+        parts.append(f"in {where(nan)} infinity becomes NaN ({nan.text.split(' makes')[0]})")
     if whole is not None:
         parts.append(f"after layer {whole.layer} {'the' if whole.positions == 1 else 'every'} token is lost")
     if logits is not None:
@@ -186,14 +186,16 @@ def _made(record: Record) -> str:
     return f"{record.operator or 'it'}{of} gives {number(broke.value)}"
 
 
-def _where(record: Record | Link) -> str:
+def where(record: Record | Link) -> str:
+    """layer 7, residual after MLP (layers.7, operator add)"""
     layer = "" if record.layer is None else f"layer {record.layer}, "
     operator = f", operator {record.operator}" if record.operator else ""
     named = record.label or record.site or ""
     return f"{layer}{named} ({record.site}{operator})" if named != record.site else f"{layer}{named}{operator}"
 
 
-def _at(recording: Recording, position: int | None, row: int | None, token: int | None, step: int) -> str:
+def place_of(recording: Recording, position: int | None, row: int | None, token: int | None, step: int) -> str:
+    """, at token 0 '<bos>'; empty where the position is not known."""
     if position is None:
         return ""
     named = recording.header.named(token)
@@ -213,13 +215,14 @@ def ordinal(number: int) -> str:
 
 def weights_sentence(stored: StoredWeights) -> str:
     """What storing the checkpoint in a dtype does to its weights; nothing where it does nothing."""
+    becomes = "NaN" if number_format(stored.dtype).all_ones_is_nan else "infinite"
     counts = (
         (
             stored.nonfinite,
             "is NaN or infinite in the checkpoint itself",
             "are NaN or infinite in the checkpoint itself",
         ),
-        (stored.overflow, "becomes infinite", "become infinite"),
+        (stored.overflow, f"becomes {becomes}", f"become {becomes}"),
         (stored.zero, "becomes zero", "become zero"),
         (stored.subnormal, "goes subnormal", "go subnormal"),
     )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.experiment.dry_run import find_stored_dtypes
 from stabilitykit.experiment.subject import GemmaSubject, Subject
 from stabilitykit.gemma import Gemma
 from stabilitykit.products import preferred_matmul
-from stabilitykit.recorder import record, unrecorded
+from stabilitykit.recorder import DEFAULT_FORMATS, record, unrecorded
 from stabilitykit.records import Level, LogitsError, Recording, StoredWeights
 
 Progress = Callable[[str, int, int], None]
@@ -84,6 +85,7 @@ def run_case(
     sampling: Sampling | None = None,
     level: Level = "operators",
     kind: str = "native",
+    formats: Sequence[str] = DEFAULT_FORMATS,
     position_peaks: bool = False,
     fused_softmax: bool = True,
     every_logit: bool = False,
@@ -98,11 +100,14 @@ def run_case(
     """Continues `tokens`, after `left_padding` pad tokens, by `new_tokens`; recorded throughout.
 
     Each new token is a forward pass and a draw; the first pass whose last logits are not finite is the last. `mask`
-    replaces the model's own, as in its `forward`. `kind` is how products are computed. `every_logit` makes and records
-    the logits of all positions; with a `reference` they are compared with its. `weights` goes into the header.
-    `facts` join what the header's `case` says, and so does `next_text`, the token that greedy decoding takes at the
-    last step, unless redacted. Raises MisuseError for no tokens or more than the model's context; an error of the
-    sampler is returned, any other raised.
+    replaces the model's own, as in its `forward`. `kind` is how products are computed; counts are kept for `formats`.
+    `every_logit` makes and records the logits of all positions; with a `reference` they are compared with its.
+    `weights` goes into the header. `facts` join what the header's `case` says, and so does `next_text`, the token that
+    greedy decoding takes at the last step, unless redacted. Records of a run in another dtype than float16 say what
+    one in float16 stores in 16 bits.
+
+    Raises MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other
+    raised.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
     sampling = sampling or Sampling()
@@ -137,6 +142,7 @@ def run_case(
                 record(
                     subject.module,
                     level=level,
+                    formats=formats,
                     position_peaks=position_peaks,
                     fused_softmax=fused_softmax,
                     against=None if reference is None else reference.tensors,
@@ -176,6 +182,8 @@ def run_case(
         weights=weights,
         case={**header.case, **told},
     )
+    if recording.header.dtype != "float16":
+        recording = find_stored_dtypes(recording, subject, *ids.shape)
     return Run(recording=recording, error=error)
 
 

@@ -40,6 +40,10 @@ class Subject(Protocol):
         """A token as a table shows it."""
         ...
 
+    def blank(self, dtype: torch.dtype) -> nn.Module | None:
+        """The same model in `dtype` on the meta device, where nothing has a value; None where none can be made."""
+        ...
+
     def decode(
         self,
         ids: Tensor,
@@ -99,6 +103,12 @@ class GemmaSubject:
     def piece(self, token: int) -> str:
         tokenizer = self.module.tokenizer
         return f"<row {token}>" if tokenizer is None else tokenizer.piece(token)
+
+    def blank(self, dtype: torch.dtype) -> nn.Module:
+        with torch.device("meta"):
+            model = Gemma(self.module.config, rounding=self.module.rounding)
+        model.lm_head.weight = model.embed_tokens.weight
+        return model.to(dtype).eval()
 
     def decode(self, ids: Tensor, **how: Any) -> list[list[int]]:
         return decode(self.module, ids, **how)

@@ -31,6 +31,8 @@ class Hidden:
 
 def hidden(where: Tensor, stride: tuple[int, ...]) -> Hidden | None:
     """`Hidden`, or None where no element is; what a device computes is not looked at, and may hide none."""
+    if where.is_meta:
+        return None
     if not is_here(where):
         return Hidden(where, stride, None)
     count = int(where.sum())

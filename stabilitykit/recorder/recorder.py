@@ -88,6 +88,9 @@ def record(
     computes 16-bit matrix products in the block as `stabilitykit.products.matmul` does; without it arithmetic stays as
     it is. The header says which was in force.
 
+    On the meta device nothing is computed: such a recording says which tensors there would be, of what shape and in
+    which dtype, and counts all their elements as masked.
+
     `watch` names single elements, by site and row-major index, whose values the header keeps as `watched`.
     `token_text` gives a token id's text; a model with a `tokenizer` that has `piece` needs none. `redact` keeps
     tokens out of the recording. `case` goes into the header as it is.
@@ -335,7 +338,7 @@ class _Recorder:
         if ids is not None:
             ids = ids.reshape(-1, ids.shape[-1])
             step.rows, step.length = ids.shape
-            new = ids.tolist()
+            new = [] if ids.is_meta else ids.tolist()
             self.seen.update(*new)
             if step.start > 0 and len(before.tokens) == len(new):
                 new = [[*old, *more] for old, more in zip(before.tokens, new, strict=True)]
@@ -517,7 +520,7 @@ class _Recorder:
         origin = Origin("computed", site, number, pairs=pairs)
 
         row: Row | Tensor
-        if self.position_peaks and axes.position is not None:
+        if self.position_peaks and axes.position is not None and not values.is_meta:
             with _aside():
                 row, peaks = tally_by_position(values, entry.form.edges, axes, where, limit)
                 entry.take_peaks(peaks, part)
@@ -529,7 +532,7 @@ class _Recorder:
         if masked is not None:
             origin.masked = replace(masked, stride=tensor.stride())
         self.origins.remember(tensor, origin)
-        if call.name == "softmax" and call.operands and values.numel() and values.ndim:
+        if call.name == "softmax" and call.operands and values.numel() and values.ndim and not values.is_meta:
             self._take_softmax(entry, call, values, axes)
         self._look_at(entry, values, part)
 

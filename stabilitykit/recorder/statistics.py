@@ -75,6 +75,8 @@ def tally(tensor: Tensor, against: Edges, hidden: Tensor | None = None, limit: f
     kind = tensor.device.type
     if kind == "cpu":
         return _cpu_kernels()[0](tensor, against, hidden, limit)
+    if kind == "meta":
+        return _of_none(tensor, against)
     if kind == "mps":  # has no float64 to sum in
         return tally(tensor.cpu(), against, None if hidden is None else hidden.cpu(), limit)
     if device.runs_triton(tensor.device):
@@ -93,6 +95,13 @@ def tally_by_position(
         return _cpu_kernels()[1](tensor, against, axes, hidden, limit)
     masked = None if hidden is None else hidden & (tensor <= limit)
     return tally(tensor, against, hidden, limit), position_peaks(tensor, axes, masked)
+
+
+def _of_none(tensor: Tensor, against: Edges) -> Row:
+    """Of a tensor whose elements have no values: none of them counts."""
+    row = np.zeros(against.width)
+    row[Field.MASKED], row[Field.AMAX], row[Field.SCALE] = tensor.numel(), -1.0, 1.0
+    return row
 
 
 @cache

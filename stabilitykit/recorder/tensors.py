@@ -20,7 +20,7 @@ _LEAVES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.devic
 def floating(tree: Any) -> list[Tensor]:
     """The floating and complex tensors in nested arguments or results, in order.
 
-    Without those that have no elements to look at: sparse, nested and meta tensors, and subclasses that wrap others.
+    Without those that have no elements to look at: sparse and nested tensors, and subclasses that wrap others.
     """
     if type(tree) is Tensor:
         return [tree] if has_elements(tree) else []
@@ -67,7 +67,7 @@ def has_elements(tensor: Tensor) -> bool:
     return (
         tensor.dtype in NAMES
         and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_meta)
+        and not tensor.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -75,10 +75,10 @@ def has_elements(tensor: Tensor) -> bool:
 def region(tensor: Tensor) -> tuple[int, int, int]:
     """Which memory, as long as the tensor lives: equal for a tensor and any reshaped view of all of it."""
     elements = tensor.numel()
-    address = tensor.data_ptr() if elements else tensor.untyped_storage()._cdata
+    address = (tensor.data_ptr() if elements else 0) or tensor.untyped_storage()._cdata  # on the meta device all are 0
     return address, elements, tensor.element_size()
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether its values can be looked at without a wait for the device that computes them."""
-    return tensor.device.type == "cpu"
+    """Whether nothing has to be waited for to look at its values; on the meta device there are none to look at."""
+    return tensor.device.type in ("cpu", "meta")

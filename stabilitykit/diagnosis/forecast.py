@@ -1,0 +1,164 @@
+"""What a format that did not run would make of a run's tensors, from their exact counts against its limits.
+
+Only tensors that a low-precision run stores in low precision are judged: Gemma computes norms and softmax in float32 in
+every dtype. Which those are is what `Record.stored_dtype` says.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from stabilitykit.diagnosis.layers import peak
+from stabilitykit.diagnosis.verdict import number, place_of, weights_sentence, where
+from stabilitykit.errors import MisuseError
+from stabilitykit.formats import number_format
+from stabilitykit.records import Record, Recording, StoredWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What storing the judged tensors in `format` would come to, rounding to nearest, ties to even.
+
+    `first` is the first in order of execution of which some element would leave the range, None where none would;
+    `overflow`, how many of it would. `past`, `subnormal` and `zero` count elements of all `judged` tensors that would
+    leave the range, be stored as subnormals, and become zero without having been one; `elements` is how many they have.
+    `closest` has the largest magnitude, and `headroom` bits below the format's end. `weights` is what storing the
+    checkpoint in it does, if that was counted.
+    """
+
+    format: str
+    judged: int
+    elements: int
+    first: Record | None
+    overflow: int
+    past: int
+    subnormal: int
+    zero: int
+    closest: Record | None
+    headroom: float | None
+    weights: StoredWeights | None = None
+
+    @property
+    def breaks(self) -> bool:
+        """Whether an activation or a weight would leave the range."""
+        return self.first is not None or (self.weights is not None and self.weights.overflow > 0)
+
+
+def forecast(recording: Recording, name: str, weights: StoredWeights | None = None) -> Forecast:
+    """The forecast for the format called `name`, of a run that recorded counts for it.
+
+    Values are the run's own: those of a float32 run are what a low-precision one computes up to its rounding errors, so
+    where a value lies that close to the limit the forecast may name a neighbour. After a first overflow nothing that
+    follows is what it would be.
+
+    Raises MisuseError for an unknown format, one that was not counted, a run that broke itself, and for a run of which
+    nobody found out what is stored in low precision.
+    """
+    form = number_format(name)
+    if form.name not in recording.header.formats:
+        raise MisuseError(
+            f"A forecast reads the counts for a format that were kept while the model ran; for {form.name} there are "
+            f"none, only for {', '.join(recording.header.formats)}. Record again with formats=({form.name!r}, ...)."
+        )
+    first = recording.first_break()
+    if first is not None:
+        raise MisuseError(
+            f"A forecast is made of a run that stays finite; this one broke in {first.site}. Run it in float32."
+        )
+    judged = [record for record in recording if record.stored_dtype is not None and _is_low(record.stored_dtype)]
+    if not judged:
+        raise MisuseError(
+            "A forecast judges the tensors that a 16-bit run stores in 16 bits; of this recording nobody found out "
+            "which those are. Make it with `stabilitykit forecast`, and without an adapter or quantised weights."
+        )
+    counts = [(record, record.formats[form.name]) for record in judged]
+    over = next((record for record, count in counts if count.overflow), None)
+    closest = peak(judged)
+    return Forecast(
+        format=form.name,
+        judged=len(judged),
+        elements=sum(record.elements - record.masked for record in judged),
+        first=over,
+        overflow=0 if over is None else over.formats[form.name].overflow,
+        past=sum(count.overflow for _, count in counts),
+        subnormal=sum(count.subnormal for _, count in counts),
+        zero=sum(count.zero for _, count in counts),
+        closest=closest,
+        headroom=None if closest is None or closest.amax is None else form.headroom(closest.amax),
+        weights=weights,
+    )
+
+
+def prediction(recording: Recording, found: Forecast) -> str:
+    """The forecast in a sentence or two."""
+    form, first = number_format(found.format), found.first
+    said = ""
+    if found.weights is not None and found.weights.overflow:
+        said = weights_sentence(found.weights) + " "
+    if first is None:
+        if found.closest is None or found.headroom is None:
+            return f"{said}{form.name}: nothing was recorded that it would have to hold."
+        return (
+            f"{said}{form.name} would hold every value: the largest, {number(found.closest.amax)} in "
+            f"{where(found.closest)}, is {found.headroom:.1f} bits below its end at {number(form.largest)}."
+        )
+    elements = "1 element leaves" if found.overflow == 1 else f"{found.overflow:,} elements leave"
+    at = place_of(recording, first.amax_position, first.amax_row, first.amax_token, first.step)
+    largest = f"the largest there is {number(first.amax)}{at}"
+    return (
+        f"{said}{form.name} would break first in {where(first)}: {elements} its range, which ends at "
+        f"{number(form.largest)}; {largest}."
+    )
+
+
+def overflow_becomes(name: str) -> str:
+    """What a cast makes of a value past the format's range, if it does not saturate; what it makes if it does."""
+    form = number_format(name)
+    other = f", or ±{number(form.largest)} if the cast saturates" if form.bits == 8 else ""
+    return f"{'NaN' if form.all_ones_is_nan else '±inf'}{other}"
+
+
+def with_stored_dtypes(recording: Recording, low: Recording) -> Recording:
+    """`recording` with the `stored_dtype` of each record, which `low`, a run of the same model in 16 bits, tells.
+
+    Only sites, shapes and dtypes of `low` are read, so one pass without values will do for every step. Records are
+    matched by site, the first of a step with the first of the same name. Where the 16-bit run rounds a result in an
+    operator of its own, as after a softmax in float32, the record that was rounded counts as stored in 16 bits. Fused
+    attention, which runs as its parts where there are no values, is stored as the last part of its shape is. Records
+    that `low` does not have, such as those of the sampler, keep None.
+    """
+    known = {key for key, _ in _numbered(recording)}
+    stored: dict[_Key, str] = {}
+    last: dict[tuple[str, tuple[int, ...]], tuple[_Key, str]] = {}  # in each module, of each shape
+    for key, record in _numbered(low):
+        own = record.module, record.shape
+        if key in known:
+            stored[key] = record.dtype
+        elif record.operator == "cast" and own in last:
+            stored[last[own][0]] = record.dtype
+        last[own] = key, record.dtype
+
+    def told(key: _Key, record: Record) -> str | None:
+        fused = record.operator == _FUSED and last.get((record.module, record.shape))
+        return stored.get(key) or (fused[1] if fused else None)
+
+    return Recording(
+        recording.header,
+        [replace(record, stored_dtype=told(key, record)) for key, record in _numbered(recording)],
+    )
+
+
+_Key = tuple[str, int]
+_FUSED = "scaled_dot_product_attention"
+
+
+def _numbered(recording: Recording) -> Iterator[tuple[_Key, Record]]:
+    """The records of each step, with which one of its site it is there."""
+    seen: Counter[tuple[int, str]] = Counter()
+    for record in recording:
+        yield (record.site, seen[record.step, record.site]), record
+        seen[record.step, record.site] += 1
+
+
+def _is_low(dtype: str) -> bool:
+    return number_format(dtype).bits < 32
