@@ -159,7 +159,7 @@ def section(found: Sequence[Outcome]) -> Section:
                 size=(8.0, 3.2),
             ),
             Table(
-                name="agreement",
+                name="agreeing",
                 title="Cells that agree",
                 columns=[Column(name=n) for n in ("model", "float16 broke", "float16 held", "within one bit", "all")],
                 rows=rows,
@@ -233,10 +233,7 @@ def draw(figure: "matplotlib.figure.Figure", found: Sequence[Outcome], models: S
     return []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "reports" / "forecast_agreement")
-    out = parser.parse_args().out
+def run() -> list[Outcome]:
     found = []
     for cell in cells():
         found.append(cell)
@@ -244,10 +241,24 @@ def main() -> None:
             print(f"disagrees: {cell}", file=sys.stderr, flush=True)
         elif len(found) % 50 == 0:
             print(f"{len(found)} cells", file=sys.stderr, flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
-    text = json.dumps({"machine": machine, "cells": [asdict(cell) for cell in found]}, indent=1) + "\n"
-    (out / "cells.json").write_text(text, encoding="utf-8")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", action="store_true", help="write the report of the cells that are there already")
+    parser.add_argument("--out", type=Path, default=ROOT / "reports" / "forecast_agreement")
+    given = parser.parse_args()
+    out: Path = given.out
+    kept = out / "cells.json"
+    if given.kept:
+        found = [Outcome(**cell) for cell in json.loads(kept.read_text(encoding="utf-8"))["cells"]]
+    else:
+        found = run()
+        out.mkdir(parents=True, exist_ok=True)
+        machine = {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
+        text = json.dumps({"machine": machine, "cells": [asdict(cell) for cell in found]}, indent=1) + "\n"
+        kept.write_text(text, encoding="utf-8")
     page = write_report("Does a forecast of float16 come true?", [section(found)], out)
     print(f"{share(found)} cells agree; within one bit of the limit {share([c for c in found if c.near])}.")
     print(page)

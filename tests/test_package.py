@@ -23,6 +23,7 @@ FLOORS = [
     {"gemma", "recorder", "diagnosis"},
     {"hf"},
     {"experiment", "report"},
+    {"remedies"},
     {"cli"},
 ]
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
-from stabilitykit.gemma.tokenizer import serialised
+from stabilitykit.checkpoints.vocabulary import serialised
 
 
 def huggingface_config(config: GemmaConfig, *, new: bool = False) -> dict[str, Any]:

@@ -132,3 +132,31 @@ def _from_json(model: dict[str, Any], added: list[dict[str, Any]]) -> Vocabulary
         pad=ids.get("<pad>", 0),
         unk=unknown,
     )
+
+
+def serialised(vocabulary: Vocabulary) -> bytes:
+    """The vocabulary as a SentencePiece model: what a `tokenizer.model` holds."""
+    import sentencepiece  # noqa: F401  sets up the messages below
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it
+
+    proto, kinds = ModelProto(), ModelProto.SentencePiece
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(vocabulary.pieces)
+    trainer.byte_fallback = True
+    trainer.unk_id, trainer.unk_piece = vocabulary.unk, vocabulary.pieces[vocabulary.unk]
+    trainer.bos_id, trainer.bos_piece = vocabulary.bos, vocabulary.pieces[vocabulary.bos]
+    trainer.eos_id, trainer.eos_piece = vocabulary.eos, vocabulary.pieces[vocabulary.eos]
+    trainer.pad_id, trainer.pad_piece = vocabulary.pad, vocabulary.pieces[vocabulary.pad]
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    for index, (piece, score, kind) in enumerate(
+        zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
+    ):
+        # SentencePiece wants exactly one unknown piece; Gemma 3's GGUF calls it a control piece.
+        kind = "unknown" if index == vocabulary.unk else kind
+        proto.pieces.add(piece=piece, score=score, type=getattr(kinds, kind.upper()))
+    made: bytes = proto.SerializeToString()
+    return made

@@ -8,9 +8,11 @@ import typer
 
 from stabilitykit.cli.forecast import forecast
 from stabilitykit.cli.profile import profile
+from stabilitykit.cli.repair import repair
 from stabilitykit.cli.report import report
 from stabilitykit.cli.reproduce import reproduce
 from stabilitykit.cli.sweep import sweep
+from stabilitykit.cli.verify import verify
 from stabilitykit.errors import MisuseError, StabilityKitError
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(forecast)
+app.command()(repair)
+app.command()(verify)
 app.command()(reproduce)
 app.command()(sweep)
 app.command()(report)

@@ -1,6 +1,7 @@
 """What the commands print: progress on standard error, findings on standard output."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from stabilitykit.results import Plan
 
 if TYPE_CHECKING:
     from stabilitykit.experiment.cost import Cost
+    from stabilitykit.remedies.ranking import Score
+    from stabilitykit.remedies.repair import Repair
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
@@ -212,6 +215,63 @@ def print_forecasts(recording: Recording, found: Sequence[Forecast]) -> None:
         "rounding ties. After a first overflow nothing is what it would have been. weights lost: become infinite or "
         "zero."
     )
+
+
+def print_scores(scores: "Sequence[Score]") -> None:
+    """The remedies, best first."""
+    table = _table(f"Against float32, over {scores[0].positions:,} held-out tokens")
+    table.add_column("remedy", overflow="fold")
+    for name in ("mean KL", "±", "99%", "largest", "same token", "perplexity", "headroom", "memory", "time"):
+        table.add_column(name, justify="right")
+    for one in scores:
+        if not one.finite or one.kl_mean is None:
+            cells = ["not finite", *["-"] * 6]
+        else:
+            perplexity = "-" if one.perplexity is None else f"{100 * one.perplexity:+.3f}%"
+            room = "-" if one.headroom is None else f"{one.headroom:.1f}"
+            kls = (one.kl_mean, one.kl_interval, one.kl_p99, one.kl_max)
+            cells = [*map(_short, kls), share(one.top1 or 0.0), perplexity, room]
+        style = None if one.finite else "red"
+        table.add_row(one.name, *cells, size(one.weights + one.extra), f"{one.time:.2f}×", style=style)
+    output.print(table)
+    output.print()
+    for one in scores:
+        print_note(f"{one.name}: {one.summary}")
+    output.print()
+    print_note(
+        "KL of float32's next-token distribution from the remedy's, in nats a token: mean, half the width of its 95% "
+        "interval, 99th percentile, largest. headroom: bits between the largest value stored and the dtype's end. "
+        "memory: weights, and what a window takes beside a plain run. time: against plain float16 on this machine."
+    )
+    output.print()
+
+
+def _short(value: float | None) -> str:
+    """4.8e-5"""
+    return "-" if value is None else re.sub(r"e([-+])0?", r"e\1", f"{value:.1e}")
+
+
+def print_repair(found: "Repair") -> None:
+    """Which γ was chosen, and from what."""
+    gamma, score = found.rescaled.gamma, found.score
+    if gamma == 1:
+        room = "" if score.headroom is None else f" and leaves {score.headroom:.1f} bits of headroom"
+        said = f"Nothing has to be changed: float16 holds all that was seen{room}."
+        output.print(Text(said, style="bold green"))
+        return
+    better = next((one for one in found.scores if one.name == "bfloat16"), None)
+    said = (
+        f"Repaired by {gamma:g}: the largest value that float16 must store, {found.peak:,.0f} in {found.site}, becomes "
+        f"{found.peak * gamma:,.0f}."
+    )
+    if score.kl_mean and better is not None and better.kl_mean:
+        said += f" It is {better.kl_mean / score.kl_mean:,.0f} times as close to float32 as bfloat16."
+    rounded = sum(found.rescaled.rounded.values())
+    if rounded:
+        said += f" Of the norms, {count(rounded, 'gain')} had to be rounded in float32."
+    else:
+        said += " Nothing is rounded in float32, where logits keep every bit."
+    output.print(Text(said, style="bold green" if score.finite else "bold red"))
 
 
 LEGEND = (

@@ -54,22 +54,35 @@ def run_reference(model: Gemma, tokens: Sequence[int]) -> Reference:
     return Reference(tensors=tensors, logits=logits[0])
 
 
-def logits_error(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> LogitsError:
-    """`LogitsError` of logits [L, V] against those of the reference run, in float64, `chunk` positions at a time."""
-    divergences: list[Tensor] = []
-    same = 0
+def divergences(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> tuple[Tensor, Tensor]:
+    """Of logits [L, V] against those of the reference run: KL(reference, ours) in nats, and whether the likeliest token
+    is the same, at every position [L'], in float64, `chunk` positions at a time.
+
+    Positions at which either is not finite are left out. KL is negative where rounding leaves it so.
+    """
+    found: list[Tensor] = []
+    same: list[Tensor] = []
     for start in range(0, len(logits), chunk):
         ours, theirs = (part[start : start + chunk] for part in (logits, reference))
         sound = ours.isfinite().all(-1) & theirs.isfinite().all(-1)
-        q, p = (part[sound].double().log_softmax(-1) for part in (ours, theirs))
-        divergences.append((p.exp() * (p - q)).sum(-1))
-        same += int((ours[sound].argmax(-1) == theirs[sound].argmax(-1)).sum())
-    divergence = torch.cat(divergences)
+        ours, theirs = ours[sound], theirs[sound]
+        same.append(ours.argmax(-1) == theirs.argmax(-1))
+        q, p = (part.double() - part.amax(-1, keepdim=True).double() for part in (ours, theirs))
+        weights = p.exp()
+        total = weights.sum(-1)
+        ratio = total.log() - q.exp().sum(-1).log()
+        found.append(weights.mul_(p.sub_(q)).sum(-1) / total - ratio)
+    return torch.cat(found), torch.cat(same)
+
+
+def logits_error(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> LogitsError:
+    """`LogitsError` of logits [L, V] against those of the reference run, `chunk` positions at a time."""
+    divergence, same = divergences(logits, reference, chunk=chunk)
     compared = divergence.numel()
     return LogitsError(
         kl_mean=float(divergence.mean()) if compared else None,
         kl_max=float(divergence.max()) if compared else None,
-        top1=same / compared if compared else None,
+        top1=int(same.sum()) / compared if compared else None,
         compared=compared,
         positions=len(logits),
     )

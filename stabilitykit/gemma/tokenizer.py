@@ -4,22 +4,12 @@ import re
 from collections.abc import Sequence
 
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it on import
 
 from stabilitykit.checkpoints.checkpoint import Vocabulary
 from stabilitykit.checkpoints.config import Generation
+from stabilitykit.checkpoints.vocabulary import serialised
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.records import printable
-
-_PIECE = ModelProto.SentencePiece
-_TYPES = {
-    "normal": _PIECE.NORMAL,
-    "unknown": _PIECE.UNKNOWN,
-    "control": _PIECE.CONTROL,
-    "user_defined": _PIECE.USER_DEFINED,
-    "unused": _PIECE.UNUSED,
-    "byte": _PIECE.BYTE,
-}
 
 _START, _END = "<start_of_turn>", "<end_of_turn>"
 
@@ -121,28 +111,3 @@ class Tokenizer:
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._vocabulary.pieces):
             raise MisuseError(f"A token id is from 0 to {len(self._vocabulary.pieces) - 1}; {index} is not.")
-
-
-def serialised(vocabulary: Vocabulary) -> bytes:
-    """The vocabulary as a SentencePiece model: what a `tokenizer.model` holds."""
-    proto = ModelProto()
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(vocabulary.pieces)
-    trainer.byte_fallback = True
-    trainer.unk_id, trainer.unk_piece = vocabulary.unk, vocabulary.pieces[vocabulary.unk]
-    trainer.bos_id, trainer.bos_piece = vocabulary.bos, vocabulary.pieces[vocabulary.bos]
-    trainer.eos_id, trainer.eos_piece = vocabulary.eos, vocabulary.pieces[vocabulary.eos]
-    trainer.pad_id, trainer.pad_piece = vocabulary.pad, vocabulary.pieces[vocabulary.pad]
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = False
-    normalizer.remove_extra_whitespaces = False
-    normalizer.escape_whitespaces = True
-    for index, (piece, score, kind) in enumerate(
-        zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
-    ):
-        # SentencePiece wants exactly one unknown piece; Gemma 3's GGUF calls it a control piece.
-        kind = "unknown" if index == vocabulary.unk else kind
-        proto.pieces.add(piece=piece, score=score, type=_TYPES[kind])
-    made: bytes = proto.SerializeToString()
-    return made

@@ -170,8 +170,7 @@ def test_the_270m_in_int8_is_within_half_a_step_of_itself(checkpoint_270m: Check
 def test_both_tokenizer_files_give_the_tokens_of_the_gguf(
     kind: str, checkpoint_270m: Checkpoint, gguf_270m: Path, tmp_path: Path
 ) -> None:
-    from stabilitykit.checkpoints.vocabulary import folder_vocabulary
-    from stabilitykit.gemma.tokenizer import serialised
+    from stabilitykit.checkpoints.vocabulary import folder_vocabulary, serialised
 
     if kind == "model":
         (tmp_path / "tokenizer.model").write_bytes(serialised(checkpoint_270m.vocabulary))

@@ -1,0 +1,143 @@
+"""A repaired checkpoint as a folder that plain transformers runs in float16, and the means to check it.
+
+FOLDER/
+  config.json, model.safetensors, tokenizer and generation config
+  repair.json   what was changed, by which factor; hashes and figures, before and after
+  README.md     the same for people, the terms of the weights, and how to verify
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from stabilitykit.checkpoints import Checkpoint, open_checkpoint
+from stabilitykit.checkpoints.export import ExportDtype, write_folder
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.remedies.ranking import Score
+from stabilitykit.remedies.repair import Repair
+from stabilitykit.remedies.rescale import stored_gains
+
+SCHEMA = 1
+FACTS = "repair.json"
+
+
+def export(
+    before: Checkpoint,
+    repair: Repair,
+    folder: Path,
+    dtype: ExportDtype = "float16",
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes `repair` of the checkpoint `before` into the new `folder`, aside and then renamed, and returns it.
+
+    What was written is read back and compared, bit by bit, before it gets its name. Raises MisuseError where `folder`
+    is there already or cannot be written; CheckpointError where what was read back is not what was to be written.
+    """
+    check_new(folder)
+    after = repair.rescaled.checkpoint
+    source = Path(before.source)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
+    try:
+        aside.chmod(0o755)
+        files = write_folder(after, aside, dtype, source=source if source.is_dir() else None, progress=progress)
+        facts = _facts(before, repair, dtype, {path.name: sha256(path) for path in files})
+        (aside / FACTS).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(_readme(before, repair, dtype), encoding="utf-8")
+        _compare(open_checkpoint(aside), after, getattr(torch, dtype))
+        aside.rename(folder)
+    except OSError as error:
+        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def check_new(folder: Path) -> None:
+    """Raises MisuseError unless there is nothing where `folder` is to be."""
+    if folder.exists():
+        raise MisuseError(f"A repair is written into a new folder, and {folder} is there already; choose another.")
+
+
+def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> None:
+    if written.config != wanted.config:
+        raise CheckpointError(f"{written.source}: config.json does not read back as it was written.")
+    for name, tensor in wanted.tensors.items():
+        if not torch.equal(written.tensors[name], tensor.to(dtype)):
+            raise CheckpointError(f"{written.source}: {name} does not read back as it was written. A full disk?")
+
+
+def _facts(before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str]) -> dict[str, Any]:
+    rescaled = repair.rescaled
+    return {
+        "schema": SCHEMA,
+        "remedy": "rescale",
+        "gamma": rescaled.gamma,
+        "rms_norm_eps": {"before": before.config.rms_eps, "after": rescaled.checkpoint.config.rms_eps},
+        "dtype": dtype,
+        "source": before.source,
+        "source_sha256": before.sha256,
+        "notes": list(before.notes),
+        "weights_sha256": hashes,
+        "margin": repair.margin,
+        "peak": {"site": repair.site, "before": repair.peak, "after": repair.peak * rescaled.gamma},
+        "gains_rounded_in_float32": dict(rescaled.rounded),
+        "gains_rounded_in_storage": stored_gains(rescaled.checkpoint, getattr(torch, dtype)),
+        "scores": [_plain(score) for score in repair.scores],
+        "versions": {name: version(name) for name in ("stabilitykit", "torch")},
+    }
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    found = dataclasses.asdict(score)
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _readme(before: Checkpoint, repair: Repair, dtype: str) -> str:
+    after, gamma = repair.rescaled.checkpoint, repair.rescaled.gamma
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("stabilitykit.remedies", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("readme.md.jinja")
+    by_name = {score.name: score for score in repair.scores}
+    return template.render(
+        name=Path(before.source).name,
+        source=before.source,
+        facts=FACTS,
+        dtype=dtype,
+        gamma=gamma,
+        exponent=round(math.log2(gamma)),
+        eps=(before.config.rms_eps, after.config.rms_eps),
+        config=before.config,
+        gains=sum(stored_gains(after, getattr(torch, dtype)).values()),
+        repair=repair,
+        score=repair.score,
+        plain=by_name["float16"],
+        wide=by_name["bfloat16"],
+        is_random=before.source.startswith("random:"),
+        version=version("stabilitykit"),
+    )

@@ -1,0 +1,70 @@
+"""An exported repair, checked again: its files against their hashes, its numbers against float32."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabilitykit.checkpoints import open_checkpoint
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.remedies.export import FACTS, SCHEMA, sha256
+from stabilitykit.remedies.ranking import Progress, Score, rank
+from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.remedies.texts import texts
+
+TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """`score` is that of the folder's weights, `promised` the mean KL in repair.json, `problems` are sentences."""
+
+    folder: Path
+    score: Score
+    promised: float | None
+    problems: tuple[str, ...]
+
+
+def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
+    """Opens the source and the folder again, and repeats the comparison on the same held-out texts.
+
+    Raises MisuseError for a folder that holds no repair; CheckpointError for a source that is another one now.
+    """
+    facts = read_facts(folder)
+    problems = [
+        f"{name} has changed since it was written: its SHA-256 is another"
+        for name, wanted in facts["weights_sha256"].items()
+        if not (folder / name).is_file() or sha256(folder / name) != wanted
+    ]
+    before, after = open_checkpoint(facts["source"]), open_checkpoint(folder)
+    if before.sha256 != facts["source_sha256"]:
+        raise CheckpointError(
+            f"{folder} was made from {facts['source']} with the SHA-256 {facts['source_sha256'][:12]}; what is there "
+            f"now has {before.sha256[:12]}. Bring the original back."
+        )
+    if after.config.rms_eps != facts["rms_norm_eps"]["after"]:
+        problems.append(f"rms_norm_eps is {after.config.rms_eps:g} and was {facts['rms_norm_eps']['after']:g}")
+    promised = next(score["kl_mean"] for score in facts["scores"] if score["name"].startswith("rescale"))
+    exported = Remedy(name="this folder", summary="The exported weights in float16.", change=lambda checkpoint: after)
+    windows = texts(before.config, Tokenizer(before.vocabulary)).held_out
+    (score,) = rank(before, [exported], windows, progress=progress)
+    if not score.finite:
+        problems.append("in float16 it is not finite")
+    elif score.kl_mean is None or score.kl_mean > promised * (1 + TOLERANCE):
+        problems.append(f"its mean KL to float32 is {score.kl_mean:.3g} and was {promised:.3g}")
+    return Verified(folder=folder, score=score, promised=promised, problems=tuple(problems))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What repair.json says. Raises MisuseError where there is none, or one of another version."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise MisuseError(
+            f"A repaired checkpoint's folder holds {FACTS}, and {folder} holds none that can be read. Make one with "
+            "`stabilitykit repair --out`."
+        ) from None
+    if facts.get("schema") != SCHEMA:
+        raise MisuseError(f"{folder / FACTS} has schema {facts.get('schema')}, and this version reads {SCHEMA}.")
+    return facts

@@ -1,0 +1,78 @@
+"""`repair` and `verify` from the command line: what people and scripts read, and how they refuse."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import family_model
+from remedied import SPECS, breaking, small
+
+from stabilitykit.checkpoints.export import write_folder
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "gemma"
+    folder.mkdir()
+    write_folder(small(2, 2 * breaking(2)), folder, "float32")
+    return folder
+
+
+def test_a_repair_is_ranked_written_and_verified(stabilitykit: Run, broken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "repaired"
+    made = stabilitykit("repair", str(broken), "--out", str(out))
+    assert made.code == 0
+    assert "Against float32, over 4,608 held-out tokens" in made.out
+    assert "not finite" in made.out
+    assert "Repaired by 0." in made.out
+    again = stabilitykit("verify", str(out))
+    assert (again.code, again.err) == (0, "")
+    assert "Everything is as it was written." in again.out
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x3c")
+    changed = stabilitykit("verify", str(out), "--json")
+    assert changed.code == 1
+    assert "has changed since it was written" in json.loads(changed.out)["problems"][0]
+
+
+def test_one_document_for_scripts(stabilitykit: Run, broken: Path) -> None:
+    made = stabilitykit("repair", str(broken), "--json", "--margin", "3")
+    assert (made.code, made.err) == (0, "")
+    found = json.loads(made.out)
+    assert found["out"] is None
+    assert found["peak"] * found["gamma"] <= 65504 / 8
+    assert not {score["name"]: score["finite"] for score in found["scores"]}["float16"]
+
+
+def test_where_nothing_is_broken_nothing_is_changed(stabilitykit: Run) -> None:
+    made = stabilitykit("repair", SPECS[3])
+    assert made.code == 0
+    assert "Nothing has to be changed" in made.out
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_a_family_that_it_would_change_is_refused_by_name(stabilitykit: Run, tmp_path: Path, family: str) -> None:
+    family_model(family).save_pretrained(tmp_path / family)
+    refused = stabilitykit("repair", str(tmp_path / family))
+    assert refused.code == 2
+    assert "raw residual stream" in refused.err
+    assert family in refused.err
+
+
+def test_misuse_is_one_sentence(stabilitykit: Run, broken: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (("repair", f"hf:{broken}"), "give the folder, without hf:"),
+        (("repair", str(broken), "--out", str(tmp_path)), "is there already; choose another"),
+        (("repair", str(broken), "--prompts", str(tmp_path / "none.txt")), "none.txt"),
+        (("repair", str(broken), "--margin", "30"), "Ask for a smaller --margin"),
+        (("verify", str(tmp_path)), "holds repair.json"),
+    ):
+        result = stabilitykit(*arguments)
+        assert result.code == 2, arguments
+        assert said in result.err
+        assert "Traceback" not in result.err

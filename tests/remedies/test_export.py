@@ -1,0 +1,198 @@
+"""An exported repair: whole, new, verified; on the 270M what it promises, in plain transformers."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from remedied import SPECS, breaking, small
+from safetensors.torch import load_file, save_file
+
+from stabilitykit.checkpoints import Checkpoint, GemmaConfig, open_checkpoint
+from stabilitykit.checkpoints import export as exporting
+from stabilitykit.checkpoints.config import RELEASED
+from stabilitykit.checkpoints.export import huggingface_config, write_folder
+from stabilitykit.checkpoints.huggingface import gemma_config
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.experiment.case import divergences
+from stabilitykit.experiment.prompts import parse_prompt, tokens
+from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.remedies import export as repairs
+from stabilitykit.remedies.export import export
+from stabilitykit.remedies.repair import repair
+from stabilitykit.remedies.rescale import rescale
+from stabilitykit.remedies.texts import texts
+from stabilitykit.remedies.verify import verify
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose model breaks in float16."""
+    folder = tmp_path_factory.mktemp("broken") / "gemma"
+    folder.mkdir()
+    write_folder(small(3, 2 * breaking(3)), folder, "float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repaired(broken: Path) -> Path:
+    opened = open_checkpoint(broken)
+    found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
+    return export(opened, found, broken.parent / "repaired")
+
+
+def test_what_is_written_is_the_repair_and_says_so(broken: Path, repaired: Path) -> None:
+    assert {path.name for path in repaired.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "repair.json", "tokenizer.model",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    facts = json.loads((repaired / "repair.json").read_text())
+    config = json.loads((repaired / "config.json").read_text())
+    assert (
+        config["rms_norm_eps"]
+        == facts["rms_norm_eps"]["after"]
+        == facts["rms_norm_eps"]["before"] * facts["gamma"] ** 2
+    )
+    assert config["dtype"] == "float16"
+    assert facts["source"] == str(broken)
+    assert {tensor.dtype for tensor in load_file(repaired / "model.safetensors").values()} == {torch.float16}
+    scores = {score["name"]: score for score in facts["scores"]}
+    assert not scores["float16"]["finite"]
+    assert scores[f"rescale 2^{round(torch.tensor(facts['gamma']).log2().item())}"]["finite"]
+    readme = (repaired / "README.md").read_text()
+    assert "stabilitykit verify THIS_FOLDER" in readme
+    assert "| finite | no | yes | yes |" in readme
+
+
+def test_a_repair_verifies_until_something_changes(repaired: Path, tmp_path: Path) -> None:
+    assert verify(repaired).problems == ()
+    changed = shutil.copytree(repaired, tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"] *= -1
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    first, second = verify(changed).problems
+    assert first == "model.safetensors has changed since it was written: its SHA-256 is another"
+    assert second.startswith("its mean KL to float32 is")
+    config = json.loads((repaired / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    changed = shutil.copytree(repaired, tmp_path / "eps")
+    (changed / "config.json").write_text(json.dumps(config))
+    assert verify(changed).problems[0].startswith("rms_norm_eps is 0.001 and was")
+
+
+def test_a_source_that_is_another_is_refused(broken: Path, repaired: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(repaired, tmp_path / "moved")
+    facts = json.loads((moved / "repair.json").read_text()) | {"source_sha256": "0" * 64}
+    (moved / "repair.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="Bring the original back"):
+        verify(moved)
+    with pytest.raises(MisuseError, match=r"holds repair\.json"):
+        verify(broken)
+
+
+def test_nothing_is_overwritten_or_left_half_written(
+    broken: Path, repaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_checkpoint(broken)
+    found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
+    with pytest.raises(MisuseError, match="is there already"):
+        export(opened, found, repaired)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_file", full)
+    with pytest.raises(MisuseError, match="No space left on device"):
+        export(opened, found, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_read_back_is_not_kept(broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_checkpoint(broken)
+    found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
+    other = rescale(opened, 0.5).checkpoint
+    monkeypatch.setattr(repairs, "open_checkpoint", lambda _: replace(other, config=found.rescaled.checkpoint.config))
+    with pytest.raises(CheckpointError, match="does not read back as it was written"):
+        export(opened, found, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folders_own_tokenizer_is_taken_over(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    folder.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text('{"top_k": 7}')
+    write_folder(small(3), folder, "float16", source=source)
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert json.loads((folder / "generation_config.json").read_text()) == {"top_k": 7}
+    assert not (folder / "tokenizer.model").exists()
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_SHARD", 40_000)
+    done: list[tuple[int, int]] = []
+    files = write_folder(small(3), tmp_path, "float16", progress=lambda *seen: done.append(seen))
+    assert len(files) > 2
+    read = open_checkpoint(tmp_path)
+    assert all(torch.equal(read.tensors[name], tensor.half()) for name, tensor in small(3).tensors.items())
+    assert done[-1][0] == done[-1][1] == sum(tensor.numel() * 2 for tensor in small(3).tensors.values())
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_released_config_is_read_back(name: str) -> None:
+    config: GemmaConfig = RELEASED[name]
+    made = replace(open_checkpoint(SPECS[3]), config=config)
+    read, multimodal = gemma_config(huggingface_config(made, "float16"), Path("folder"))
+    assert read == config
+    assert not multimodal
+
+
+@pytest.fixture(scope="module")
+def folders_270m(checkpoint_270m: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """As it was and rescaled by 1/4, in float32; rescaled in float16."""
+    root = tmp_path_factory.mktemp("270m")
+    after = rescale(checkpoint_270m, 0.25)
+    assert not after.rounded
+    found = {}
+    for name, checkpoint, dtype in (
+        ("before", checkpoint_270m, "float32"), ("after", after.checkpoint, "float32"),
+        ("float16", after.checkpoint, "float16"),
+    ):  # fmt: skip
+        found[name] = root / name
+        found[name].mkdir()
+        write_folder(checkpoint, found[name], dtype)  # type: ignore[arg-type]
+    yield found
+    shutil.rmtree(root)
+
+
+def test_the_270m_in_plain_transformers(checkpoint_270m: Checkpoint, folders_270m: dict[str, Path]) -> None:
+    """float32 logits keep every bit; float16 samples, and is forty times as close to float32 as bfloat16."""
+    prompt = parse_prompt("prose", Path())
+    ids = torch.tensor([tokens(prompt, Tokenizer(checkpoint_270m.vocabulary), bos=True, length=1024)[:1] + tokens(
+        prompt, Tokenizer(checkpoint_270m.vocabulary), bos=False, length=1535)[1024:]])  # fmt: skip
+    assert ids.shape == (1, 512)
+
+    def logits(folder: str, dtype: torch.dtype) -> torch.Tensor:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folders_270m[folder], dtype=dtype, attn_implementation="eager"
+        ).eval()
+        with torch.inference_mode():
+            found: torch.Tensor = model(ids).logits[0]
+            if dtype == torch.float16 and folder == "float16":
+                drawn = model.generate(ids[:, :6], do_sample=True, max_new_tokens=4)
+                assert drawn.shape[1] <= 10
+        return found
+
+    before = logits("before", torch.float32)
+    assert torch.equal(before, logits("after", torch.float32))
+    wide = float(divergences(logits("before", torch.bfloat16), before)[0].mean())
+    repaired = float(divergences(logits("float16", torch.float16), before)[0].mean())
+    assert repaired <= 2.5e-5
+    assert repaired <= wide / 40
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders_270m["float16"])
+    assert tokenizer("The capital of France is")["input_ids"] == [2, 818, 5279, 529, 7001, 563]

@@ -1,0 +1,112 @@
+"""Each remedy on our model and on transformers': finite where plain float16 is not, and nothing is left behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from remedied import TOKENS, breaking, small
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.checkpoints.export import write_folder
+from stabilitykit.errors import MisuseError
+from stabilitykit.gemma import build
+from stabilitykit.recorder import record
+from stabilitykit.remedies import REMEDIES
+from stabilitykit.remedies.clamp import CLAMP
+from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
+from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.remedies.rescale import rescaling
+
+
+def ours(checkpoint: Checkpoint, dtype: str, tmp_path: Path) -> nn.Module:
+    return build(checkpoint, dtype=dtype)
+
+
+def theirs(checkpoint: Checkpoint, dtype: str, tmp_path: Path) -> nn.Module:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_folder(checkpoint, folder, "float32")
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
+    return model
+
+
+def run(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found = model(TOKENS)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("implementation", [ours, theirs])
+@pytest.mark.parametrize("remedy", [*REMEDIES, rescaling(0.25), rescaling(0.5) + CLAMP], ids=lambda r: r.name)
+@pytest.mark.parametrize("generation", [1, 2, 3])
+def test_a_remedied_model_is_finite_and_as_before_afterwards(
+    tmp_path: Path, generation: int, remedy: Remedy, implementation: Callable[..., nn.Module]
+) -> None:
+    broken = small(generation, breaking(generation))
+    model = implementation(remedy.change(broken), remedy.dtype, tmp_path)
+    before = hooks(model)
+    plain = run(model)
+    with remedy.around(model):
+        assert run(model).isfinite().all()
+    assert hooks(model) == before
+    assert _get_current_dispatch_mode_stack() == []
+    assert torch.equal(run(model).nan_to_num(), plain.nan_to_num())
+
+
+@pytest.mark.parametrize("implementation", [ours, theirs])
+@pytest.mark.parametrize("remedy", [CLAMP, FLOAT32_RESIDUAL], ids=lambda r: r.name)
+def test_an_exception_leaves_nothing_behind(
+    tmp_path: Path, remedy: Remedy, implementation: Callable[..., nn.Module]
+) -> None:
+    model = implementation(small(3), "float16", tmp_path)
+    before = hooks(model)
+    with pytest.raises(ZeroDivisionError), remedy.around(model):
+        raise ZeroDivisionError
+    assert hooks(model) == before
+    assert _get_current_dispatch_mode_stack() == []
+
+
+def test_the_residual_stream_is_float32_and_nothing_else() -> None:
+    model = build(small(3), dtype="float16")
+    with torch.inference_mode(), record(model) as plain:
+        model(TOKENS)
+    with torch.inference_mode(), FLOAT32_RESIDUAL.around(model), record(model) as recording:
+        model(TOKENS)
+    before, after = ({r.site: r.dtype for r in run_} for run_ in (plain, recording))
+    layers = [f"layers.{index}{ending}" for index in range(3) for ending in ("", "/add.0")]
+    assert {after[site] for site in layers} == {"float32"}
+    modules = [site for site in before if "/" not in site and site not in layers and site != "rotary_emb"]
+    assert {site: after[site] for site in modules} == {site: before[site] for site in modules}
+
+
+def test_a_clamped_sum_ends_at_the_formats_end() -> None:
+    model = build(small(3, breaking(3)), dtype="float16")
+    with torch.inference_mode(), CLAMP.around(model), record(model) as recording:
+        model(TOKENS)
+    sums = [r for r in recording if r.site.endswith("/add.0") and r.site.count(".") == 1]
+    assert sums
+    assert recording.first_break() is None or recording.first_break().site not in {r.site for r in sums}  # type: ignore[union-attr]
+
+
+def test_both_are_both() -> None:
+    both = rescaling(0.5) + FLOAT32_RESIDUAL
+    assert both.name == "rescale 2^-1 + float32 residual"
+    assert both.change(small(3)).notes[-1] == "rescaled by 2^-1"
+    assert not both.exportable
+    assert both.extra(small(3).config, 100) == 100 * 32 * 2
+
+
+def test_what_has_no_layers_is_refused() -> None:
+    with pytest.raises(MisuseError, match="a list called `layers`; Linear has none"), CLAMP.around(nn.Linear(2, 2)):
+        pass
