@@ -1,6 +1,6 @@
 """A pass without values tells which tensors a 16-bit run stores in 16 bits, in our models and in transformers'."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -108,7 +108,10 @@ def test_what_cannot_be_run_without_values_is_left_untold() -> None:
 
 
 def test_sites_are_matched_in_their_order() -> None:
-    """The two tables of RoPE have the same sites, one after the other."""
+    """Where a site comes twice in a step, the first is told by the first."""
     wide, low = recorded(small(3)), recorded(small(3, "float16"))
+    twice = [r for r in low if r.site == "rotary_emb"]
+    assert [r.dtype for r in twice] == ["float16", "float16"]
+    low.records[low.records.index(twice[0])] = replace(twice[0], dtype="float32")
     found = [r for r in with_stored_dtypes(wide, low) if r.site == "rotary_emb"]
-    assert [r.stored_dtype for r in found] == ["float16", "float16"]
+    assert [r.stored_dtype for r in found] == ["float32", "float16"]
