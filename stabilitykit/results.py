@@ -15,8 +15,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -307,6 +309,26 @@ class Results:
 
     def _done(self, kind: CaseKind) -> list[Case]:
         return [case for case in self.plan.cases if case.kind == kind and self.is_done(case)]
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which gets its name when the block ends: it is there whole or not at all.
+
+    Raises MisuseError where it cannot be written. What the block raises is passed on, and nothing is left behind.
+    """
+    aside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        aside.chmod(0o755)  # mkdtemp keeps to its owner what a folder of findings is meant to share
+        yield aside
+        aside.rename(folder)
+    except OSError as error:
+        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -177,21 +175,11 @@ def profile(
 
 
 def _write(folder: Path, recordings: "list[Recording]", found: Any) -> None:
-    """All files beside the folder, then one rename: it is there whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
-    try:
-        aside.chmod(0o755)
+    from stabilitykit.results import new_folder
+
+    with new_folder(folder) as aside:
         for recording in recordings:
             recording.save(aside / f"{recording.header.dtype}.parquet")
         (aside / "findings.json").write_text(
             json.dumps(found, ensure_ascii=False, allow_nan=False, indent=2) + "\n", encoding="utf-8"
         )
-        aside.rename(folder)
-    except OSError as error:
-        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -8,10 +8,7 @@ FOLDER/
 
 import dataclasses
 import hashlib
-import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +23,7 @@ from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.remedies.ranking import Score
 from stabilitykit.remedies.repair import Repair
 from stabilitykit.remedies.rescale import stored_gains
+from stabilitykit.results import new_folder, write_json
 
 SCHEMA = 1
 FACTS = "repair.json"
@@ -47,23 +45,12 @@ def export(
     check_new(folder)
     after = repair.rescaled.checkpoint
     source = Path(before.source)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
-    try:
-        aside.chmod(0o755)
+    with new_folder(folder) as aside:
         files = write_folder(after, aside, dtype, source=source if source.is_dir() else None, progress=progress)
         facts = _facts(before, repair, dtype, {path.name: sha256(path) for path in files})
-        (aside / FACTS).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_json(aside / FACTS, facts)
         (aside / "README.md").write_text(_readme(before, repair, dtype), encoding="utf-8")
         _compare(open_checkpoint(aside), after, getattr(torch, dtype))
-        aside.rename(folder)
-    except OSError as error:
-        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
