@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from stabilitykit.diagnosis.forecast import Forecast
     from stabilitykit.records import Recording
 
-_USUAL = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-
 
 class WideDtype(StrEnum):
     float32 = "float32"
@@ -66,7 +64,7 @@ def forecast(
     The prompt runs once, up to its logits, in a dtype that holds everything. Only tensors that a float16 run would
     store in 16 bits are judged: Gemma computes norms and softmax in float32 in every dtype. Exits 0 whatever was found.
     """
-    names = list(dict.fromkeys(number_format(name).name for name in format_ or _USUAL))
+    asked = dict.fromkeys(number_format(name).name for name in format_ or ())
     text = read_prompt(prompt)
 
     from stabilitykit.cli import screen
@@ -74,8 +72,10 @@ def forecast(
     from stabilitykit.experiment.case import run_case
     from stabilitykit.gemma.load import parse_device
     from stabilitykit.products import preferred_matmul
+    from stabilitykit.recorder import DEFAULT_FORMATS
     from stabilitykit.recorder.weights import check_weights
 
+    names = list(asked or DEFAULT_FORMATS)
     parse_device(device)
     with screen.progress_bar() as progress:
         source = open_source(

@@ -19,24 +19,32 @@ from stabilitykit.records import Record, Recording, StoredWeights
 class Forecast:
     """What storing the judged tensors in `format` would come to, rounding to nearest, ties to even.
 
-    `first` is the first in order of execution of which some element would leave the range, None where none would;
-    `overflow`, how many of it would. `past`, `subnormal` and `zero` count elements of all `judged` tensors that would
-    leave the range, be stored as subnormals, and become zero without having been one; `elements` is how many they have.
-    `closest` has the largest magnitude, and `headroom` bits below the format's end. `weights` is what storing the
-    checkpoint in it does, if that was counted.
+    `first` is the first in order of execution of which some element would leave the range, None where none would.
+    `past`, `subnormal` and `zero` count elements of all `judged` tensors that would leave the range, be stored as
+    subnormals, and become zero without having been one; `elements` is how many they have. `closest` has the largest
+    magnitude. `weights` is what storing the checkpoint in it does, if that was counted.
     """
 
     format: str
     judged: int
     elements: int
     first: Record | None
-    overflow: int
     past: int
     subnormal: int
     zero: int
     closest: Record | None
-    headroom: float | None
     weights: StoredWeights | None = None
+
+    @property
+    def overflow(self) -> int:
+        """How many elements of `first` would leave the range."""
+        return 0 if self.first is None else self.first.formats[self.format].overflow
+
+    @property
+    def headroom(self) -> float | None:
+        """Bits from the magnitude of `closest` to the format's end; None where nothing finite was judged."""
+        amax = None if self.closest is None else self.closest.amax
+        return None if amax is None else number_format(self.format).headroom(amax)
 
     @property
     def breaks(self) -> bool:
@@ -73,18 +81,15 @@ def forecast(recording: Recording, name: str, weights: StoredWeights | None = No
         )
     counts = [(record, record.formats[form.name]) for record in judged]
     over = next((record for record, count in counts if count.overflow), None)
-    closest = peak(judged)
     return Forecast(
         format=form.name,
         judged=len(judged),
         elements=sum(record.elements - record.masked for record in judged),
         first=over,
-        overflow=0 if over is None else over.formats[form.name].overflow,
         past=sum(count.overflow for _, count in counts),
         subnormal=sum(count.subnormal for _, count in counts),
         zero=sum(count.zero for _, count in counts),
-        closest=closest,
-        headroom=None if closest is None or closest.amax is None else form.headroom(closest.amax),
+        closest=peak(judged),
         weights=weights,
     )
 

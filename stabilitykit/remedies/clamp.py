@@ -13,7 +13,7 @@ from stabilitykit.remedies.remedy import Remedy
 
 
 class _Clamping(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Clamps sums of two tensors of the residual stream's shape, as long as `inside` a decoder layer itself."""
+    """Clamps sums that have the residual stream's shape and dtype, while a decoder layer runs."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -42,26 +42,27 @@ def repair(checkpoint: Checkpoint, texts: Texts, *, margin: float = 1.0, progres
 
     Raises MisuseError where no γ does, naming the tensor that stands in the way.
     """
-    gamma, top, site = _choose(checkpoint, texts.choosing, margin, progress)
-    remedies = [PLAIN, *REMEDIES, rescaling(gamma)]
+    rescaled, top, site = _choose(checkpoint, texts.choosing, margin, progress)
+    remedies = [PLAIN, *REMEDIES, rescaling(rescaled.gamma)]
     scores = rank(checkpoint, remedies, texts.held_out, progress=progress)
-    return Repair(rescaled=rescale(checkpoint, gamma), peak=top, site=site, margin=margin, scores=scores)
+    return Repair(rescaled=rescaled, peak=top, site=site, margin=margin, scores=scores)
 
 
 def _choose(
     checkpoint: Checkpoint, windows: Sequence[Sequence[int]], margin: float, progress: Progress | None
-) -> tuple[float, float, str]:
-    """γ, the largest value that float16 would have to store without it, and where that was."""
+) -> tuple[Rescaled, float, str]:
+    """The rescaled checkpoint, the largest value that float16 would have to store without it, and where that was."""
     largest, site, final = _peaks(checkpoint, windows, _named("choosing texts", progress))
     gamma = choose_gamma(FLOAT16.headroom(largest), FLOAT16.headroom(final), margin)
-    after, where, _ = _peaks(rescale(checkpoint, gamma).checkpoint, windows, _named("checking the choice", progress))
+    rescaled = rescale(checkpoint, gamma)
+    after, where, _ = _peaks(rescaled.checkpoint, windows, _named("checking the choice", progress))
     if FLOAT16.headroom(after) < margin:
         raise MisuseError(
             f"A rescale reaches what norms read and no more; scaled by {gamma:g} the largest value that float16 has "
             f"to store is {after:,.0f} in {where}, which leaves {FLOAT16.headroom(after):.1f} bits and not {margin:g}. "
             "Ask for a smaller --margin, or run it in bfloat16."
         )
-    return gamma, largest, site
+    return rescaled, largest, site
 
 
 def _peaks(

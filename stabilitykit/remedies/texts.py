@@ -31,9 +31,8 @@ def texts(config: GemmaConfig, tokenizer: Tokenizer, files: Sequence[Path] = ())
     choosing, held_out = [], []
     for kind in KINDS:
         prompt = parse_prompt(kind, Path())
-        ids = tokens(prompt, tokenizer, bos=False, length=(length - 1) * (HELD_OUT + 1))
-        bos = tokens(prompt, tokenizer, bos=True, length=1)
-        windows = [(*bos, *ids[start : start + length - 1]) for start in range(0, len(ids), length - 1)]
+        bos, *ids = tokens(prompt, tokenizer, bos=True, length=1 + (length - 1) * (HELD_OUT + 1))
+        windows = [(bos, *ids[start : start + length - 1]) for start in range(0, len(ids), length - 1)]
         choosing.append(windows[0])
         held_out += windows[1:]
     for file in files:

@@ -20,7 +20,6 @@ TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another o
 class Verified:
     """`score` is that of the folder's weights, `promised` the mean KL in repair.json, `problems` are sentences."""
 
-    folder: Path
     score: Score
     promised: float | None
     problems: tuple[str, ...]
@@ -49,11 +48,11 @@ def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
     exported = Remedy(name="this folder", summary="The exported weights in float16.", change=lambda checkpoint: after)
     windows = texts(before.config, Tokenizer(before.vocabulary)).held_out
     (score,) = rank(before, [exported], windows, progress=progress)
-    if not score.finite:
+    if not score.finite or score.kl_mean is None:
         problems.append("in float16 it is not finite")
-    elif score.kl_mean is None or score.kl_mean > promised * (1 + TOLERANCE):
+    elif score.kl_mean > promised * (1 + TOLERANCE):
         problems.append(f"its mean KL to float32 is {score.kl_mean:.3g} and was {promised:.3g}")
-    return Verified(folder=folder, score=score, promised=promised, problems=tuple(problems))
+    return Verified(score=score, promised=promised, problems=tuple(problems))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
