@@ -70,11 +70,11 @@ def section(found: Repair) -> Section:
                     Column(name="perplexity", format=lambda value: f"{100 * value:+.3f}%"),
                     Column(name="least headroom", unit="bits", format=bits), Column(name="weights", format=size),
                     Column(name="extra", format=size), Column(name="time ÷ float16", format=lambda x: f"{x:.2f}"),
-                    Column(name="why"),
                 ],
                 rows=[row(one) for one in found.scores],
                 note="A dash: not finite. Times are one machine's.",
             ),
+            *(Prose(f"**{one.name}**: {one.summary}") for one in found.scores),
             Prose("To make this again: `python experiments/remedies.py`"),
         ],
     )  # fmt: skip
@@ -87,7 +87,7 @@ def short(value: float) -> str:
 def row(one: Score) -> Sequence[Cell]:
     kls = (one.kl_mean, one.kl_interval, one.kl_p99, one.kl_max, one.top1, one.perplexity, one.headroom)
     known = kls if one.finite else (None,) * len(kls)
-    return (one.name, one.finite, *known, one.weights, one.extra, one.time, one.summary)
+    return (one.name, one.finite, *known, one.weights, one.extra, one.time)
 
 
 def draw(figure: "matplotlib.figure.Figure", scores: Sequence[Score]) -> list[Hover]:
