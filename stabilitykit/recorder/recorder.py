@@ -13,7 +13,6 @@ block. On a device nothing waits: what was counted there crosses to the host whi
 import math
 import os
 import platform
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
 from stabilitykit.recorder.axes import Axes, axes_of
-from stabilitykit.recorder.blocks import Part, QueryBlock, part_of
+from stabilitykit.recorder.blocks import Part, part_of
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Entry, Form, Step
 from stabilitykit.recorder.judgement import Call, Operand, blocks, joins_positions, judge, may_hide, narrowest
@@ -42,20 +41,16 @@ from stabilitykit.recorder.labels import family_of
 from stabilitykit.recorder.operators import SELECTIONS, Traits, moves, traits
 from stabilitykit.recorder.origins import Hidden, Origin, Origins, hidden
 from stabilitykit.recorder.pending import Pending, Row
+from stabilitykit.recorder.sites import OUTSIDE, Frame, computes_by_blocks, site_path
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import measurable, tally, tally_by_position
-from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, has_elements, is_here, region
+from stabilitykit.recorder.tensors import NAMES, floating, floating_of_call, has_elements, is_here, is_view_of, region
 from stabilitykit.records import Header, Level, Record, Recording, flat_index, index_at
 
 DEFAULT_FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 _MEASURED = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
-
-_OUTSIDE = "outside"  # where operators stand that no part of the model runs
-_WRAPPERS = re.compile(
-    r"^(base_model\.(model\.)?)?(model\.)?"
-)  # of peft, and of transformers' and gemma_pytorch's heads
 
 
 @contextmanager
@@ -152,7 +147,7 @@ def record(
         raise
     finally:
         recorder.finish(recording, token_text, redact=redact, error=error)
-    if all(entry.module == _OUTSIDE for entry in recorder.entries):
+    if all(entry.module == OUTSIDE for entry in recorder.entries):
         warnings.warn(
             "Nothing was recorded: inside the block the model was not called. Call the very module that was given to "
             "record(), or a part of it.",
@@ -194,32 +189,13 @@ class _OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
-class _Frame:
-    """A module that is being executed, with what it was given.
+class _Frame(Frame):
+    """With what the module was given, and how many entries there were before it."""
 
-    `numbers` count its operators by name. `block` is what it computes of its attention now, `numbers_before` what they
-    were when it began with the first one, `of_blocks` the numbers of the entries that its blocks share, by site.
-    """
-
-    path: str
-    module: nn.Module | None
-    first_entry: int
+    first_entry: int = 0
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    by_blocks: bool = False
     inputs: list[Operand] | None = None
-    numbers: dict[str, int] = field(default_factory=dict)
-    block: QueryBlock | None = None
-    numbers_before: dict[str, int] | None = None
-    of_blocks: dict[str, int] | None = None
-
-    def turn_to(self, block: QueryBlock | None) -> None:
-        """Operators have the same numbers in every block, and go on from there after the last one."""
-        if block is not None:
-            if self.block is None or self.numbers_before is None:
-                self.numbers_before, self.of_blocks = dict(self.numbers), {}
-            self.numbers = dict(self.numbers_before)
-        self.block = block
 
 
 class _Recorder:
@@ -247,7 +223,7 @@ class _Recorder:
         self.against = against
         self.watch = watch
         self.watched: list[tuple[str, int, Tensor]] = []
-        self.frames = [_Frame(_OUTSIDE, None, 0)]
+        self.frames = [_Frame(OUTSIDE, None)]
         self.entries: list[Entry] = []
         self.step = Step(-1)
         self.starts: list[int] = []
@@ -257,8 +233,8 @@ class _Recorder:
         self.autocast: str | None = None
         self.seen: set[int] = set()
         self.origins = Origins(
-            weights=lambda: ((_path(name), tensor) for name, tensor in model.named_parameters()),
-            constants=((_path(name), tensor) for name, tensor in model.named_buffers()),
+            weights=lambda: ((site_path(name), tensor) for name, tensor in model.named_parameters()),
+            constants=((site_path(name), tensor) for name, tensor in model.named_buffers()),
         )
         self.family = family_of(model)
         self.modules = dict(model.named_modules())
@@ -275,7 +251,7 @@ class _Recorder:
 
     def attach(self, stack: ExitStack) -> None:
         for name, module in self.modules.items():
-            path = _path(name)
+            path = site_path(name)
             if self.level == "layers" and not _is_layer(path):
                 continue
             for handle in (
@@ -285,13 +261,13 @@ class _Recorder:
                 stack.callback(handle.remove)
 
     def _enter(self, path: str, called: nn.Module) -> Callable[..., None]:
-        by_blocks = hasattr(type(called), "query_block")
+        by_blocks = computes_by_blocks(called)
         is_whole, is_layer, operators = called in self.wholes, _is_layer(path), self.level == "operators"
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.stop_at_break and self.broken:
                 raise _Stopped  # not at the break: the modules it ends return first, and lend it their names
-            frame = _Frame(path, module, len(self.entries), args, kwargs, by_blocks)
+            frame = _Frame(path, module, by_blocks, first_entry=len(self.entries), args=args, kwargs=kwargs)
             self.frames.append(frame)
             if is_whole and not any(outer.module in self.wholes for outer in self.frames[:-1]):
                 with _aside():
@@ -427,14 +403,8 @@ class _Recorder:
                 self.origins.remember(tensor, Origin("constant", kind.name))
             return output
         frame = self.frames[-1]
-        if frame.by_blocks:
-            block = frame.module.query_block  # type: ignore[union-attr]
-            if block is not frame.block:
-                frame.turn_to(block)  # type: ignore[arg-type]
-        number = frame.numbers.get(kind.name, 0)
-        frame.numbers[kind.name] = number + 1
+        site = frame.site(kind.name)
         call = Call(kind.name, operands, func, seen_args, seen_kwargs)
-        site = f"{frame.path}/{kind.name}.{number}"
         fused = kind.name == FUSED_ATTENTION
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
             self._add(call, tensor, frame, f"{site}[{i}]" if i else site, hides=hides)
@@ -461,7 +431,7 @@ class _Recorder:
                     self._also_lost(origin, origins)
                     self.origins.remember(tensor, origin)
                 continue
-            if operands and tensor.untyped_storage()._cdata == operands[0].tensor.untyped_storage()._cdata:
+            if operands and is_view_of(tensor, operands[0].tensor):
                 continue  # a view shares its memory's origin
             if not origins or kind.name in ("lift", "lift_fresh"):
                 origin = Origin("constant", kind.name)
@@ -755,12 +725,6 @@ def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]
         with suppress(Exception):
             texts[token] = piece(token)
     return texts
-
-
-def _path(name: str) -> str:
-    """A module's or parameter's path as sites have it: without what wraps the text model it belongs to."""
-    name = _WRAPPERS.sub("", f"{name}.")
-    return name.removesuffix(".")
 
 
 def _around(name: str) -> Iterator[str]:

@@ -82,3 +82,8 @@ def region(tensor: Tensor) -> tuple[int, int, int]:
 def is_here(tensor: Tensor) -> bool:
     """Whether nothing has to be waited for to look at its values; on the meta device there are none to look at."""
     return tensor.device.type in ("cpu", "meta")
+
+
+def is_view_of(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both are of the same storage."""
+    return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)

@@ -1,0 +1,168 @@
+"""The fewest tensors kept in float32 that leave nothing to overflow, all the rest in float16.
+
+Which they are is read from the records of one float32 run: those that float16 could not hold. Each is necessary, for
+rounded to float16 it would be infinite, and together they suffice, for every other tensor was seen to fit.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from stabilitykit.checkpoints import GemmaConfig
+from stabilitykit.recorder.operators import traits
+from stabilitykit.recorder.sites import Sites, site_path
+from stabilitykit.recorder.tensors import floating_of_call
+from stabilitykit.records import Record, Recording
+from stabilitykit.remedies.remedy import Remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Islands:
+    """Sites that `dtype` cannot hold, and the most elements that one of them has for each token."""
+
+    dtype: str
+    sites: frozenset[str]
+    channels: int
+
+    def __or__(self, other: "Islands") -> "Islands":
+        return Islands(self.dtype, self.sites | other.sites, max(self.channels, other.channels))
+
+
+def overflowing(recording: Recording, dtype: str) -> Islands:
+    """Of a finite run that says what is stored in 16 bits, the sites of which `dtype` would lose an element."""
+    lost = [r for r in recording if r.stored_dtype == "float16" and r.formats[dtype].overflow]
+    return Islands(dtype, frozenset(record.site for record in lost), max(map(_channels, lost), default=0))
+
+
+def _channels(record: Record) -> int:
+    return record.elements // max(1, record.positions or 1)
+
+
+def float32_islands(islands: Islands, dry: Recording) -> Remedy:
+    """Keeps `islands` in float32. `dry` is a run in 16 bits, without values (`stabilitykit.experiment.dry_run`), which
+    tells what is stored in 16 bits and which operator makes what a module returns.
+    """
+    layout = _layout(dry)
+    kept = frozenset(layout.operators.get(site, site) for site in islands.sites)
+
+    @contextmanager
+    def around(model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            mode = _Keeping(model, kept, layout)
+            mode.attach(stack)
+            stack.enter_context(mode)
+            yield
+
+    def extra(config: GemmaConfig, tokens: int) -> int:
+        return 2 * tokens * islands.channels  # float32 instead of float16, one tensor at a time
+
+    amount = len(islands.sites)
+    return Remedy(
+        name="float32 islands",
+        summary=f"Keeps in float32 the {amount} tensor{'s' * (amount != 1)} that float16 cannot hold, and rounds what "
+        "is made of them to float16.",
+        around=around,
+        extra=extra,
+        exportable=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """By operator, named with its number, the dtype in which a plain run stores its result; by module, which operator
+    makes what it returns.
+    """
+
+    dtypes: Mapping[str, str]
+    operators: Mapping[str, str]
+
+
+def _layout(dry: Recording) -> _Layout:
+    seen: Counter[tuple[str, str]] = Counter()
+    dtypes, operators = {}, {}
+    for record in dry:
+        if record.operator is None or record.site.endswith("]"):
+            continue
+        key = record.module, record.operator
+        name = f"{record.module}/{record.operator}.{seen[key]}"
+        seen[key] += 1
+        dtypes[name] = record.dtype
+        if "/" not in record.site:
+            operators[record.site] = name
+    return _Layout(dtypes, operators)
+
+
+class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the operators of `kept` in float32; what others make of their results is stored as a plain run stores it."""
+
+    def __init__(self, model: nn.Module, kept: frozenset[str], layout: _Layout) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.kept = kept
+        self.layout = layout
+        self.dtype = next(model.parameters()).dtype
+        self.low = str(self.dtype).removeprefix("torch.")
+        self.sites = Sites(model)
+
+    def attach(self, stack: ExitStack) -> None:
+        for name, module in self.model.named_modules():
+            made = self.layout.operators.get(site_path(name))
+            if made is not None and made not in self.kept and self.layout.dtypes[made] == self.low:
+                stack.callback(module.register_forward_hook(self.narrow).remove)
+        self.sites.attach(stack)  # last, so that what the hooks do still stands in the module that ends
+
+    def narrow(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """What a module returns in its input's dtype, as norms do, would be float32 behind an island."""
+        return output.to(self.dtype) if isinstance(output, Tensor) and output.dtype == torch.float32 else None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = traits(func)
+        if kind.composite:
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        if kind.view:
+            return func(*args, **kwargs)
+        operands = [tensor for tensor in floating_of_call(args, kwargs) if tensor.ndim]
+        mixed = {tensor.dtype for tensor in operands} >= {torch.float32, self.dtype}
+        if mixed and not kind.pointwise and not kind.writes_in_place:  # products take no operands of two dtypes
+            args, kwargs = self.widened(args, kwargs)
+        output = func(*args, **kwargs)
+        site = self.sites.of_operator(kind, args, kwargs, output)
+        if site is None or kind.writes_in_place or not isinstance(output, Tensor):
+            return output
+        if site in self.kept:
+            if output.dtype != self.dtype:
+                return output
+            args, kwargs = self.widened(args, kwargs)
+            return self.sites.same(func(*args, **kwargs), output)
+        if output.dtype == torch.float32 and self.is_low(site, mixed):
+            return self.sites.same(output.to(self.dtype), output)
+        return output
+
+    def is_low(self, site: str, mixed: bool) -> bool:
+        """Whether a plain run stores it in 16 bits; fused kernels, which a dry run has only as their parts, do."""
+        stored = self.layout.dtypes.get(site)
+        return stored == self.low if stored is not None else mixed
+
+    def widened(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        def widen(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.dtype == self.dtype else tensor
+
+        args, kwargs = tree_map_only(Tensor, widen, (args, kwargs))
+        if kwargs.get("dtype") == self.dtype:
+            kwargs["dtype"] = torch.float32
+        return args, kwargs
