@@ -5,6 +5,7 @@
       records/CASE.parquet     a finished case: a `Recording`, or a `LengthMap` for a range of lengths
       records/CASE.json        a finished measurement, of memory for example
       records/CASE.failed.json the reason why a case failed
+      remedies.json            how remedies of the checkpoint rank, once `stabilitykit repair --report` has been there
 
 A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
 case, so a sweep that was interrupted and resumed leaves the same ones.
@@ -26,8 +27,10 @@ from typing import Any, Literal
 from stabilitykit.errors import MisuseError
 from stabilitykit.lengths import LengthMap
 from stabilitykit.records import Recording
+from stabilitykit.scores import Ranking
 
 PLAN_SCHEMA = 1
+_RANKING = "remedies.json"
 
 CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
 FailureKind = Literal["raised", "out of memory", "killed"]
@@ -297,6 +300,25 @@ class Results:
     def footprints(self) -> Iterator[tuple[Case, Footprint]]:
         """The finished cases of kind "footprint", in the plan's order."""
         return ((case, Footprint(**self._read(case))) for case in self._done("footprint"))
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """How remedies of the checkpoint rank; None where nobody ranked them."""
+        path = self.folder / _RANKING
+        return Ranking.read(path) if path.exists() else None
+
+    def write_ranking(self, ranking: Ranking) -> None:
+        """Raises MisuseError for that of another checkpoint."""
+        self.check_checkpoint(ranking.checkpoint, ranking.sha256)
+        write_json(self.folder / _RANKING, ranking.document())
+
+    def check_checkpoint(self, source: str, sha256: str) -> None:
+        """Raises MisuseError unless this is a sweep of that checkpoint."""
+        if sha256 != self.plan.sha256:
+            raise MisuseError(
+                f"A report holds one checkpoint's findings, and {self.folder} holds those of {self.plan.checkpoint} "
+                f"with the SHA-256 {self.plan.sha256[:12]}; {source} has {sha256[:12]}. Choose another folder."
+            )
 
     def _read(self, case: Case) -> dict[str, Any]:
         raw: dict[str, Any] = json.loads(self.path(case).read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ FLOORS = [
     {"errors"},
     {"formats"},
     {"checkpoints", "products", "records"},
-    {"lengths"},
+    {"lengths", "scores"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},
     {"hf"},

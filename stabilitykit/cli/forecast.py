@@ -36,6 +36,10 @@ def forecast(
         list[str] | None,
         typer.Option("--format", help="A number format; give it again for more. All of 8 and 16 bits if not given."),
     ] = None,
+    saturating: Annotated[
+        bool,
+        typer.Option("--saturating", help="Casts to 8 bits cut off at the format's end instead of making NaN or inf."),
+    ] = False,
     dtype: Annotated[WideDtype, typer.Option(help="The run that the forecast is made of.")] = WideDtype.float32,
     no_bos: Annotated[bool, typer.Option("--no-bos", help="Do not begin with <bos>.")] = False,
     chat: Annotated[
@@ -98,7 +102,7 @@ def forecast(
             redact=redact,
             progress=progress,
         )
-    found = [judge(run.recording, name, weights[name]) for name in names]
+    found = [judge(run.recording, name, weights[name], saturating=saturating) for name in names]
     if as_json:
         screen.print_json(_document(run.recording, found))
         return
@@ -118,6 +122,7 @@ def _document(recording: "Recording", found: "list[Forecast]") -> dict[str, Any]
             {
                 "format": one.format,
                 "breaks": one.breaks,
+                "saturating": one.saturating,
                 "forecast": prediction(recording, one),
                 "first": None if one.first is None else one.first.site,
                 "layer": None if one.first is None else one.first.layer,

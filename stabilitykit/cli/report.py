@@ -22,13 +22,13 @@ def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
 
     from stabilitykit.cli import screen
     from stabilitykit.report.compare import compare
-    from stabilitykit.report.sections import SECTIONS, USUAL
+    from stabilitykit.report.sections import SECTIONS, shown
     from stabilitykit.report.terminal import print_section
     from stabilitykit.report.write import write_report
     from stabilitykit.results import Results
 
     results = Results.open(folder)
-    names = results.plan.sections or USUAL
+    names = shown(results)
     with screen.progress_bar() as progress:
         sections = []
         for done, name in enumerate(names):

@@ -18,16 +18,16 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
 from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
+from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.records import Recording, quoted
+from stabilitykit.records import Recording, StoredWeights, quoted
 from stabilitykit.report.style import share, size
 from stabilitykit.report.words import count
 from stabilitykit.results import Plan
+from stabilitykit.scores import Ranking, Score
 
 if TYPE_CHECKING:
     from stabilitykit.experiment.cost import Cost
-    from stabilitykit.remedies.ranking import Score
-    from stabilitykit.remedies.repair import Repair
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
@@ -195,17 +195,18 @@ def print_forecasts(recording: Recording, found: Sequence[Forecast]) -> None:
         f"What would become of {judged.elements:,} elements in {count(judged.judged, 'tensor')} of the {dtype} run"
     )
     table.add_column("format")
-    for name in ("past its range", "subnormal", "zero", "headroom [bits]", "weights lost"):
+    for name in ("past its range", "which becomes", "subnormal", "zero", "headroom [bits]", "weights lost"):
         table.add_column(name, justify="right")
-    table.add_column("past the range a value becomes", overflow="fold")
     for one in found:
         table.add_row(
             one.format,
             _zero_as_dash(one.past),
+            overflow_becomes(one.format, saturating=one.saturating),
             *(share(part / one.elements) if part else "-" for part in (one.subnormal, one.zero)),
             "-" if one.headroom is None else f"{one.headroom:.1f}",
-            "-" if one.weights is None else _zero_as_dash(one.weights.overflow + one.weights.zero),
-            overflow_becomes(one.format),
+            "-"
+            if one.weights is None
+            else _zero_as_dash(one.weights.zero + (one.weights.overflow if not one.saturating else 0)),
             style="red" if one.breaks else None,
         )
     output.print(table)
@@ -217,7 +218,11 @@ def print_forecasts(recording: Recording, found: Sequence[Forecast]) -> None:
     )
 
 
-def print_scores(scores: "Sequence[Score]") -> None:
+def _lost(weights: StoredWeights, saturating: bool) -> int:
+    return weights.zero + (0 if saturating else weights.overflow)
+
+
+def print_scores(scores: Sequence[Score]) -> None:
     """The remedies, best first."""
     table = _table(f"Against float32, over {scores[0].positions:,} held-out tokens")
     table.add_column("remedy", overflow="fold")
@@ -251,27 +256,14 @@ def _short(value: float | None) -> str:
     return "-" if value is None else re.sub(r"e([-+])0?", r"e\1", f"{value:.1e}")
 
 
-def print_repair(found: "Repair") -> None:
-    """Which γ was chosen, and from what."""
-    gamma, score = found.rescaled.gamma, found.score
-    if gamma == 1:
-        room = "" if score.headroom is None else f" and leaves {score.headroom:.1f} bits of headroom"
-        said = f"Nothing has to be changed: float16 holds all that was seen{room}."
-        output.print(Text(said, style="bold green"))
-        return
-    better = next((one for one in found.scores if one.name == "bfloat16"), None)
-    said = (
-        f"Repaired by {gamma:g}: the largest value that float16 must store, {found.peak:,.0f} in {found.site}, becomes "
-        f"{found.peak * gamma:,.0f}."
-    )
-    if score.kl_mean and better is not None and better.kl_mean:
-        said += f" It is {better.kl_mean / score.kl_mean:,.0f} times as close to float32 as bfloat16."
-    rounded = sum(found.rescaled.rounded.values())
-    if rounded:
-        said += f" Of the norms, {count(rounded, 'gain')} had to be rounded in float32."
-    else:
-        said += " Nothing is rounded in float32, where logits keep every bit."
-    output.print(Text(said, style="bold green" if score.finite else "bold red"))
+def print_ranking(ranking: Ranking) -> None:
+    """The remedies, best first; which to take, and what the rescale does."""
+    print_scores(ranking.scores)
+    carried = ranking.repaired
+    output.print(Text(recommendation(ranking), style="bold green" if carried.finite else "bold red"))
+    for text in (how_rescaled(ranking), outlier(carried)):
+        if text is not None:
+            output.print(Text(text))
 
 
 LEGEND = (

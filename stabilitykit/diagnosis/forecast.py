@@ -22,7 +22,8 @@ class Forecast:
     `first` is the first in order of execution of which some element would leave the range, None where none would.
     `past`, `subnormal` and `zero` count elements of all `judged` tensors that would leave the range, be stored as
     subnormals, and become zero without having been one; `elements` is how many they have. `closest` has the largest
-    magnitude. `weights` is what storing the checkpoint in it does, if that was counted.
+    magnitude. `weights` is what storing the checkpoint in it does, if that was counted. `saturating`: what leaves the
+    range is cut off at its end.
     """
 
     format: str
@@ -34,6 +35,7 @@ class Forecast:
     zero: int
     closest: Record | None
     weights: StoredWeights | None = None
+    saturating: bool = False
 
     @property
     def overflow(self) -> int:
@@ -48,12 +50,18 @@ class Forecast:
 
     @property
     def breaks(self) -> bool:
-        """Whether an activation or a weight would leave the range."""
-        return self.first is not None or (self.weights is not None and self.weights.overflow > 0)
+        """Whether an activation or a weight would leave the range, and become what is no number."""
+        leaves = self.first is not None or (self.weights is not None and self.weights.overflow > 0)
+        return leaves and not self.saturating
 
 
-def forecast(recording: Recording, name: str, weights: StoredWeights | None = None) -> Forecast:
+def forecast(
+    recording: Recording, name: str, weights: StoredWeights | None = None, *, saturating: bool = False
+) -> Forecast:
     """The forecast for the format called `name`, of a run that recorded counts for it.
+
+    With `saturating` casts to 8 bits cut off at the format's end, as the OCP's specification allows and NVIDIA's
+    `satfinite` and torch on a CPU do for e4m3fn; wider formats have no such cast.
 
     Values are the run's own: those of a float32 run are what a low-precision one computes up to its rounding errors, so
     where a value lies that close to the limit the forecast may name a neighbour. After a first overflow nothing that
@@ -91,6 +99,7 @@ def forecast(recording: Recording, name: str, weights: StoredWeights | None = No
         zero=sum(count.zero for _, count in counts),
         closest=peak(judged),
         weights=weights,
+        saturating=saturating and form.bits == 8,
     )
 
 
@@ -99,7 +108,7 @@ def prediction(recording: Recording, found: Forecast) -> str:
     form, first = number_format(found.format), found.first
     said = ""
     if found.weights is not None and found.weights.overflow:
-        said = weights_sentence(found.weights) + " "
+        said = weights_sentence(found.weights, saturating=found.saturating) + " "
     if first is None:
         if found.closest is None or found.headroom is None:
             return f"{said}{form.name}: nothing was recorded that it would have to hold."
@@ -110,17 +119,19 @@ def prediction(recording: Recording, found: Forecast) -> str:
     elements = "1 element leaves" if found.overflow == 1 else f"{found.overflow:,} elements leave"
     at = place_of(recording, first.amax_position, first.amax_row, first.amax_token, first.step)
     largest = f"the largest there is {number(first.amax)}{at}"
+    happens = "would cut values off" if found.saturating else "would break"
     return (
-        f"{said}{form.name} would break first in {where(first)}: {elements} its range, which ends at "
+        f"{said}{form.name} {happens} first in {where(first)}: {elements} its range, which ends at "
         f"{number(form.largest)}; {largest}."
     )
 
 
-def overflow_becomes(name: str) -> str:
-    """What a cast makes of a value past the format's range, if it does not saturate; what it makes if it does."""
+def overflow_becomes(name: str, *, saturating: bool = False) -> str:
+    """What a cast makes of a value past the format's range; only those to 8 bits may saturate."""
     form = number_format(name)
-    other = f", or ±{number(form.largest)} if the cast saturates" if form.bits == 8 else ""
-    return f"{'NaN' if form.all_ones_is_nan else '±inf'}{other}"
+    if saturating and form.bits == 8:
+        return f"±{number(form.largest)}"
+    return "NaN" if form.all_ones_is_nan else "±inf"
 
 
 def with_stored_dtypes(recording: Recording, low: Recording) -> Recording:

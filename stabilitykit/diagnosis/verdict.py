@@ -213,9 +213,14 @@ def ordinal(number: int) -> str:
     return f"{number}{ending}"
 
 
-def weights_sentence(stored: StoredWeights) -> str:
-    """What storing the checkpoint in a dtype does to its weights; nothing where it does nothing."""
-    becomes = "NaN" if number_format(stored.dtype).all_ones_is_nan else "infinite"
+def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
+    """What storing the checkpoint in a dtype does to its weights, by a cast that saturates or not; nothing where it
+    does nothing.
+    """
+    form = number_format(stored.dtype)
+    becomes = "NaN" if form.all_ones_is_nan else "infinite"
+    if saturating:
+        becomes = f"±{number(form.largest)}"
     counts = (
         (
             stored.nonfinite,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.experiment.divergence import logits_error
 from stabilitykit.experiment.dry_run import find_stored_dtypes
 from stabilitykit.experiment.subject import GemmaSubject, Subject
 from stabilitykit.gemma import Gemma
 from stabilitykit.products import preferred_matmul
 from stabilitykit.recorder import DEFAULT_FORMATS, record, unrecorded
-from stabilitykit.records import Level, LogitsError, Recording, StoredWeights
+from stabilitykit.records import Level, Recording, StoredWeights
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
@@ -52,40 +53,6 @@ def run_reference(model: Gemma, tokens: Sequence[int]) -> Reference:
     with torch.inference_mode(), record(model, formats=(), keep=tensors):
         logits = model(torch.tensor([tokens], device=model.device))
     return Reference(tensors=tensors, logits=logits[0])
-
-
-def divergences(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> tuple[Tensor, Tensor]:
-    """Of logits [L, V] against those of the reference run: KL(reference, ours) in nats, and whether the likeliest token
-    is the same, at every position [L'], in float64, `chunk` positions at a time.
-
-    Positions at which either is not finite are left out. KL is negative where rounding leaves it so.
-    """
-    found: list[Tensor] = []
-    same: list[Tensor] = []
-    for start in range(0, len(logits), chunk):
-        ours, theirs = (part[start : start + chunk] for part in (logits, reference))
-        sound = ours.isfinite().all(-1) & theirs.isfinite().all(-1)
-        ours, theirs = ours[sound], theirs[sound]
-        same.append(ours.argmax(-1) == theirs.argmax(-1))
-        q, p = (part.double() - part.amax(-1, keepdim=True).double() for part in (ours, theirs))
-        weights = p.exp()
-        total = weights.sum(-1)
-        ratio = total.log() - q.exp().sum(-1).log()
-        found.append(weights.mul_(p.sub_(q)).sum(-1) / total - ratio)
-    return torch.cat(found), torch.cat(same)
-
-
-def logits_error(logits: Tensor, reference: Tensor, *, chunk: int = 32) -> LogitsError:
-    """`LogitsError` of logits [L, V] against those of the reference run, `chunk` positions at a time."""
-    divergence, same = divergences(logits, reference, chunk=chunk)
-    compared = divergence.numel()
-    return LogitsError(
-        kl_mean=float(divergence.mean()) if compared else None,
-        kl_max=float(divergence.max()) if compared else None,
-        top1=int(same.sum()) / compared if compared else None,
-        compared=compared,
-        positions=len(logits),
-    )
 
 
 def run_case(

@@ -3,7 +3,7 @@
 import itertools
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -52,14 +52,42 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
         notes=checkpoint.notes,
         cases=tuple(sorted(cases.values(), key=turn)),
         sections=experiment.sections,
-        versions={name: version(name) for name in ("stabilitykit", "torch")} | {"python": platform.python_version()},
-        machine={
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(place) if place.startswith("cuda") else place,
-        },
+        versions=versions(),
+        machine=machine(place),
     )
+
+
+def plan_without_cases(
+    checkpoint: Checkpoint, *, name: str, title: str, command: str, sections: Sequence[str], device: str
+) -> Plan:
+    """For a folder whose report holds other findings than a sweep's."""
+    return Plan(
+        name=name,
+        title=title,
+        command=command,
+        source="",
+        checkpoint=checkpoint.source,
+        sha256=checkpoint.sha256,
+        config=asdict(checkpoint.config),
+        notes=checkpoint.notes,
+        cases=(),
+        sections=tuple(sections),
+        versions=versions(),
+        machine=machine(device),
+    )
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("stabilitykit", "torch")} | {"python": platform.python_version()}
+
+
+def machine(device: str) -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+    }
 
 
 def case_tokens(case: Case, tokenizer: Tokenizer, folder: Path) -> list[int]:

@@ -5,7 +5,8 @@ by hooks and tells of each operator's result the name that a record of it has.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from stabilitykit.recorder.blocks import QueryBlock
 from stabilitykit.recorder.operators import Traits, moves
 from stabilitykit.recorder.origins import Origin, Origins
 from stabilitykit.recorder.tensors import floating, floating_of_call, is_view_of
+from stabilitykit.records import Record, Recording
 
 OUTSIDE = "outside"  # where operators stand that no part of the model runs
 
@@ -69,6 +71,27 @@ def computes_by_blocks(module: nn.Module) -> bool:
     return hasattr(type(module), "query_block")
 
 
+def by_operator(recording: Recording) -> Iterator[tuple[str, Record]]:
+    """The records of a first step that operators made, under the operators' own names: what a module returns is
+    recorded under the module's.
+    """
+    ran: dict[str, Counter[str]] = {}  # by module, the operators of its present run
+    returned: set[str] = set()  # modules whose output has been seen, so that they may run again
+    for record in recording:
+        module, operator = record.module, record.operator
+        if record.step > 0 or operator is None or record.site.endswith("]"):
+            continue
+        numbers = ran.setdefault(module, Counter())
+        own = "/" in record.site
+        if module in returned and (not own or record.site != f"{module}/{operator}.{numbers[operator]}"):
+            numbers.clear()  # it runs again
+            returned.remove(module)
+        yield record.site if own else f"{module}/{operator}.{numbers[operator]}", record
+        numbers[operator] += 1
+        if not own:
+            returned.add(module)
+
+
 class Sites:
     """Follows `model` between `attach` and the end of its stack."""
 
@@ -78,10 +101,10 @@ class Sites:
             weights=lambda: ((site_path(name), tensor) for name, tensor in model.named_parameters()),
             constants=((site_path(name), tensor) for name, tensor in model.named_buffers()),
         )
-        self._modules = {site_path(name): module for name, module in model.named_modules()}
+        self._modules = [(site_path(name), module) for name, module in model.named_modules()]
 
     def attach(self, stack: ExitStack) -> None:
-        for path, module in self._modules.items():
+        for path, module in self._modules:
             stack.callback(module.register_forward_pre_hook(self._enter(path)).remove)
             stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 

@@ -6,7 +6,6 @@ FOLDER/
   README.md     the same for people, the terms of the weights, and how to verify
 """
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -20,12 +19,11 @@ import torch
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.export import ExportDtype, write_folder
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.remedies.ranking import Score
 from stabilitykit.remedies.repair import Repair
 from stabilitykit.remedies.rescale import stored_gains
 from stabilitykit.results import new_folder, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 FACTS = "repair.json"
 
 
@@ -43,6 +41,11 @@ def export(
     is there already or cannot be written; CheckpointError where what was read back is not what was to be written.
     """
     check_new(folder)
+    if not repair.ranking.repaired.finite:
+        raise MisuseError(
+            "A repaired checkpoint is finite in float16; on the held-out texts this one is not. Ask for a larger "
+            "--margin, or give --prompts with texts like those that it is to run."
+        )
     after = repair.rescaled.checkpoint
     source = Path(before.source)
     with new_folder(folder) as aside:
@@ -69,30 +72,15 @@ def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> Non
 
 
 def _facts(before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str]) -> dict[str, Any]:
-    rescaled = repair.rescaled
+    after = repair.rescaled.checkpoint
     return {
         "schema": SCHEMA,
         "remedy": "rescale",
-        "gamma": rescaled.gamma,
-        "rms_norm_eps": {"before": before.config.rms_eps, "after": rescaled.checkpoint.config.rms_eps},
+        "rms_norm_eps": {"before": before.config.rms_eps, "after": after.config.rms_eps},
         "dtype": dtype,
-        "source": before.source,
-        "source_sha256": before.sha256,
-        "notes": list(before.notes),
         "weights_sha256": hashes,
-        "margin": repair.margin,
-        "peak": {"site": repair.site, "before": repair.peak, "after": repair.peak * rescaled.gamma},
-        "gains_rounded_in_float32": dict(rescaled.rounded),
-        "gains_rounded_in_storage": stored_gains(rescaled.checkpoint, getattr(torch, dtype)),
-        "scores": [_plain(score) for score in repair.scores],
-        "versions": {name: version(name) for name in ("stabilitykit", "torch")},
-    }
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    found = dataclasses.asdict(score)
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()
+        "gains_rounded_in_storage": stored_gains(after, getattr(torch, dtype)),
+        "ranking": repair.ranking.document(),
     }
 
 
@@ -102,7 +90,7 @@ def sha256(path: Path) -> str:
 
 
 def _readme(before: Checkpoint, repair: Repair, dtype: str) -> str:
-    after, gamma = repair.rescaled.checkpoint, repair.rescaled.gamma
+    after, ranking = repair.rescaled.checkpoint, repair.ranking
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("stabilitykit.remedies", "."),
         undefined=jinja2.StrictUndefined,
@@ -110,21 +98,19 @@ def _readme(before: Checkpoint, repair: Repair, dtype: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     ).get_template("readme.md.jinja")
-    by_name = {score.name: score for score in repair.scores}
     return template.render(
         name=Path(before.source).name,
         source=before.source,
         facts=FACTS,
         dtype=dtype,
-        gamma=gamma,
-        exponent=round(math.log2(gamma)),
+        exponent=round(math.log2(ranking.gamma)),
         eps=(before.config.rms_eps, after.config.rms_eps),
         config=before.config,
         gains=sum(stored_gains(after, getattr(torch, dtype)).values()),
-        repair=repair,
-        score=repair.score,
-        plain=by_name["float16"],
-        wide=by_name["bfloat16"],
+        ranking=ranking,
+        score=ranking.repaired,
+        plain=ranking["float16"],
+        wide=ranking["bfloat16"],
         is_random=before.source.startswith("random:"),
         version=version("stabilitykit"),
     )

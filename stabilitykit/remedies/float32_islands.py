@@ -4,7 +4,6 @@ Which they are is read from the records of one float32 run: those that float16 c
 rounded to float16 it would be infinite, and together they suffice, for every other tensor was seen to fit.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from stabilitykit.checkpoints import GemmaConfig
 from stabilitykit.recorder.operators import traits
-from stabilitykit.recorder.sites import Sites, site_path
+from stabilitykit.recorder.sites import Sites, by_operator, site_path
 from stabilitykit.recorder.tensors import floating_of_call
 from stabilitykit.records import Record, Recording
 from stabilitykit.remedies.remedy import Remedy
@@ -85,18 +84,11 @@ class _Layout:
 
 
 def _layout(dry: Recording) -> _Layout:
-    seen: Counter[tuple[str, str]] = Counter()
-    dtypes, operators = {}, {}
-    for record in dry:
-        if record.operator is None or record.site.endswith("]"):
-            continue
-        key = record.module, record.operator
-        name = f"{record.module}/{record.operator}.{seen[key]}"
-        seen[key] += 1
-        dtypes[name] = record.dtype
-        if "/" not in record.site:
-            operators[record.site] = name
-    return _Layout(dtypes, operators)
+    made = list(by_operator(dry))
+    return _Layout(
+        dtypes={name: record.dtype for name, record in made},
+        operators={record.site: name for name, record in made if "/" not in record.site},
+    )
 
 
 class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]

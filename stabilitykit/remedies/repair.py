@@ -1,4 +1,4 @@
-"""A repair: γ from measured peaks, every remedy ranked on other texts, and what to say of the best."""
+"""A repair: γ from measured peaks, every remedy ranked on other texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,70 +7,96 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
 from stabilitykit.experiment.case import run_case
+from stabilitykit.experiment.dry_run import dry_run
+from stabilitykit.experiment.plan import machine, versions
+from stabilitykit.experiment.subject import GemmaSubject
 from stabilitykit.formats import FLOAT16
 from stabilitykit.gemma import build
+from stabilitykit.recorder.weights import check_weights
 from stabilitykit.remedies import REMEDIES
-from stabilitykit.remedies.ranking import Progress, Score, rank
+from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
+from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
+from stabilitykit.remedies.ranking import Progress, rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.rescale import Rescaled, choose_gamma, rescale, rescaling
 from stabilitykit.remedies.texts import Texts
+from stabilitykit.scores import Ranking, Small
 
 PLAIN = Remedy(name="float16", summary="Plain float16, as it is.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
-    """What was chosen, `peak` being the largest value of the choosing texts that float16 would have to store, in
-    float32, and `site` where it was; and how everything ranks.
-    """
+    """The rescaled checkpoint, and how it and the other remedies rank."""
 
     rescaled: Rescaled
-    peak: float
-    site: str
-    margin: float
-    scores: Sequence[Score]
-
-    @property
-    def score(self) -> Score:
-        """Of the rescaled checkpoint in float16."""
-        name = rescaling(self.rescaled.gamma).name
-        return next(score for score in self.scores if score.name == name)
+    ranking: Ranking
 
 
-def repair(checkpoint: Checkpoint, texts: Texts, *, margin: float = 1.0, progress: Progress | None = None) -> Repair:
+def repair(
+    checkpoint: Checkpoint,
+    texts: Texts,
+    *,
+    margin: float = 1.0,
+    device: str = "cpu",
+    command: str = "",
+    progress: Progress | None = None,
+) -> Repair:
     """Chooses γ so that float16 keeps `margin` bits of headroom over `texts.choosing`, and ranks it on the others.
 
     Raises MisuseError where no γ does, naming the tensor that stands in the way.
     """
-    rescaled, top, site = _choose(checkpoint, texts.choosing, margin, progress)
-    remedies = [PLAIN, *REMEDIES, rescaling(rescaled.gamma)]
-    scores = rank(checkpoint, remedies, texts.held_out, progress=progress)
-    return Repair(rescaled=rescaled, peak=top, site=site, margin=margin, scores=scores)
+    seen = _look(checkpoint, texts.choosing, device, _named("choosing texts", progress))
+    rescaled = _choose(checkpoint, seen, texts.choosing, margin, device, progress)
+    gamma = rescaled.gamma
+    remedies = [PLAIN, *REMEDIES]
+    if seen.islands.sites:
+        dry = dry_run(GemmaSubject(build(checkpoint)), 1, len(texts.choosing[0]))
+        assert dry is not None  # of the kit's own model
+        remedies.append(float32_islands(seen.islands, dry))
+    carried = PLAIN
+    if gamma != 1:
+        carried = rescaling(gamma)
+        remedies += [carried, carried + FLOAT32_RESIDUAL]
+    scores = rank(checkpoint, remedies, texts.held_out, device=device, progress=progress)
+    ranking = Ranking(
+        checkpoint=checkpoint.source,
+        sha256=checkpoint.sha256,
+        notes=checkpoint.notes,
+        command=command,
+        gamma=gamma,
+        margin=margin,
+        peak=seen.peak,
+        site=seen.site,
+        islands=tuple(sorted(seen.islands.sites)),
+        gains_rounded=dict(rescaled.rounded),
+        before=_small(checkpoint),
+        after=_small(rescaled.checkpoint),
+        carried=carried.name,
+        scores=tuple(scores),
+        versions=versions(),
+        machine=machine(device),
+    )
+    return Repair(rescaled=rescaled, ranking=ranking)
 
 
-def _choose(
-    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], margin: float, progress: Progress | None
-) -> tuple[Rescaled, float, str]:
-    """The rescaled checkpoint, the largest value that float16 would have to store without it, and where that was."""
-    largest, site, final = _peaks(checkpoint, windows, _named("choosing texts", progress))
-    gamma = choose_gamma(FLOAT16.headroom(largest), FLOAT16.headroom(final), margin)
-    rescaled = rescale(checkpoint, gamma)
-    after, where, _ = _peaks(rescaled.checkpoint, windows, _named("checking the choice", progress))
-    if FLOAT16.headroom(after) < margin:
-        raise MisuseError(
-            f"A rescale reaches what norms read and no more; scaled by {gamma:g} the largest value that float16 has "
-            f"to store is {after:,.0f} in {where}, which leaves {FLOAT16.headroom(after):.1f} bits and not {margin:g}. "
-            "Ask for a smaller --margin, or run it in bfloat16."
-        )
-    return rescaled, largest, site
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Of float32 runs: the largest value that float16 would have to store, where it is, that of the final norm, and
+    what float16 could not hold.
+    """
+
+    peak: float
+    site: str
+    final_norm: float
+    islands: Islands
 
 
-def _peaks(
-    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], announce: Callable[[int, int], None]
-) -> tuple[float, str, float]:
-    """The largest value that float16 would have to store over all windows, where it is, and that of the final norm."""
-    model = build(checkpoint)
-    largest, site, final = 0.0, "", 0.0
+def _look(
+    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], device: str, announce: Callable[[int, int], None]
+) -> _Seen:
+    model = build(checkpoint, device=device)
+    largest, site, final, islands = 0.0, "", 0.0, Islands("float16", frozenset(), 0)
     for done, window in enumerate(windows):
         announce(done, len(windows))
         recording = run_case(model, list(window), formats=("float16",)).recording
@@ -78,7 +104,36 @@ def _peaks(
         if closest is not None and (closest.amax or 0.0) > largest:
             largest, site = closest.amax or 0.0, closest.site
         final = max(final, recording.at("norm").amax or 0.0)
-    return largest, site, final
+        islands |= overflowing(recording, "float16")
+    return _Seen(largest, site, final, islands)
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    seen: _Seen,
+    windows: Sequence[Sequence[int]],
+    margin: float,
+    device: str,
+    progress: Progress | None,
+) -> Rescaled:
+    """The rescaled checkpoint, once it has been seen to leave the margin."""
+    gamma = choose_gamma(FLOAT16.headroom(seen.peak), FLOAT16.headroom(seen.final_norm), margin)
+    rescaled = rescale(checkpoint, gamma)
+    if gamma == 1:
+        return rescaled
+    after = _look(rescaled.checkpoint, windows, device, _named("checking the choice", progress))
+    if FLOAT16.headroom(after.peak) < margin:
+        raise MisuseError(
+            f"A rescale reaches what norms read and no more; scaled by {gamma:g} the largest value that float16 has "
+            f"to store is {after.peak:,.0f} in {after.site}, which leaves {FLOAT16.headroom(after.peak):.1f} bits and "
+            f"not {margin:g}. Ask for a smaller --margin, or run it in bfloat16."
+        )
+    return rescaled
+
+
+def _small(checkpoint: Checkpoint) -> Small:
+    found = check_weights(checkpoint.tensors.items(), ("float16",))["float16"]
+    return Small(subnormal=found.subnormal, zero=found.zero)
 
 
 def _named(what: str, progress: Progress | None) -> Callable[[int, int], None]:

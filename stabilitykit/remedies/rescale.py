@@ -120,8 +120,9 @@ def rescaling(gamma: float) -> Remedy:
 def choose_gamma(headroom: float, final_norm: float, margin: float) -> float:
     """The largest γ ≤ 1 that leaves `margin` bits of headroom, from that of the largest value that γ scales.
 
-    `final_norm` is the headroom of the final norm's output, which loses what the others gain. Raises MisuseError where
-    no γ leaves both of them the margin.
+    A smaller one would be worse on both other counts: each halving takes a bit from the final norm's output, and makes
+    more weights subnormal in float16. `final_norm` is the headroom of that output. Raises MisuseError where no γ leaves
+    both of them the margin.
     """
     bits = max(0, math.ceil(margin - headroom))
     if final_norm - bits < margin:

@@ -9,9 +9,10 @@ from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.gemma.tokenizer import Tokenizer
 from stabilitykit.remedies.export import FACTS, SCHEMA, sha256
-from stabilitykit.remedies.ranking import Progress, Score, rank
+from stabilitykit.remedies.ranking import Progress, rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.texts import texts
+from stabilitykit.scores import Ranking, Score
 
 TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another order
 
@@ -36,21 +37,22 @@ def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
         for name, wanted in facts["weights_sha256"].items()
         if not (folder / name).is_file() or sha256(folder / name) != wanted
     ]
-    before, after = open_checkpoint(facts["source"]), open_checkpoint(folder)
-    if before.sha256 != facts["source_sha256"]:
+    ranking = Ranking.parse(facts["ranking"])
+    before, after = open_checkpoint(ranking.checkpoint), open_checkpoint(folder)
+    if before.sha256 != ranking.sha256:
         raise CheckpointError(
-            f"{folder} was made from {facts['source']} with the SHA-256 {facts['source_sha256'][:12]}; what is there "
-            f"now has {before.sha256[:12]}. Bring the original back."
+            f"{folder} was made from {ranking.checkpoint} with the SHA-256 {ranking.sha256[:12]}; what is there now "
+            f"has {before.sha256[:12]}. Bring the original back."
         )
     if after.config.rms_eps != facts["rms_norm_eps"]["after"]:
         problems.append(f"rms_norm_eps is {after.config.rms_eps:g} and was {facts['rms_norm_eps']['after']:g}")
-    promised = next(score["kl_mean"] for score in facts["scores"] if score["name"].startswith("rescale"))
+    promised = ranking.repaired.kl_mean
     exported = Remedy(name="this folder", summary="The exported weights in float16.", change=lambda checkpoint: after)
     windows = texts(before.config, Tokenizer(before.vocabulary)).held_out
     (score,) = rank(before, [exported], windows, progress=progress)
     if not score.finite or score.kl_mean is None:
         problems.append("in float16 it is not finite")
-    elif score.kl_mean > promised * (1 + TOLERANCE):
+    elif promised is not None and score.kl_mean > promised * (1 + TOLERANCE):
         problems.append(f"its mean KL to float32 is {score.kl_mean:.3g} and was {promised:.3g}")
     return Verified(score=score, promised=promised, problems=tuple(problems))
 

@@ -1,6 +1,7 @@
 """`repair` and `verify` from the command line: what people and scripts read, and how they refuse."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ def test_a_repair_is_ranked_written_and_verified(stabilitykit: Run, broken: Path
     assert made.code == 0
     assert "Against float32, over 4,608 held-out tokens" in made.out
     assert "not finite" in made.out
-    assert "Repaired by 0." in made.out
+    assert "Rescaled by 0." in made.out
+    assert "a folder carries" in made.out or "Closest to float32 is rescale" in made.out
     again = stabilitykit("verify", str(out))
     assert (again.code, again.err) == (0, "")
     assert "Everything is as it was written." in again.out
@@ -49,9 +51,31 @@ def test_one_document_for_scripts(stabilitykit: Run, broken: Path) -> None:
     assert not {score["name"]: score["finite"] for score in found["scores"]}["float16"]
 
 
+def test_a_sweeps_report_gets_the_remedies(stabilitykit: Run, broken: Path, tmp_path: Path) -> None:
+    new = tmp_path / "alone"
+    made = stabilitykit("repair", str(broken), "--report", str(new))
+    assert (made.code, made.err) == (0, "")
+    assert f"Report: {new}/report.html" in made.out.replace("\n", "")
+    text = (new / "report.md").read_text()
+    assert "## Remedies" in text
+    assert "| rescale 2^-" in text
+    experiment = tmp_path / "toy.toml"
+    experiment.write_text(f'checkpoint = "{broken}"\n[[grid]]\nprompt = "digits"\nlength = 4\n')
+    sweep = tmp_path / "sweep"
+    assert stabilitykit("sweep", str(experiment), "--out", str(sweep)).code == 0
+    assert "No remedies were ranked." in (sweep / "report.md").read_text()
+    shutil.copy(new / "remedies.json", sweep)
+    assert stabilitykit("report", str(sweep)).code == 0
+    assert "| rescale 2^-" in (sweep / "report.md").read_text()
+    other = stabilitykit("repair", SPECS[1], "--report", str(sweep))
+    assert other.code == 2
+    assert "holds those of" in other.err
+
+
 def test_where_nothing_is_broken_nothing_is_changed(stabilitykit: Run) -> None:
     made = stabilitykit("repair", SPECS[3])
     assert made.code == 0
+    assert "Rescaled" not in made.out
     assert "Nothing has to be changed" in made.out
 
 
@@ -66,7 +90,8 @@ def test_a_family_that_it_would_change_is_refused_by_name(stabilitykit: Run, tmp
 
 def test_misuse_is_one_sentence(stabilitykit: Run, broken: Path, tmp_path: Path) -> None:
     for arguments, said in (
-        (("repair", f"hf:{broken}"), "give the folder, without hf:"),
+        (("repair", "hf:nobody/nothing"), "nobody/nothing"),
+        (("repair", str(broken), "--device", "abacus"), "cannot be used here"),
         (("repair", str(broken), "--out", str(tmp_path)), "is there already; choose another"),
         (("repair", str(broken), "--prompts", str(tmp_path / "none.txt")), "none.txt"),
         (("repair", str(broken), "--margin", "30"), "Ask for a smaller --margin"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
-from stabilitykit.experiment.case import Sampling, logits_error, run_case, run_reference
+from stabilitykit.experiment.case import Sampling, run_case, run_reference
+from stabilitykit.experiment.divergence import logits_error
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.products import matmul
 from stabilitykit.records import LogitsError

@@ -19,7 +19,7 @@ from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.checkpoints.export import huggingface_config, write_folder
 from stabilitykit.checkpoints.huggingface import gemma_config
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.experiment.case import divergences
+from stabilitykit.experiment.divergence import logits_error
 from stabilitykit.experiment.prompts import parse_prompt, tokens
 from stabilitykit.gemma.tokenizer import Tokenizer
 from stabilitykit.remedies import export as repairs
@@ -56,14 +56,14 @@ def test_what_is_written_is_the_repair_and_says_so(broken: Path, repaired: Path)
     assert (
         config["rms_norm_eps"]
         == facts["rms_norm_eps"]["after"]
-        == facts["rms_norm_eps"]["before"] * facts["gamma"] ** 2
+        == facts["rms_norm_eps"]["before"] * facts["ranking"]["gamma"] ** 2
     )
     assert config["dtype"] == "float16"
-    assert facts["source"] == str(broken)
+    assert facts["ranking"]["checkpoint"] == str(broken)
     assert {tensor.dtype for tensor in load_file(repaired / "model.safetensors").values()} == {torch.float16}
-    scores = {score["name"]: score for score in facts["scores"]}
+    scores = {score["name"]: score for score in facts["ranking"]["scores"]}
     assert not scores["float16"]["finite"]
-    assert scores[f"rescale 2^{round(torch.tensor(facts['gamma']).log2().item())}"]["finite"]
+    assert scores[facts["ranking"]["carried"]]["finite"]
     readme = (repaired / "README.md").read_text()
     assert "stabilitykit verify THIS_FOLDER" in readme
     assert "| finite | no | yes | yes |" in readme
@@ -86,7 +86,8 @@ def test_a_repair_verifies_until_something_changes(repaired: Path, tmp_path: Pat
 
 def test_a_source_that_is_another_is_refused(broken: Path, repaired: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(repaired, tmp_path / "moved")
-    facts = json.loads((moved / "repair.json").read_text()) | {"source_sha256": "0" * 64}
+    facts = json.loads((moved / "repair.json").read_text())
+    facts["ranking"]["sha256"] = "0" * 64
     (moved / "repair.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="Bring the original back"):
         verify(moved)
@@ -108,6 +109,16 @@ def test_nothing_is_overwritten_or_left_half_written(
     monkeypatch.setattr(exporting, "save_file", full)
     with pytest.raises(MisuseError, match="No space left on device"):
         export(opened, found, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_finite_is_not_written(broken: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(broken)
+    found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
+    lost = replace(found, ranking=replace(found.ranking, carried="float16"))
+    assert not lost.ranking.repaired.finite
+    with pytest.raises(MisuseError, match="on the held-out texts this one is not"):
+        export(opened, lost, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,8 +201,8 @@ def test_the_270m_in_plain_transformers(checkpoint_270m: Checkpoint, folders_270
 
     before = logits("before", torch.float32)
     assert torch.equal(before, logits("after", torch.float32))
-    wide = float(divergences(logits("before", torch.bfloat16), before)[0].mean())
-    repaired = float(divergences(logits("float16", torch.float16), before)[0].mean())
+    wide = logits_error(logits("before", torch.bfloat16), before).kl_mean or 0.0
+    repaired = logits_error(logits("float16", torch.float16), before).kl_mean or 1.0
     assert repaired <= 2.5e-5
     assert repaired <= wide / 40
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders_270m["float16"])

@@ -1,6 +1,7 @@
 """Scores against numbers made by hand in float64, and the order they come in."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from remedied import breaking, small
 
 from stabilitykit.gemma import build
 from stabilitykit.products import matmul
-from stabilitykit.remedies import REMEDIES
+from stabilitykit.remedies import REMEDIES, ranking
+from stabilitykit.remedies.bfloat16 import BFLOAT16
+from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.repair import PLAIN, repair
-from stabilitykit.remedies.rescale import rescaling
+from stabilitykit.remedies.rescale import rescale, rescaling
 from stabilitykit.remedies.texts import Texts
 
 
@@ -62,10 +65,38 @@ def test_the_best_comes_first_and_what_is_not_finite_last() -> None:
     assert by_name[rescale.name].kl_mean < by_name["bfloat16"].kl_mean / 10
 
 
+def test_models_of_the_same_weights_are_built_once_and_scored_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(ranking, "build", lambda *a, **k: built.append(k.get("dtype")) or build(*a, **k))  # type: ignore[func-returns-value]
+    again = replace(PLAIN, name="again")
+    scores = rank(small(3), [PLAIN, again, BFLOAT16, FLOAT32_RESIDUAL], windows(1))
+    assert built == [None, "float16", "bfloat16"]
+    by_name = {score.name: score for score in scores}
+    assert by_name["again"].kl_mean == by_name["float16"].kl_mean
+    assert by_name["float32 residual"].kl_mean != by_name["float16"].kl_mean
+
+
 def test_a_repair_is_chosen_by_the_peaks_of_the_choosing_texts() -> None:
     texts = Texts(choosing=(tuple(windows()[0]),), held_out=tuple(map(tuple, windows(2))))
-    found = repair(small(3, 2.0**10), texts, margin=2.0)
-    assert 65504 / 8 < found.peak * found.rescaled.gamma <= 65504 / 4
-    assert found.score.name == f"rescale 2^{round(math.log2(found.rescaled.gamma))}"
-    assert found.score.finite
-    assert repair(small(3), texts).rescaled.gamma == 1.0  # nothing to repair
+    found = repair(small(3, 2.0**13), texts, margin=2.0).ranking
+    assert 65504 / 8 < found.peak * found.gamma <= 65504 / 4
+    assert found.repaired.name == f"rescale 2^{round(math.log2(found.gamma))}"
+    assert found.repaired.finite
+    assert found[found.carried].kl_mean < found["bfloat16"].kl_mean
+    assert found[f"{found.carried} + float32 residual"].finite
+    unchanged = repair(small(3), texts).ranking
+    assert (unchanged.gamma, unchanged.carried) == (1.0, "float16")
+    assert unchanged.before == unchanged.after
+
+
+def test_what_float16_cannot_hold_is_named_and_losses_are_counted() -> None:
+    texts = Texts(choosing=(tuple(windows()[0]),), held_out=tuple(map(tuple, windows(1))))
+    opened = small(3, breaking(3))
+    found = repair(opened, texts).ranking
+    assert found.islands
+    assert {"layers.2", "layers.2/add.0"} <= set(found.islands)
+    assert found["float32 islands"].finite
+    weights = torch.cat([tensor.flatten() for tensor in rescale(opened, found.gamma).checkpoint.tensors.values()])
+    half = weights.half().abs()
+    assert found.after.subnormal == int(((half > 0) & (half < 2.0**-14)).sum())
+    assert found.after.zero == int(((half == 0) & (weights != 0)).sum())

@@ -1,23 +1,29 @@
 """Each remedy on our model and on transformers': finite where plain float16 is not, and nothing is left behind."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from remedied import TOKENS, breaking, small
+from remedied import SPECS, TOKENS, breaking, small
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
+from stabilitykit.experiment.case import run_case
+from stabilitykit.experiment.dry_run import dry_run
+from stabilitykit.experiment.subject import GemmaSubject
 from stabilitykit.gemma import build
 from stabilitykit.recorder import record
+from stabilitykit.records import Recording
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.clamp import CLAMP
+from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.rescale import rescaling
@@ -47,13 +53,28 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+def islands(checkpoint: Checkpoint) -> Islands:
+    """From one float32 run's records."""
+    return overflowing(run_case(build(checkpoint), TOKENS[0].tolist()).recording, "float16")
+
+
+def dry(checkpoint: Checkpoint) -> Recording:
+    found = dry_run(GemmaSubject(build(checkpoint)), 1, TOKENS.shape[1])
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("implementation", [ours, theirs])
-@pytest.mark.parametrize("remedy", [*REMEDIES, rescaling(0.25), rescaling(0.5) + CLAMP], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "remedy", [*REMEDIES, rescaling(0.25), rescaling(0.5) + CLAMP, "islands"], ids=lambda r: getattr(r, "name", r)
+)
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_a_remedied_model_is_finite_and_as_before_afterwards(
-    tmp_path: Path, generation: int, remedy: Remedy, implementation: Callable[..., nn.Module]
+    tmp_path: Path, generation: int, remedy: Remedy | str, implementation: Callable[..., nn.Module]
 ) -> None:
     broken = small(generation, breaking(generation))
+    if isinstance(remedy, str):
+        remedy = float32_islands(islands(broken), dry(broken))
     model = implementation(remedy.change(broken), remedy.dtype, tmp_path)
     before = hooks(model)
     plain = run(model)
@@ -65,7 +86,11 @@ def test_a_remedied_model_is_finite_and_as_before_afterwards(
 
 
 @pytest.mark.parametrize("implementation", [ours, theirs])
-@pytest.mark.parametrize("remedy", [CLAMP, FLOAT32_RESIDUAL], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "remedy",
+    [CLAMP, FLOAT32_RESIDUAL, float32_islands(Islands("float16", frozenset(), 1), dry(small(3)))],
+    ids=lambda r: r.name,
+)
 def test_an_exception_leaves_nothing_behind(
     tmp_path: Path, remedy: Remedy, implementation: Callable[..., nn.Module]
 ) -> None:
@@ -88,6 +113,50 @@ def test_the_residual_stream_is_float32_and_nothing_else() -> None:
     assert {after[site] for site in layers} == {"float32"}
     modules = [site for site in before if "/" not in site and site not in layers and site != "rotary_emb"]
     assert {site: after[site] for site in modules} == {site: before[site] for site in modules}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("generation", [1, 2, 3])
+def test_each_island_is_necessary_and_all_are_enough(generation: int, times: int) -> None:
+    """Sums of the residual stream at first; with more stress what is added to them too."""
+    broken = small(generation, times * breaking(generation))
+    found, plain = islands(broken), dry(broken)
+    model = build(broken, dtype="float16")
+
+    def first_break(kept: Islands) -> str | None:
+        remedy = float32_islands(kept, plain)
+        with torch.inference_mode(), remedy.around(model), record(model) as recording:
+            model(TOKENS)
+        broke = recording.first_break()
+        return None if broke is None else broke.site
+
+    assert len(found.sites) >= 3
+    assert first_break(found) is None
+    for site in found.sites:
+        assert first_break(replace(found, sites=found.sites - {site})) == site
+
+
+def test_islands_are_float32_and_nothing_else() -> None:
+    broken = small(3, breaking(3))
+    found = islands(broken)
+    model = build(broken, dtype="float16")
+    with torch.inference_mode(), record(model) as plain:
+        model(TOKENS)
+    with torch.inference_mode(), float32_islands(found, dry(broken)).around(model), record(model) as recording:
+        model(TOKENS)
+    before, after = ({r.site: r.dtype for r in run_} for run_ in (plain, recording))
+    assert {after[site] for site in found.sites} == {"float32"}
+    others = before.keys() & after.keys() - found.sites
+    assert {site: after[site] for site in others} == {site: before[site] for site in others}
+    assert {"layers.2.mlp.down_proj", "layers.2.input_layernorm", "lm_head"} <= others
+
+
+def test_no_island_changes_no_bit() -> None:
+    for generation in SPECS:
+        model = build(small(generation), dtype="float16")
+        plain = run(model)
+        with float32_islands(Islands("float16", frozenset(), 0), dry(small(generation))).around(model):
+            assert torch.equal(run(model), plain)
 
 
 def test_a_clamped_sum_ends_at_the_formats_end() -> None:

@@ -14,6 +14,7 @@ from stabilitykit.report.sections import (
     memory,
     peaks,
     provenance,
+    remedies,
     softmax,
     verdict,
 )
@@ -30,6 +31,7 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
     "softmax": softmax.section,
     "error": error.section,
     "memory": memory.section,
+    "remedies": remedies.section,
     "provenance": provenance.section,
     "claims": claims.section,
 }
@@ -38,4 +40,13 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
 USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name != "claims")
 """What a report shows if the experiment does not say."""
 
-__all__ = ["SECTIONS", "USUAL"]
+
+def shown(results: Results) -> list[str]:
+    """The experiment's sections, or the usual ones; and the remedies, where they were ranked since."""
+    names = list(results.plan.sections or USUAL)
+    if results.ranking is not None and "remedies" not in names:
+        names.append("remedies")
+    return names
+
+
+__all__ = ["SECTIONS", "USUAL", "shown"]

@@ -1,0 +1,120 @@
+"""How the remedies of a checkpoint did, side by side; written and read without torch."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabilitykit.errors import MisuseError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How a remedy did over `positions` tokens. Numbers are None where no position was finite.
+
+    `kl` (nats a token: mean, half the width of its 95% interval, 99th percentile, largest) is that of float32's
+    next-token distribution from the remedy's; `top1` the share of positions with the same likeliest token;
+    `perplexity` the relative change of the text's. `headroom` is the least, in bits of the remedy's dtype, over what it
+    stores in the first windows; None where it is not finite. `weights` and `extra` are bytes: of the weights, and of
+    what a window takes beside a plain run's activations. `time` is that of a plain float16 pass, times so much.
+    `exportable`: a folder can carry it, with no code around the model.
+    """
+
+    name: str
+    summary: str
+    dtype: str
+    exportable: bool
+    finite: bool
+    positions: int
+    kl_mean: float | None
+    kl_interval: float | None
+    kl_p99: float | None
+    kl_max: float | None
+    top1: float | None
+    perplexity: float | None
+    headroom: float | None
+    weights: int
+    extra: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Small:
+    """How many weights float16 stores as subnormals, and how many it loses to zero."""
+
+    subnormal: int
+    zero: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """`scores` of a checkpoint's remedies, the best first, and how the rescale among them was chosen.
+
+    `peak` is the largest value of the choosing texts that float16 would have to store, as float32 computes it, and
+    `site` where it was; `gamma` the largest power of two that leaves `margin` bits above it, 1 where nothing has to be
+    changed. `islands` are the sites that float16 could not hold. `gains_rounded` counts, by norm, gains that float32
+    had to round. `before` and `after` tell of the float16 weights. `carried` is the name of the score of what a folder
+    carries.
+    """
+
+    checkpoint: str
+    sha256: str
+    notes: tuple[str, ...]
+    command: str
+    gamma: float
+    margin: float
+    peak: float
+    site: str
+    islands: tuple[str, ...]
+    gains_rounded: Mapping[str, int]
+    before: Small
+    after: Small
+    carried: str
+    scores: tuple[Score, ...]
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    schema: int = SCHEMA
+
+    def __getitem__(self, name: str) -> Score:
+        """Raises KeyError for a remedy that was not ranked."""
+        found = {score.name: score for score in self.scores}
+        return found[name]
+
+    @property
+    def repaired(self) -> Score:
+        """Of the checkpoint that a folder carries."""
+        return self[self.carried]
+
+    def document(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> "Ranking":
+        """Raises MisuseError for what is no ranking, or one of another version."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["schema"] != SCHEMA:
+                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}.")
+            return cls.parse(raw)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, MisuseError):
+                raise
+            raise MisuseError(f"{path} is no ranking of remedies: {error!r}.") from None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> "Ranking":
+        """From what `document` gives."""
+        return cls(
+            **{
+                **raw,
+                "notes": tuple(raw["notes"]),
+                "islands": tuple(raw["islands"]),
+                "before": Small(**raw["before"]),
+                "after": Small(**raw["after"]),
+                "scores": tuple(Score(**score) for score in raw["scores"]),
+            }
+        )
