@@ -4,11 +4,14 @@ RMSNorm ignores the scale of its input, up to eps. `stabilitykit.gemma.stress` h
 logits keep every bit; here it is applied to a checkpoint's stored numbers, gains included, so that plain transformers
 runs the result. With γ < 1 the residual stream shrinks by it; the final norm's output grows by 1 / γ, and more
 embedding entries become subnormal in float16.
+
+Between `up_proj` and `down_proj` of each layer another power of two β may stand: up_proj × β and down_proj ÷ β leave
+what the layer returns, and gate · up, which no norm has tamed, shrinks by β.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,27 +34,45 @@ REFUSED: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rescaled:
-    """A checkpoint after rescaling. `rounded` counts, by norm, gains that are not γ times what they were in float32."""
+    """A checkpoint after rescaling. `rounded` counts, by norm, gains that are not γ times what they were in float32.
+
+    `inner` are β by layer, none where all are 1.
+    """
 
     checkpoint: Checkpoint
     gamma: float
     rounded: Mapping[str, int]
+    inner: tuple[float, ...] = ()
 
 
-def rescale(checkpoint: Checkpoint, gamma: float) -> Rescaled:
-    """`checkpoint` with everything that a norm reads scaled by `gamma`, and eps by γ².
+def rescale(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) -> Rescaled:
+    """`checkpoint` with everything that a norm reads scaled by `gamma`, and eps by γ²; `inner` are β by layer.
 
     Tensors are scaled when they are asked for, in float32. A gain 1 + w that is to become γ(1 + w) is stored as
     γ(1 + w) − 1, which float32 may have to round; 1 + w itself is computed as the model does. Raises MisuseError for a
-    γ that is no power of two from 2^-24 to 2^24.
+    γ or β that is no power of two from 2^-24 to 2^24.
     """
-    check_gamma(gamma)
+    for factor in (gamma, *inner):
+        check_gamma(factor)
     config = replace(checkpoint.config, rms_eps=checkpoint.config.rms_eps * gamma**2)
-    tensors = _Scaled(checkpoint.tensors, checkpoint.config, gamma)
+    tensors = _Scaled(checkpoint.tensors, checkpoint.config, gamma, inner)
     rounded = {name: lost for name in tensors if (lost := _rounded(checkpoint, tensors, name, gamma))}
     note = f"rescaled by 2^{round(math.log2(gamma))}"
+    if any(beta != 1 for beta in inner):
+        note += f", gate · up by 2^{round(math.log2(min(inner)))} to 2^{round(math.log2(max(inner)))}"
     made = replace(checkpoint, config=config, tensors=tensors, notes=(*checkpoint.notes, note))
-    return Rescaled(checkpoint=made, gamma=gamma, rounded=rounded)
+    return Rescaled(checkpoint=made, gamma=gamma, rounded=rounded, inner=tuple(inner))
+
+
+def matrix_factor(config: GemmaConfig, name: str, gamma: float, inner: Sequence[float] = ()) -> float:
+    """What the parameter `name`, if it is no norm's, is multiplied by."""
+    factor = weight_factor(config, name, gamma)
+    layer, _, projection = name.removeprefix("layers.").removesuffix(".weight").partition(".mlp.")
+    if inner and projection == "up_proj":
+        return factor * inner[int(layer)]
+    if inner and projection == "down_proj":
+        return factor / inner[int(layer)]
+    return factor
 
 
 def gain_factor(config: GemmaConfig, name: str, gamma: float) -> float:
@@ -78,14 +99,18 @@ def refuse_folder(folder: Path) -> None:
 
 
 class _Scaled(Mapping[str, Tensor]):
-    def __init__(self, tensors: Mapping[str, Tensor], config: GemmaConfig, gamma: float) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], config: GemmaConfig, gamma: float, inner: Sequence[float]
+    ) -> None:
         self._tensors = tensors
         self._config = config
         self._gamma = gamma
+        self._inner = inner
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        matrix, gain = weight_factor(self._config, name, self._gamma), gain_factor(self._config, name, self._gamma)
+        matrix = matrix_factor(self._config, name, self._gamma, self._inner)
+        gain = gain_factor(self._config, name, self._gamma)
         if matrix != 1.0:
             return tensor.float() * matrix
         if gain != 1.0:
@@ -106,14 +131,19 @@ def _rounded(before: Checkpoint, after: Mapping[str, Tensor], name: str, gamma: 
     return int(((1.0 + after[name]) != (1.0 + before.tensors[name].float()) * factor).sum())
 
 
-def rescaling(gamma: float) -> Remedy:
+def rescaling(gamma: float, inner: Sequence[float] = ()) -> Remedy:
     """`rescale` as a remedy."""
     exponent = round(math.log2(gamma))
+    summary = (
+        f"Scales everything that a norm reads by 2^{exponent} and eps by 2^{2 * exponent}: the same function, to the "
+        "last bit in float32."
+    )
+    if inner:
+        summary += " So that no prompt can break it, gate · up is smaller by a power of two of each layer's own."
     return Remedy(
-        name=f"rescale 2^{exponent}",
-        summary=f"Scales everything that a norm reads by 2^{exponent} and eps by 2^{2 * exponent}: the same function, "
-        "to the last bit in float32.",
-        change=lambda checkpoint: rescale(checkpoint, gamma).checkpoint,
+        name=f"rescale 2^{exponent}{', proved' if inner else ''}",
+        summary=summary,
+        change=lambda checkpoint: rescale(checkpoint, gamma, inner).checkpoint,
     )
 
 
