@@ -1,0 +1,43 @@
+"""The section on remedies: the ranking as it was written, or what would put one there."""
+
+from pathlib import Path
+
+from scored import ranking
+from sweeps import sweep
+
+from stabilitykit.report.blocks import Figure, Prose, Table
+from stabilitykit.report.figures import draw_all
+from stabilitykit.report.sections import remedies, shown
+
+
+def test_without_a_ranking_it_says_how_to_make_one(tmp_path: Path) -> None:
+    found = remedies.section(sweep(tmp_path / "reports", []))
+    assert not found.blocks
+    assert "`stabilitykit repair toy --report FOLDER`" in found.opening
+
+
+def test_every_remedy_is_a_row_best_first(tmp_path: Path) -> None:
+    results = sweep(tmp_path / "reports", [])
+    results.write_ranking(ranking())
+    found = remedies.section(results)
+    tables = {block.name: block for block in found.blocks if isinstance(block, Table)}
+    rows = [list(row) for row in tables["remedies"].rows]
+    assert [row[0] for row in rows] == ["float32 residual", "rescale 2^-2", "bfloat16", "float16"]
+    assert rows[0][1:5] == [True, False, 1e-5, 1e-5]
+    assert rows[3][1:] == [False, True, *[None] * 7, 2**20, 0, 1.0]
+    assert [row[0] for row in tables["islands"].rows] == ["layers.1", "layers.1/add.0"]
+    said = " ".join(block.text for block in found.blocks if isinstance(block, Prose))
+    assert "What a folder carries is rescale 2^-2" in said
+    assert "one token among 1,000 makes up 25%" in said
+    assert "`stabilitykit repair toy`" in said
+    (figure,) = [block for block in found.blocks if isinstance(block, Figure)]
+    (drawing,) = draw_all([figure])
+    assert "bfloat16" in drawing.svg
+
+
+def test_an_experiments_own_sections_get_it_too_once_there_is_one(tmp_path: Path) -> None:
+    results = sweep(tmp_path / "reports", [], sections=("claims",))
+    assert shown(results) == ["claims"]
+    results.write_ranking(ranking())
+    assert shown(results) == ["claims", "remedies"]
+    assert shown(sweep(tmp_path / "usual", [])).count("remedies") == 1
