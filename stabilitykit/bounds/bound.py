@@ -26,8 +26,8 @@ Progress = Callable[[str, int, int], None]
 
 Verdict = Literal["safe for every prompt", "reachable by a prompt", "reachable by a hidden state", "open"]
 
-_REFINED = 32
-"""Refinements of rows of `down_proj` in a layer; most layers of the 270M need five to twenty."""
+_REFINED = 48
+"""Refinements of rows of `down_proj` in a layer; most layers of the 270M need four to twenty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
