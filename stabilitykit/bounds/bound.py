@@ -4,7 +4,7 @@ Names end in the tensor's shape as in `stabilitykit.gemma.model`.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -80,7 +80,8 @@ def bound_sites(
     They hold for the kit's own model, in the arithmetic that `stabilitykit.bounds.arithmetic` states, for any prompt
     within `config.context`, rounding included. Left out is what norms compute inside themselves in float32. At most a
     few float64 copies of one layer's matrices are in memory at a time. `witnesses` is called with each layer's
-    number and matrices. Raises MisuseError for a dtype that no model runs in, and for weights that are not finite in it.
+    number and matrices. Raises MisuseError for a dtype that no model runs in, and for weights that are not finite in
+    it.
     """
     form = number_format(str(parse_dtype(dtype)))
     config = checkpoint.config
@@ -88,7 +89,7 @@ def bound_sites(
     family = FAMILIES[config.model_type]
     found: list[SiteBound] = []
 
-    def keep(sites: "Iterator[tuple[str, Tensor]]") -> None:
+    def keep(sites: Iterable[tuple[str, Tensor]]) -> None:
         for site, bound in sites:
             number = re.match(r"layers\.(\d+)", site)
             found.append(
@@ -214,7 +215,7 @@ class _Walk:
         self.residual = self.arithmetic.stored(inequalities.added(self.residual, mlp), 1)
         yield name, self.residual
 
-    def _attention(self, name: str, layer: LayerMatrices) -> "Iterator[tuple[str, Tensor]]":  # type: ignore[misc]
+    def _attention(self, name: str, layer: LayerMatrices) -> Generator[tuple[str, Tensor], None, Tensor]:
         """Sites of the attention; returns the bounds of `o_proj`'s channels [E]."""
         config, arithmetic = self.config, self.arithmetic
         gain = layer.gains["input_layernorm"]
@@ -232,9 +233,9 @@ class _Walk:
         score = arithmetic.stored(score * config.query_scalar**-0.5, 2)
         yield f"{name}/mul.4", score
         if config.attention_softcap is not None:
-            yield f"{name}/div.0", arithmetic.stored(score / config.attention_softcap, 2)
-            yield f"{name}/tanh.0", arithmetic.stored(inequalities.soft_capped(1.0), 4)
-            score = arithmetic.stored(inequalities.soft_capped(config.attention_softcap), 8)
+            divided, tanh, score = self._soft_capped(score, config.attention_softcap)
+            yield f"{name}/div.0", divided
+            yield f"{name}/tanh.0", tanh
             yield f"{name}/mul.5", score
         # The mask is a constant: zero where a score counts, and what it hides is not judged.
         yield f"{name}/add.2", arithmetic.stored(score, 1)
@@ -249,7 +250,9 @@ class _Walk:
 
         groups = config.heads // config.kv_heads
         o_END = layer["o_proj"].view(config.hidden_size, config.heads, config.head_dim)
-        exact_E = inequalities.mixed_heads(o_END, layer["v_proj"].view(config.kv_heads, config.head_dim, -1), ball, weights)
+        exact_E = inequalities.mixed_heads(
+            o_END, layer["v_proj"].view(config.kv_heads, config.head_dim, -1), ball, weights
+        )
         # what rounding did to v and to the heads' outputs, channel by channel, and then to their sum
         size_C = inequalities.linear(layer["v_proj"], ball)
         off_C = weights * (arithmetic.product_error(config.hidden_size) * size_C + arithmetic.tiny)
@@ -309,7 +312,7 @@ class _Walk:
             ]
         ).max()
 
-    def _mlp(self, name: str, norm: str, layer: LayerMatrices) -> "Iterator[tuple[str, Tensor]]":  # type: ignore[misc]
+    def _mlp(self, name: str, norm: str, layer: LayerMatrices) -> Generator[tuple[str, Tensor], None, Tensor]:
         """Sites of the MLP; returns the bounds of `down_proj`'s channels [E]."""
         arithmetic = self.arithmetic
         gain = layer.gains[norm]
@@ -354,7 +357,9 @@ class _Walk:
         weight = torch.linalg.vector_norm(down, dim=1)
         rounded = (1 + arithmetic.unit) ** 4 * (1 + WIDE) ** 9
         beside = dip * lengths["up_proj"] * weight
-        beside = beside + arithmetic.tiny * weight * (lengths["gate_proj"] + 2 * lengths["up_proj"] + len(down.T) ** 0.5)
+        beside = beside + arithmetic.tiny * weight * (
+            lengths["gate_proj"] + 2 * lengths["up_proj"] + len(down.T) ** 0.5
+        )
         above, below = ((part + beside) * rounded for part in positive.chunk(2))
         added = sum_error(down.shape[1]) * (above + below)
         return arithmetic.stored(torch.maximum(above, below) + added)
@@ -367,9 +372,13 @@ class _Walk:
         logits = arithmetic.stored(self.head_rows.max() * radius * (1 + sum_error(self.config.hidden_size)))
         yield "lm_head", logits
         if cap is not None:
-            yield "/div.0", arithmetic.stored(logits / cap, 2)
-            yield "/tanh.0", arithmetic.stored(inequalities.soft_capped(1.0), 4)
-            yield "/mul.0", arithmetic.stored(inequalities.soft_capped(cap), 8)
+            yield from zip(("/div.0", "/tanh.0", "/mul.0"), self._soft_capped(logits, cap), strict=True)
+
+    def _soft_capped(self, x: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+        """x ÷ cap, its tanh, and the soft-capped value, each as stored."""
+        divided = self.arithmetic.stored(x / cap, 2)
+        tanh = self.arithmetic.stored(inequalities.soft_capped(divided, 1.0), 8)
+        return divided, tanh, self.arithmetic.stored(tanh * cap, 2)
 
 
 def attention_weights(arithmetic: Arithmetic, keys: int) -> float:
@@ -381,7 +390,10 @@ def attention_weights(arithmetic: Arithmetic, keys: int) -> float:
     return ((1 + 4 * WIDE) / (1 - sum_error(keys))) * (1 + arithmetic.unit) + keys * arithmetic.tiny
 
 
-def with_observed(bounds: list[SiteBound], observed: dict[str, float], *, found: bool = False) -> list[SiteBound]:
-    """`bounds` with the largest magnitudes by site, of prompts or, with `found`, of hidden states."""
-    field = "found" if found else "observed"
-    return [replace(one, **{field: observed.get(one.site, getattr(one, field))}) for one in bounds]
+def with_largest(
+    bounds: list[SiteBound], field: Literal["found", "observed"], largest: Mapping[str, float]
+) -> list[SiteBound]:
+    """`bounds` with the largest magnitudes by site, of hidden states or of prompts; None where `largest` has none."""
+    if field == "found":
+        return [replace(one, found=largest.get(one.site)) for one in bounds]
+    return [replace(one, observed=largest.get(one.site)) for one in bounds]

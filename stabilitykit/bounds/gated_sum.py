@@ -45,9 +45,9 @@ class Exact:
 class GatedSum:
     """Bounds of λmax(M) by row and sign: index i < R is row i from above, i + R is row i from below.
 
-    `gate`, `up` [F, E] with the gains in them, `down` [R, F], float64. `error` is that of a · n as computed, relative to
-    ||a|| ||n||: with v_j = sqrt(|W_j|) c_j · n and e_j what is added to it, ||v + e|| <= ||v|| + ||e||, and ||e||² is at
-    most error² ||n||² Σ_j |W_j| (s ||a_j|| + ||b_j|| / s)² / 4. So a bound is (sqrt(λmax) + error · sqrt(that sum))².
+    `gate`, `up` [F, E] with the gains in them, `down` [R, F], float64. `error` is that of a · n as computed, relative
+    to ||a|| ||n||: with v_j = sqrt(|W_j|) c_j · n and e_j what is added to it, ||v + e|| <= ||v|| + ||e||, and ||e||²
+    is at most error² ||n||² Σ_j |W_j| (s ||a_j|| + ||b_j|| / s)² / 4. So a bound is (sqrt(λmax) + error · sqrt(that sum))².
     """
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, error: float) -> None:
@@ -125,7 +125,8 @@ class GatedSum:
     def _with_error(self, largest: Tensor, sizes: Tensor, log_s: Tensor) -> Tensor:
         s = log_s.exp()
         added = sizes @ (s * self.gate_lengths + self.up_lengths / s).square() / 4
-        return (largest.clamp(min=0).sqrt() + self.error * added.sqrt()).square()
+        found: Tensor = (largest.clamp(min=0).sqrt() + self.error * added.sqrt()) ** 2
+        return found
 
 
 def _frobenius(w: Tensor, r: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ GELU_DIP = 0.1701
 
 def channels(ball: Ball) -> Tensor:
     """|y_i| <= r |g_i|, reached by the vector that has only channel i. [E]"""
-    return ball.radius * ball.gain
+    return ball.gain * ball.radius
 
 
 def linear(rows: Tensor, ball: Ball) -> Tensor:
     """|row · y| <= r ||row ∘ g||, by Cauchy and Schwarz, reached by n along row ∘ g. [R]"""
-    return ball.radius * torch.linalg.vector_norm(rows * ball.gain, dim=-1)
+    return torch.linalg.vector_norm(rows * ball.gain, dim=-1) * ball.radius
 
 
 def length_of_pair(first: Tensor, second: Tensor, ball: Ball) -> Tensor:
@@ -108,9 +108,9 @@ def gated(gate: Tensor, up: Tensor, ball: Ball) -> Tensor:
     return ball.radius**2 * (lengths + (a * b).sum(-1).abs()) / 2
 
 
-def soft_capped(cap: float) -> Tensor:
-    """|cap · tanh(x / cap)| <= cap."""
-    return torch.tensor(cap, dtype=torch.float64)
+def soft_capped(bound: Tensor, cap: float) -> Tensor:
+    """|cap · tanh(x / cap)| <= cap · tanh(bound / cap) for |x| <= bound: tanh is odd and grows."""
+    return cap * torch.tanh(bound / cap)
 
 
 def added(residual: Tensor, sublayer: Tensor) -> Tensor:

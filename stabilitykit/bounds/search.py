@@ -1,18 +1,19 @@
 """Hidden states that come close to the bounds: what a layer's own weights can make, confirmed by running its modules.
 
-The state that enters a norm is taken to be any vector. That is more than prompts can do, so what is found says how far a
-bound is from the truth, not that a prompt leads there. Closed forms where an inequality is tight, a gradient ascent for
-`down_proj`. The residual stream has no such search: the state is the residual stream.
+The state that enters a norm is taken to be any vector. That is more than prompts can do, so what is found says how far
+a bound is from the truth, not that a prompt leads there. Closed forms where an inequality is tight, a gradient ascent
+for `down_proj`. The residual stream has no such search: the state is the residual stream.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stabilitykit.bounds.bound import LayerMatrices
+from stabilitykit.bounds.bound import LayerMatrices, Progress
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.gemma import Gemma
 from stabilitykit.gemma.model import rope_frequencies
@@ -58,25 +59,27 @@ def states_of(layer: LayerMatrices, config: GemmaConfig) -> States:
     return States(attention=_unit(attention), mlp=_unit(mlp), pairs=tuple(_pairs(layer, config)))
 
 
-def confirm(model: Gemma, states: Mapping[int, States]) -> dict[str, float]:
+def confirm(model: Gemma, states: Mapping[int, States], *, progress: Progress | None = None) -> dict[str, float]:
     """The largest magnitude at each site, where `model`'s own modules are given these states, layer by layer.
 
     Sites are the recorder's. The model is a float32 one; that nothing is rounded to a lower format on the way is the
     same function that the bounds are of, without their margins for rounding.
     """
     found: dict[str, float] = {}
-    for index, mine in states.items():
-        layer = model.layers[index]
+    for done, (index, mine) in enumerate(states.items()):
+        if progress is not None:
+            progress("confirming", done, len(states))
+        layer: Any = model.layers[index]
         is_global = model.config.is_global(index)
         pre = layer.pre_feedforward_layernorm if model.config.post_norms else layer.post_attention_layernorm
-        runs = [(0, mine.attention[:, None])]
-        for distance, pair in mine.pairs:
-            runs.append((distance, torch.cat((pair[:1].expand(distance, -1), pair[1:]))[None]))
+        runs = [mine.attention[:, None]]  # each state a sequence of its own, which attends to itself
+        runs += [torch.cat((pair[:1].expand(distance, -1), pair[1:]))[None] for distance, pair in mine.pairs]
         with torch.inference_mode(), record(model, formats=()) as recording:
-            for _, state in runs:
+            for state in runs:
                 length = state.shape[1]
                 rope = model.rotary_emb(is_global, 0, length, dtype=model.dtype, device=model.device)
-                mask = model._mask(is_global, len(state), 0, length, None).whole()
+                blocked = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype)
+                mask = blocked.triu(1)[None, None].to(model.device)
                 normed = layer.input_layernorm(state.to(model.dtype))
                 out = layer.self_attn(normed, rope=rope, mask=mask, cache=None)
                 if model.config.post_norms:
@@ -93,7 +96,8 @@ def confirm(model: Gemma, states: Mapping[int, States]) -> dict[str, float]:
 def confirm_head(model: Gemma) -> dict[str, float]:
     """The same for the final norm and the logits."""
     gain = (1.0 + model.norm.weight.float()).double()
-    lengths = torch.cat([torch.linalg.vector_norm(part * gain, dim=1) for part in model.lm_head.weight.split(1 << 14)])
+    parts = torch.split(model.lm_head.weight, 1 << 14)
+    lengths = torch.cat([torch.linalg.vector_norm(part * gain, dim=1) for part in parts])
     best = model.lm_head.weight[lengths.topk(min(_ROWS, len(lengths)))[1]]
     state = _unit(torch.cat((best * gain * gain, _single(gain))))
     with torch.inference_mode(), record(model, formats=()) as recording:
@@ -179,7 +183,7 @@ def _pairs(layer: LayerMatrices, config: GemmaConfig) -> Iterator[tuple[int, Ten
     k_GDE = layer["k_proj"].view(config.kv_heads, config.head_dim, -1) * gain
     distances = [one for one in _DISTANCES if one < min(config.context, config.window or config.context)]
     if config.query_key_norm:
-        yield from _normed_pair(layer, q_NDE[0], k_GDE[0], frequencies, distances)
+        yield from _normed_pair(layer, q_NDE[0], k_GDE[0], frequencies, distances, config.rms_eps)
         return
     groups = config.heads // config.kv_heads
     for head in range(config.heads):
@@ -199,11 +203,11 @@ def _bare_pair(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
 
 
 def _normed_pair(
-    layer: LayerMatrices, q: Tensor, k: Tensor, frequencies: Tensor, distances: list[int]
+    layer: LayerMatrices, q: Tensor, k: Tensor, frequencies: Tensor, distances: list[int], eps: float
 ) -> Iterator[tuple[int, Tensor]]:
     """q and k along the two channels whose gains, turned against one another by the distance, make the most.
 
-    Which state makes q lie along a channel is a least-squares solution: exact where q_proj has full rank.
+    Of the query heads, whose norm they share, the first.
     """
     g, h = (layer.gains[f"self_attn.{part}_norm"] for part in "qk")
     half = len(g) // 2
@@ -216,8 +220,27 @@ def _normed_pair(
             best = max(best, (float(value[channel]), distance, channel, (channel + other) % len(g)))
     _, distance, of_q, of_k = best
     if distance:
-        query, key = torch.linalg.pinv(q)[:, of_q], torch.linalg.pinv(k)[:, of_k]
-        yield distance, _unit(torch.stack((key, query)))
+        yield distance, torch.stack((_aimed(k, of_k, eps), _aimed(q, of_q, eps)))
+
+
+def _aimed(rows: Tensor, channel: int, eps: float) -> Tensor:
+    """A state that makes rows · n lie along one channel, as far as an RMSNorm with this eps makes it long.
+
+    Least squares hit the channel exactly but may leave it so short that eps counts, so ridges are tried too.
+    """
+    gram = rows @ rows.T
+    unit = torch.eye(len(rows), dtype=torch.float64)
+    scale = torch.linalg.matrix_norm(gram)
+    states = [
+        _unit(rows.T @ torch.linalg.solve(gram + ridge * scale * unit, unit[channel]))
+        for ridge in (1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    ]
+
+    def reached(state: Tensor) -> float:
+        made = rows @ state
+        return float(made[channel].abs() * torch.rsqrt(made.square().mean() + eps))
+
+    return max(states, key=reached)
 
 
 def _turn(x: Tensor, angles: Tensor) -> Tensor:
