@@ -1,9 +1,9 @@
 """The arithmetic that bounds hold for, and what rounding adds to a bound.
 
 Assumed is what the kit's model does in `rounding="transformers"`, on any device that keeps to it: weights are rounded
-to the dtype first, and bounds are of those; norms and softmax are computed in float32; products are summed in float32, in
-any order, and the sum is rounded once to the dtype; every other operator computes its result in float32 and rounds it
-once. One operation in float32 is allowed a relative error of 2^-23, twice that of rounding to nearest, so that cores
+to the dtype first, and bounds are of those; norms and softmax are computed in float32; products are summed in float32,
+in any order, and the sum is rounded once to the dtype; every other operator computes its result in float32 and rounds
+it once. One operation in float32 is allowed a relative error of 2^-23, twice that of rounding to nearest, so that cores
 which cut off digits are covered too. Not covered: sums in float16, and formats that flush subnormals of float32.
 
 Rounding x to a format with unit roundoff u and smallest subnormal 2η gives x(1 + δ) + ε with |δ| <= u, |ε| <= η, and

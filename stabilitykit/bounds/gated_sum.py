@@ -47,7 +47,8 @@ class GatedSum:
 
     `gate`, `up` [F, E] with the gains in them, `down` [R, F], float64. `error` is that of a · n as computed, relative
     to ||a|| ||n||: with v_j = sqrt(|W_j|) c_j · n and e_j what is added to it, ||v + e|| <= ||v|| + ||e||, and ||e||²
-    is at most error² ||n||² Σ_j |W_j| (s ||a_j|| + ||b_j|| / s)² / 4. So a bound is (sqrt(λmax) + error · sqrt(that sum))².
+    is at most error² ||n||² Σ_j |W_j| (s ||a_j|| + ||b_j|| / s)² / 4. So a bound is (sqrt(λmax) + error · sqrt(that
+    sum))².
     """
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, error: float) -> None:
@@ -84,7 +85,7 @@ class GatedSum:
         norm, rest, left = _frobenius(w, r), w @ r.square().sum(1), max(1, c.shape[1] - common)
         spread = (norm.square() - rest.square() / left).clamp(min=0) + _LOSS * trace.square()
         of_rest = rest / left + ((left - 1) / left * spread).sqrt()
-        found = torch.linalg.eigvalsh(in_v)[:, -1] + of_rest + _LOSS * trace
+        found: Tensor = torch.linalg.eigvalsh(in_v)[:, -1] + of_rest + _LOSS * trace
         return self._with_error(found, self.down.abs().repeat(2, 1), self.log_s)
 
     def refine(self, index: int) -> float:
@@ -125,8 +126,8 @@ class GatedSum:
     def _with_error(self, largest: Tensor, sizes: Tensor, log_s: Tensor) -> Tensor:
         s = log_s.exp()
         added = sizes @ (s * self.gate_lengths + self.up_lengths / s).square() / 4
-        found: Tensor = (largest.clamp(min=0).sqrt() + self.error * added.sqrt()) ** 2
-        return found
+        root: Tensor = largest.clamp(min=0).sqrt() + self.error * added.sqrt()
+        return root * root
 
 
 def _frobenius(w: Tensor, r: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def channels(ball: Ball) -> Tensor:
 
 def linear(rows: Tensor, ball: Ball) -> Tensor:
     """|row · y| <= r ||row ∘ g||, by Cauchy and Schwarz, reached by n along row ∘ g. [R]"""
-    return torch.linalg.vector_norm(rows * ball.gain, dim=-1) * ball.radius
+    lengths: Tensor = torch.linalg.vector_norm(rows * ball.gain, dim=-1)
+    return ball.radius * lengths
 
 
 def length_of_pair(first: Tensor, second: Tensor, ball: Ball) -> Tensor:
@@ -104,7 +105,7 @@ def gated(gate: Tensor, up: Tensor, ball: Ball) -> Tensor:
     and ±b. For x > 0 gelu(x) <= x; for x < 0 it is at most GELU_DIP in magnitude, which the caller takes care of.
     """
     a, b = gate * ball.gain, up * ball.gain
-    lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return ball.radius**2 * (lengths + (a * b).sum(-1).abs()) / 2
 
 
