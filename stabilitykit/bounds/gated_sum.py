@@ -137,9 +137,9 @@ def _frobenius(w: Tensor, r: Tensor) -> Tensor:
     ||r_j||²; after that all terms are positive, so that their sums are off by a γ of their own. What underflows is
     below 2^-60 once the longest r has length one.
     """
-    scale = torch.linalg.vector_norm(r, dim=1).max() + 1e-30
+    scale: Tensor = torch.linalg.vector_norm(r, dim=1).max() + 1e-30
     narrow, weights = (r / scale).float(), w.float()
-    squares = torch.zeros(len(w), dtype=torch.float64)
+    squares: Tensor = torch.zeros(len(w), dtype=torch.float64)
     size = max(1, _BLOCK // len(r))
     for start in range(0, len(r), size):
         stop = min(start + size, len(r))
@@ -147,8 +147,9 @@ def _frobenius(w: Tensor, r: Tensor) -> Tensor:
         for rows, times in ((slice(start, stop), 1), (slice(0, start), 2)):
             gram = (narrow[rows] @ narrow[start:stop].T).square_()
             squares += times * ((weights[:, rows] @ gram) * weights[:, start:stop]).sum(1)
-    computed = squares.sqrt() * scale**2 * (1 + sum_error(2 * len(r) + 16))
-    return computed + sum_error(r.shape[1] + 8) * (w @ r.square().sum(1)) + 2.0**-60 * scale**2 * w.sum(1)
+    computed: Tensor = squares.sqrt() * scale**2 * (1 + sum_error(2 * len(r) + 16))
+    lost: Tensor = sum_error(r.shape[1] + 8) * (w @ r.square().sum(1)) + 2.0**-60 * scale**2 * w.sum(1)
+    return computed + lost
 
 
 def largest_first(bounds: Tensor, refine: Callable[[int], float], is_done: Callable[[int], bool], most: int) -> Tensor:
