@@ -23,8 +23,10 @@ _ROWS = 4
 """Rows of each matrix, those with the largest bounds, for which states are made."""
 
 _ASCENT = 60
-_DISTANCES = (1, 2, 3, 5, 8, 13, 21, 34)
-"""Tokens between a query and its key that are tried; RoPE turns pairs by as many times their frequency."""
+_DISTANCES = tuple(sorted({round(2 ** (step / 4)) for step in range(69)}))
+"""Tokens between a query and its key that are tried, 1 to 131,072, as far as the context and the window reach.
+
+RoPE turns each pair of channels by as many times its frequency, so that two channels of one pair meet at some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,21 @@ def confirm(model: Gemma, states: Mapping[int, States], *, progress: Progress | 
         layer: Any = model.layers[index]
         is_global = model.config.is_global(index)
         pre = layer.pre_feedforward_layernorm if model.config.post_norms else layer.post_attention_layernorm
-        runs = [mine.attention[:, None]]  # each state a sequence of its own, which attends to itself
-        runs += [torch.cat((pair[:1].expand(distance, -1), pair[1:]))[None] for distance, pair in mine.pairs]
+        # each state a sequence of its own, which attends to itself; then pairs, at their tokens' positions
+        runs = [(mine.attention[:, None], (0,)), *((pair[None], (0, distance)) for distance, pair in mine.pairs)]
         with torch.inference_mode(), record(model, formats=()) as recording:
-            for state in runs:
-                length = state.shape[1]
-                rope = model.rotary_emb(is_global, 0, length, dtype=model.dtype, device=model.device)
-                blocked = torch.full((length, length), torch.finfo(model.dtype).min, dtype=model.dtype)
+            for state, positions in runs:
+                cos, sin = zip(
+                    *(
+                        model.rotary_emb(is_global, one, one + 1, dtype=model.dtype, device=model.device)
+                        for one in positions
+                    ),
+                    strict=True,
+                )
+                blocked = torch.full((len(positions),) * 2, torch.finfo(model.dtype).min, dtype=model.dtype)
                 mask = blocked.triu(1)[None, None].to(model.device)
                 normed = layer.input_layernorm(state.to(model.dtype))
-                out = layer.self_attn(normed, rope=rope, mask=mask, cache=None)
+                out = layer.self_attn(normed, rope=(torch.cat(cos), torch.cat(sin)), mask=mask, cache=None)
                 if model.config.post_norms:
                     layer.post_attention_layernorm(out)
             out = layer.mlp(pre(mine.mlp.to(model.dtype)[None]))
