@@ -56,10 +56,12 @@ def folded(rows: Sequence[KindRow], within: float = 0.02) -> list[KindRow]:
     """`rows` without those that say what one above them in the same module says.
 
     That is the same verdict and a bound that is at most the other's, or more by the part `within`: a query times cos
-    beside the query.
+    beside the query. Sites that nobody has named are left out too: the tables of cos and sin.
     """
     kept: list[KindRow] = []
     for row in rows:
+        if row.worst.label is None:
+            continue
         module = _module(row.worst)
         same = (one for one in kept if _module(one.worst) == module and one.verdict == row.verdict)
         if not any(one.worst.bound / (1 + within) <= row.worst.bound <= one.worst.bound * (1 + within) for one in same):

@@ -262,7 +262,8 @@ def print_bounds(found: "Sequence[SiteBound]") -> None:
         "bound: no prompt of any length exceeds it, rounding included. found: the largest that a search over hidden "
         "states entering a layer's norm made; no prompt is known that leads there, and the residual stream is the "
         "hidden state itself. bound/found: in the layer where they are closest. observed: in three texts, in float32. "
-        f"{len(rows) - len(shown)} kinds of operators are left out whose bound is that of another row within 2%."
+        f"Left out are {len(rows) - len(shown)} kinds of operators: the tables of cos and sin, and those whose bound "
+        "is that of another row within 2%."
     )
 
 
