@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from stabilitykit.cli.bound import bound
 from stabilitykit.cli.forecast import forecast
 from stabilitykit.cli.profile import profile
 from stabilitykit.cli.repair import repair
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(profile)
 app.command()(forecast)
+app.command()(bound)
 app.command()(repair)
 app.command()(verify)
 app.command()(reproduce)

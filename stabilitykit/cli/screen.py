@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -27,6 +28,7 @@ from stabilitykit.results import Plan
 from stabilitykit.scores import Ranking, Score
 
 if TYPE_CHECKING:
+    from stabilitykit.bounds import SiteBound
     from stabilitykit.experiment.cost import Cost
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
@@ -220,6 +222,54 @@ def print_forecasts(recording: Recording, found: Sequence[Forecast]) -> None:
 
 def _lost(weights: StoredWeights, saturating: bool) -> int:
     return weights.zero + (0 if saturating else weights.overflow)
+
+
+def print_bounds(found: "Sequence[SiteBound]") -> None:
+    """A sentence on all sites, then a table with a row for each kind."""
+    from stabilitykit.bounds.kinds import by_kind, folded  # torch, which `--help` does without
+
+    dtype, limit = found[0].dtype, found[0].limit
+    unsafe = [one for one in found if one.verdict != "safe for every prompt"]
+    if not unsafe:
+        said = (
+            f"{dtype} holds every tensor of this checkpoint, whatever the prompt: none of {len(found):,} can leave it."
+        )
+    else:
+        parts = [f"{count:,} {verdict}" for verdict, count in Counter(one.verdict for one in unsafe).most_common()]
+        said = (
+            f"Of {len(found):,} tensors, {len(found) - len(unsafe):,} stay below {number(limit)}, the end of {dtype}, "
+            f"for every prompt. Of the others: {', '.join(parts)}."
+        )
+    output.print(Text(said, style="bold red" if unsafe else "bold green"))
+    output.print()
+    rows = by_kind(found)
+    shown = folded(rows)
+    table = _table("By kind of tensor, over all layers")
+    table.add_column("tensor", overflow="fold")
+    for name in ("bound", "in layer", "found", "bound/found", "observed"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict", overflow="fold")
+    for row in shown:
+        share = "" if row.share == row.sites else f", {row.share} of {row.sites}"
+        table.add_row(
+            escape(row.worst.label or row.worst.kind),
+            number(row.worst.bound),
+            "" if row.worst.layer is None else str(row.worst.layer),
+            "-" if row.found is None else number(row.found),
+            "-" if row.ratio is None else f"{row.ratio:.2f}",
+            "-" if row.observed is None else number(row.observed),
+            f"{row.verdict}{share}",
+            style="red" if row.verdict.startswith("reachable") else None,
+        )
+    output.print(table)
+    output.print()
+    print_note(
+        "bound: no prompt of any length exceeds it, rounding included. found: the largest that a search over hidden "
+        "states entering a layer's norm made; no prompt is known that leads there, and the residual stream is the "
+        "hidden state itself. bound/found: in the layer where they are closest. observed: in three texts, in float32. "
+        f"Left out are {len(rows) - len(shown)} kinds of operators: the tables of cos and sin, and those whose bound "
+        "is that of another row within 2%."
+    )
 
 
 def print_scores(scores: Sequence[Score]) -> None:

@@ -1,0 +1,48 @@
+"""Bounds, what hidden states make, and what prompts made: everything about a checkpoint's range in one list."""
+
+from collections.abc import Sequence
+
+from stabilitykit.bounds.bound import LayerMatrices, Progress, SiteBound, bound_sites, with_largest
+from stabilitykit.bounds.search import States, confirm, confirm_head, states_of, stored_in
+from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.experiment.case import run_case
+from stabilitykit.gemma import Gemma, build
+from stabilitykit.gemma.load import parse_dtype
+
+
+def examine(
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    dtype: str = "float16",
+    *,
+    progress: Progress | None = None,
+) -> list[SiteBound]:
+    """`bound_sites`, with what was found over hidden states and observed in `prompts`, token ids each.
+
+    Both run in float32, which holds what `dtype` may not, with the weights that a run in `dtype` has. Raises as
+    `bound_sites` and `run_case` do.
+    """
+    states: dict[int, States] = {}
+
+    def search(index: int, layer: LayerMatrices) -> None:
+        states[index] = states_of(layer, checkpoint.config)
+
+    bounds = bound_sites(checkpoint, dtype, witnesses=search, progress=progress)
+
+    def prepare(done: int, total: int) -> None:
+        if progress is not None:
+            progress("preparing weights", done, total)
+
+    model = build(stored_in(checkpoint, parse_dtype(dtype)), progress=prepare)
+    bounds = with_largest(bounds, "found", confirm(model, states, progress=progress) | confirm_head(model))
+    return with_largest(bounds, "observed", observe(model, prompts, progress=progress))
+
+
+def observe(model: Gemma, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> dict[str, float]:
+    """The largest finite magnitude at each site over all prompts; masked scores are not counted."""
+    found: dict[str, float] = {}
+    for tokens in prompts:
+        for one in run_case(model, tokens, formats=(), every_logit=True, progress=progress).recording:
+            if one.amax is not None:
+                found[one.site] = max(found.get(one.site, 0.0), one.amax)
+    return found

@@ -1,0 +1,37 @@
+"""`bound` from the command line: a verdict for every tensor, in a table by kind and as JSON."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+RANDOM = "random:gemma3-270m?layers=2&hidden_size=32&feed_forward=64&heads=2&head_dim=16&vocabulary=512&context=64"
+Run = Callable[..., Any]
+
+
+def test_json_has_every_site(stabilitykit: Run) -> None:
+    result = stabilitykit("bound", RANDOM, "--json")
+    assert (result.code, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert found["dtype"] == "float16"
+    sites = {one["site"]: one for one in found["sites"]}
+    down = sites["layers.1.mlp.down_proj"]
+    assert down["observed"] < down["found"] < down["bound"] < down["limit"] == 65504
+    assert (down["label"], down["layer"], down["verdict"]) == ("down projection", 1, "safe for every prompt")
+    assert sites["layers.1"]["found"] is None
+    assert all(one["observed"] <= one["bound"] for one in sites.values() if one["observed"] is not None)
+
+
+def test_the_table_has_a_row_a_kind(stabilitykit: Run) -> None:
+    result = stabilitykit("bound", RANDOM)
+    assert "float16 holds every tensor of this checkpoint, whatever the prompt" in result.out
+    assert "query, half of it negated" not in result.out
+    for label in ("embedding, scaled", "attention scores", "gate · up", "residual after MLP", "logits"):
+        assert result.out.count(label) == 1
+
+
+def test_what_it_refuses(stabilitykit: Run) -> None:
+    result = stabilitykit("bound", "hf:somewhere")
+    assert (result.code, result.err) == (
+        2,
+        "stabilitykit: Bounds are of a checkpoint's own weights: give the folder, without hf:.\n",
+    )
