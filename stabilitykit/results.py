@@ -6,6 +6,7 @@
       records/CASE.json        a finished measurement, of memory for example
       records/CASE.failed.json the reason why a case failed
       remedies.json            how remedies of the checkpoint rank, once `stabilitykit repair --report` has been there
+      bounds.json              what no prompt can exceed, once `stabilitykit bound --report` has
 
 A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
 case, so a sweep that was interrupted and resumed leaves the same ones.
@@ -28,9 +29,11 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.lengths import LengthMap
 from stabilitykit.records import Recording
 from stabilitykit.scores import Ranking
+from stabilitykit.site_bounds import Bounds
 
 PLAN_SCHEMA = 1
 _RANKING = "remedies.json"
+_BOUNDS = "bounds.json"
 
 CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
 FailureKind = Literal["raised", "out of memory", "killed"]
@@ -311,6 +314,17 @@ class Results:
         """Raises MisuseError for that of another checkpoint."""
         self.check_checkpoint(ranking.checkpoint, ranking.sha256)
         write_json(self.folder / _RANKING, ranking.document())
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """What no prompt can make the checkpoint's tensors exceed; None where nobody asked."""
+        path = self.folder / _BOUNDS
+        return Bounds.read(path) if path.exists() else None
+
+    def write_bounds(self, bounds: Bounds) -> None:
+        """Raises MisuseError for those of another checkpoint."""
+        self.check_checkpoint(bounds.checkpoint, bounds.sha256)
+        write_json(self.folder / _BOUNDS, bounds.document())
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
         """Raises MisuseError unless this is a sweep of that checkpoint."""

@@ -56,7 +56,9 @@ class Ranking:
 
     `peak` is the largest value of the choosing texts that float16 would have to store, as float32 computes it, and
     `site` where it was; `gamma` the largest power of two that leaves `margin` bits above it, 1 where nothing has to be
-    changed. `islands` are the sites that float16 could not hold. `gains_rounded` counts, by norm, gains that float32
+    changed. Where it was `proved`, `gamma` and, by layer, `inner` between `up_proj` and `down_proj` are instead the
+    largest for which no prompt can leave float16's range, and `measured` tells of the weights that `margin` alone asks
+    for. `islands` are the sites that float16 could not hold. `gains_rounded` counts, by norm, gains that float32
     had to round. `before` and `after` tell of the float16 weights. `carried` is the name of the score of what a folder
     carries.
     """
@@ -77,7 +79,13 @@ class Ranking:
     scores: tuple[Score, ...]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
+    inner: tuple[float, ...] = ()
+    measured: Small | None = None
     schema: int = SCHEMA
+
+    @property
+    def proved(self) -> bool:
+        return self.measured is not None
 
     def __getitem__(self, name: str) -> Score:
         """Raises KeyError for a remedy that was not ranked."""
@@ -115,6 +123,8 @@ class Ranking:
                 "islands": tuple(raw["islands"]),
                 "before": Small(**raw["before"]),
                 "after": Small(**raw["after"]),
+                "inner": tuple(raw["inner"]),
+                "measured": None if raw["measured"] is None else Small(**raw["measured"]),
                 "scores": tuple(Score(**score) for score in raw["scores"]),
             }
         )

@@ -18,12 +18,13 @@ FLOORS = [
     {"errors"},
     {"formats"},
     {"checkpoints", "products", "records"},
-    {"lengths", "scores"},
+    {"lengths", "scores", "site_bounds"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},
     {"hf"},
     {"experiment", "report"},
-    {"remedies", "bounds"},
+    {"bounds"},
+    {"remedies"},
     {"cli"},
 ]
 

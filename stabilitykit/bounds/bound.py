@@ -4,9 +4,8 @@ Names end in the tensor's shape as in `stabilitykit.gemma.model`.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,52 +19,13 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.gemma.load import parse_dtype
 from stabilitykit.recorder.labels import FAMILIES, label
+from stabilitykit.site_bounds import SiteBound
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
 
-Verdict = Literal["safe for every prompt", "reachable by a prompt", "reachable by a hidden state", "open"]
-
 _REFINED = 48
 """Refinements of rows of `down_proj` in a layer; most layers of the 270M need four to twenty."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteBound:
-    """What is known of the magnitudes at one site, as stored in `dtype`.
-
-    `bound`: no prompt of any length exceeds it; inf where float64 does not hold it. `observed`: the largest in prompts
-    that were run. `found`: the largest that a hidden state makes of this layer's own weights, which is weaker than a
-    prompt: nobody said that a prompt leads to that state. None where nothing was run, and `found` of the residual
-    stream, which is the hidden state itself.
-    """
-
-    site: str
-    label: str | None
-    layer: int | None
-    dtype: str
-    bound: float
-    observed: float | None = None
-    found: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """The site with `*` for the layer."""
-        return re.sub(r"^layers\.\d+", "layers.*", self.site)
-
-    @property
-    def limit(self) -> float:
-        """The dtype's largest finite value."""
-        return number_format(self.dtype).largest
-
-    @property
-    def verdict(self) -> Verdict:
-        form = number_format(self.dtype)
-        if self.observed is not None and form.overflows(self.observed):
-            return "reachable by a prompt"
-        if self.found is not None and form.overflows(self.found):
-            return "reachable by a hidden state"
-        return "safe for every prompt" if self.bound <= form.largest else "open"
 
 
 def bound_sites(
@@ -388,12 +348,3 @@ def attention_weights(arithmetic: Arithmetic, keys: int) -> float:
     adds u to each, and η where it becomes subnormal: in float16 2^-25 a key, 0.1% over 32,768 of them.
     """
     return ((1 + 4 * WIDE) / (1 - sum_error(keys))) * (1 + arithmetic.unit) + keys * arithmetic.tiny
-
-
-def with_largest(
-    bounds: list[SiteBound], field: Literal["found", "observed"], largest: Mapping[str, float]
-) -> list[SiteBound]:
-    """`bounds` with the largest magnitudes by site, of hidden states or of prompts; None where `largest` has none."""
-    if field == "found":
-        return [replace(one, found=largest.get(one.site)) for one in bounds]
-    return [replace(one, observed=largest.get(one.site)) for one in bounds]

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from stabilitykit.bounds.bound import LayerMatrices, Progress, SiteBound, bound_sites, with_largest
+from stabilitykit.bounds.bound import LayerMatrices, Progress, bound_sites
 from stabilitykit.bounds.search import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.experiment.case import run_case
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.gemma.load import parse_dtype
+from stabilitykit.site_bounds import SiteBound, with_largest
 
 
 def examine(

@@ -1,16 +1,13 @@
 """`stabilitykit bound`: what no prompt can make a tensor exceed, from the weights alone."""
 
-import math
+import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from stabilitykit.errors import MisuseError
-
-if TYPE_CHECKING:
-    from stabilitykit.bounds import SiteBound
+from stabilitykit.cli.source import local_checkpoint
 
 
 class BoundDtype(StrEnum):
@@ -22,9 +19,16 @@ class BoundDtype(StrEnum):
 def bound(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, or random:SIZE."),
+        typer.Argument(
+            help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME of "
+            "what lies in the local Hugging Face cache."
+        ),
     ],
     dtype: Annotated[BoundDtype, typer.Option(help="The dtype in which results are stored.")] = BoundDtype.float16,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="A sweep's folder, whose report gets a section on bounds; or a new one, for that alone."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
     """Bound every tensor of the checkpoint for every prompt of any length, from its weights alone, rounding included.
@@ -32,38 +36,44 @@ def bound(
     Beside the bound stand the largest value in three texts and the largest that a search over hidden states found: how
     far the bound may be from the truth. Exits 0 whatever was found.
     """
-    if checkpoint.startswith("hf:"):
-        raise MisuseError("Bounds are of a checkpoint's own weights: give the folder, without hf:.")
-
     from stabilitykit.bounds import examine
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
+    from stabilitykit.cli.report import check_report, findings, write
+    from stabilitykit.experiment.plan import machine, versions
     from stabilitykit.gemma.tokenizer import Tokenizer
     from stabilitykit.remedies.rescale import refuse_folder
     from stabilitykit.remedies.texts import texts
+    from stabilitykit.site_bounds import Bounds
 
-    refuse_folder(Path(checkpoint))
+    name = local_checkpoint(checkpoint)
+    refuse_folder(Path(name))
+    command = ["stabilitykit", "bound", checkpoint] + (["--dtype", dtype.value] if dtype != BoundDtype.float16 else [])
+    command += ["--report", str(report)] if report is not None else []
     with screen.progress_bar() as progress:
-        opened = open_checkpoint(checkpoint, progress=lambda done, total: progress("reading weights", done, total))
+        opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
+        check_report(report, opened)
         prompts = texts(opened.config, Tokenizer(opened.vocabulary)).choosing
-        found = examine(opened, prompts, dtype.value, progress=progress)
+        found = Bounds(
+            checkpoint=opened.source,
+            sha256=opened.sha256,
+            notes=opened.notes,
+            command=shlex.join(command),
+            dtype=dtype.value,
+            sites=tuple(examine(opened, prompts, dtype.value, progress=progress)),
+            versions=versions(),
+            machine=machine("cpu"),
+        )
+    if report is not None:
+        title = f"What no prompt can make {Path(opened.source).name} exceed in {dtype.value}"
+        findings(report, opened, title=title, section="bounds", command=found.command).write_bounds(found)
+        write(report, against=None, quiet=True)
     if as_json:
-        screen.print_json({"checkpoint": opened.source, "dtype": dtype.value, "sites": [_entry(one) for one in found]})
+        screen.print_json(found.document())
         return
     for note in (opened.source, *(f"{note}." for note in opened.notes)):
         screen.print_note(note)
     screen.output.print()
-    screen.print_bounds(found)
-
-
-def _entry(one: "SiteBound") -> dict[str, Any]:
-    return {
-        "site": one.site,
-        "label": one.label,
-        "layer": one.layer,
-        "bound": one.bound if math.isfinite(one.bound) else str(one.bound),
-        "found": one.found,
-        "observed": one.observed,
-        "limit": one.limit,
-        "verdict": one.verdict,
-    }
+    screen.print_bounds(found.sites)
+    if report is not None:
+        screen.print_note(f"Report: {report / 'report.html'}")

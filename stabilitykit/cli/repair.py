@@ -4,13 +4,11 @@ import shlex
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from stabilitykit.checkpoints import Checkpoint
-    from stabilitykit.results import Results
+from stabilitykit.cli.source import local_checkpoint
 
 
 class StoredDtype(StrEnum):
@@ -39,6 +37,10 @@ def repair(
     margin: Annotated[
         float, typer.Option(min=0.0, help="Bits of headroom to leave above the largest value seen.")
     ] = 1.0,
+    proved: Annotated[
+        bool,
+        typer.Option("--proved", help="Choose by bounds from the weights, so that no prompt at all can break it."),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(help="A sweep's folder, whose report gets a section on remedies; or a new one, for that alone."),
@@ -54,35 +56,33 @@ def repair(
     """
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
+    from stabilitykit.cli.report import check_report, findings, write
     from stabilitykit.gemma.load import parse_device
     from stabilitykit.gemma.tokenizer import Tokenizer
     from stabilitykit.remedies.export import check_new, export
     from stabilitykit.remedies.repair import repair as find
     from stabilitykit.remedies.rescale import refuse_folder
     from stabilitykit.remedies.texts import texts
-    from stabilitykit.results import Results
 
-    name = _local(checkpoint)
+    name = local_checkpoint(checkpoint)
     place = str(parse_device(device))
     if out is not None:
         check_new(out)
     refuse_folder(Path(name))
     with screen.progress_bar() as progress:
         opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
-        if report is not None and (report / "experiment.json").exists():
-            Results.open(report).check_checkpoint(opened.source, opened.sha256)  # before anything long has run
+        check_report(report, opened)
         chosen = texts(opened.config, Tokenizer(opened.vocabulary), prompts or ())
-        command = _command(checkpoint, prompts or (), margin, report)
-        found = find(opened, chosen, margin=margin, device=place, command=command, progress=progress)
+        command = _command(checkpoint, prompts or (), margin, proved, report)
+        found = find(opened, chosen, margin=margin, proved=proved, device=place, command=command, progress=progress)
         ranking = found.ranking
         is_finite = ranking.repaired.finite
         if report is not None:
-            _results(report, opened, command, place).write_ranking(ranking)
+            title = f"What keeps {Path(opened.source).name} finite in float16"
+            findings(report, opened, title=title, section="remedies", command=command).write_ranking(ranking)
         if out is not None and is_finite:
             export(opened, found, out, dtype.value, progress=lambda done, total: progress("writing", done, total))
     if report is not None:
-        from stabilitykit.cli.report import write
-
         write(report, against=None, quiet=True)
     if as_json:
         written = str(out) if out is not None and is_finite else None
@@ -100,31 +100,10 @@ def repair(
         raise typer.Exit(1)
 
 
-def _local(checkpoint: str) -> str:
-    """transformers' checkpoint is a folder; the kit's own model computes what transformers' does, to the bit."""
-    from stabilitykit.checkpoints.hub import local_folder
-    from stabilitykit.cli.source import HF
-
-    return str(local_folder(checkpoint.removeprefix(HF))) if checkpoint.startswith(HF) else checkpoint
-
-
-def _results(folder: Path, opened: "Checkpoint", command: str, device: str) -> "Results":
-    """The sweep's folder, or a new one that holds no cases."""
-    from stabilitykit.experiment.plan import plan_without_cases
-    from stabilitykit.results import Results
-
-    if (folder / "experiment.json").exists():
-        return Results.open(folder)
-    title = f"What keeps {Path(opened.source).name} finite in float16"
-    plan = plan_without_cases(
-        opened, name=folder.name, title=title, command=command, sections=["remedies"], device=device
-    )
-    return Results.create(folder, plan)
-
-
-def _command(checkpoint: str, prompts: Sequence[Path], margin: float, report: Path | None) -> str:
+def _command(checkpoint: str, prompts: Sequence[Path], margin: float, proved: bool, report: Path | None) -> str:
     words = ["stabilitykit", "repair", checkpoint]
     words += [word for prompt in prompts for word in ("--prompts", str(prompt))]
     words += ["--margin", f"{margin:g}"] if margin != 1 else []
+    words += ["--proved"] if proved else []
     words += ["--report", str(report)] if report is not None else []
     return shlex.join(words)

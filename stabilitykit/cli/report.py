@@ -1,9 +1,13 @@
 """`stabilitykit report`: the page, the tables and the figures of a sweep, from its records alone."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from stabilitykit.checkpoints import Checkpoint
+    from stabilitykit.results import Results
 
 
 def report(
@@ -14,6 +18,25 @@ def report(
 ) -> None:
     """Write FOLDER's report.html, report.md, figures and tables anew, and print the verdict."""
     write(folder, against=against, quiet=False)
+
+
+def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
+    """Raises MisuseError where `folder` holds a report on another checkpoint, before anything long has run."""
+    from stabilitykit.results import Results
+
+    if folder is not None and (folder / "experiment.json").exists():
+        Results.open(folder).check_checkpoint(checkpoint.source, checkpoint.sha256)
+
+
+def findings(folder: Path, checkpoint: "Checkpoint", *, title: str, section: str, command: str) -> "Results":
+    """The sweep's folder, or a new one that holds no cases and whose report has that section alone."""
+    from stabilitykit.experiment.plan import plan_without_cases
+    from stabilitykit.results import Results
+
+    if (folder / "experiment.json").exists():
+        return Results.open(folder)
+    plan = plan_without_cases(checkpoint, name=folder.name, title=title, command=command, sections=[section])
+    return Results.create(folder, plan)
 
 
 def write(folder: Path, *, against: Path | None, quiet: bool) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
+from stabilitykit.diagnosis.bounds import by_kind, folded, summary, unproved
 from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
 from stabilitykit.diagnosis.verdict import number
@@ -26,9 +26,9 @@ from stabilitykit.report.style import share, size
 from stabilitykit.report.words import count
 from stabilitykit.results import Plan
 from stabilitykit.scores import Ranking, Score
+from stabilitykit.site_bounds import SiteBound
 
 if TYPE_CHECKING:
-    from stabilitykit.bounds import SiteBound
     from stabilitykit.experiment.cost import Cost
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
@@ -224,23 +224,9 @@ def _lost(weights: StoredWeights, saturating: bool) -> int:
     return weights.zero + (0 if saturating else weights.overflow)
 
 
-def print_bounds(found: "Sequence[SiteBound]") -> None:
+def print_bounds(found: Sequence[SiteBound]) -> None:
     """A sentence on all sites, then a table with a row for each kind."""
-    from stabilitykit.bounds.kinds import by_kind, folded  # torch, which `--help` does without
-
-    dtype, limit = found[0].dtype, found[0].limit
-    unsafe = [one for one in found if one.verdict != "safe for every prompt"]
-    if not unsafe:
-        said = (
-            f"{dtype} holds every tensor of this checkpoint, whatever the prompt: none of {len(found):,} can leave it."
-        )
-    else:
-        parts = [f"{count:,} {verdict}" for verdict, count in Counter(one.verdict for one in unsafe).most_common()]
-        said = (
-            f"Of {len(found):,} tensors, {len(found) - len(unsafe):,} stay below {number(limit)}, the end of {dtype}, "
-            f"for every prompt. Of the others: {', '.join(parts)}."
-        )
-    output.print(Text(said, style="bold red" if unsafe else "bold green"))
+    output.print(Text(summary(found), style="bold red" if unproved(found) else "bold green"))
     output.print()
     rows = by_kind(found)
     shown = folded(rows)

@@ -53,6 +53,13 @@ class Source:
     bytes: int
 
 
+def local_checkpoint(checkpoint: str) -> str:
+    """What the kit's own model reads; of transformers' the folder, for it computes the same to the bit."""
+    from stabilitykit.checkpoints.hub import local_folder
+
+    return str(local_folder(checkpoint.removeprefix(HF))) if checkpoint.startswith(HF) else checkpoint
+
+
 def open_source(
     checkpoint: str,
     prompt: Prompt,

@@ -14,7 +14,7 @@ def recommendation(ranking: Ranking) -> str:
     best, carried = ranking.scores[0], ranking.repaired
     if not best.finite:
         return "No remedy keeps the held-out texts finite."
-    if ranking.gamma == 1 and carried.finite:
+    if ranking.gamma == 1 and carried.finite and not ranking.proved:
         room = "" if carried.headroom is None else f" and leaves {carried.headroom:.1f} bits of headroom"
         return f"{_FINITE_ANYWAY}{room}."
     said = f"Closest to float32 is {best.name}{_closer(best, ranking)}."
@@ -28,7 +28,7 @@ def recommendation(ranking: Ranking) -> str:
 
 def how_rescaled(ranking: Ranking) -> str | None:
     """Which γ was chosen, from what, and what it rounds; None where nothing has to be changed."""
-    if ranking.gamma == 1:
+    if ranking.gamma == 1 and all(beta == 1 for beta in ranking.inner):
         return None
     rounded = sum(ranking.gains_rounded.values())
     losses = (
@@ -36,6 +36,15 @@ def how_rescaled(ranking: Ranking) -> str | None:
         if rounded
         else "Nothing is rounded in float32, where logits keep every bit."
     )
+    proved = ""
+    if ranking.measured is not None:
+        beside = ""
+        if any(beta != 1 for beta in ranking.inner):
+            beside = f", with gate · up by {min(ranking.inner):g} to {max(ranking.inner):g} from layer to layer"
+        proved = (
+            f" No prompt of any length can make it leave float16's range: that follows from its weights{beside}. What "
+            f"was measured alone would leave {ranking.measured.subnormal:,} weights subnormal."
+        )
     more = ranking.after.subnormal - ranking.before.subnormal, ranking.after.zero - ranking.before.zero
     small = (
         f" In float16 {more[0]:,} more weights are subnormal, {ranking.after.subnormal:,} in all, and {more[1]:,} more "
@@ -45,7 +54,7 @@ def how_rescaled(ranking: Ranking) -> str | None:
     )
     return (
         f"Rescaled by {ranking.gamma:g}, the largest value that float16 must store, {number(ranking.peak)} in "
-        f"{ranking.site}, becomes {number(ranking.peak * ranking.gamma)}. {losses}{small}"
+        f"{ranking.site}, becomes {number(ranking.peak * ranking.gamma)}. {losses}{small}{proved}"
     )
 
 

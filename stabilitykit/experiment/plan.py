@@ -57,9 +57,7 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
     )
 
 
-def plan_without_cases(
-    checkpoint: Checkpoint, *, name: str, title: str, command: str, sections: Sequence[str], device: str
-) -> Plan:
+def plan_without_cases(checkpoint: Checkpoint, *, name: str, title: str, command: str, sections: Sequence[str]) -> Plan:
     """For a folder whose report holds other findings than a sweep's."""
     return Plan(
         name=name,
@@ -73,7 +71,7 @@ def plan_without_cases(
         cases=(),
         sections=tuple(sections),
         versions=versions(),
-        machine=machine(device),
+        machine=machine("cpu"),
     )
 
 

@@ -16,21 +16,24 @@ from stabilitykit.recorder.weights import check_weights
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
+from stabilitykit.remedies.proved import prove
 from stabilitykit.remedies.ranking import Progress, rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.rescale import Rescaled, choose_gamma, rescale, rescaling
 from stabilitykit.remedies.texts import Texts
 from stabilitykit.scores import Ranking, Small
+from stabilitykit.site_bounds import SiteBound
 
 PLAIN = Remedy(name="float16", summary="Plain float16, as it is.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
-    """The rescaled checkpoint, and how it and the other remedies rank."""
+    """The rescaled checkpoint, how it and the other remedies rank, and if it was proved its bounds."""
 
     rescaled: Rescaled
     ranking: Ranking
+    bounds: Sequence[SiteBound] = ()
 
 
 def repair(
@@ -38,33 +41,39 @@ def repair(
     texts: Texts,
     *,
     margin: float = 1.0,
+    proved: bool = False,
     device: str = "cpu",
     command: str = "",
     progress: Progress | None = None,
 ) -> Repair:
     """Chooses γ so that float16 keeps `margin` bits of headroom over `texts.choosing`, and ranks it on the others.
 
-    Raises MisuseError where no γ does, naming the tensor that stands in the way.
+    With `proved` the checkpoint to be carried is instead the one whose bounds say that no prompt can break it; the
+    measured one is ranked beside it. Raises MisuseError where no γ does, naming the tensor that stands in the way.
     """
     seen = _look(checkpoint, texts.choosing, device, _named("choosing texts", progress))
-    rescaled = _choose(checkpoint, seen, texts.choosing, margin, device, progress)
-    gamma = rescaled.gamma
+    proof = prove(checkpoint, progress=progress) if proved else None
+    measured = _choose(checkpoint, seen, texts.choosing, margin, device, progress)
+    rescaled = measured if proof is None else proof.rescaled
     remedies = [PLAIN, *REMEDIES]
     if seen.islands.sites:
         dry = dry_run(GemmaSubject(build(checkpoint)), 1, len(texts.choosing[0]))
         assert dry is not None  # of the kit's own model
         remedies.append(float32_islands(seen.islands, dry))
     carried = PLAIN
-    if gamma != 1:
-        carried = rescaling(gamma)
+    if measured.gamma != 1:
+        carried = rescaling(measured.gamma)
         remedies += [carried, carried + FLOAT32_RESIDUAL]
+    if proof is not None:
+        carried = rescaling(rescaled.gamma, rescaled.inner)
+        remedies.append(carried)
     scores = rank(checkpoint, remedies, texts.held_out, device=device, progress=progress)
     ranking = Ranking(
         checkpoint=checkpoint.source,
         sha256=checkpoint.sha256,
         notes=checkpoint.notes,
         command=command,
-        gamma=gamma,
+        gamma=rescaled.gamma,
         margin=margin,
         peak=seen.peak,
         site=seen.site,
@@ -76,8 +85,10 @@ def repair(
         scores=tuple(scores),
         versions=versions(),
         machine=machine(device),
+        inner=rescaled.inner,
+        measured=None if proof is None else _small(measured.checkpoint),
     )
-    return Repair(rescaled=rescaled, ranking=ranking)
+    return Repair(rescaled=rescaled, ranking=ranking, bounds=() if proof is None else proof.bounds)
 
 
 @dataclass(frozen=True, slots=True)

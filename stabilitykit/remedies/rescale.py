@@ -141,7 +141,7 @@ def rescaling(gamma: float, inner: Sequence[float] = ()) -> Remedy:
     if inner:
         summary += " So that no prompt can break it, gate · up is smaller by a power of two of each layer's own."
     return Remedy(
-        name=f"rescale 2^{exponent}{', proved' if inner else ''}",
+        name=f"rescale 2^{exponent}{' proved' if inner else ''}",
         summary=summary,
         change=lambda checkpoint: rescale(checkpoint, gamma, inner).checkpoint,
     )

@@ -6,12 +6,13 @@ import torch
 from remedied import SPECS, small
 from torch import Tensor
 
-from stabilitykit.bounds.bound import SiteBound, bound_sites
+from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.bounds.search import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.recorder import record
+from stabilitykit.site_bounds import SiteBound
 
 SHAPES = (
     "layers=2&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512",

@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from stabilitykit.site_bounds import Bounds
 
 RANDOM = "random:gemma3-270m?layers=2&hidden_size=32&feed_forward=64&heads=2&head_dim=16&vocabulary=512&context=64"
 Run = Callable[..., Any]
@@ -23,7 +26,7 @@ def test_json_has_every_site(stabilitykit: Run) -> None:
 
 def test_the_table_has_a_row_a_kind(stabilitykit: Run) -> None:
     result = stabilitykit("bound", RANDOM)
-    assert "float16 holds every tensor of this checkpoint, whatever the prompt" in result.out
+    assert "float16 holds every tensor of this checkpoint whatever the prompt" in result.out
     assert "query, half of it negated" not in result.out
     for label in ("embedding, scaled", "attention scores", "gate · up", "residual after MLP", "logits"):
         assert result.out.count(label) == 1
@@ -31,7 +34,22 @@ def test_the_table_has_a_row_a_kind(stabilitykit: Run) -> None:
 
 def test_what_it_refuses(stabilitykit: Run) -> None:
     result = stabilitykit("bound", "hf:somewhere")
-    assert (result.code, result.err) == (
-        2,
-        "stabilitykit: Bounds are of a checkpoint's own weights: give the folder, without hf:.\n",
-    )
+    assert result.code == 2
+    assert "'somewhere' is neither" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_report_of_bounds_alone(stabilitykit: Run, tmp_path: Path) -> None:
+    new = tmp_path / "bounds"
+    made = stabilitykit("bound", RANDOM, "--report", str(new))
+    assert (made.code, made.err) == (0, "")
+    text = (new / "report.md").read_text()
+    assert "## Bounds for every prompt" in text
+    assert "figures/bounds-by-layer.png" in text
+    assert "float16 holds every tensor of this checkpoint whatever the prompt" in text
+    read = Bounds.read(new / "bounds.json")
+    assert read.document() | {"notes": list(read.notes)} == json.loads((new / "bounds.json").read_text())
+    assert {one.site for one in read.sites} >= {"layers.1.mlp.down_proj", "lm_head"}
+    other = stabilitykit("bound", RANDOM + "&seed=7", "--report", str(new))
+    assert other.code == 2
+    assert "holds those of" in other.err

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from stabilitykit.report.blocks import Section
 from stabilitykit.report.sections import (
+    bounds,
     chain,
     claims,
     error,
@@ -32,6 +33,7 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
     "error": error.section,
     "memory": memory.section,
     "remedies": remedies.section,
+    "bounds": bounds.section,
     "provenance": provenance.section,
     "claims": claims.section,
 }
@@ -42,11 +44,10 @@ USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name != "claims")
 
 
 def shown(results: Results) -> list[str]:
-    """The experiment's sections, or the usual ones; and the remedies, where they were ranked since."""
+    """The experiment's sections, or the usual ones; and what was found out about the checkpoint since."""
     names = list(results.plan.sections or USUAL)
-    if results.ranking is not None and "remedies" not in names:
-        names.append("remedies")
-    return names
+    added = {"remedies": results.ranking, "bounds": results.bounds}
+    return names + [name for name, found in added.items() if found is not None and name not in names]
 
 
 __all__ = ["SECTIONS", "USUAL", "shown"]

@@ -1,9 +1,11 @@
-"""Sites of all layers as one row a kind, for people: the worst layer, and how many layers are no better."""
+"""Bounds for people: all of them in a sentence, and the sites of all layers as one row a kind."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabilitykit.bounds.bound import SiteBound, Verdict
+from stabilitykit.diagnosis.verdict import number
+from stabilitykit.site_bounds import SiteBound, Verdict
 
 _ORDER: tuple[Verdict, ...] = (
     "reachable by a prompt",
@@ -11,6 +13,25 @@ _ORDER: tuple[Verdict, ...] = (
     "open",
     "safe for every prompt",
 )
+
+
+def summary(found: Sequence[SiteBound]) -> str:
+    """How many tensors are safe for every prompt, and what of the others is known."""
+    dtype, limit = found[0].dtype, found[0].limit
+    unsafe = unproved(found)
+    if not unsafe:
+        return (
+            f"{dtype} holds every tensor of this checkpoint whatever the prompt: none of {len(found):,} can leave it."
+        )
+    parts = [f"{count:,} {verdict}" for verdict, count in Counter(one.verdict for one in unsafe).most_common()]
+    return (
+        f"Of {len(found):,} tensors, {len(found) - len(unsafe):,} stay below {number(limit)}, the end of {dtype}, for "
+        f"every prompt. Of the others: {', '.join(parts)}."
+    )
+
+
+def unproved(found: Sequence[SiteBound]) -> list[SiteBound]:
+    return [one for one in found if one.verdict != "safe for every prompt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,173 @@
+"""What no prompt can make a tensor exceed, beside what hidden states and texts made of it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary
+from stabilitykit.diagnosis.verdict import number
+from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.sections.lines import layer_axis
+from stabilitykit.report.style import limit_line, magnitude_axis, series_style
+from stabilitykit.report.words import code
+from stabilitykit.results import Results
+from stabilitykit.site_bounds import Bounds, SiteBound
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    from matplotlib.axes import Axes
+
+KEY, TITLE = "bounds", "Bounds for every prompt"
+
+OPENING = (
+    "What a sweep says holds for the prompts it ran. The weights alone say more: behind an RMSNorm no vector is longer "
+    "than sqrt(d) times its gain, whatever the prompt, and from there on every tensor has a bound. Bounds include what "
+    "rounding adds, where norms and softmax are computed in float32 and products are summed in float32 and rounded "
+    "once. Found is the largest that a search over hidden states made: it says how far a bound may be from the truth, "
+    "not that a prompt leads there. Observed is the largest in three texts."
+)
+
+METHOD = (
+    "**RMSNorm**: n = x / sqrt(mean(x²) + eps) has ||n|| ≤ sqrt(d), so channel i of the output, g_i n_i, is at most "
+    "sqrt(d) |g_i|.",
+    "**Projections**: a row w meets n with the gain in between: |w · (g n)| ≤ sqrt(d) ||w g||, by Cauchy and Schwarz. "
+    "Reached by n along w g.",
+    "**Attention**: a head's output is a mixture of values, so it is at most the largest of them; `o_proj` adds the "
+    "heads, each of which may look at another token: sqrt(d) Σ ||w_h V_h g||.",
+    "**Scores**: RoPE turns pairs of channels and keeps their length. With norms on q and k a score is at most D times "
+    "the largest product of two pairs' gains; without, at most d σ(T Q g) σ(K g / T) for any scale T of the pairs.",
+    "**gate · up**: one n meets both rows a and b, and gelu(x) ≤ max(x, 0), so the product is at most "
+    "d (||a|| ||b|| + |a · b|) / 2: the larger eigenvalue of (a bᵀ + b aᵀ) / 2. Reached half-way between a and ±b.",
+    "**down_proj**: for x > 0 and every s > 0, W x y ≤ |W| (s x ± y / s)² / 4. A row is then at most d times the "
+    "largest eigenvalue of Σ |W_j| c_j c_jᵀ with c_j = (s_j a_j ± b_j / s_j) / 2; what gelu is below zero is added.",
+    "**Residual stream**: the largest embedding row and, from generation 2 on, one post-norm's bound after the other; "
+    "in generation 1 those of `o_proj` and `down_proj` themselves. Channel by channel, and the largest channel counts.",
+)
+
+_PANELS = 9
+
+
+def section(results: Results) -> Section:
+    """The bounds in the sweep's folder, if `stabilitykit bound --report` has put some there."""
+    bounds = results.bounds
+    if bounds is None:
+        command = code(f"stabilitykit bound {results.plan.checkpoint} --report FOLDER")
+        opening = f"No bounds were computed. {command}, with this report's folder, adds them here."
+        return Section(key=KEY, title=TITLE, opening=opening)
+    rows = folded(by_kind(bounds.sites))
+    blocks: list[Block] = [Prose(summary(bounds.sites)), _figure(bounds, rows), _kinds(rows, bounds.dtype)]
+    blocks += [Prose(text) for text in METHOD]
+    blocks.append(_sites(bounds))
+    if bounds.command:
+        blocks.append(Prose(f"To compute them again: {code(bounds.command)}"))
+    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=blocks)
+
+
+def _kinds(rows: Sequence[KindRow], dtype: str) -> Table:
+    def row(one: KindRow) -> list[Cell]:
+        share = one.verdict if one.share == one.sites else f"{one.verdict}, {one.share} of {one.sites}"
+        name = one.worst.label or one.worst.kind
+        return [name, one.worst.bound, one.worst.layer, one.found, one.ratio, one.observed, one.worst.limit, share]
+
+    return Table(
+        name="bounds-by-kind",
+        title=f"By kind of tensor, as stored in {dtype}",
+        columns=[
+            Column(name="tensor"),
+            Column(name="bound", format=number),
+            Column(name="in layer"),
+            Column(name="found", format=number),
+            Column(name="bound ÷ found", format=lambda value: f"{value:.2f}"),
+            Column(name="observed", format=number),
+            Column(name="limit", format=number),
+            Column(name="verdict"),
+        ],
+        rows=[row(one) for one in rows],
+        note="Bound ÷ found is that of the layer where they are closest. Left out are operators whose bound is that of "
+        "another row within 2%, and the tables of cos and sin.",
+    )
+
+
+def _sites(bounds: Bounds) -> Table:
+    return Table(
+        name="bounds",
+        title="Every tensor",
+        columns=[
+            Column(name="site"),
+            Column(name="bound", format=number),
+            Column(name="found", format=number),
+            Column(name="observed", format=number),
+            Column(name="verdict"),
+        ],
+        rows=[[one.site, one.bound, one.found, one.observed, one.verdict] for one in bounds.sites],
+        note="A dash: no hidden state or text was tried, or none counts.",
+    )
+
+
+def _figure(bounds: Bounds, rows: Sequence[KindRow]) -> Figure:
+    layered = sorted((row for row in rows if row.worst.layer is not None), key=lambda row: -row.worst.bound)
+    kinds = [row.worst.kind for row in layered[:_PANELS]]
+    panels = {kind: [one for one in bounds.sites if one.kind == kind] for kind in kinds}
+    down = (len(panels) + 2) // 3
+    return Figure(
+        name="bounds-by-layer",
+        title="Bound, found and observed by layer",
+        caption="The kinds with the largest bounds. The broken line is the format's end: what stays below it is safe "
+        "for every prompt.",
+        alt="; ".join(
+            f"{sites[0].label or kind}: bound {number(max(one.bound for one in sites))}"
+            for kind, sites in panels.items()
+        ),
+        draw=partial(_draw, panels=panels, dtype=bounds.dtype),
+        size=(9.0, 0.7 + 2.1 * down),
+    )
+
+
+def _draw(figure: "matplotlib.figure.Figure", *, panels: dict[str, list[SiteBound]], dtype: str) -> list[Hover]:
+    down = (len(panels) + 2) // 3
+    grid = figure.subplots(down, 3, sharex=True, sharey=True, squeeze=False)
+    hovers: list[Hover] = []
+    for axes, (kind, sites) in zip(grid.flat, panels.items(), strict=False):
+        for index, name in enumerate(("bound", "found", "observed")):
+            points = [(one.layer, getattr(one, name)) for one in sites if getattr(one, name)]
+            if points:
+                look = series_style(index) | {"linewidth": 1.4, "markersize": 3.5}
+                axes.plot(*zip(*points, strict=True), label=name, **look)
+        axes.set_title(sites[0].label or kind, fontsize="small")
+        layer_axis(axes, len(sites))
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    magnitude_axis(grid[0, 0])
+    for axes, sites in zip(grid.flat, panels.values(), strict=False):
+        limit_line(axes, dtype)
+        hovers += _hovers(figure, axes, sites)
+    for axes in grid[-1]:
+        axes.set_xlabel("layer")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    for axes in grid.flat:
+        by_label |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(by_label.values(), by_label.keys(), loc="outside upper right", ncols=4)
+    return hovers
+
+
+def _hovers(figure: "matplotlib.figure.Figure", axes: "Axes", sites: Sequence[SiteBound]) -> list[Hover]:
+    bottom, top = axes.get_ylim()
+    found = []
+    for one in sites:
+        assert one.layer is not None
+        said = [f"layer {one.layer}: bound {number(one.bound)}"]
+        said += [
+            f"{name} {number(value)}" for name, value in (("found", one.found), ("observed", one.observed)) if value
+        ]
+        found.append(
+            Hover(
+                left=one.layer - 0.5,
+                right=one.layer + 0.5,
+                bottom=bottom,
+                top=top,
+                text=", ".join([*said, one.verdict]),
+                axes=figure.axes.index(axes),
+            )
+        )
+    return found
