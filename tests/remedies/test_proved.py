@@ -90,7 +90,7 @@ def test_what_stands_in_the_way_is_named() -> None:
     with pytest.raises(MisuseError, match=r"layers\.2\.self_attn\.v_proj \(value projection\), which no power of two"):
         prove(values)
     opened = small(3, breaking(3))
-    gain, rows = torch.zeros(32), opened.tensors["embed_tokens.weight"].clone()
+    gain, rows = (opened.tensors[f"{name}.weight"].clone() for name in ("norm", "embed_tokens"))
     gain[0], rows[:, 0] = 4000.0, 0.0  # a channel that no logit hears
     final = replace(opened, tensors={**opened.tensors, "norm.weight": gain, "embed_tokens.weight": rows})
     with pytest.raises(MisuseError, match=r"by whose inverse the final norm grows, from .* A head of its own"):
