@@ -18,13 +18,14 @@ from stabilitykit.site_bounds import SiteBound
 Progress = Callable[[str, int, int], None]
 
 _LEAST = 24  # of γ and β, in powers of two
+_ROOM = 0.95  # of the limit is asked for, so that a checker that is coarser by some percent comes to the same
 
 Reach = Literal["gamma", "inverse", "inner", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proved:
-    """A rescaled checkpoint, and its own bounds, all of them within float16's range."""
+    """A rescaled checkpoint, and its own bounds, all of them within float16's range, by a twentieth of it."""
 
     rescaled: Rescaled
     bounds: Sequence[SiteBound]
@@ -38,7 +39,7 @@ def prove(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Proved
     gamma, inner = choose_factors(bound_sites(checkpoint, "float16", progress=progress), checkpoint.config)
     rescaled = rescale(checkpoint, gamma, inner)
     bounds = bound_sites(rescaled.checkpoint, "float16", progress=progress)
-    over = [one for one in bounds if not one.bound <= one.limit]
+    over = [one for one in bounds if not one.bound <= _ROOM * one.limit]
     if over:  # what subnormals add does not scale
         raise MisuseError(_standing_in_the_way(over[0], f"scaled by {gamma:g}"))
     return Proved(rescaled=rescaled, bounds=bounds)
@@ -50,15 +51,15 @@ def choose_factors(bounds: Sequence[SiteBound], config: GemmaConfig) -> tuple[fl
     for one in bounds:
         by_reach[reach(one.kind, config)].append(one)
     for one in by_reach["none"]:
-        if not one.bound <= one.limit:
+        if not one.bound <= _ROOM * one.limit:
             raise MisuseError(_standing_in_the_way(one, "which no power of two between two norms reaches"))
     largest = max(by_reach["gamma"], key=lambda one: one.bound)
     (final,) = by_reach["inverse"]
     gamma = _largest_power(largest)
-    if final.bound / gamma > final.limit:
+    if final.bound / gamma > _ROOM * final.limit:
         table = 2 * config.vocabulary * config.hidden_size
         raise MisuseError(
-            f"A proved repair brings every bound under {final.limit:,.0f}. {largest.site} may reach "
+            f"A proved repair brings every bound under {_ROOM * final.limit:,.0f}. {largest.site} may reach "
             f"{largest.bound:,.0f} and needs a factor of {gamma:g}, by whose inverse the final norm grows, "
             f"from {final.bound:,.0f} to {final.bound / gamma:,.0f}, for the head is the embedding. A head of its own "
             f"would take it out of the way, for {table / 2**20:,.0f} MiB more. Without --proved a repair goes by what "
@@ -88,16 +89,16 @@ def reach(kind: str, config: GemmaConfig) -> Reach:
 
 def _largest_power(one: SiteBound) -> float:
     """The largest power of two up to 1 that brings the bound under the limit; 2^-24 where that is not enough."""
-    if one.bound <= one.limit:
+    if one.bound <= _ROOM * one.limit:
         return 1.0
     if not math.isfinite(one.bound):
         return 2.0**-_LEAST
-    return max(2.0**-_LEAST, 2.0 ** math.floor(math.log2(one.limit / one.bound)))
+    return max(2.0**-_LEAST, 2.0 ** math.floor(math.log2(_ROOM * one.limit / one.bound)))
 
 
 def _standing_in_the_way(one: SiteBound, why: str) -> str:
     label = f" ({one.label})" if one.label else ""
     return (
-        f"A proved repair brings every bound under {one.limit:,.0f}; {one.site}{label}, {why}, may reach "
+        f"A proved repair brings every bound under {_ROOM * one.limit:,.0f}; {one.site}{label}, {why}, may reach "
         f"{one.bound:,.0f}. Without --proved the repair goes by what was measured."
     )

@@ -41,7 +41,7 @@ def test_every_bound_lies_within_the_range_and_no_bit_changes(tmp_path: Path, ge
     over = {one.kind for one in bound_sites(before, "float16") if one.bound > 65504}
     assert over >= {"layers.*", "layers.*.mlp/mul.0"}
     found = prove(before)
-    assert max(one.bound for one in found.bounds) <= 65504
+    assert max(one.bound for one in found.bounds) <= 0.95 * 65504
     assert found.rescaled.gamma < 1
     assert [beta < 1 for beta in found.rescaled.inner] == [False, True, False]
     assert not found.rescaled.rounded
@@ -66,7 +66,7 @@ def test_factors_are_the_largest_that_will_do(generation: int) -> None:
     before = small(generation, breaking(generation))
     found = prove(before).rescaled
     twice = bound_sites(rescale(before, 2 * found.gamma, found.inner).checkpoint, "float16")
-    assert max(one.bound for one in twice) > 65504
+    assert max(one.bound for one in twice) > 0.95 * 65504
     quiet = prove(small(generation)).rescaled
     assert (quiet.gamma, set(quiet.inner)) == (1.0, {1.0})
 
