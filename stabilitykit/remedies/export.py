@@ -106,6 +106,7 @@ def _readme(before: Checkpoint, repair: Repair, dtype: str) -> str:
         exponent=round(math.log2(ranking.gamma)),
         eps=(before.config.rms_eps, after.config.rms_eps),
         config=before.config,
+        betas=", ".join(f"2^{round(math.log2(beta))}" for beta in ranking.inner),
         gains=sum(stored_gains(after, getattr(torch, dtype)).values()),
         ranking=ranking,
         score=ranking.repaired,

@@ -134,14 +134,23 @@ def _line(style: tuple[str, Any, str]) -> dict[str, Any]:
     return {"color": colour, "linestyle": line, "marker": marker}
 
 
-def limit_line(axes: "Axes", format_name: str, *, along: Literal["x", "y"] = "y", exponent: bool = False) -> None:
-    """Draws and labels a format's largest finite value on the `along` axis, or with `exponent` its log2."""
+def limit_line(
+    axes: "Axes", format_name: str, *, along: Literal["x", "y"] = "y", exponent: bool = False, in_legend: bool = False
+) -> None:
+    """Draws and labels a format's largest finite value on the `along` axis, or with `exponent` its log2.
+
+    The label stands at the line, or with `in_legend` in the legend, where panels are too small for it.
+    """
     form = number_format(format_name)
     where = math.log2(form.largest) if exponent else form.largest
     draw = axes.axhline if along == "y" else axes.axvline
-    draw(where, color=_DTYPES[form.name][0], linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5)
+    text = f"{form.name} ends at {number(form.largest)}"
+    line = draw(where, color=_DTYPES[form.name][0], linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5)
+    if in_legend:
+        line.set_label(text)
+        return
     axes.annotate(
-        f"{form.name} ends at {number(form.largest)}",
+        text,
         xy=(0, where) if along == "y" else (where, 1),
         xycoords=("axes fraction", "data") if along == "y" else ("data", "axes fraction"),
         xytext=(4, 3) if along == "y" else (-3, -4),

@@ -15,6 +15,7 @@ from stabilitykit.site_bounds import Bounds, SiteBound
 
 if TYPE_CHECKING:
     import matplotlib.figure
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 KEY, TITLE = "bounds", "Bounds for every prompt"
@@ -139,15 +140,14 @@ def _draw(figure: "matplotlib.figure.Figure", *, panels: dict[str, list[SiteBoun
         axes.set_visible(False)
     magnitude_axis(grid[0, 0])
     for axes, sites in zip(grid.flat, panels.values(), strict=False):
-        limit_line(axes, dtype)
+        limit_line(axes, dtype, in_legend=True)
         hovers += _hovers(figure, axes, sites)
-    for axes in grid[-1]:
-        axes.set_xlabel("layer")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
+    for axes in grid[:-1].flat:
+        axes.set_xlabel("")
+    shown: dict[str, Artist] = {}
     for axes in grid.flat:
-        by_label |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside upper right", ncols=4)
+        shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside upper right", ncols=4)
     return hovers
 
 
