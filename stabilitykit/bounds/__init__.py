@@ -1,0 +1,1 @@
+"""What no prompt can make a Gemma exceed: bounds proved from its weights alone."""
