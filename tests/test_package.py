@@ -23,7 +23,7 @@ FLOORS = [
     {"gemma", "recorder", "diagnosis"},
     {"hf"},
     {"experiment", "report"},
-    {"remedies"},
+    {"bounds", "remedies"},
     {"cli"},
 ]
 
