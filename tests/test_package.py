@@ -17,7 +17,7 @@ PACKAGE = ROOT / "stabilitykit"
 FLOORS = [
     {"errors"},
     {"formats"},
-    {"checkpoints", "products", "records"},
+    {"checkpoints", "products", "proof", "records"},
     {"lengths", "scores", "site_bounds"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from stabilitykit.diagnosis.bounds import by_kind, folded, summary, unproved
 from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
 from stabilitykit.diagnosis.verdict import number
+from stabilitykit.formats import FLOAT16
 from stabilitykit.records import Recording, StoredWeights, quoted
 from stabilitykit.report.style import share, size
 from stabilitykit.report.words import count
@@ -256,6 +257,17 @@ def print_bounds(found: Sequence[SiteBound]) -> None:
         f"Left out are {len(rows) - len(shown)} kinds of operators: the tables of cos and sin, and those whose bound "
         "is that of another row within 2%."
     )
+
+
+def print_proof(bounds: Mapping[str, float]) -> None:
+    """What a checker proved, the worst layer of each kind of tensor."""
+    table = _table("What no prompt exceeds, in any layer")
+    table.add_column("tensor")
+    table.add_column("bound", justify="right")
+    for kind, bound in bounds.items():
+        table.add_row(escape(kind), number(bound), style=None if bound <= FLOAT16.largest else "red")
+    output.print(table)
+    output.print()
 
 
 def print_scores(scores: Sequence[Score]) -> None:

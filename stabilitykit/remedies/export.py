@@ -3,6 +3,7 @@
 FOLDER/
   config.json, model.safetensors, tokenizer and generation config
   repair.json   what was changed, by which factor; hashes and figures, before and after
+  proof.json    of a proved repair: bounds that no prompt can exceed
   README.md     the same for people, the terms of the weights, and how to verify
 """
 
@@ -18,7 +19,10 @@ import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.export import ExportDtype, write_folder
+from stabilitykit.diagnosis.bounds import by_kind
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.proof.check import check
+from stabilitykit.proof.write import write_proof
 from stabilitykit.remedies.repair import Repair
 from stabilitykit.remedies.rescale import stored_gains
 from stabilitykit.results import new_folder, write_json
@@ -37,10 +41,14 @@ def export(
 ) -> Path:
     """Writes `repair` of the checkpoint `before` into the new `folder`, aside and then renamed, and returns it.
 
-    What was written is read back and compared, bit by bit, before it gets its name. Raises MisuseError where `folder`
-    is there already or cannot be written; CheckpointError where what was read back is not what was to be written.
+    What was written is read back and compared, bit by bit, and a proof is checked, before it gets its name. Raises
+    MisuseError where `folder` is there already or cannot be written, and for a repair that is not finite or a proof of
+    other weights than float16's; CheckpointError where what was read back is not what was to be written, or a proof is
+    not accepted.
     """
     check_new(folder)
+    if repair.bounds and dtype != "float16":
+        raise MisuseError("A proof is of weights stored in float16; leave --dtype out, or --proved.")
     if not repair.ranking.repaired.finite:
         raise MisuseError(
             "A repaired checkpoint is finite in float16; on the held-out texts this one is not. Ask for a larger "
@@ -54,6 +62,9 @@ def export(
         write_json(aside / FACTS, facts)
         (aside / "README.md").write_text(_readme(before, repair, dtype), encoding="utf-8")
         _compare(open_checkpoint(aside), after, getattr(torch, dtype))
+        if repair.bounds:
+            write_proof(aside, {row.worst.kind: row.worst.bound for row in by_kind(repair.bounds)})
+            _check(aside)
     return folder
 
 
@@ -61,6 +72,13 @@ def check_new(folder: Path) -> None:
     """Raises MisuseError unless there is nothing where `folder` is to be."""
     if folder.exists():
         raise MisuseError(f"A repair is written into a new folder, and {folder} is there already; choose another.")
+
+
+def _check(folder: Path) -> None:
+    """A proof that its own checker does not accept is not written."""
+    problems = check(folder).problems
+    if problems:
+        raise CheckpointError(f"What was to be proved is not, by its checker: {' '.join(problems)}")
 
 
 def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> None:

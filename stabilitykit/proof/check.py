@@ -1,0 +1,446 @@
+"""Proves from its weights alone that no prompt can break a Gemma in float16, or says which tensor could.
+
+    python -m stabilitykit.proof.check FOLDER
+
+FOLDER is a Hugging Face folder of a Gemma 1, 2 or 3 in float16, with a proof.json:
+
+    {"schema": 1, "dtype": "float16", "limit": 65504,
+     "sha256": {"config.json": hex, "model.safetensors": hex, ...},    the config, every *.safetensors, an index
+     "bounds": {kind of tensor: largest magnitude, ...},               what the writer claims; none above the limit
+     "digest": hex}    SHA-256 of all other keys as JSON: keys sorted, no spaces, ASCII, shortest floats
+
+Nothing is taken from the code that makes such folders: the files say what the model is, and every inequality is here.
+
+What is assumed of the arithmetic. Norms and softmax are computed in float32; products of matrices are summed in
+float32, in any order; every other operator, and each of these, rounds its result once to float16: by a factor within
+2^-11 of 1 or, below 2^-14, by at most 2^-25. Prompts have no padding (a row that sees no key may be NaN) and at most
+2^20 tokens, since a float32 sum of n terms errs by n · 2^-24. Scores with a mask added are no tensor of this proof:
+-inf is what they may be, and whatever weight a key gets, a mean of values stays one. RoPE tables, probabilities and
+tanh never exceed 1.
+
+Rounding. An RMSNorm returns g ∘ n with |n| ≤ sqrt(d), d its channels, for any input: finite eps > 0 only shrinks n.
+Float32 lets |n| grow by d · 2^-25 and rounding to float16 by 2^-11; what rounds below 2^-14 is less than 2^-13 in n
+if no gain counts as smaller than 2^-12. So rounded outputs are exact ones of a ball 0.09% larger (d ≤ 8192), and
+every bound below is taken over that ball. The longest way from there to a tensor is that to the scores:
+
+    two balls 0.2%; the float32 sums of q and k, sqrt(D) · d · 2^-24 each (D ≤ 256): 1.6% at the very most,
+    0.7% in any Gemma; RoPE, table, product and sum, sqrt(2) · 3 · 2^-11 each: 0.5%; q, k, q · k, its scaling and
+    the three steps of a soft-cap 2^-11 each: 0.35%
+
+and under 2.7% in all. The way to down_proj has two balls, gate, gelu, up, their product and the result: 0.5%. What is
+relative to a sum of magnitudes rather than to the bound (sums of float32 whose terms cancel) is added where it
+occurs. SLACK is 3%; with an absolute 1 for subnormal results it also covers this file's own float64.
+"""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+Array = NDArray[np.float64]  # E hidden channels, F feed-forward channels, D channels of a head
+
+LIMIT = 65_504.0  # float16's largest finite number
+SLACK = 1.03
+HALF = 2.0**-11  # float16's unit roundoff
+SINGLE = 2.0**-24  # float32's
+DIP = 0.1701  # gelu in its tanh form is at least -0.17004, and at most max(x, 0)
+TINY = 1e-30
+
+# The probabilities stored for one query: float32's sum in the denominator is short by a factor 1 - 2^-4 at most,
+# each rounds by 2^-11 or, where subnormal, by 2^-25: 1.0667 · 1.0005 + 2^20 · 2^-25 < 1.1. Their products with
+# values are summed in float32, each channel with its own error, below e^(1/16) - 1 < 0.065.
+PROBABILITIES = 1.1
+MIXING = 0.065
+
+_GENERATIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}
+_LARGEST = {
+    "hidden_size": 8192, "intermediate_size": 2**17, "num_attention_heads": 256, "num_key_value_heads": 256,
+    "head_dim": 256, "num_hidden_layers": 256, "vocab_size": 2**24,
+}  # fmt: skip
+_KNOWN = """architectures model_type dtype torch_dtype max_position_embeddings rms_norm_eps hidden_activation
+    attention_bias attention_dropout tie_word_embeddings bos_token_id eos_token_id pad_token_id rope_theta
+    query_pre_attn_scalar sliding_window layer_types attn_logit_softcapping final_logit_softcapping
+    rope_local_base_freq rope_scaling sliding_window_pattern rope_parameters"""
+
+
+class _RefusedError(Exception):
+    """A folder that cannot be examined; str() is the sentence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """`problems` are sentences, none where the folder is proved. `bounds` are this file's own, by kind of tensor.
+
+    A bound is a magnitude, the largest of all layers and channels; it holds whether or not it is within float16.
+    `rows` counts the bounds on channels of down_proj that the screen left open, and Cholesky was asked about.
+    """
+
+    problems: tuple[str, ...]
+    bounds: dict[str, float]
+    rows: int
+
+
+def check(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> Checked:
+    """Whether the Gemma in `folder` is the one its proof.json describes, and proved. Raises nothing for what is in it.
+
+    `progress` is called with the layers that are done and those in all.
+    """
+    proof, problems = _Proof(), list[str]()
+    examinations: tuple[Callable[[], list[str]], ...] = (
+        lambda: _unlike_its_proof(folder),
+        lambda: proof.run(_Model(folder), progress),
+    )
+    for examine in examinations:
+        try:
+            problems += examine()
+        except _RefusedError as refused:
+            problems.append(str(refused))
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{folder} cannot be read: {error}.")
+    return Checked(problems=tuple(dict.fromkeys(problems)), bounds=proof.bounds, rows=proof.rows)
+
+
+def _unlike_its_proof(folder: Path) -> list[str]:
+    claimed, problems = _json(folder / "proof.json"), []
+    rest = {key: claimed[key] for key in claimed if key != "digest"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    if claimed.get("digest") != hashlib.sha256(canonical.encode()).hexdigest():
+        problems.append("proof.json is not as it was written: its digest is another.")
+    hashes, bounds = claimed.get("sha256"), claimed.get("bounds")
+    kind = (claimed.get("schema"), claimed.get("dtype"), claimed.get("limit"))
+    if kind != (1, "float16", LIMIT) or not (isinstance(hashes, dict) and isinstance(bounds, dict) and bounds):
+        return [*problems, "proof.json has schema 1, dtype float16, limit 65504, sha256 and bounds; this one has not."]
+    files = {path.name for pattern in ("config.json", "*.safetensors", "*.index.json") for path in folder.glob(pattern)}
+    if files != set(hashes):
+        problems.append(
+            f"proof.json is about {', '.join(sorted(hashes))}; in the folder are {', '.join(sorted(files))}."
+        )
+    for name in sorted(files & set(hashes)):
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != hashes[name]:
+                problems.append(f"{name} has changed since the proof was written: its SHA-256 is another.")
+    for kind, bound in bounds.items():
+        if type(bound) not in (int, float) or not 0 <= bound <= LIMIT:
+            problems.append(f"proof.json claims {bound} for {kind}, which is no number from 0 to 65,504.")
+    return problems
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _RefusedError(f"{path.name} cannot be read: {error}.") from error
+    if not isinstance(read, dict):
+        raise _RefusedError(f"{path.name} holds an object of JSON; this one holds something else.")
+    return read
+
+
+class _Model:
+    """A folder's sizes and tensors; refused where anything in it could make the model another than is assumed here."""
+
+    def __init__(self, folder: Path) -> None:
+        config = self.config = _json(folder / "config.json")
+        if unknown := sorted(set(config) - set(_KNOWN.split()) - set(_LARGEST)):
+            raise _RefusedError(f"config.json has keys whose effect on the proof is unknown: {', '.join(unknown)}.")
+        self.generation = _GENERATIONS.get(str(config.get("model_type")), 0)
+        ropes = json.dumps([config.get("rope_scaling"), config.get("rope_parameters")])
+        for holds, must in (
+            (self.generation > 0, f"model_type is one of {', '.join(_GENERATIONS)}"),
+            (config.get("hidden_activation") == "gelu_pytorch_tanh", "hidden_activation is gelu_pytorch_tanh"),
+            (config.get("attention_bias") is False, "attention_bias is false"),
+            (config.get("tie_word_embeddings") is True, "tie_word_embeddings is true"),
+            # others, such as yarn, scale cos and sin
+            (set(re.findall(r'type": "(\w+)"', ropes)) <= {"default", "linear"}, "a rope_type is default or linear"),
+            (not (folder / "adapter_config.json").exists(), "there is no adapter_config.json"),
+        ):
+            if not holds:
+                raise _RefusedError(f"In a folder that can be proved {must}; in this one it is otherwise.")
+        sizes = (int(self._number(key, 1, largest, int)) for key, largest in _LARGEST.items())
+        self.hidden, self.inner, self.heads, self.kv_heads, self.head, self.layers, self.vocabulary = sizes
+        if self.head % 2 or self.heads % self.kv_heads or self.heads * self.head > 8192:
+            raise _RefusedError("Heads have pairs of channels, share keys evenly and have at most 8192 channels.")
+        self._number("rms_norm_eps", 2.0**-100, 1)
+        self.scale = self.head**-0.5
+        self.score_cap = self.logit_cap = math.inf
+        if self.generation > 1:
+            self.scale = self._number("query_pre_attn_scalar", 2.0**-20, 2.0**20) ** -0.5
+            if config.get("attn_logit_softcapping", 0) is not None:
+                self.score_cap = self._number("attn_logit_softcapping", 2.0**-10, LIMIT)
+            if config.get("final_logit_softcapping", 0) is not None:
+                self.logit_cap = self._number("final_logit_softcapping", 2.0**-10, LIMIT)
+        self._open(folder)
+
+    def _number(self, key: str, least: float, largest: float, *kinds: type) -> float:
+        value: Any = self.config.get(key)
+        if type(value) not in (kinds or (int, float)) or not least <= value <= largest:
+            raise _RefusedError(f"{key} in config.json is a number from {least:.3g} to {largest:.3g}; it is {value!r}.")
+        return float(value)
+
+    def _open(self, folder: Path) -> None:
+        self._slices: dict[str, Any] = {}
+        where: dict[str, str] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                file: Any = safe_open(path, framework="np")
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise _RefusedError(f"{path.name} cannot be read: {error}.") from error
+            if twice := sorted(set(found) & set(where)):
+                raise _RefusedError(f"{twice[0]} is in {path.name} and in {where[twice[0]]}.")
+            self._slices |= found
+            where |= dict.fromkeys(found, path.name)
+        index = folder / "model.safetensors.index.json"
+        whole = set(where.values()) <= {"model.safetensors"}  # otherwise that file would hide the others
+        if not whole and ((folder / "model.safetensors").exists() or _json(index).get("weight_map") != where):
+            raise _RefusedError(f"{index.name} does not say in which file each tensor is.")
+        self.unread = set(where)
+
+    def read(self, name: str, *shape: int, start: int = 0, rows: int = 2**30) -> Array:
+        """A matrix [out, in] or a vector, or at most `rows` of its rows from `start` on, in float64."""
+        full = f"model.{name}.weight"
+        stored = self._slices.get(full)
+        if stored is None or stored.get_dtype() != "F16" or tuple(stored.get_shape()) != shape:
+            raise _RefusedError(f"By the config {full} is in float16 and of shape {shape}; in the folder it is not.")
+        self.unread.discard(full)
+        read: Array = stored[start : min(start + rows, shape[0])].astype(np.float64)
+        if not np.isfinite(read).all():
+            raise _RefusedError(f"{full} holds weights that are not finite.")
+        return read
+
+    def gain(self, name: str, channels: int) -> Array:
+        """1 + w, none smaller than 2^-12: see above, on rounding."""
+        gain = 1 + self.read(name, channels)
+        return np.copysign(np.maximum(np.abs(gain), 2.0**-12), gain)
+
+
+class _Proof:
+    def __init__(self) -> None:
+        self.bounds: dict[str, float] = {}
+        self.over: dict[str, dict[str, None]] = {}  # by kind of tensor, where it is not proved
+        self.rows = 0
+        self.place = ""
+
+    def hold(self, kind: str, exact: Array | float) -> Array:
+        """From a bound on what a tensor is without rounding to one on what is stored, by channel; notes the largest."""
+        return self.note(kind, SLACK * np.atleast_1d(np.asarray(exact, np.float64)) + 1)
+
+    def note(self, kind: str, bound: Array) -> Array:
+        worst = float(bound.max())
+        self.bounds[kind] = max(self.bounds.get(kind, 0.0), worst)
+        if not worst <= LIMIT:
+            self.over.setdefault(kind, {})[self.place] = None
+        return bound
+
+    def run(self, model: _Model, progress: Callable[[int, int], None] | None) -> list[str]:
+        """Bounds every tensor, in the order in which they arise; sentences on those that are not proved."""
+        root, final = math.sqrt(model.hidden), model.gain("norm", model.hidden)
+        largest, logit = np.zeros(model.hidden), 0.0
+        for start in range(0, model.vocabulary, 2**14):
+            rows = model.read("embed_tokens", model.vocabulary, model.hidden, start=start, rows=2**14)
+            largest = np.maximum(largest, np.abs(rows).max(0))
+            logit = max(logit, root * float(norms(rows * final).max()))
+        self.place = "the embedding"
+        stream = self.hold("embed_tokens", root * largest)
+        for layer in range(model.layers):
+            self.place = f"layer {layer}"
+            stream = self._layer(model, f"layers.{layer}.", stream)
+            if progress is not None:
+                progress(layer + 1, model.layers)
+        self.place = "the end"
+        self.hold("norm", root * np.abs(final))
+        self.hold("lm_head", logit * max(1.0, 1 / model.logit_cap))
+        if model.unread:
+            raise _RefusedError(f"The config knows nothing of {min(model.unread)} and {len(model.unread) - 1} others.")
+        return [
+            f"{kind} is proved to stay within {self.bounds[kind]:,.0f} and not within 65,504, in {', '.join(places)}."
+            for kind, places in self.over.items()
+        ]
+
+    def _layer(self, model: _Model, prefix: str, stream: Array) -> Array:
+        def gain_of(name: str) -> Array:
+            gain = model.gain(prefix + name, model.hidden)
+            norm[name] = self.hold(name, math.sqrt(model.hidden) * np.abs(gain))
+            return gain
+
+        norm: dict[str, Array] = {}
+        branch = self._attention(model, prefix + "self_attn.", gain_of("input_layernorm"))
+        gain = gain_of("post_attention_layernorm")
+        if model.generation > 1:
+            branch, gain = norm["post_attention_layernorm"], gain_of("pre_feedforward_layernorm")
+        # A sum rounds by 2^-11; where it is subnormal, it is exact.
+        stream = self.note("residual", (stream + branch) * (1 + HALF))
+        branch = self._mlp(model, prefix + "mlp.", gain)
+        if model.generation > 1:
+            gain_of("post_feedforward_layernorm")
+            branch = norm["post_feedforward_layernorm"]
+        return self.note("residual", (stream + branch) * (1 + HALF))
+
+    def _attention(self, model: _Model, prefix: str, gain: Array) -> Array:
+        """The bound on o_proj's channels [E]."""
+        root, d, half, groups = math.sqrt(model.hidden), model.head, model.head // 2, model.heads // model.kv_heads
+        q, k, v = (
+            (model.read(f"{prefix}{name}_proj", heads * d, model.hidden) * gain).reshape(heads, d, model.hidden)
+            for name, heads in (("q", model.heads), ("k", model.kv_heads), ("v", model.kv_heads))
+        )
+        q_rows, k_rows, v_rows = root * norms(q), root * norms(k), root * norms(v)  # [heads, D]
+        larger = max(1.0, model.scale)  # some scale q before q · k
+        if model.generation == 3:
+            self.hold("q_proj", q_rows)
+            self.hold("k_proj", k_rows)
+            # RoPE turns channels i and i + D/2 together, and a pair is at most its share of n times its larger gain.
+            # The pairs' products sum to at most the largest product of two gains times |n| |m| <= D.
+            q_gain, k_gain = (np.abs(model.gain(f"{prefix}{name}_norm", d)).reshape(2, half).max(0) for name in "qk")
+            self.hold("q_norm", math.sqrt(d) * q_gain * larger)
+            self.hold("k_norm", math.sqrt(d) * k_gain)
+            scores = d * float((q_gain * k_gain).max())
+        else:
+            # A pair that turns puts at most its length into a channel.
+            self.hold("q_proj", np.hypot(q_rows[:, :half], q_rows[:, half:]) * larger)
+            self.hold("k_proj", np.hypot(k_rows[:, :half], k_rows[:, half:]))
+            q_size, k_size = ([root * spectral_norm(head) + 2.0**-10 for head in heads] for heads in (q, k))
+            scores = max(size * k_size[head // groups] for head, size in enumerate(q_size))
+        self.hold("scores", scores * max(1.0, model.scale, model.scale / model.score_cap))
+        value = self.hold("v_proj", v_rows)
+        self.hold("attention", PROBABILITIES * (1 + MIXING) * value)
+
+        # A head returns a mean of values, so that its share of a channel is at most its largest for one value. What
+        # float32 and rounding do to single channels of v and of the mean does not cancel: 2 · 2^-11 and the sums.
+        o = model.read(f"{prefix}o_proj", model.hidden, model.heads * d).reshape(model.hidden, model.heads, d)
+        exact, magnitudes = np.zeros(model.hidden), np.zeros(model.hidden)
+        for head in range(model.heads):
+            exact += root * norms(o[:, head] @ v[head // groups])
+            magnitudes += np.abs(o[:, head]) @ value[head // groups]
+        lost = MIXING + 3 * HALF + (model.hidden + model.heads * d) * SINGLE
+        return self.hold("o_proj", PROBABILITIES * (exact + lost * magnitudes))
+
+    def _mlp(self, model: _Model, prefix: str, gain: Array) -> Array:
+        """The bound on down_proj's channels [E]."""
+        d = model.hidden
+        a, b = (model.read(f"{prefix}{name}_proj", model.inner, d) * gain for name in ("gate", "up"))  # [F, E]
+        w = model.read(f"{prefix}down_proj", d, model.inner)  # [E, F]
+        gate, up = self.hold("gate_proj", math.sqrt(d) * norms(a)), self.hold("up_proj", math.sqrt(d) * norms(b))
+        # Of one n: (a · n)(b · n) is largest halfway between a and b.
+        product = d * (norms(a) * norms(b) + np.abs(np.einsum("fe,fe->f", a, b))) / 2
+        self.hold("gate · up", np.maximum(product, DIP * up))
+
+        # With x = a · n, y = b · n: where x < 0, |gelu(x) y| <= 0.1701 |y|. Float32's errors of x and y are relative to
+        # their bounds, d · 2^-24 each, and so is down_proj's own, F · 2^-24; so are roundings below 2^-14.
+        dips = DIP * math.sqrt(d) * np.minimum(np.abs(w) @ norms(b), norms(w) * spectral_norm(b))
+        rest = dips + (3 * d + 2 * model.inner) * SINGLE * (np.abs(w) @ (gate * up))
+        # In generation 1 what is returned is added up, layer by layer: a share of the limit is asked of each.
+        share = LIMIT if model.generation > 1 else LIMIT / (2 * model.layers)
+        sides = (SLACK * (d * screened + rest) + 1 for screened in screen(a, b, w))
+        worst = np.zeros(d)
+        for sign, bound in zip((1, -1), sides, strict=True):
+            for row in np.argsort(-bound):
+                if bound[row] <= share or worst.max() > LIMIT:  # a layer not proved: how far off it is would take long
+                    break
+                self.rows += 1
+                enough = ((share - 1) / SLACK - rest[row]) / d
+                bound[row] = min(bound[row], SLACK * (d * eigenvalue(a, b, sign * w[row], enough) + rest[row]) + 1)
+                worst[row] = max(worst[row], bound[row])
+            worst = np.maximum(worst, bound)
+        return self.note("down_proj", worst)
+
+
+# A channel of down_proj is the sum over j of w_j gelu(x_j) y_j, with x_j = a_j · n and y_j = b_j · n. Where x_j > 0,
+# 0 <= gelu(x) <= x, and w x y <= |w| (s x + sign(w) y / s)² / 4 for every s > 0, as u v <= (u + v)² / 4. Those terms
+# sum to at most |n|² times the largest eigenvalue of M = sum |w_j| c_j c_j', c_j = (s_j a_j + sign(w_j) b_j / s_j) / 2:
+# what the j with x_j < 0 put into M is not negative. The channel's smallest value is minus the largest for -w.
+
+
+def balance(a: Array, b: Array) -> Array:
+    """s [F, 1] that makes s |a| = |b| / s."""
+    return np.sqrt((norms(b) + TINY) / (norms(a) + TINY))[:, None]
+
+
+def screen(a: Array, b: Array, w: Array, block: int = 1024) -> Array:
+    """Upper bounds [2, E] of the eigenvalues of all channels, for w and for -w: the Frobenius norms of M.
+
+    Their squares are sums over j, k of |w_j| |w_k| (c_j · c_k)²: for all channels, one product of matrices.
+    """
+    s = balance(a, b)
+    c = np.concatenate([s * a + b / s, s * a - b / s]) / 2  # [2F, E], for either sign of w
+    positive, negative = np.maximum(w, 0), np.maximum(-w, 0)
+    sides = np.concatenate([np.hstack([positive, negative]), np.hstack([negative, positive])])  # [2E, 2F]
+    squares = np.zeros(len(sides))
+    for start in range(0, len(c), block):
+        kernel = (c @ c[start : start + block].T) ** 2
+        squares += np.einsum("ij,ij->i", sides @ kernel, sides[:, start : start + block])
+    return np.sqrt(squares).reshape(2, -1)
+
+
+def eigenvalue(a: Array, b: Array, w: Array, enough: float) -> float:
+    """An upper bound of the eigenvalue of one channel, w [F]; looks for a better s while it is above `enough`.
+
+    For one n the best s_j² is |y_j| / |x_j|. So s⁴ moves to the mean of y² over that of x², over n drawn as M says.
+    """
+    s, best = balance(a, b), math.inf
+    for _ in range(4):
+        c = (s * a + np.sign(w)[:, None] * b / s) / 2 * np.sqrt(np.abs(w))[:, None]
+        m = c.T @ c
+        best = min(best, largest_eigenvalue(m))
+        if best <= enough:
+            break
+        y, x = (np.abs(np.einsum("fe,fe->f", rows @ m, rows))[:, None] + TINY for rows in (b, a))
+        s = np.sqrt(s * (y / x) ** 0.25)
+    return best
+
+
+def norms(rows: Array) -> Array:
+    """Euclidean norms over the last axis."""
+    lengths: Array = np.sqrt(np.einsum("...i,...i->...", rows, rows))
+    return lengths
+
+
+def spectral_norm(matrix: Array) -> float:
+    """From above: the factor by which `matrix` [out, in] lengthens a vector at most."""
+    small = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    return math.sqrt(largest_eigenvalue(small))
+
+
+def largest_eigenvalue(m: Array) -> float:
+    """An upper bound of the largest eigenvalue of `m` [n, n], symmetric and positive semidefinite.
+
+    Guessed by power iteration, proved by Cholesky: if t I - m has a float64 factor R, then t I - m + e = R' R has no
+    negative eigenvalue, and |e| <= n (n + 1) 2^-53 t, less than 1e-8 t for n <= 8192. Rounding of `m` itself, a sum of
+    F squares, moves its eigenvalues by at most F 2^-53 times its trace, 2e-7 t. SLACK covers both.
+    """
+    trace = float(np.trace(m))
+    if not 0 < trace < math.inf:
+        return trace
+    vector = m[:, int(np.argmax(np.diag(m)))]
+    for _ in range(30):
+        vector = m @ (vector / np.linalg.norm(vector))
+    bound = 1.01 * float(np.linalg.norm(vector))
+    while bound < trace:  # which no eigenvalue exceeds
+        try:
+            np.linalg.cholesky(bound * np.eye(len(m)) - m)
+            return bound
+        except np.linalg.LinAlgError:
+            bound *= 1.03
+    return trace
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m stabilitykit.proof.check FOLDER")
+        return 2
+    checked = check(Path(arguments[0]))
+    for kind, bound in checked.bounds.items():
+        print(f"{kind:28} {bound:12,.0f}")
+    print(*(checked.problems or ["Proved: no prompt makes a tensor leave float16's range."]), sep="\n")
+    return 1 if checked.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
