@@ -168,7 +168,7 @@ class _Model:
         self.hidden, self.inner, self.heads, self.kv_heads, self.head, self.layers, self.vocabulary = sizes
         if self.head % 2 or self.heads % self.kv_heads or self.heads * self.head > 8192:
             raise _RefusedError("Heads have pairs of channels, share keys evenly and have at most 8192 channels.")
-        self._number("rms_norm_eps", 2.0**-100, 1)
+        self._number("rms_norm_eps", 2.0**-100, 2.0**100)
         self.scale = self.head**-0.5
         self.score_cap = self.logit_cap = math.inf
         if self.generation > 1:
