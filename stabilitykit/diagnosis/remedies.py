@@ -42,8 +42,8 @@ def how_rescaled(ranking: Ranking) -> str | None:
         if any(beta != 1 for beta in ranking.inner):
             beside = f", with gate · up by {min(ranking.inner):g} to {max(ranking.inner):g} from layer to layer"
         proved = (
-            f" No prompt of any length can make it leave float16's range: that follows from its weights{beside}. What "
-            f"was measured alone would leave {ranking.measured.subnormal:,} weights subnormal."
+            f" No prompt of any length can make it leave float16's range: that follows from its weights{beside}. "
+            f"Chosen by what was measured, {ranking.measured.subnormal:,} weights would be subnormal."
         )
     more = ranking.after.subnormal - ranking.before.subnormal, ranking.after.zero - ranking.before.zero
     small = (
