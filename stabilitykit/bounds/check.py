@@ -376,8 +376,9 @@ def screen(a: Array, b: Array, w: Array, block: int = 1024) -> Array:
     sides = np.concatenate([np.hstack([positive, negative]), np.hstack([negative, positive])])  # [2E, 2F]
     squares = np.zeros(len(sides))
     for start in range(0, len(c), block):
-        kernel = (c @ c[start : start + block].T) ** 2
-        squares += np.einsum("ij,ij->i", sides @ kernel, sides[:, start : start + block])
+        kernel = (c[start:] @ c[start : start + block].T) ** 2
+        kernel[block:] *= 2  # for those of j < k, which are never computed
+        squares += np.einsum("ij,ij->i", sides[:, start:] @ kernel, sides[:, start : start + block])
     return np.sqrt(squares).reshape(2, -1)
 
 
