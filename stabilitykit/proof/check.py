@@ -61,6 +61,8 @@ TINY = 1e-30
 PROBABILITIES = 1.1
 MIXING = 0.065
 
+# What config.json may hold. A larger size would need more rounding than is allowed for; another key might change the
+# model; of those in _KNOWN, which is read is checked, and the rest moves no bound.
 _GENERATIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}
 _LARGEST = {
     "hidden_size": 8192, "intermediate_size": 2**17, "num_attention_heads": 256, "num_key_value_heads": 256,
@@ -159,7 +161,7 @@ class _Model:
             (config.get("attention_bias") is False, "attention_bias is false"),
             (config.get("tie_word_embeddings") is True, "tie_word_embeddings is true"),
             # others, such as yarn, scale cos and sin
-            (set(re.findall(r'type": "(\w+)"', ropes)) <= {"default", "linear"}, "a rope_type is default or linear"),
+            (set(re.findall(r'type": "([^"]*)"', ropes)) <= {"default", "linear"}, "a rope_type is default or linear"),
             (not (folder / "adapter_config.json").exists(), "there is no adapter_config.json"),
         ):
             if not holds:
@@ -223,6 +225,8 @@ class _Model:
 
 
 class _Proof:
+    """The bounds, from the embedding to the logits. Vectors are bounded channel by channel."""
+
     def __init__(self) -> None:
         self.bounds: dict[str, float] = {}
         self.over: dict[str, dict[str, None]] = {}  # by kind of tensor, where it is not proved
@@ -234,6 +238,7 @@ class _Proof:
         return self.note(kind, SLACK * np.atleast_1d(np.asarray(exact, np.float64)) + 1)
 
     def note(self, kind: str, bound: Array) -> Array:
+        """The same of a bound that has its slack."""
         worst = float(bound.max())
         self.bounds[kind] = max(self.bounds.get(kind, 0.0), worst)
         if not worst <= LIMIT:
@@ -266,22 +271,19 @@ class _Proof:
         ]
 
     def _layer(self, model: _Model, prefix: str, stream: Array) -> Array:
-        def gain_of(name: str) -> Array:
+        def normed(name: str) -> tuple[Array, Array]:
             gain = model.gain(prefix + name, model.hidden)
-            norm[name] = self.hold(name, math.sqrt(model.hidden) * np.abs(gain))
-            return gain
+            return gain, self.hold(name, math.sqrt(model.hidden) * np.abs(gain))
 
-        norm: dict[str, Array] = {}
-        branch = self._attention(model, prefix + "self_attn.", gain_of("input_layernorm"))
-        gain = gain_of("post_attention_layernorm")
+        branch = self._attention(model, prefix + "self_attn.", normed("input_layernorm")[0])
+        gain, bound = normed("post_attention_layernorm")  # in generation 1 the norm before the MLP
         if model.generation > 1:
-            branch, gain = norm["post_attention_layernorm"], gain_of("pre_feedforward_layernorm")
+            branch, gain = bound, normed("pre_feedforward_layernorm")[0]
         # A sum rounds by 2^-11; where it is subnormal, it is exact.
         stream = self.note("residual", (stream + branch) * (1 + HALF))
         branch = self._mlp(model, prefix + "mlp.", gain)
         if model.generation > 1:
-            gain_of("post_feedforward_layernorm")
-            branch = norm["post_feedforward_layernorm"]
+            branch = normed("post_feedforward_layernorm")[1]
         return self.note("residual", (stream + branch) * (1 + HALF))
 
     def _attention(self, model: _Model, prefix: str, gain: Array) -> Array:
@@ -374,8 +376,9 @@ def screen(a: Array, b: Array, w: Array, block: int = 1024) -> Array:
     sides = np.concatenate([np.hstack([positive, negative]), np.hstack([negative, positive])])  # [2E, 2F]
     squares = np.zeros(len(sides))
     for start in range(0, len(c), block):
-        kernel = (c @ c[start : start + block].T) ** 2
-        squares += np.einsum("ij,ij->i", sides @ kernel, sides[:, start : start + block])
+        kernel = (c[start:] @ c[start : start + block].T) ** 2
+        kernel[block:] *= 2  # for those of j < k, which are never computed
+        squares += np.einsum("ij,ij->i", sides[:, start:] @ kernel, sides[:, start : start + block])
     return np.sqrt(squares).reshape(2, -1)
 
 

@@ -396,6 +396,11 @@ def test_a_channel_is_bounded_by_its_eigenvalue_and_by_the_screen() -> None:
     n = random.standard_normal((20_000, 8))
     n /= np.linalg.norm(n, axis=1, keepdims=True)
     positive = np.maximum(n @ a.T, 0) * (n @ b.T)
+    assert np.allclose(checking.screen(a, b, w, block=10), checking.screen(a, b, w))
+    s = checking.balance(a, b)
+    c = (s * a + np.sign(w[0])[:, None] * b / s) / 2
+    frobenius = np.linalg.norm((c * np.abs(w[0])[:, None]).T @ c)
+    assert checking.screen(a, b, w)[0, 0] == pytest.approx(frobenius)
     for sign, screened in zip((1, -1), checking.screen(a, b, w, block=10), strict=True):
         for row in range(5):
             reached = float((positive @ (sign * w[row])).max())
