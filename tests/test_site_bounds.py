@@ -1,0 +1,49 @@
+"""Bounds: what each verdict means, and on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bounded import SITES, bounds, site
+from sweeps import sweep
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.site_bounds import Bounds, with_largest
+
+
+def test_a_verdict_says_what_is_known() -> None:
+    assert [one.verdict for one in SITES] == [
+        "safe for every prompt", "reachable by a hidden state", "safe for every prompt", "open",
+        "reachable by a prompt", "open",
+    ]  # fmt: skip
+    # what rounds to the largest number is in range, what rounds past it is not
+    assert site("norm", 65504.0).verdict == "safe for every prompt"
+    assert site("norm", 65505.0).verdict == "open"
+    assert site("norm", 70000.0, observed=65519.0).verdict == "open"
+    assert site("norm", 70000.0, observed=65520.0).verdict == "reachable by a prompt"
+    assert [one.kind for one in SITES][:3] == ["embed_tokens", "layers.*.mlp.down_proj", "layers.*"]
+
+
+def test_they_are_read_as_they_were_written(tmp_path: Path) -> None:
+    results = sweep(tmp_path / "reports", [])
+    assert results.bounds is None
+    results.write_bounds(bounds())
+    assert results.bounds == bounds()
+    raw = json.loads((tmp_path / "reports/bounds.json").read_text())
+    assert raw["sites"][-1]["bound"] is None  # JSON has no infinity
+    with pytest.raises(MisuseError, match="Choose another folder"):
+        results.write_bounds(bounds(sha256="cd" * 32))
+
+
+@pytest.mark.parametrize("text", ["", "[]", json.dumps({"schema": 1}), json.dumps({"schema": 9})])
+def test_what_holds_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bounds.json").write_text(text)
+    with pytest.raises(MisuseError, match=r"holds no bounds|has schema 9"):
+        Bounds.read(tmp_path / "bounds.json")
+
+
+def test_the_largest_are_entered_by_site() -> None:
+    found = with_largest(SITES, "observed", {"lm_head": 3.0})
+    assert [one.observed for one in found] == [None, None, None, None, None, 3.0]
+    assert found[1].found == 66_000.0
+    assert with_largest(SITES, "found", {})[1].found is None
