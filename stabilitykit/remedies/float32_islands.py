@@ -121,6 +121,10 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = traits(func)
+        operands = [tensor for tensor in floating_of_call(args, kwargs) if tensor.ndim]
+        mixed = {tensor.dtype for tensor in operands} >= {torch.float32, self.dtype}
+        if mixed and not kind.pointwise and not kind.writes_in_place:  # products take no operands of two dtypes
+            args, kwargs = self.widened(args, kwargs)
         if kind.composite:
             with self:
                 output = func.decompose(*args, **kwargs)
@@ -128,10 +132,6 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return output
         if kind.view:
             return func(*args, **kwargs)
-        operands = [tensor for tensor in floating_of_call(args, kwargs) if tensor.ndim]
-        mixed = {tensor.dtype for tensor in operands} >= {torch.float32, self.dtype}
-        if mixed and not kind.pointwise and not kind.writes_in_place:  # products take no operands of two dtypes
-            args, kwargs = self.widened(args, kwargs)
         output = func(*args, **kwargs)
         site = self.sites.of_operator(kind, args, kwargs, output)
         if site is None or kind.writes_in_place or not isinstance(output, Tensor):

@@ -122,6 +122,22 @@ def test_what_is_not_finite_is_not_written(broken: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_proof_that_its_checker_does_not_accept_is_not_written(broken: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(broken)
+    held_out = texts(opened.config, Tokenizer(opened.vocabulary))
+    found = repair(opened, replace(held_out, held_out=held_out.held_out[:1]), proved=True)
+    past = replace(found, bounds=[replace(one, bound=1e6) for one in found.bounds])
+    with pytest.raises(CheckpointError, match=r"What was to be proved is not, by its checker: proof\.json claims"):
+        export(opened, past, tmp_path / "new")
+    unproved = replace(found, rescaled=rescale(opened, 1.0))
+    with pytest.raises(CheckpointError, match=r"is proved to stay within .* and not within 65,504"):
+        export(opened, unproved, tmp_path / "new")
+    with pytest.raises(MisuseError, match="A proof is of weights stored in float16"):
+        export(opened, found, tmp_path / "new", "float32")
+    assert list(tmp_path.iterdir()) == []
+    assert (export(opened, found, tmp_path / "new") / "proof.json").is_file()
+
+
 def test_what_does_not_read_back_is_not_kept(broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_checkpoint(broken)
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))

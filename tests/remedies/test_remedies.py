@@ -151,6 +151,28 @@ def test_islands_are_float32_and_nothing_else() -> None:
     assert {"layers.2.mlp.down_proj", "layers.2.input_layernorm", "lm_head"} <= others
 
 
+@pytest.mark.parametrize("generation", [1, 3])
+def test_islands_around_fused_attention(tmp_path: Path, generation: int) -> None:
+    """A dry run knows its parts and the kernel is one operator; what it is given may be an island."""
+    broken = small(generation, breaking(generation))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_folder(broken, folder, "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float16, attn_implementation="sdpa"
+    ).eval()
+    values = Islands("float16", islands(broken).sites | {f"layers.{n}.self_attn.v_proj" for n in range(3)}, 64)
+    remedy = float32_islands(values, dry(broken))
+    with torch.inference_mode(), record(model) as recording, remedy.around(model):
+        logits = model(TOKENS).logits
+    assert logits.isfinite().all()
+    dtypes = {r.site: r.dtype for r in recording}
+    assert dtypes["layers.1.self_attn.v_proj"] == "float32"
+    assert dtypes["layers.1.self_attn/scaled_dot_product_attention.0"] == "float32"  # what the kernel was asked for
+    assert dtypes["layers.1.self_attn.o_proj"] == "float16"
+    assert dtypes["lm_head"] == "float16"
+
+
 def test_no_island_changes_no_bit() -> None:
     for generation in SPECS:
         model = build(small(generation), dtype="float16")
