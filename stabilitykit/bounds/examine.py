@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from stabilitykit.bounds.bound import LayerMatrices, Progress, bound_sites
-from stabilitykit.bounds.search import States, confirm, confirm_head, states_of, stored_in
+from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.experiment.case import run_case
 from stabilitykit.gemma import Gemma, build

@@ -21,7 +21,7 @@ from bounds.weights import (
 from stabilitykit.bounds import bound, inequalities
 from stabilitykit.bounds.arithmetic import Arithmetic, Ball
 from stabilitykit.bounds.gated_sum import GatedSum, largest_first
-from stabilitykit.bounds.search import confirm
+from stabilitykit.bounds.hidden_states import confirm
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16

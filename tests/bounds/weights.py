@@ -7,7 +7,7 @@ from remedied import SPECS, small
 from torch import Tensor
 
 from stabilitykit.bounds.bound import bound_sites
-from stabilitykit.bounds.search import States, confirm, confirm_head, states_of, stored_in
+from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.gemma import Gemma, build
