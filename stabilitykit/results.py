@@ -6,6 +6,7 @@
       records/CASE.json        a finished measurement, of memory for example
       records/CASE.failed.json the reason why a case failed
       remedies.json            how remedies of the checkpoint rank, once `stabilitykit repair --report` has been there
+      search.json              prompts and tokens that come nearest, once `stabilitykit search --report` has been there
 
 A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
 case, so a sweep that was interrupted and resumed leaves the same ones.
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.finds import Search
 from stabilitykit.lengths import LengthMap
 from stabilitykit.records import Recording
 from stabilitykit.scores import Ranking
 
 PLAN_SCHEMA = 1
 _RANKING = "remedies.json"
+_SEARCH = "search.json"
 
 CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
 FailureKind = Literal["raised", "out of memory", "killed"]
@@ -311,6 +314,17 @@ class Results:
         """Raises MisuseError for that of another checkpoint."""
         self.check_checkpoint(ranking.checkpoint, ranking.sha256)
         write_json(self.folder / _RANKING, ranking.document())
+
+    @property
+    def search(self) -> Search | None:
+        """What comes nearest to the dtype's end; None where nobody searched."""
+        path = self.folder / _SEARCH
+        return Search.read(path) if path.exists() else None
+
+    def write_search(self, search: Search) -> None:
+        """Raises MisuseError for that of another checkpoint."""
+        self.check_checkpoint(search.checkpoint, search.sha256)
+        write_json(self.folder / _SEARCH, search.document())
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
         """Raises MisuseError unless this is a sweep of that checkpoint."""

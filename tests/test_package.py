@@ -18,12 +18,12 @@ FLOORS = [
     {"errors"},
     {"formats"},
     {"checkpoints", "products", "records"},
-    {"lengths", "scores"},
+    {"finds", "lengths", "scores"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},
     {"hf"},
     {"experiment", "report"},
-    {"remedies"},
+    {"remedies", "search"},
     {"cli"},
 ]
 

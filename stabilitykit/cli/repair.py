@@ -54,6 +54,7 @@ def repair(
     """
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
+    from stabilitykit.cli.source import local_name
     from stabilitykit.gemma.load import parse_device
     from stabilitykit.gemma.tokenizer import Tokenizer
     from stabilitykit.remedies.export import check_new, export
@@ -62,7 +63,7 @@ def repair(
     from stabilitykit.remedies.texts import texts
     from stabilitykit.results import Results
 
-    name = _local(checkpoint)
+    name = local_name(checkpoint)
     place = str(parse_device(device))
     if out is not None:
         check_new(out)
@@ -98,14 +99,6 @@ def repair(
             screen.print_note(f"Report: {report / 'report.html'}")
     if not is_finite:
         raise typer.Exit(1)
-
-
-def _local(checkpoint: str) -> str:
-    """transformers' checkpoint is a folder; the kit's own model computes what transformers' does, to the bit."""
-    from stabilitykit.checkpoints.hub import local_folder
-    from stabilitykit.cli.source import HF
-
-    return str(local_folder(checkpoint.removeprefix(HF))) if checkpoint.startswith(HF) else checkpoint
 
 
 def _results(folder: Path, opened: "Checkpoint", command: str, device: str) -> "Results":

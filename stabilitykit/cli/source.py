@@ -183,6 +183,13 @@ def _huggingface(
     )
 
 
+def local_name(checkpoint: str) -> str:
+    """transformers' checkpoint is a folder; the kit's own model computes what transformers' does, to the bit."""
+    from stabilitykit.checkpoints.hub import local_folder
+
+    return str(local_folder(checkpoint.removeprefix(HF))) if checkpoint.startswith(HF) else checkpoint
+
+
 def counting(progress: "Progress", total: int) -> Callable[[int], None]:
     done = 0
 

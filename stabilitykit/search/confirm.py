@@ -28,25 +28,31 @@ class PromptRecorder:
 
     def peaks(self, tokens: Sequence[int]) -> list[Peak]:
         """For each position what a scan finds there; inf at all of them where `wide` itself is not finite."""
+        (found,) = self.peaks_of([tokens])
+        return found
+
+    def peaks_of(self, prompts: Sequence[Sequence[int]]) -> list[list[Peak]]:
+        """The same for each of several prompts of one length, which run side by side."""
+        rows, length = len(prompts), len(prompts[0])
         with torch.inference_mode(), record(self._wide, formats=(), position_peaks=True) as recording:
-            self._wide(torch.tensor([tokens], device=self._wide.device))
+            self._wide(torch.tensor(prompts, device=self._wide.device))
         first = recording.first_break()
         if first is not None:
-            return [Peak(math.inf, _place(first))] * len(tokens)
-        if len(tokens) not in self._stored:
-            told = find_stored_dtypes(recording, GemmaSubject(self._wide), 1, len(tokens))
-            self._stored[len(tokens)] = frozenset(made.site for made in told if made.stored_dtype == "float16")
+            return [[Peak(math.inf, _place(first))] * length] if rows == 1 else [self.peaks(one) for one in prompts]
+        if length not in self._stored:
+            told = find_stored_dtypes(recording, GemmaSubject(self._wide), rows, length)
+            self._stored[length] = frozenset(made.site for made in told if made.stored_dtype == "float16")
         stored = [
-            (made.position_amax, _place(made))
+            (made.position_amax or (), _place(made))
             for made in recording
-            if made.site in self._stored[len(tokens)] and made.position_amax
-        ]
-        return [_largest(stored, position) for position in range(len(tokens))]
+            if made.site in self._stored[length] and len(made.position_amax or ()) == rows * length
+        ]  # which leaves out the cosines and sines that all rows share
+        return [[_largest(stored, row * length + position) for position in range(length)] for row in range(rows)]
 
 
-def _largest(stored: Iterable[tuple[Sequence[float], Place]], position: int) -> Peak:
-    value, place = max(((amax[position], place) for amax, place in stored), key=lambda pair: pair[0])
-    return Peak(value, place)
+def _largest(stored: Iterable[tuple[Sequence[float], Place]], place: int) -> Peak:
+    value, where = max(((amax[place], where) for amax, where in stored), key=lambda pair: pair[0])
+    return Peak(value, where)
 
 
 def confirm(wide: PromptRecorder, low: Gemma, tokens: Sequence[int], *, bos: bool, text: str | None) -> Find:

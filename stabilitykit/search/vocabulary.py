@@ -51,18 +51,18 @@ class VocabularyScanner:
             checked = self._wide.scan(order, context, _named(f"{name}: in float32", progress))
             pairs = zip(order, checked, strict=True)
             moved = max((abs(_bits(peaks[token].value, found.value)) for token, found in pairs), default=0.0)
-            for token, found in zip(order, checked, strict=True):
-                peaks[token] = found
+            for token, again in zip(order, checked, strict=True):
+                peaks[token] = again
             order.sort(key=lambda token: -peaks[token].value)
         plain = [token for token in context if token != self._vocabulary.bos]
         is_text = {token: text_of(self._tokenizer, [*plain, token]) is not None for token in order}
         worst = list(islice((token for token in order if is_text[token]), SHOWN))
         by_ids = list(islice((token for token in order if not is_text[token]), SHOWN))
         confirmed: dict[int, Peak] = {}
-        announce = _named(f"{name}: confirming", progress)
-        for token in (*worst, *by_ids):
-            confirmed[token] = self._recorder.peaks([*context, token])[-1]
-            announce(len(confirmed), len(worst) + len(by_ids))
+        for tokens in (worst, by_ids):
+            if tokens:
+                recorded = self._recorder.peaks_of([[*context, token] for token in tokens])
+                confirmed |= {token: found[-1] for token, found in zip(tokens, recorded, strict=True)}
         kinds = [kind_of(self._vocabulary, token) for token in range(limit)]
 
         def told(tokens: Iterable[int]) -> tuple[TokenPeak, ...]:

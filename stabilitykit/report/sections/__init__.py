@@ -15,6 +15,7 @@ from stabilitykit.report.sections import (
     peaks,
     provenance,
     remedies,
+    search,
     softmax,
     verdict,
 )
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
     "softmax": softmax.section,
     "error": error.section,
     "memory": memory.section,
+    "search": search.section,
     "remedies": remedies.section,
     "provenance": provenance.section,
     "claims": claims.section,
@@ -42,8 +44,10 @@ USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name != "claims")
 
 
 def shown(results: Results) -> list[str]:
-    """The experiment's sections, or the usual ones; and the remedies, where they were ranked since."""
+    """The experiment's sections, or the usual ones; and what was searched for or ranked since."""
     names = list(results.plan.sections or USUAL)
+    if results.search is not None and "search" not in names:
+        names.append("search")
     if results.ranking is not None and "remedies" not in names:
         names.append("remedies")
     return names
