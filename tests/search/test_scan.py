@@ -18,7 +18,7 @@ from stabilitykit.search.confirm import PromptRecorder
 from stabilitykit.search.scan import Scanner
 
 CONTEXTS = {"alone": [], "after <bos>": [BOS], "inside a text": [270, 280, 290, 300, 310, 320]}  # past the window of 4
-TOKENS = [0, BOS, 5, 250, 262, 263, 270, 300, 340, 356, 400, 511]
+TOKENS = [BOS, 5, 263, 300, 356, 511]
 
 
 def is_of_body(site: str) -> bool:
