@@ -24,12 +24,24 @@ def shortest(search: Search, bos: bool) -> str | None:
         return None
     how, best = "With" if bos else "Without", finds[0]
     if best.breaks:
-        return f"{how} <bos> the shortest prompt found to break is {shown(best)}. {best.sentence}"
+        return f"{how} <bos> the shortest prompt found to break is {shown(best)}.{_least(search, best)} {best.sentence}"
     most = max(step.length for step in search.steps if step.bos == bos)
     return (
         f"{how} <bos> nothing that was tried breaks {search.dtype}, prompts of up to {_tokens(most)}. Nearest comes "
         f"{shown(best)}: {nearness(best, search.dtype)}."
     )
+
+
+def _least(search: Search, best: Find) -> str:
+    """Where every token was tried by itself and none broke, two are the fewest."""
+    name = "after <bos>" if best.bos else "alone"
+    alone = next((scan for scan in search.scans if scan.name == name), None)
+    if alone is None or not alone.worst or len(best.tokens) != 2 + best.bos or alone.scanned < search.vocabulary:
+        return ""
+    nearest = alone.worst[0]
+    if nearest.headroom is None or nearest.headroom <= alone.moved:
+        return ""
+    return f" None is shorter: {name} no token that is text comes nearer than {nearest.headroom:.2f} bits."
 
 
 def shown(find: Find) -> str:
@@ -62,7 +74,8 @@ def of_what_kind(scan: Scan) -> str:
     sites = [f"{site} ({count / scan.scanned:.0%})" for site, count in scan.sites[:3]]
     parts = [f"{count} {KINDS[kind]}" for kind, count in kinds]
     worst = f"The worst {len(scan.worst)} that are text: {', '.join(parts)}. " if parts else ""
-    return f"{worst}Peaks stand most often in {', '.join(sites)}." if told else ""
+    own = " <bos> has the position before, which does not count here." if scan.name == "after <bos>" else ""
+    return f"{worst}Peaks stand most often in {', '.join(sites)}.{own}" if told else ""
 
 
 def how_measured(search: Search) -> str:

@@ -118,10 +118,8 @@ def _by_kind(kinds: Sequence[str], rooms: Sequence[float | None]) -> tuple[KindP
 
 
 def _bits(one: float, other: float) -> float:
-    """0 for two that are not finite, inf for one."""
-    if math.isinf(one) or math.isinf(other):
-        return 0.0 if one == other else math.inf
-    return math.log2(one / other) if one and other else 0.0
+    """How far apart two magnitudes are; 0 where one of them is zero or not finite."""
+    return math.log2(one / other) if 0 < one < math.inf and 0 < other < math.inf else 0.0
 
 
 def _named(what: str, progress: Progress | None) -> Callable[[int, int], None]:
