@@ -60,10 +60,11 @@ class Scan:
     """Every token of the vocabulary, or the first `scanned`, as the next one of `context`.
 
     `name` is "alone", "after <bos>" or "inside a text". Peaks were computed in `dtype` first, and the best `checked` in
-    float32, which moved those that are finite in both by at most `moved` bits. `bins` holds, by the lower edge of headroom in tenths of a bit,
-    how many tokens there are; `beyond` counts those whose peak leaves the range, `not_finite` those without a finite
-    peak, which are in no bin. `sites` counts in which site the peaks stand, most frequent first. `worst` are the worst
-    of those that are text, and `by_ids` of the others; both as the recorder has them in float32.
+    float32, which moved those that are finite in both by at most `moved` bits. `bins` holds, by the lower edge of
+    headroom in tenths of a bit, how many tokens there are; `beyond` counts those whose peak leaves the range,
+    `not_finite` those without a finite peak, which are in no bin. `sites` counts in which site the peaks stand, most
+    frequent first. `worst` are the worst of those that are text, and `by_ids` of the others; both as the recorder has
+    them in float32.
     """
 
     name: str

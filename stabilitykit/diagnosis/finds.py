@@ -17,12 +17,19 @@ def with_bos(search: Search) -> str | None:
     return f"<bos> alone does not break {search.dtype}: {nearness(search.bos, search.dtype)}."
 
 
+def _bos_breaks(search: Search) -> bool:
+    return search.bos is not None and search.bos.breaks
+
+
 def shortest(search: Search, bos: bool) -> str | None:
-    """The shortest prompt that was found to break, or what came nearest; None where none were tried."""
+    """The shortest prompt that was found to break, or what came nearest; None where none were looked for."""
     finds = [find for find in search.finds if find.bos == bos]
+    how, name = ("With", "after <bos>") if bos else ("Without", "alone")
     if not finds:
-        return None
-    how, best = "With" if bos else "Without", finds[0]
+        if (bos and _bos_breaks(search)) or name not in {scan.name for scan in search.scans}:
+            return None
+        return f"{how} <bos> nothing was tried: of the tokens scanned none is text by itself."
+    best = finds[0]
     if best.breaks:
         return f"{how} <bos> the shortest prompt found to break is {shown(best)}.{_least(search, best)} {best.sentence}"
     most = max(step.length for step in search.steps if step.bos == bos)

@@ -28,11 +28,13 @@ def extend(
     """For each number of tokens up to `length` the `beam` prompts whose newest token has the largest peak, best first.
 
     They grow from `starts`, of one length each, by each of `candidates`. The newest token decides, for what came
-    before is the same in every prompt with that beginning. `is_prompt` says which are worth keeping. `progress` is
+    before is the same in every prompt with that beginning. `is_prompt` says which are worth keeping; it ends where none
+    are. `progress` is
     asked for a counter of each length.
     """
     kept = sorted(starts, key=_newest, reverse=True)[:beam]
-    yield kept
+    if kept:
+        yield kept
     while kept and len(kept[0].tokens) < length:
         count = None if progress is None else progress(len(kept[0].tokens) + 1)
         grown: list[Grown] = []

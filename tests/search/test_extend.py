@@ -63,5 +63,6 @@ def test_only_prompts_are_kept() -> None:
     for level in levels:
         assert level
         assert all(list(one.tokens) == sorted(one.tokens, reverse=True) for one in level)
+    assert not list(extend(scanner, [], CANDIDATES, beam=5, length=3, is_prompt=lambda tokens: True))
     (only,) = extend(scanner, starts(scanner), CANDIDATES, beam=5, length=3, is_prompt=lambda tokens: False)
     assert len(only) == 5

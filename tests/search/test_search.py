@@ -127,6 +127,14 @@ def test_a_limit_is_told() -> None:
     assert "For the first 270 of 512 tokens" in how_measured(found)
 
 
+def test_where_no_token_is_text_nothing_is_tried() -> None:
+    found = search(random_checkpoint(SPECS[1]), Options(limit=4))
+    assert (found.finds, found.steps) == ((), ())
+    assert all(len(scan.by_ids) == 4 and not scan.worst for scan in found.scans)
+    for bos, how in ((False, "Without"), (True, "With")):
+        assert shortest(found, bos) == f"{how} <bos> nothing was tried: of the tokens scanned none is text by itself."
+
+
 def test_it_is_read_as_it_was_written() -> None:
     found = search(random_checkpoint(SPECS[2]), Options(limit=280, length=1))
     assert Search.parse(json.loads(json.dumps(found.document(), allow_nan=False))) == found
