@@ -284,8 +284,9 @@ def print_search(search: Search) -> None:
         _print_steps(search)
     by_ids = [peak for scan in search.scans for peak in scan.by_ids]
     if by_ids:
-        some = " ".join(dict.fromkeys(quoted(peak.text) for peak in by_ids[:_WORST]))
-        print_note(f"Reached by ids only, for no text is read as them: {some} and others, in the JSON.")
+        known = list(dict.fromkeys(quoted(peak.text) for peak in by_ids))
+        more = f" and {len(known) - _WORST} more, in the JSON" if len(known) > _WORST else ""
+        print_note(f"Reached by ids only, for no text is read as them: {' '.join(known[:_WORST])}{more}.")
     print_note(how_measured(search))
 
 

@@ -78,8 +78,8 @@ def of_what_kind(scan: Scan) -> str:
     """What the worst tokens of a scan are, and where the peaks of all of them stand."""
     told = (*scan.worst, *scan.by_ids)
     kinds = Counter(peak.kind for peak in scan.worst).most_common()
-    sites = [f"{site} ({count / scan.scanned:.0%})" for site, count in scan.sites[:3]]
-    parts = [f"{count} {KINDS[kind]}" for kind, count in kinds]
+    sites = [f"{site} ({count / scan.scanned:.0%})" for site, count in scan.sites[:3] if count >= 0.01 * scan.scanned]
+    parts = [f"{KINDS[kind]} ({count})" for kind, count in kinds]
     worst = f"The worst {len(scan.worst)} that are text: {', '.join(parts)}. " if parts else ""
     own = " <bos> has the position before, which does not count here." if scan.name == "after <bos>" else ""
     return f"{worst}Peaks stand most often in {', '.join(sites)}.{own}" if told else ""
