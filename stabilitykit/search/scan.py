@@ -1,4 +1,8 @@
-"""Many tokens, each as the next one of the same context: the largest magnitude that each brings."""
+"""Many tokens, each as the next one of the same context: the largest magnitude that each brings.
+
+That is of what the token's own pass stores, as in decoding. A prompt that is read at once stores the scores of earlier
+queries with its key too, before a mask hides them: a recorder, which confirms, counts these.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress

@@ -25,9 +25,8 @@ class Place:
 def stored_places(model: Gemma) -> Mapping[str, Place]:
     """By operator, named as `recorder.sites` does, the tensors that a float16 run of `model` stores in 16 bits.
 
-    Two kinds are left out. The head's, which is as large as all layers together, and whose logits are far below the
-    rest. And scores with the mask added to them: they are those from before it, or hidden. What a prompt that is read
-    at once stores beside these, the scores of earlier queries with the new key, the recorder counts.
+    Two kinds are left out. Logits, for which the head would cost as much as all layers of a small model; a recorder
+    counts them where it confirms. And scores with the mask added to them: they are those from before it, or hidden.
     """
     with torch.inference_mode(), record(model, formats=()) as recording:
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
