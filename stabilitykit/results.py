@@ -7,6 +7,7 @@
       records/CASE.failed.json the reason why a case failed
       remedies.json            how remedies of the checkpoint rank, once `stabilitykit repair --report` has been there
       bounds.json              what no prompt can exceed, once `stabilitykit bound --report` has
+      search.json              prompts and tokens that come nearest, once `stabilitykit search --report` has been there
 
 A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
 case, so a sweep that was interrupted and resumed leaves the same ones.
@@ -23,17 +24,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.finds import Search
 from stabilitykit.lengths import LengthMap
 from stabilitykit.records import Recording
 from stabilitykit.scores import Ranking
 from stabilitykit.site_bounds import Bounds
 
 PLAN_SCHEMA = 1
-_RANKING = "remedies.json"
-_BOUNDS = "bounds.json"
+
+Finding = Ranking | Bounds | Search
+"""About a checkpoint, beside what a sweep of it says."""
+
+_FINDINGS: Mapping[type[Finding], str] = {Ranking: "remedies.json", Bounds: "bounds.json", Search: "search.json"}
+_F = TypeVar("_F", Ranking, Bounds, Search)
 
 CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
 FailureKind = Literal["raised", "out of memory", "killed"]
@@ -307,24 +313,26 @@ class Results:
     @property
     def ranking(self) -> Ranking | None:
         """How remedies of the checkpoint rank; None where nobody ranked them."""
-        path = self.folder / _RANKING
-        return Ranking.read(path) if path.exists() else None
-
-    def write_ranking(self, ranking: Ranking) -> None:
-        """Raises MisuseError for that of another checkpoint."""
-        self.check_checkpoint(ranking.checkpoint, ranking.sha256)
-        write_json(self.folder / _RANKING, ranking.document())
+        return self._finding(Ranking)
 
     @property
     def bounds(self) -> Bounds | None:
         """What no prompt can make the checkpoint's tensors exceed; None where nobody asked."""
-        path = self.folder / _BOUNDS
-        return Bounds.read(path) if path.exists() else None
+        return self._finding(Bounds)
 
-    def write_bounds(self, bounds: Bounds) -> None:
-        """Raises MisuseError for those of another checkpoint."""
-        self.check_checkpoint(bounds.checkpoint, bounds.sha256)
-        write_json(self.folder / _BOUNDS, bounds.document())
+    @property
+    def search(self) -> Search | None:
+        """What comes nearest to the dtype's end; None where nobody searched."""
+        return self._finding(Search)
+
+    def write_finding(self, found: Finding) -> None:
+        """Raises MisuseError for that of another checkpoint."""
+        self.check_checkpoint(found.checkpoint, found.sha256)
+        write_json(self.folder / _FINDINGS[type(found)], found.document())
+
+    def _finding(self, kind: type[_F]) -> _F | None:
+        path = self.folder / _FINDINGS[kind]
+        return kind.read(path) if path.exists() else None
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
         """Raises MisuseError unless this is a sweep of that checkpoint."""

@@ -18,13 +18,13 @@ FLOORS = [
     {"errors"},
     {"formats"},
     {"checkpoints", "products", "proof", "records"},
-    {"lengths", "scores", "site_bounds"},
+    {"finds", "lengths", "scores", "site_bounds"},
     {"results"},
     {"gemma", "recorder", "diagnosis"},
     {"hf"},
     {"experiment", "report"},
     {"bounds"},
-    {"remedies"},
+    {"remedies", "search"},
     {"cli"},
 ]
 

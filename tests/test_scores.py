@@ -14,7 +14,7 @@ from stabilitykit.scores import Ranking
 def test_a_ranking_is_read_as_it_was_written(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
     assert results.ranking is None
-    results.write_ranking(ranking())
+    results.write_finding(ranking())
     assert results.ranking == ranking()
     assert ranking()["bfloat16"].kl_mean == 1e-3
     assert ranking().repaired.name == "rescale 2^-2"
@@ -25,7 +25,7 @@ def test_a_ranking_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_that_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
     with pytest.raises(MisuseError, match=r"holds those of toy .* Choose another folder"):
-        results.write_ranking(ranking(sha256="cd" * 32))
+        results.write_finding(ranking(sha256="cd" * 32))
     assert results.ranking is None
 
 
@@ -39,7 +39,7 @@ def test_what_is_no_ranking_is_said_to_be_none(tmp_path: Path, text: str) -> Non
 
 def test_numbers_that_are_not_known_stay_unknown(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
-    results.write_ranking(ranking(score("float16", None), carried="float16"))
+    results.write_finding(ranking(score("float16", None), carried="float16"))
     found = results.ranking
     assert found is not None
     assert found.repaired.kl_mean is None

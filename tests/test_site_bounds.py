@@ -27,12 +27,12 @@ def test_a_verdict_says_what_is_known() -> None:
 def test_they_are_read_as_they_were_written(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
     assert results.bounds is None
-    results.write_bounds(bounds())
+    results.write_finding(bounds())
     assert results.bounds == bounds()
     raw = json.loads((tmp_path / "reports/bounds.json").read_text())
     assert raw["sites"][-1]["bound"] is None  # JSON has no infinity
     with pytest.raises(MisuseError, match="Choose another folder"):
-        results.write_bounds(bounds(sha256="cd" * 32))
+        results.write_finding(bounds(sha256="cd" * 32))
 
 
 @pytest.mark.parametrize("text", ["", "[]", json.dumps({"schema": 1}), json.dumps({"schema": 9})])

@@ -12,6 +12,7 @@ from stabilitykit.cli.profile import profile
 from stabilitykit.cli.repair import repair
 from stabilitykit.cli.report import report
 from stabilitykit.cli.reproduce import reproduce
+from stabilitykit.cli.search import search
 from stabilitykit.cli.sweep import sweep
 from stabilitykit.cli.verify import verify
 from stabilitykit.errors import MisuseError, StabilityKitError
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(profile)
 app.command()(forecast)
 app.command()(bound)
+app.command()(search)
 app.command()(repair)
 app.command()(verify)
 app.command()(reproduce)

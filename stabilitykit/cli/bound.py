@@ -66,7 +66,7 @@ def bound(
         )
     if report is not None:
         title = f"What no prompt can make {Path(opened.source).name} exceed in {dtype.value}"
-        findings(report, opened, title=title, section="bounds", command=found.command).write_bounds(found)
+        findings(report, opened, title=title, section="bounds", command=found.command).write_finding(found)
         write(report, against=None, quiet=True)
     if as_json:
         screen.print_json(found.document())

@@ -79,7 +79,7 @@ def repair(
         is_finite = ranking.repaired.finite
         if report is not None:
             title = f"What keeps {Path(opened.source).name} finite in float16"
-            findings(report, opened, title=title, section="remedies", command=command).write_ranking(ranking)
+            findings(report, opened, title=title, section="remedies", command=command).write_finding(ranking)
         if out is not None and is_finite:
             export(opened, found, out, dtype.value, progress=lambda done, total: progress("writing", done, total))
     if report is not None:

@@ -18,12 +18,14 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
 from stabilitykit.diagnosis.bounds import by_kind, folded, summary, unproved
+from stabilitykit.diagnosis.finds import how_measured, of_what_kind, place, shortest, shown, with_bos
 from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
 from stabilitykit.diagnosis.verdict import number
+from stabilitykit.finds import Scan, Search, TokenPeak
 from stabilitykit.formats import FLOAT16
 from stabilitykit.records import Recording, StoredWeights, quoted
-from stabilitykit.report.style import share, size
+from stabilitykit.report.style import bits, share, size
 from stabilitykit.report.words import count
 from stabilitykit.results import Plan
 from stabilitykit.scores import Ranking, Score
@@ -312,6 +314,78 @@ def print_ranking(ranking: Ranking) -> None:
     for text in (how_rescaled(ranking), outlier(carried)):
         if text is not None:
             output.print(Text(text))
+
+
+_WORST = 8  # tokens of each context
+
+
+def print_search(search: Search) -> None:
+    """What breaks, or comes nearest; the worst tokens of each context; how prompts grew, and the finds."""
+    breaks = {find.bos for find in search.breaking}
+    for bos, said in ((True, with_bos(search)), (False, shortest(search, False)), (True, shortest(search, True))):
+        if said is not None:
+            output.print(Text(said, style="bold red" if bos in breaks else "bold green"))
+            output.print()
+    for scan in search.scans:
+        _print_scan(scan, search.dtype)
+    if len(search.finds) > 1 or search.steps:
+        _print_steps(search)
+    by_ids = [peak for scan in search.scans for peak in scan.by_ids]
+    if by_ids:
+        known = list(dict.fromkeys(quoted(peak.text) for peak in by_ids))
+        more = f" and {len(known) - _WORST} more, in the JSON" if len(known) > _WORST else ""
+        print_note(f"Reached by ids only, for no text is read as them: {' '.join(known[:_WORST])}{more}.")
+    print_note(how_measured(search))
+
+
+def _print_scan(scan: Scan, dtype: str) -> None:
+    text = f": {quoted(scan.context_text)}" if scan.context_text else ""
+    table = _table(f"The worst tokens {scan.name}{text}")
+    for name in ("token", "id", "what it is", "largest", "headroom", "in"):
+        table.add_column(name, justify="right" if name in ("id", "largest", "headroom") else "left", overflow="fold")
+    for peak in scan.worst[:_WORST]:
+        table.add_row(
+            escape(quoted(peak.text)),
+            str(peak.token),
+            peak.kind,
+            "not finite" if peak.value is None else number(peak.value),
+            "-" if peak.headroom is None else bits(peak.headroom),
+            escape(place(peak)),
+            style="red" if _is_past(peak) else None,
+        )
+    output.print(table)
+    print_note(of_what_kind(scan))
+    if scan.beyond:
+        print_note(f"{count(scan.beyond, 'token')} of {scan.scanned:,} would leave the range of {dtype} there.")
+    output.print()
+
+
+def _is_past(peak: TokenPeak) -> bool:
+    return peak.value is None or (peak.headroom is not None and peak.headroom < 0)
+
+
+def _print_steps(search: Search) -> None:
+    table = _table("How prompts grew: the nearest of each length")
+    for name in ("tokens", "tried", "largest", "headroom", "text"):
+        table.add_column(name, justify="left" if name == "text" else "right", overflow="fold")
+    for step in search.steps:
+        largest = "not finite" if step.value is None else number(step.value)
+        room = "-" if step.headroom is None else bits(step.headroom)
+        said = f"{'<bos> ' if step.bos else ''}{quoted(step.text)}"
+        table.add_row(str(step.length), f"{step.tried:,}", largest, room, escape(said))
+    output.print(table)
+    output.print()
+    table = _table("Finds")
+    for name in ("file", "prompt", "largest", "headroom", "breaks in"):
+        table.add_column(name, justify="right" if name in ("largest", "headroom") else "left", overflow="fold")
+    for find in search.finds:
+        largest = "not finite" if find.value is None else number(find.value)
+        room = "-" if find.headroom is None else bits(find.headroom)
+        broken = f"{find.broken_site}, token {find.broken_position}" if find.breaks else "-"
+        style = "red" if find.breaks else None
+        table.add_row(find.file, escape(shown(find)), largest, room, broken, style=style)
+    output.print(table)
+    output.print()
 
 
 LEGEND = (

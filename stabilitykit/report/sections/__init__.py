@@ -16,6 +16,7 @@ from stabilitykit.report.sections import (
     peaks,
     provenance,
     remedies,
+    search,
     softmax,
     verdict,
 )
@@ -32,6 +33,7 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
     "softmax": softmax.section,
     "error": error.section,
     "memory": memory.section,
+    "search": search.section,
     "remedies": remedies.section,
     "bounds": bounds.section,
     "provenance": provenance.section,
@@ -46,7 +48,7 @@ USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name != "claims")
 def shown(results: Results) -> list[str]:
     """The experiment's sections, or the usual ones; and what was found out about the checkpoint since."""
     names = list(results.plan.sections or USUAL)
-    added = {"remedies": results.ranking, "bounds": results.bounds}
+    added = {"search": results.search, "remedies": results.ranking, "bounds": results.bounds}
     return names + [name for name, found in added.items() if found is not None and name not in names]
 
 

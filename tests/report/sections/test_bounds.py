@@ -21,7 +21,7 @@ def test_without_any_it_says_how_to_compute_them(tmp_path: Path) -> None:
 
 def test_what_is_known_of_each_kind_and_each_tensor(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [], sections=("claims",))
-    results.write_bounds(bounds())
+    results.write_finding(bounds())
     assert shown(results) == ["claims", "bounds"]
     found = section_of.section(results)
     tables = {block.name: block for block in found.blocks if isinstance(block, Table)}

@@ -18,7 +18,7 @@ def test_without_a_ranking_it_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_every_remedy_is_a_row_best_first(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
-    results.write_ranking(ranking())
+    results.write_finding(ranking())
     found = remedies.section(results)
     tables = {block.name: block for block in found.blocks if isinstance(block, Table)}
     rows = [list(row) for row in tables["remedies"].rows]
@@ -38,6 +38,6 @@ def test_every_remedy_is_a_row_best_first(tmp_path: Path) -> None:
 def test_an_experiments_own_sections_get_it_too_once_there_is_one(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [], sections=("claims",))
     assert shown(results) == ["claims"]
-    results.write_ranking(ranking())
+    results.write_finding(ranking())
     assert shown(results) == ["claims", "remedies"]
     assert shown(sweep(tmp_path / "usual", [])).count("remedies") == 1

@@ -1,0 +1,199 @@
+"""What a search for prompts that break has found; written and read without torch."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabilitykit.errors import MisuseError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPeak:
+    """The largest magnitude at one token's position, of what the low-precision dtype would have to store.
+
+    `value` is a float32 run's, None where it is not finite there; `headroom` in bits of the dtype, negative past its
+    range, None with the value. `site`, `label` and `layer` say where it stands. `kind` is one of `KINDS`. `is_text`:
+    the token can be written in a prompt; others are reached by ids only.
+    """
+
+    token: int
+    text: str
+    kind: str
+    is_text: bool
+    value: float | None
+    headroom: float | None
+    site: str
+    label: str | None
+    layer: int | None
+
+
+KINDS: Mapping[str, str] = {
+    "control": "control tokens, such as <bos>",
+    "unused": "unused tokens",
+    "byte": "single bytes",
+    "newline": "newlines",
+    "space": "spaces and tabs",
+    "punctuation": "punctuation and symbols",
+    "digit": "digits",
+    "word": "words and parts of words",
+    "other": "anything else, such as several kinds in one",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindPeaks:
+    """Of the `count` scanned tokens of a kind the `least` headroom and the `median`, in bits, None as in TokenPeak."""
+
+    kind: str
+    count: int
+    least: float | None
+    median: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """Every token of the vocabulary, or the first `scanned`, as the next one of `context`.
+
+    `name` is "alone", "after <bos>" or "inside a text". Peaks were computed in `dtype` first, and the best `checked` in
+    float32, which moved those that are finite in both by at most `moved` bits. `bins` holds, by the lower edge of
+    headroom in tenths of a bit, how many tokens there are; `beyond` counts those whose peak leaves the range,
+    `not_finite` those without a finite peak, which are in no bin. `sites` counts in which site the peaks stand, most
+    frequent first. `worst` are the worst of those that are text, and `by_ids` of the others; both as the recorder has
+    them in float32.
+    """
+
+    name: str
+    context: tuple[int, ...]
+    context_text: str
+    scanned: int
+    dtype: str
+    checked: int
+    moved: float
+    bins: tuple[tuple[int, int], ...]
+    beyond: int
+    not_finite: int
+    sites: tuple[tuple[str, int], ...]
+    kinds: tuple[KindPeaks, ...]
+    worst: tuple[TokenPeak, ...]
+    by_ids: tuple[TokenPeak, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Find:
+    """A prompt, and how near it comes.
+
+    `tokens` hold `<bos>` where `bos` says so; `text` is what `file` holds, None for what no file can. `value`, at
+    `position`, and `headroom` are those of a float32 run, as in TokenPeak. `breaks`: a run in the dtype itself, with
+    the recorder, was not finite. `sentence` tells of that run.
+    """
+
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    bos: bool
+    text: str | None
+    file: str | None
+    value: float | None
+    headroom: float | None
+    site: str
+    label: str | None
+    layer: int | None
+    position: int
+    breaks: bool
+    broken_site: str | None
+    broken_layer: int | None
+    broken_position: int | None
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A length of the extension: of `tried` prompts of `length` tokens the one whose last token came nearest."""
+
+    bos: bool
+    length: int
+    tried: int
+    text: str
+    value: float | None
+    headroom: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Everything that a search found. `bos` is the prompt of `<bos>` alone; `finds` are the nearest prompts, without
+    `<bos>` before with, and of each the best first; `steps` how they grew. `vocabulary` counts tokens.
+    """
+
+    checkpoint: str
+    sha256: str
+    notes: tuple[str, ...]
+    command: str
+    dtype: str
+    vocabulary: int
+    bos: Find | None
+    scans: tuple[Scan, ...]
+    steps: tuple[Step, ...]
+    finds: tuple[Find, ...]
+    seconds: float
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    schema: int = SCHEMA
+
+    @property
+    def breaking(self) -> tuple[Find, ...]:
+        """Those that broke when they ran, the shortest first; `<bos>` alone among them."""
+        known = self.finds if self.bos is None else (self.bos, *self.finds)
+        return tuple(sorted((find for find in known if find.breaks), key=lambda find: len(find.tokens)))
+
+    def document(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> "Search":
+        """Raises MisuseError for what is no search, or one of another version."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["schema"] != SCHEMA:
+                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}.")
+            return cls.parse(raw)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, MisuseError):
+                raise
+            raise MisuseError(f"{path} is no search for prompts that break: {error!r}.") from None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> "Search":
+        """From what `document` gives."""
+        return cls(
+            **{
+                **raw,
+                "notes": tuple(raw["notes"]),
+                "bos": None if raw["bos"] is None else _find(raw["bos"]),
+                "scans": tuple(map(_scan, raw["scans"])),
+                "steps": tuple(Step(**step) for step in raw["steps"]),
+                "finds": tuple(map(_find, raw["finds"])),
+            }
+        )
+
+
+def _find(raw: Mapping[str, Any]) -> Find:
+    return Find(**{**raw, "tokens": tuple(raw["tokens"]), "pieces": tuple(raw["pieces"])})
+
+
+def _scan(raw: Mapping[str, Any]) -> Scan:
+    return Scan(
+        **{
+            **raw,
+            "context": tuple(raw["context"]),
+            "bins": tuple((edge, count) for edge, count in raw["bins"]),
+            "sites": tuple((site, count) for site, count in raw["sites"]),
+            "kinds": tuple(KindPeaks(**kind) for kind in raw["kinds"]),
+            "worst": tuple(TokenPeak(**peak) for peak in raw["worst"]),
+            "by_ids": tuple(TokenPeak(**peak) for peak in raw["by_ids"]),
+        }
+    )
