@@ -1,15 +1,9 @@
 """What a search for prompts that break has found; written and read without torch."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from stabilitykit.errors import MisuseError
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +136,7 @@ class Search:
     seconds: float
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
-    schema: int = SCHEMA
+    schema: int = 1
 
     @property
     def breaking(self) -> tuple[Find, ...]:
@@ -152,19 +146,6 @@ class Search:
 
     def document(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    @classmethod
-    def read(cls, path: Path) -> "Search":
-        """Raises MisuseError for what is no search, or one of another version."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["schema"] != SCHEMA:
-                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}.")
-            return cls.parse(raw)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, MisuseError):
-                raise
-            raise MisuseError(f"{path} is no search for prompts that break: {error!r}.") from None
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> "Search":

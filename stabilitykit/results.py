@@ -332,7 +332,7 @@ class Results:
 
     def _finding(self, kind: type[_F]) -> _F | None:
         path = self.folder / _FINDINGS[kind]
-        return kind.read(path) if path.exists() else None
+        return read_finding(path, kind) if path.exists() else None
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
         """Raises MisuseError unless this is a sweep of that checkpoint."""
@@ -353,6 +353,20 @@ class Results:
 
     def _done(self, kind: CaseKind) -> list[Case]:
         return [case for case in self.plan.cases if case.kind == kind and self.is_done(case)]
+
+
+def read_finding(path: Path, kind: type[_F]) -> _F:
+    """Raises MisuseError for a file that holds none of its kind, or one of another version."""
+    (version,) = (field.default for field in dataclasses.fields(kind) if field.name == "schema")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != version:
+            raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {version}.")
+        return kind.parse(raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, MisuseError):
+            raise
+        raise MisuseError(f"{path} holds no {kind.__name__.lower()} that can be read: {error!r}.") from None
 
 
 @contextmanager

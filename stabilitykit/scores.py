@@ -1,15 +1,9 @@
 """How the remedies of a checkpoint did, side by side; written and read without torch."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from stabilitykit.errors import MisuseError
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +75,7 @@ class Ranking:
     machine: Mapping[str, Any]
     inner: tuple[float, ...] = ()
     measured: Small | None = None
-    schema: int = SCHEMA
+    schema: int = 1
 
     @property
     def proved(self) -> bool:
@@ -99,19 +93,6 @@ class Ranking:
 
     def document(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    @classmethod
-    def read(cls, path: Path) -> "Ranking":
-        """Raises MisuseError for what is no ranking, or one of another version."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["schema"] != SCHEMA:
-                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}.")
-            return cls.parse(raw)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, MisuseError):
-                raise
-            raise MisuseError(f"{path} is no ranking of remedies: {error!r}.") from None
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> "Ranking":

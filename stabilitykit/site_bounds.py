@@ -1,17 +1,12 @@
 """What no prompt can make a tensor exceed, site by site; written and read without torch."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
-
-SCHEMA = 1
 
 Verdict = Literal["safe for every prompt", "reachable by a prompt", "reachable by a hidden state", "open"]
 
@@ -75,7 +70,7 @@ class Bounds:
     sites: tuple[SiteBound, ...]
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
-    schema: int = SCHEMA
+    schema: int = 1
 
     def document(self) -> dict[str, Any]:
         """A bound that is infinite is None."""
@@ -87,18 +82,9 @@ class Bounds:
         return asdict(replace(self, sites=())) | {"sites": sites}
 
     @classmethod
-    def read(cls, path: Path) -> "Bounds":
-        """Raises MisuseError for what holds no bounds, or those of another version."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["schema"] != SCHEMA:
-                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {SCHEMA}.")
-            sites = tuple(_site(site) for site in raw["sites"])
-            return cls(**{**raw, "notes": tuple(raw["notes"]), "sites": sites})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, MisuseError):
-                raise
-            raise MisuseError(f"{path} holds no bounds: {error!r}.") from None
+    def parse(cls, raw: Mapping[str, Any]) -> "Bounds":
+        """From what `document` gives."""
+        return cls(**{**raw, "notes": tuple(raw["notes"]), "sites": tuple(_site(site) for site in raw["sites"])})
 
 
 def _site(raw: dict[str, Any]) -> SiteBound:

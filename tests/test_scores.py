@@ -8,6 +8,7 @@ from scored import ranking, score
 from sweeps import sweep
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.results import read_finding
 from stabilitykit.scores import Ranking
 
 
@@ -33,8 +34,8 @@ def test_that_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_ranking_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "remedies.json"
     path.write_text(text)
-    with pytest.raises(MisuseError, match=r"is no ranking of remedies|has schema 7, and this version reads 1"):
-        Ranking.read(path)
+    with pytest.raises(MisuseError, match=r"holds no ranking|has schema 7, and this version reads 1"):
+        read_finding(path, Ranking)
 
 
 def test_numbers_that_are_not_known_stay_unknown(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from bounded import SITES, bounds, site
 from sweeps import sweep
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.results import read_finding
 from stabilitykit.site_bounds import Bounds, with_largest
 
 
@@ -39,7 +40,7 @@ def test_they_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_what_holds_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "bounds.json").write_text(text)
     with pytest.raises(MisuseError, match=r"holds no bounds|has schema 9"):
-        Bounds.read(tmp_path / "bounds.json")
+        read_finding(tmp_path / "bounds.json", Bounds)
 
 
 def test_the_largest_are_entered_by_site() -> None:

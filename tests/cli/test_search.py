@@ -14,7 +14,7 @@ from stabilitykit.finds import Search
 from stabilitykit.remedies.rescale import rescale
 from stabilitykit.report.blocks import Table
 from stabilitykit.report.sections import SECTIONS, shown
-from stabilitykit.results import Results
+from stabilitykit.results import Results, read_finding
 
 Run = Callable[..., Any]
 
@@ -40,7 +40,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert "after <bos>" not in said
     assert "Reached by ids only" in said
     assert (out / "1.txt").read_text() == "FP"
-    found = Search.read(out / "search.json")
+    found = read_finding(out / "search.json", Search)
     assert found.finds[0].tokens == (FIRST, SECOND)
     assert found.command.startswith(f"stabilitykit search {pair} --no-bos --beam 8 --length 3 --out ")
     prompt = ("--prompt", f"@{out / '1.txt'}")
