@@ -11,7 +11,7 @@ from stabilitykit.remedies.rescale import rescale
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"
 SPECS = {
-    1: f"random:gemma-2b?{SHAPE}",
+    1: f"random:gemma-2b?{SHAPE}&query_scalar=16",  # Hugging Face has no other for generation 1
     2: f"random:gemma2-2b?{SHAPE}&window=4",
     3: f"random:gemma3-270m?{SHAPE}&window=4&global_every=2",
 }
