@@ -27,12 +27,11 @@ def extend(
 ) -> Iterator[list[Grown]]:
     """For each number of tokens up to `length` the `beam` prompts whose newest token has the largest peak, best first.
 
-    They grow from `starts`, of one length each, by each of `candidates`. The newest token decides, for what came
-    before is the same in every prompt with that beginning. `is_prompt` says which are worth keeping; it ends where none
-    are. `progress` is
-    asked for a counter of each length.
+    They grow from `starts`, of one length and all of them, by each of `candidates`. The newest token decides, for what
+    came before is the same in every prompt with that beginning. `is_prompt` says which are worth keeping; it ends where
+    none are. `progress` is asked for a counter of each length.
     """
-    kept = sorted(starts, key=_newest, reverse=True)[:beam]
+    kept = sorted(starts, key=_newest, reverse=True)
     if kept:
         yield kept
     while kept and len(kept[0].tokens) < length:

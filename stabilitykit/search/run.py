@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from stabilitykit.gemma import Gemma, build
 from stabilitykit.gemma.tokenizer import Tokenizer
 from stabilitykit.search.confirm import PromptRecorder, confirm, finite, headroom
 from stabilitykit.search.extend import Grown, extend
+from stabilitykit.search.kinds import kind_of
 from stabilitykit.search.scan import Count, Peak, Scanner
 from stabilitykit.search.text import text_of
 from stabilitykit.search.vocabulary import Scanned, VocabularyScanner
@@ -27,7 +28,8 @@ from stabilitykit.search.vocabulary import Scanned, VocabularyScanner
 ALONE, AFTER_BOS, INSIDE = "alone", "after <bos>", "inside a text"
 CONTEXT = 8  # tokens of the kit's prose before the one that is scanned inside a text
 
-CANDIDATES = 256  # tokens by which prompts grow
+STARTS = 32  # tokens with which prompts begin
+CANDIDATES = 256  # tokens by which they grow
 FINDS = 3  # with <bos>, and without
 _PATIENCE = 2  # lengths without a smaller headroom after which a prompt is no longer drawn out
 
@@ -152,11 +154,10 @@ class _Run:
             return text_of(self.tokenizer, tokens[len(before) :]) is not None
 
         starts = [
-            Grown((*before, token), peak, max(peak, *held, key=_value) if held else peak)
-            for token, peak in ((token, alone.peaks[token]) for token in alone.order)
-            if is_prompt((*before, token))
+            Grown((*before, token), peak, max([peak, *held], key=_value))
+            for token, peak in ((token, alone.peaks[token]) for token in self._by_turns([alone], STARTS))
         ]
-        candidates = self._candidates(scanned.values())
+        candidates = self._by_turns(scanned.values(), CANDIDATES)
         steps: list[Step] = []
         seen: list[Grown] = []
         kept: list[Grown] = []
@@ -198,11 +199,21 @@ class _Run:
         text = text_of(self.tokenizer, one.tokens[before:])
         return confirm(self.recorder, self.low, one.tokens, bos=bos, text=text)
 
-    def _candidates(self, scanned: Iterable[Scanned]) -> list[int]:
-        """The worst tokens of each context by turns, those that are text by themselves."""
-        by_turns = itertools.chain.from_iterable(zip(*(one.order for one in scanned), strict=True))
-        written = (token for token in dict.fromkeys(by_turns) if text_of(self.tokenizer, [token]) is not None)
-        return list(itertools.islice(written, CANDIDATES))
+    def _by_turns(self, scanned: Iterable[Scanned], amount: int) -> list[int]:
+        """Tokens that are text by themselves: by turns the worst of each context of every kind, and in every site.
+
+        What is largest alone need not be what grows: the largest values of a text stand in other layers than those of
+        most tokens, on newlines and punctuation rather than on words.
+        """
+        queues: dict[tuple[str, str], list[int]] = {}
+        for one in scanned:
+            for token in sorted(range(self.limit), key=_falling(one.peaks)):
+                for group in (kind_of(self.vocabulary, token), one.peaks[token].place.site):
+                    queues.setdefault((one.scan.name, group), []).append(token)
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+        known = dict.fromkeys(token for token in turns if token is not None)
+        written = (token for token in known if text_of(self.tokenizer, [token]) is not None)
+        return list(itertools.islice(written, amount))
 
     def _step(self, bos: bool, best: Grown, before: int, tried: int) -> Step:
         return Step(
@@ -227,6 +238,10 @@ def fastest(device: str) -> str:
     if device.startswith("cpu"):
         return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
     return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _falling(peaks: Sequence[Peak]) -> Callable[[int], float]:
+    return lambda token: -peaks[token].value
 
 
 def _value(peak: Peak) -> float:

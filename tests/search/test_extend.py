@@ -21,7 +21,8 @@ def grown(scanner: Scanner, beam: int, length: int = 3, keep: str = "") -> list[
     def is_prompt(tokens: Sequence[int]) -> bool:
         return keep != "falling" or list(tokens) == sorted(tokens, reverse=True)
 
-    return list(extend(scanner, starts(scanner), CANDIDATES, beam=beam, length=length, is_prompt=is_prompt))
+    begin = sorted(starts(scanner), key=lambda one: -one.newest.value)[:beam]
+    return list(extend(scanner, begin, CANDIDATES, beam=beam, length=length, is_prompt=is_prompt))
 
 
 def test_a_beam_comes_at_least_as_near_as_the_best_alone() -> None:
@@ -65,4 +66,4 @@ def test_only_prompts_are_kept() -> None:
         assert all(list(one.tokens) == sorted(one.tokens, reverse=True) for one in level)
     assert not list(extend(scanner, [], CANDIDATES, beam=5, length=3, is_prompt=lambda tokens: True))
     (only,) = extend(scanner, starts(scanner), CANDIDATES, beam=5, length=3, is_prompt=lambda tokens: False)
-    assert len(only) == 5
+    assert len(only) == len(CANDIDATES)
