@@ -68,20 +68,19 @@ def _kinds(rows: Sequence[KindRow], dtype: str) -> Table:
     def row(one: KindRow) -> list[Cell]:
         share = one.verdict if one.share == one.sites else f"{one.verdict}, {one.share} of {one.sites}"
         name = one.worst.label or one.worst.kind
-        return [name, one.worst.bound, one.worst.layer, one.found, one.ratio, one.observed, one.worst.limit, share]
+        return [name, share, one.worst.bound, one.worst.layer, one.found, one.ratio, one.observed]
 
     return Table(
         name="bounds-by-kind",
-        title=f"By kind of tensor, as stored in {dtype}",
+        title=f"By kind of tensor, as stored in {dtype}, which ends at {number(rows[0].worst.limit)}",
         columns=[
             Column(name="tensor"),
+            Column(name="verdict"),
             Column(name="bound", format=number),
             Column(name="in layer"),
             Column(name="found", format=number),
             Column(name="bound ÷ found", format=lambda value: f"{value:.2f}"),
             Column(name="observed", format=number),
-            Column(name="limit", format=number),
-            Column(name="verdict"),
         ],
         rows=[row(one) for one in rows],
         note="Bound ÷ found is that of the layer where they are closest. Left out are operators whose bound is that of "
@@ -113,7 +112,7 @@ def _figure(bounds: Bounds, rows: Sequence[KindRow]) -> Figure:
     return Figure(
         name="bounds-by-layer",
         title="Bound, found and observed by layer",
-        caption="The kinds with the largest bounds. The broken line is the format's end: what stays below it is safe "
+        caption="The kinds with the largest bounds. The dotted line is the format's end: what stays below it is safe "
         "for every prompt.",
         alt="; ".join(
             f"{sites[0].label or kind}: bound {number(max(one.bound for one in sites))}"
