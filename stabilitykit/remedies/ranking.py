@@ -45,7 +45,7 @@ def rank(
         if weights not in models:
             models[weights] = build(remedy.change(checkpoint), dtype=remedy.dtype, device=device)
         runs.append(_Run(remedy, models[weights]))
-    done, total = 0, len(windows) * len(runs)
+    done, total = 0, (len(windows) + 1) * len(runs)
     for window in windows:
         ids = torch.tensor([window], device=device)
         with torch.inference_mode():
@@ -56,8 +56,12 @@ def rank(
             done += 1
             run.add(ids, theirs)
         del theirs  # before there is another
-    plain = runs[0].seconds
-    scores = [run.score(checkpoint, windows, plain) for run in runs]
+    scores = []
+    for run in runs:
+        if progress is not None:
+            progress(f"headroom: {run.remedy.name}", done, total)
+        done += 1
+        scores.append(run.score(checkpoint, windows, runs[0].seconds))
     return sorted(scores, key=lambda score: (not score.finite, math.inf if score.kl_mean is None else score.kl_mean))
 
 
