@@ -263,7 +263,7 @@ def print_bounds(found: Sequence[SiteBound]) -> None:
 
 def print_proof(bounds: Mapping[str, float]) -> None:
     """What a checker proved, the worst layer of each kind of tensor."""
-    table = _table("What no prompt exceeds, in any layer")
+    table = _table("What no prompt exceeds")
     table.add_column("tensor")
     table.add_column("bound", justify="right")
     for kind, bound in bounds.items():
