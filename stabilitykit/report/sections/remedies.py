@@ -92,13 +92,14 @@ def _short(value: float) -> str:
 
 def _figure(scores: Sequence[Score]) -> Figure:
     return Figure(
-        name="kl-against-memory",
-        title="KL to float32 against memory",
-        caption="Filled: the mean over all tokens, with its 95% interval; hollow: the 99th percentile. Memory is that "
-        "of the weights and of what a window of tokens takes beside a plain run. Not drawn: what is not finite.",
+        name="kl-and-memory",
+        title="KL to float32, and memory",
+        caption="Filled: the mean over all tokens, with its 95% interval; hollow: the 99th percentile. Beside the name "
+        "is the memory of the weights and of what a window of tokens takes beside a plain run: all remedies take that "
+        "of 16 bits, so that they differ in the other direction alone. Not drawn: what is not finite.",
         alt="; ".join(f"{one.name}: mean {one.kl_mean:.2g}, {size(one.weights + one.extra)}" for one in scores),
         draw=partial(_draw, scores=scores),
-        size=(8.0, 3.8),
+        size=(8.0, 1.1 + 0.34 * len(scores)),
     )
 
 
@@ -108,16 +109,17 @@ def _draw(figure: "matplotlib.figure.Figure", scores: Sequence[Score]) -> list[H
     hovers = []
     for level, one in enumerate(scores):
         mean, interval, p99 = one.kl_mean or 0.0, one.kl_interval or 0.0, one.kl_p99 or 0.0
-        look = series_style(level) | {"linestyle": ""}
-        low, memory = max(mean - interval, mean / 20), (one.weights + one.extra) / 2**20
-        axes.plot([low, mean + interval], [memory, memory], color=INK, linewidth=1)
-        axes.plot(mean, memory, **look, markersize=8, label=one.name)
-        axes.plot(p99, memory, **look, markersize=7, fillstyle="none")
-        text = f"{one.name}: mean KL {mean:.2g} ± {interval:.1g}, {size(one.weights + one.extra)}"
-        hovers.append(Hover(left=low, right=p99, bottom=0.99 * memory, top=1.01 * memory, text=text))
+        look = series_style(0 if one.exportable else 1) | {"linestyle": "", "marker": "o"}
+        first = level == 0 or all(other.exportable != one.exportable for other in scores[:level])
+        label = "a folder can carry it" if one.exportable else "needs code around the model"
+        low = max(mean - interval, mean / 20)
+        axes.plot([low, mean + interval], [level, level], color=INK, linewidth=1)
+        axes.plot(mean, level, **look, markersize=7, label=label if first else None)
+        axes.plot(p99, level, **look, markersize=6, fillstyle="none")
+        text = f"{one.name}: mean KL {mean:.2g} ± {interval:.1g}, 99% below {p99:.2g}, {size(one.weights + one.extra)}"
+        hovers.append(Hover(left=low, right=p99, bottom=level - 0.4, top=level + 0.4, text=text))
+    axes.set_yticks(range(len(scores)), [f"{one.name}, {size(one.weights + one.extra)}" for one in scores])
+    axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_xlabel("KL divergence from float32 [nats a token]")
-    axes.set_ylabel("memory [MiB]")
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(0.9 * bottom, 1.1 * top)
-    figure.legend(loc="outside upper right", ncols=3)
+    figure.legend(loc="outside upper right", ncols=2)
     return hovers
