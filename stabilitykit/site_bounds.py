@@ -11,6 +11,15 @@ from stabilitykit.formats import number_format
 Verdict = Literal["safe for every prompt", "reachable by a prompt", "reachable by a hidden state", "open"]
 
 
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """The largest magnitude of a site, and what made it: words for a place in a prompt, or a hidden state [E]."""
+
+    value: float
+    prompt: str | None = None
+    state: tuple[float, ...] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteBound:
     """What is known of the magnitudes at one site, as stored in `dtype`.
@@ -18,7 +27,8 @@ class SiteBound:
     `bound`: no prompt of any length exceeds it; inf where float64 does not hold it. `observed`: the largest in prompts
     that were run. `found`: the largest that a hidden state makes of this layer's own weights, which is weaker than a
     prompt: nobody said that a prompt leads to that state. None where nothing was run, and `found` of the residual
-    stream, which is the hidden state itself.
+    stream, which is the hidden state itself. `prompt` says where in which prompt the end was passed, and `state` is
+    the vector, entering the layer's norm, that passes it; each only where one does.
     """
 
     site: str
@@ -28,6 +38,8 @@ class SiteBound:
     bound: float
     observed: float | None = None
     found: float | None = None
+    prompt: str | None = None
+    state: tuple[float, ...] | None = None
 
     @property
     def kind(self) -> str:
@@ -50,12 +62,19 @@ class SiteBound:
 
 
 def with_largest(
-    bounds: Sequence[SiteBound], field: Literal["found", "observed"], largest: Mapping[str, float]
+    bounds: Sequence[SiteBound], field: Literal["found", "observed"], largest: Mapping[str, Largest]
 ) -> list[SiteBound]:
     """`bounds` with the largest magnitudes by site, of hidden states or of prompts; None where `largest` has none."""
-    if field == "found":
-        return [replace(one, found=largest.get(one.site)) for one in bounds]
-    return [replace(one, observed=largest.get(one.site)) for one in bounds]
+    entered = []
+    for one in bounds:
+        seen = largest.get(one.site)
+        value = None if seen is None else seen.value
+        passes = seen is not None and number_format(one.dtype).overflows(seen.value)
+        if field == "found":
+            entered.append(replace(one, found=value, state=seen.state if seen is not None and passes else None))
+        else:
+            entered.append(replace(one, observed=value, prompt=seen.prompt if seen is not None and passes else None))
+    return entered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,4 +108,5 @@ class Bounds:
 
 def _site(raw: dict[str, Any]) -> SiteBound:
     known = {key: value for key, value in raw.items() if key not in ("limit", "verdict")}
-    return SiteBound(**(known | {"bound": math.inf if raw["bound"] is None else raw["bound"]}))
+    state = None if raw["state"] is None else tuple(raw["state"])
+    return SiteBound(**(known | {"bound": math.inf if raw["bound"] is None else raw["bound"], "state": state}))

@@ -9,7 +9,7 @@ from sweeps import sweep
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.results import read_finding
-from stabilitykit.site_bounds import Bounds, with_largest
+from stabilitykit.site_bounds import Bounds, Largest, with_largest
 
 
 def test_a_verdict_says_what_is_known() -> None:
@@ -43,8 +43,12 @@ def test_what_holds_none_is_refused(tmp_path: Path, text: str) -> None:
         read_finding(tmp_path / "bounds.json", Bounds)
 
 
-def test_the_largest_are_entered_by_site() -> None:
-    found = with_largest(SITES, "observed", {"lm_head": 3.0})
-    assert [one.observed for one in found] == [None, None, None, None, None, 3.0]
+def test_the_largest_are_entered_by_site_and_what_passes_the_end_is_said() -> None:
+    seen = {"lm_head": Largest(3.0, prompt="text 1"), "layers.1": Largest(7e4, prompt="text 2, token 0")}
+    found = with_largest(SITES, "observed", seen)
+    assert [one.observed for one in found] == [None, None, None, None, 7e4, 3.0]
+    assert [one.prompt for one in found] == [None, None, None, None, "text 2, token 0", None]
     assert found[1].found == 66_000.0
-    assert with_largest(SITES, "found", {})[1].found is None
+    states = with_largest(SITES, "found", {"layers.1": Largest(7e4, state=(1.0, 2.0)), "lm_head": Largest(1.0)})
+    assert [one.state for one in states][-2:] == [(1.0, 2.0), None]
+    assert states[1].found is None

@@ -8,7 +8,8 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.experiment.case import run_case
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.gemma.load import parse_dtype
-from stabilitykit.site_bounds import SiteBound, with_largest
+from stabilitykit.records import quoted
+from stabilitykit.site_bounds import Largest, SiteBound, with_largest
 
 
 def examine(
@@ -39,11 +40,14 @@ def examine(
     return with_largest(bounds, "observed", observe(model, prompts, progress=progress))
 
 
-def observe(model: Gemma, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> dict[str, float]:
-    """The largest finite magnitude at each site over all prompts; masked scores are not counted."""
-    found: dict[str, float] = {}
-    for tokens in prompts:
+def observe(model: Gemma, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> dict[str, Largest]:
+    """The largest finite magnitude at each site over all prompts, and where it was; masked scores are not counted."""
+    found: dict[str, Largest] = {}
+    for number, tokens in enumerate(prompts, start=1):
         for one in run_case(model, tokens, formats=(), every_logit=True, progress=progress).recording:
-            if one.amax is not None:
-                found[one.site] = max(found.get(one.site, 0.0), one.amax)
+            if one.amax is None or (one.site in found and found[one.site].value >= one.amax):
+                continue
+            token = "" if one.amax_token_text is None else f" {quoted(one.amax_token_text)}"
+            place = "" if one.amax_position is None else f", token {one.amax_position:,}{token}"
+            found[one.site] = Largest(one.amax, prompt=f"text {number}{place}")
     return found

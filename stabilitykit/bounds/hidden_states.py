@@ -7,10 +7,9 @@ for `down_proj`. The residual stream has no such search: the state is the residu
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabilitykit.bounds.bound import LayerMatrices, Progress
@@ -18,6 +17,8 @@ from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.gemma import Gemma
 from stabilitykit.gemma.model import rope_frequencies
 from stabilitykit.recorder import record
+from stabilitykit.records import Record
+from stabilitykit.site_bounds import Largest
 
 _ROWS = 4
 """Rows of each matrix, those with the largest bounds, for which states are made."""
@@ -61,55 +62,107 @@ def states_of(layer: LayerMatrices, config: GemmaConfig) -> States:
     return States(attention=_unit(attention), mlp=_unit(mlp), pairs=tuple(_pairs(layer, config)))
 
 
-def confirm(model: Gemma, states: Mapping[int, States], *, progress: Progress | None = None) -> dict[str, float]:
-    """The largest magnitude at each site, where `model`'s own modules are given these states, layer by layer.
+def confirm(model: Gemma, states: Mapping[int, States], *, progress: Progress | None = None) -> dict[str, Largest]:
+    """The largest magnitude at each site, where `model`'s own modules are given these states, layer by layer, with the
+    state that made it; of two that made a score, the query's.
 
     Sites are the recorder's. The model is a float32 one; that nothing is rounded to a lower format on the way is the
     same function that the bounds are of, without their margins for rounding.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Largest] = {}
     for done, (index, mine) in enumerate(states.items()):
         if progress is not None:
             progress("confirming", done, len(states))
-        layer: Any = model.layers[index]
-        is_global = model.config.is_global(index)
-        pre = layer.pre_feedforward_layernorm if model.config.post_norms else layer.post_attention_layernorm
         # each state a sequence of its own, which attends to itself; then pairs, at their tokens' positions
         runs = [(mine.attention[:, None], (0,)), *((pair[None], (0, distance)) for distance, pair in mine.pairs)]
-        with torch.inference_mode(), record(model, formats=()) as recording:
+        attention = _Attention(model, index)
+        with torch.inference_mode(), record(attention, formats=()) as recording:
             for state, positions in runs:
-                cos, sin = zip(
-                    *(
-                        model.rotary_emb(is_global, one, one + 1, dtype=model.dtype, device=model.device)
-                        for one in positions
-                    ),
-                    strict=True,
-                )
-                blocked = torch.full((len(positions),) * 2, torch.finfo(model.dtype).min, dtype=model.dtype)
-                mask = blocked.triu(1)[None, None].to(model.device)
-                normed = layer.input_layernorm(state.to(model.dtype))
-                out = layer.self_attn(normed, rope=(torch.cat(cos), torch.cat(sin)), mask=mask, cache=None)
-                if model.config.post_norms:
-                    layer.post_attention_layernorm(out)
-            out = layer.mlp(pre(mine.mlp.to(model.dtype)[None]))
-            if model.config.post_norms:
-                layer.post_feedforward_layernorm(out)
+                attention(state.to(model.dtype), positions)
         for one in recording:
-            if one.amax is not None:
-                found[one.site] = max(found.get(one.site, 0.0), one.amax)
+            _keep(found, one, runs[max(one.step, 0)][0])
+        mlp = _MLP(model, index)
+        with torch.inference_mode(), record(mlp, formats=()) as recording:
+            mlp(mine.mlp.to(model.dtype)[None])
+        for one in recording:
+            _keep(found, one, mine.mlp[None])
     return found
 
 
-def confirm_head(model: Gemma) -> dict[str, float]:
+def confirm_head(model: Gemma) -> dict[str, Largest]:
     """The same for the final norm and the logits."""
     gain = (1.0 + model.norm.weight.float()).double()
     parts = torch.split(model.lm_head.weight, 1 << 14)
     lengths = torch.cat([torch.linalg.vector_norm(part * gain, dim=1) for part in parts])
     best = model.lm_head.weight[lengths.topk(min(_ROWS, len(lengths)))[1]]
     state = _unit(torch.cat((best * gain * gain, _single(gain))))
-    with torch.inference_mode(), record(model, formats=()) as recording:
-        model.lm_head(model.norm(state.to(model.dtype)[None]))
-    return {one.site: one.amax for one in recording if one.amax is not None}
+    head = _Head(model)
+    with torch.inference_mode(), record(head, formats=()) as recording:
+        head(state.to(model.dtype)[None])
+    found: dict[str, Largest] = {}
+    for one in recording:
+        _keep(found, one, state[None])
+    return found
+
+
+def _keep(found: dict[str, Largest], one: Record, given: Tensor) -> None:
+    """`given` [B, T, E] are the states of the run that `one` is of."""
+    if one.amax is None or (one.site in found and found[one.site].value >= one.amax):
+        return
+    state = given[one.amax_row or 0, one.amax_position or 0]
+    found[one.site] = Largest(one.amax, state=tuple(state.float().tolist()))
+
+
+class _Attention(nn.Module):
+    """The attention of one layer by itself, under the paths that it has in the model."""
+
+    def __init__(self, model: Gemma, index: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(index): model.layers[index]})
+        self.rotary_emb = model.rotary_emb
+        self.is_global = model.config.is_global(index)
+        self.post_norms = model.config.post_norms
+
+    def forward(self, state: Tensor, positions: tuple[int, ...]) -> None:
+        """`state` [B, T, E] enters the input norm; its tokens stand at these T positions."""
+        (layer,) = self.layers.values()
+        place = {"dtype": state.dtype, "device": state.device}
+        cos, sin = zip(*(self.rotary_emb(self.is_global, one, one + 1, **place) for one in positions), strict=True)
+        blocked = torch.full((len(positions),) * 2, torch.finfo(state.dtype).min, **place)
+        out = layer.self_attn(
+            layer.input_layernorm(state),
+            rope=(torch.cat(cos), torch.cat(sin)),
+            mask=blocked.triu(1)[None, None],
+            cache=None,
+        )
+        if self.post_norms:
+            layer.post_attention_layernorm(out)
+
+
+class _MLP(nn.Module):
+    """The MLP of one layer by itself, under the paths that it has in the model."""
+
+    def __init__(self, model: Gemma, index: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(index): model.layers[index]})
+        self.post_norms = model.config.post_norms
+
+    def forward(self, state: Tensor) -> None:
+        """`state` [B, T, E] enters the norm before the MLP."""
+        layer: Any = next(iter(self.layers.values()))
+        pre = layer.pre_feedforward_layernorm if self.post_norms else layer.post_attention_layernorm
+        out = layer.mlp(pre(state))
+        if self.post_norms:
+            layer.post_feedforward_layernorm(out)
+
+
+class _Head(nn.Module):
+    def __init__(self, model: Gemma) -> None:
+        super().__init__()
+        self.norm, self.lm_head = model.norm, model.lm_head
+
+    def forward(self, state: Tensor) -> None:
+        self.lm_head(self.norm(state))
 
 
 def stored_in(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:

@@ -16,6 +16,7 @@ from bounds.weights import (
     planted,
     quiet,
     random_states,
+    values,
 )
 
 from stabilitykit.bounds import bound, inequalities
@@ -55,14 +56,35 @@ def test_no_prompt_and_no_hidden_state_exceeds_a_bound(
     checkpoint = change(plain(generation, shape))
     bounds, states = bounds_and_states(checkpoint, dtype)
     model = build(checkpoint, dtype=dtype)
-    values = largest_of_prompts(model, "float32-accumulate")
-    if any(value == float("inf") for value in values.values()):  # what follows an infinity is not bounded
-        broken = next(site for site, value in values.items() if value == float("inf"))
+    made = largest_of_prompts(model, "float32-accumulate")
+    if any(value == float("inf") for value in made.values()):  # what follows an infinity is not bounded
+        broken = next(site for site, value in made.items() if value == float("inf"))
         assert bounds[broken].bound > FLOAT16.largest
     else:
-        assert exceeding(bounds, values) == {}
-    assert exceeding(bounds, confirm(model, states)) == {}
-    assert exceeding(bounds, confirm(model, random_states(checkpoint))) == {}
+        assert exceeding(bounds, made) == {}
+    assert exceeding(bounds, values(confirm(model, states))) == {}
+    assert exceeding(bounds, values(confirm(model, random_states(checkpoint)))) == {}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_state_that_is_told_makes_what_was_found(generation: int) -> None:
+    checkpoint = planted(plain(generation, SHAPES[1]), 2.0**14)
+    states = bounds_and_states(checkpoint, "float32")[1]
+    model = build(checkpoint)
+    found = confirm(model, states)
+    for site, norm, module in (
+        (
+            "layers.1.mlp.down_proj",
+            "pre_feedforward_layernorm" if generation > 1 else "post_attention_layernorm",
+            "mlp",
+        ),
+        ("layers.0.self_attn.v_proj", "input_layernorm", "self_attn.v_proj"),
+    ):
+        one, layer = found[site], model.layers[int(site.split(".")[1])]
+        assert one.state is not None
+        with torch.inference_mode():
+            made = layer.get_submodule(module)(layer.get_submodule(norm)(torch.tensor(one.state)))
+        assert float(made.abs().max()) == pytest.approx(one.value, rel=1e-4)
 
 
 FUNCTIONS = {  # each with a checkpoint in which it decides

@@ -12,7 +12,7 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.recorder import record
-from stabilitykit.site_bounds import SiteBound
+from stabilitykit.site_bounds import Largest, SiteBound
 
 SHAPES = (
     "layers=2&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512",
@@ -85,7 +85,11 @@ def largest_of_prompts(model: Gemma, kind: str = "native") -> dict[str, float]:
 
 def largest_of_states(checkpoint: Checkpoint, states: dict[int, States]) -> dict[str, float]:
     model = build(stored_in(checkpoint, torch.float16))
-    return confirm(model, states) | confirm_head(model)
+    return values(confirm(model, states) | confirm_head(model))
+
+
+def values(largest: dict[str, Largest]) -> dict[str, float]:
+    return {site: one.value for site, one in largest.items()}
 
 
 def exceeding(bounds: dict[str, SiteBound], found: dict[str, float]) -> dict[str, tuple[float, float]]:

@@ -98,10 +98,16 @@ def _sites(bounds: Bounds) -> Table:
             Column(name="found", format=number),
             Column(name="observed", format=number),
             Column(name="verdict"),
+            Column(name="by"),
         ],
-        rows=[[one.site, one.bound, one.found, one.observed, one.verdict] for one in bounds.sites],
-        note="A dash: no hidden state or text was tried, or none counts.",
+        rows=[[one.site, one.bound, one.found, one.observed, one.verdict, _by(one)] for one in bounds.sites],
+        note="A dash: no hidden state or text was tried, or none counts. Texts are the beginnings of the kit's prose, "
+        "code and scripts; hidden states are in bounds.json, as `state`.",
     )
+
+
+def _by(one: SiteBound) -> str | None:
+    return one.prompt or (None if one.state is None else "a state, in bounds.json")
 
 
 def _figure(bounds: Bounds, rows: Sequence[KindRow]) -> Figure:
