@@ -7,6 +7,7 @@ for `down_proj`. The residual stream has no such search: the state is the residu
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +126,11 @@ class _Attention(nn.Module):
 
     def forward(self, state: Tensor, positions: tuple[int, ...]) -> None:
         """`state` [B, T, E] enters the input norm; its tokens stand at these T positions."""
-        (layer,) = self.layers.values()
-        place = {"dtype": state.dtype, "device": state.device}
-        cos, sin = zip(*(self.rotary_emb(self.is_global, one, one + 1, **place) for one in positions), strict=True)
-        blocked = torch.full((len(positions),) * 2, torch.finfo(state.dtype).min, **place)
+        layer: Any = next(iter(self.layers.values()))
+        dtype, device = state.dtype, state.device
+        tables = [self.rotary_emb(self.is_global, one, one + 1, dtype=dtype, device=device) for one in positions]
+        cos, sin = zip(*tables, strict=True)
+        blocked = torch.full((len(positions),) * 2, torch.finfo(dtype).min, dtype=dtype, device=device)
         out = layer.self_attn(
             layer.input_layernorm(state),
             rope=(torch.cat(cos), torch.cat(sin)),
