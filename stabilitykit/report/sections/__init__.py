@@ -41,15 +41,20 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
 }
 """By the names that an experiment file knows them by."""
 
-USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name != "claims")
+_FOUND_SINCE = ("search", "remedies", "bounds")
+"""What commands of their own find out about a checkpoint."""
+
+USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name not in ("claims", *_FOUND_SINCE))
 """What a report shows if the experiment does not say."""
 
 
 def shown(results: Results) -> list[str]:
     """The experiment's sections, or the usual ones; and what was found out about the checkpoint since."""
     names = list(results.plan.sections or USUAL)
-    added = {"search": results.search, "remedies": results.ranking, "bounds": results.bounds}
-    return names + [name for name, found in added.items() if found is not None and name not in names]
+    found = {"search": results.search, "remedies": results.ranking, "bounds": results.bounds}
+    more = [name for name in _FOUND_SINCE if found[name] is not None and name not in names]
+    end = names.index("provenance") if "provenance" in names else len(names)
+    return names[:end] + more + names[end:]
 
 
 __all__ = ["SECTIONS", "USUAL", "shown"]

@@ -7,7 +7,7 @@ from sweeps import sweep
 
 from stabilitykit.report.blocks import Figure, Prose, Table
 from stabilitykit.report.figures import draw_all
-from stabilitykit.report.sections import remedies, shown
+from stabilitykit.report.sections import USUAL, remedies, shown
 
 
 def test_without_a_ranking_it_says_how_to_make_one(tmp_path: Path) -> None:
@@ -40,4 +40,7 @@ def test_an_experiments_own_sections_get_it_too_once_there_is_one(tmp_path: Path
     assert shown(results) == ["claims"]
     results.write_finding(ranking())
     assert shown(results) == ["claims", "remedies"]
-    assert shown(sweep(tmp_path / "usual", [])).count("remedies") == 1
+    usual = sweep(tmp_path / "usual", [])
+    assert shown(usual) == list(USUAL)
+    usual.write_finding(ranking())
+    assert shown(usual) == [*USUAL[:-1], "remedies", "provenance"]
