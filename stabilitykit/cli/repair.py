@@ -34,6 +34,7 @@ def repair(
         list[Path] | None,
         typer.Option(help="A UTF-8 file whose text the repair must hold; give it again for more. It ranks nothing."),
     ] = None,
+    no_bos: Annotated[bool, typer.Option("--no-bos", help="The --prompts begin without <bos>.")] = False,
     margin: Annotated[
         float, typer.Option(min=0.0, help="Bits of headroom to leave above the largest value seen.")
     ] = 1.0,
@@ -72,8 +73,8 @@ def repair(
     with screen.progress_bar() as progress:
         opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
         check_report(report, opened)
-        chosen = texts(opened.config, Tokenizer(opened.vocabulary), prompts or ())
-        command = _command(checkpoint, prompts or (), margin, proved, report)
+        chosen = texts(opened.config, Tokenizer(opened.vocabulary), prompts or (), bos=not no_bos)
+        command = _command(checkpoint, prompts or (), no_bos, margin, proved, report)
         found = find(opened, chosen, margin=margin, proved=proved, device=place, command=command, progress=progress)
         ranking = found.ranking
         is_finite = ranking.repaired.finite
@@ -100,9 +101,12 @@ def repair(
         raise typer.Exit(1)
 
 
-def _command(checkpoint: str, prompts: Sequence[Path], margin: float, proved: bool, report: Path | None) -> str:
+def _command(
+    checkpoint: str, prompts: Sequence[Path], no_bos: bool, margin: float, proved: bool, report: Path | None
+) -> str:
     words = ["stabilitykit", "repair", checkpoint]
     words += [word for prompt in prompts for word in ("--prompts", str(prompt))]
+    words += ["--no-bos"] if no_bos else []
     words += ["--margin", f"{margin:g}"] if margin != 1 else []
     words += ["--proved"] if proved else []
     words += ["--report", str(report)] if report is not None else []

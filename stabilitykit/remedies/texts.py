@@ -22,8 +22,9 @@ class Texts:
     held_out: tuple[tuple[int, ...], ...]
 
 
-def texts(config: GemmaConfig, tokenizer: Tokenizer, files: Sequence[Path] = ()) -> Texts:
-    """Of each of `KINDS` the first window chooses and the next ones are held out; the user's `files` choose too.
+def texts(config: GemmaConfig, tokenizer: Tokenizer, files: Sequence[Path] = (), *, bos: bool = True) -> Texts:
+    """Of each of `KINDS` the first window chooses and the next ones are held out; the user's `files` choose too, after
+    `<bos>` or without it.
 
     Raises MisuseError for a file that cannot be read, or that has no text.
     """
@@ -31,13 +32,13 @@ def texts(config: GemmaConfig, tokenizer: Tokenizer, files: Sequence[Path] = ())
     choosing, held_out = [], []
     for kind in KINDS:
         prompt = parse_prompt(kind, Path())
-        bos, *ids = tokens(prompt, tokenizer, bos=True, length=1 + (length - 1) * (HELD_OUT + 1))
-        windows = [(bos, *ids[start : start + length - 1]) for start in range(0, len(ids), length - 1)]
+        first, *ids = tokens(prompt, tokenizer, bos=True, length=1 + (length - 1) * (HELD_OUT + 1))
+        windows = [(first, *ids[start : start + length - 1]) for start in range(0, len(ids), length - 1)]
         choosing.append(windows[0])
         held_out += windows[1:]
     for file in files:
         prompt = parse_prompt(f"@{file.absolute()}", Path())
-        found = tokens(prompt, tokenizer, bos=True, length=None)
+        found = tokens(prompt, tokenizer, bos=bos, length=None)
         if len(found) > config.context:
             raise MisuseError(
                 f"A prompt fits the model's context of {config.context:,} tokens; {file} has {len(found):,}: "
