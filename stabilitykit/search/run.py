@@ -236,7 +236,8 @@ class _Run:
 def fastest(device: str) -> str:
     """bfloat16 where the device multiplies it faster than float32, else float32."""
     if device.startswith("cpu"):
-        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch has no public name for it
+        return "bfloat16" if has_bfloat16() else "float32"
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
