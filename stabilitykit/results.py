@@ -206,6 +206,7 @@ class Results:
     plan: Plan
     _recordings: dict[str, Recording] = field(default_factory=dict, repr=False)
     _lengths: dict[str, LengthMap] = field(default_factory=dict, repr=False)
+    _found: dict[type, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Results":
@@ -329,10 +330,13 @@ class Results:
         """Raises MisuseError for that of another checkpoint."""
         self.check_checkpoint(found.checkpoint, found.sha256)
         write_json(self.folder / _FINDINGS[type(found)], found.document())
+        self._found.pop(type(found), None)
 
     def _finding(self, kind: type[_F]) -> _F | None:
         path = self.folder / _FINDINGS[kind]
-        return read_finding(path, kind) if path.exists() else None
+        if kind not in self._found and path.exists():
+            self._found[kind] = read_finding(path, kind)
+        return self._found.get(kind)
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
         """Raises MisuseError unless this is a sweep of that checkpoint."""

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabilitykit.bounds import inequalities
+import stabilitykit.bounds.inequalities as inequalities
 from stabilitykit.bounds.arithmetic import WIDE, Arithmetic, Ball, outward, sum_error
 from stabilitykit.bounds.gated_sum import GatedSum, largest_first
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.errors import MisuseError
+from stabilitykit.experiment.case import Progress
 from stabilitykit.formats import number_format
 from stabilitykit.gemma.load import parse_dtype
 from stabilitykit.recorder.labels import FAMILIES, label
 from stabilitykit.site_bounds import SiteBound
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and out of how much."""
 
 _REFINED = 48
 """Refinements of rows of `down_proj` in a layer; most layers of the 270M need four to twenty."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from stabilitykit.bounds.bound import LayerMatrices, Progress, bound_sites
+from stabilitykit.bounds.bound import LayerMatrices, bound_sites
 from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
-from stabilitykit.experiment.case import run_case
+from stabilitykit.experiment.case import Progress, run_case, stage
 from stabilitykit.gemma import Gemma, build
 from stabilitykit.gemma.load import parse_dtype
 from stabilitykit.records import quoted
@@ -31,11 +31,7 @@ def examine(
 
     bounds = bound_sites(checkpoint, dtype, witnesses=search, progress=progress)
 
-    def prepare(done: int, total: int) -> None:
-        if progress is not None:
-            progress("preparing weights", done, total)
-
-    model = build(stored_in(checkpoint, parse_dtype(dtype)), progress=prepare)
+    model = build(stored_in(checkpoint, parse_dtype(dtype)), progress=stage("preparing weights", progress))
     bounds = with_largest(bounds, "found", confirm(model, states, progress=progress) | confirm_head(model))
     return with_largest(bounds, "observed", observe(model, prompts, progress=progress))
 

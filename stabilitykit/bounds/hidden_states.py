@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stabilitykit.bounds.bound import LayerMatrices, Progress
+from stabilitykit.bounds.bound import LayerMatrices
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
+from stabilitykit.experiment.case import Progress
 from stabilitykit.gemma import Gemma
 from stabilitykit.gemma.model import rope_frequencies
 from stabilitykit.recorder import record

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stabilitykit.cli.source import local_checkpoint
+from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
 
 
 class BoundDtype(StrEnum):
@@ -17,13 +17,7 @@ class BoundDtype(StrEnum):
 
 
 def bound(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME of "
-            "what lies in the local Hugging Face cache."
-        ),
-    ],
+    checkpoint: Annotated[str, typer.Argument(help=LOCAL_CHECKPOINT_HELP)],
     dtype: Annotated[BoundDtype, typer.Option(help="The dtype in which results are stored.")] = BoundDtype.float16,
     report: Annotated[
         Path | None,

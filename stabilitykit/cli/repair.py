@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stabilitykit.cli.source import local_checkpoint
+from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
 
 
 class StoredDtype(StrEnum):
@@ -17,13 +17,7 @@ class StoredDtype(StrEnum):
 
 
 def repair(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME of "
-            "what lies in the local Hugging Face cache."
-        ),
-    ],
+    checkpoint: Annotated[str, typer.Argument(help=LOCAL_CHECKPOINT_HELP)],
     out: Annotated[
         Path | None, typer.Option(help="A new folder for the repaired checkpoint, which plain transformers loads.")
     ] = None,

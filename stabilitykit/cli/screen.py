@@ -209,9 +209,7 @@ def print_forecasts(recording: Recording, found: Sequence[Forecast]) -> None:
             overflow_becomes(one.format, saturating=one.saturating),
             *(share(part / one.elements) if part else "-" for part in (one.subnormal, one.zero)),
             "-" if one.headroom is None else f"{one.headroom:.1f}",
-            "-"
-            if one.weights is None
-            else _zero_as_dash(one.weights.zero + (one.weights.overflow if not one.saturating else 0)),
+            "-" if one.weights is None else _zero_as_dash(_lost(one.weights, one.saturating)),
             style="red" if one.breaks else None,
         )
     output.print(table)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stabilitykit.cli.source import local_checkpoint
+from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
 from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -21,13 +21,7 @@ class LowDtype(StrEnum):
 
 
 def search(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME of "
-            "what lies in the local Hugging Face cache."
-        ),
-    ],
+    checkpoint: Annotated[str, typer.Argument(help=LOCAL_CHECKPOINT_HELP)],
     dtype: Annotated[LowDtype, typer.Option(help="The dtype whose end is looked for.")] = LowDtype.float16,
     bos: Annotated[
         bool | None,

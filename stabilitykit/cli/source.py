@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from stabilitykit.records import Recording
 
 HF = "hf:"
+LOCAL_CHECKPOINT_HELP = (
+    "gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME of what lies in "
+    "the local Hugging Face cache."
+)
 CHECKPOINT_HELP = (
     "gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or gemma_pytorch's .ckpt file, "
     "random:SIZE?layers=2&seed=0, or hf:FOLDER or hf:NAME to run transformers' own code (extra: hf)."

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from stabilitykit.diagnosis.chain import counted
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.finds import KINDS, Find, Scan, Search, TokenPeak
 from stabilitykit.formats import number_format
@@ -33,8 +34,9 @@ def shortest(search: Search, bos: bool) -> str | None:
     if best.breaks:
         return f"{how} <bos> the shortest prompt found to break is {shown(best)}.{_least(search, best)} {best.sentence}"
     most = max(step.length for step in search.steps if step.bos == bos)
+    longest = counted(most, "token")
     return (
-        f"{how} <bos> nothing that was tried breaks {search.dtype}, prompts of up to {_tokens(most)}. Nearest comes "
+        f"{how} <bos> nothing that was tried breaks {search.dtype}, prompts of up to {longest}. Nearest comes "
         f"{shown(best)}: {nearness(best, search.dtype)}."
     )
 
@@ -53,7 +55,7 @@ def _least(search: Search, best: Find) -> str:
 
 def shown(find: Find) -> str:
     """`'ow' 'ars' ' But'` (3 tokens)"""
-    return f"{' '.join(map(quoted, find.pieces))} ({_tokens(len(find.tokens))})"
+    return f"{' '.join(map(quoted, find.pieces))} ({counted(len(find.tokens), 'token')})"
 
 
 def nearness(found: Find | TokenPeak, dtype: str) -> str:
@@ -103,7 +105,3 @@ def how_measured(search: Search) -> str:
         f"{search.dtype} run stores in {search.dtype}, as float32 computes it.{sieve} The logits are left out of that, "
         "and counted where the recorder confirms: for the tokens and prompts that are shown."
     )
-
-
-def _tokens(amount: int) -> str:
-    return f"{amount} token{'' if amount == 1 else 's'}"

@@ -21,6 +21,16 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
 
 
+def stage(what: str, progress: Progress | None) -> Callable[[int, int], None]:
+    """`progress` for one thing that is done, called with how much of it is done and out of how much."""
+
+    def announce(done: int, total: int) -> None:
+        if progress is not None:
+            progress(what, done, total)
+
+    return announce
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """gemma_pytorch's defaults; `temperature` None is greedy. `seed` is that of the draw."""

@@ -24,7 +24,7 @@ def write_proof(folder: Path, bounds: Mapping[str, float]) -> Path:
         "schema": 1,
         "dtype": "float16",
         "limit": LIMIT,
-        "sha256": {name: _sha256(folder / name) for name in names},
+        "sha256": {name: sha256(folder / name) for name in names},
         "bounds": {kind: float(bound) for kind, bound in bounds.items()},
     }
     canonical = json.dumps(proof, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -34,6 +34,6 @@ def write_proof(folder: Path, bounds: Mapping[str, float]) -> Path:
     return path
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ FOLDER/
   README.md     the same for people, the terms of the weights, and how to verify
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from stabilitykit.checkpoints.export import ExportDtype, write_folder
 from stabilitykit.diagnosis.bounds import by_kind
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.proof.check import check
-from stabilitykit.proof.write import write_proof
+from stabilitykit.proof.write import sha256, write_proof
 from stabilitykit.remedies.repair import Repair
 from stabilitykit.remedies.rescale import stored_gains
 from stabilitykit.results import new_folder, write_json
@@ -58,9 +57,10 @@ def export(
     source = Path(before.source)
     with new_folder(folder) as aside:
         files = write_folder(after, aside, dtype, source=source if source.is_dir() else None, progress=progress)
-        facts = _facts(before, repair, dtype, {path.name: sha256(path) for path in files})
+        gains = stored_gains(after, getattr(torch, dtype))
+        facts = _facts(before, repair, dtype, {path.name: sha256(path) for path in files}, gains)
         write_json(aside / FACTS, facts)
-        (aside / "README.md").write_text(_readme(before, repair, dtype), encoding="utf-8")
+        (aside / "README.md").write_text(_readme(before, repair, dtype, sum(gains.values())), encoding="utf-8")
         _compare(open_checkpoint(aside), after, getattr(torch, dtype))
         if repair.bounds:
             write_proof(aside, {row.worst.kind: row.worst.bound for row in by_kind(repair.bounds)})
@@ -89,7 +89,9 @@ def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> Non
             raise CheckpointError(f"{written.source}: {name} does not read back as it was written. A full disk?")
 
 
-def _facts(before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str]) -> dict[str, Any]:
+def _facts(
+    before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str], gains: dict[str, int]
+) -> dict[str, Any]:
     after = repair.rescaled.checkpoint
     return {
         "schema": SCHEMA,
@@ -97,17 +99,12 @@ def _facts(before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str
         "rms_norm_eps": {"before": before.config.rms_eps, "after": after.config.rms_eps},
         "dtype": dtype,
         "weights_sha256": hashes,
-        "gains_rounded_in_storage": stored_gains(after, getattr(torch, dtype)),
+        "gains_rounded_in_storage": gains,
         "ranking": repair.ranking.document(),
     }
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _readme(before: Checkpoint, repair: Repair, dtype: str) -> str:
+def _readme(before: Checkpoint, repair: Repair, dtype: str, gains: int) -> str:
     after, ranking = repair.rescaled.checkpoint, repair.ranking
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("stabilitykit.remedies", "."),
@@ -125,7 +122,7 @@ def _readme(before: Checkpoint, repair: Repair, dtype: str) -> str:
         eps=(before.config.rms_eps, after.config.rms_eps),
         config=before.config,
         betas=", ".join(f"2^{round(math.log2(beta))}" for beta in ranking.inner),
-        gains=sum(stored_gains(after, getattr(torch, dtype)).values()),
+        gains=gains,
         ranking=ranking,
         score=ranking.repaired,
         plain=ranking["float16"],

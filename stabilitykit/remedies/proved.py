@@ -5,17 +5,16 @@ stands between its `up_proj` and `down_proj`. What none of them reaches must fit
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from stabilitykit.bounds import bound_sites
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.errors import MisuseError
+from stabilitykit.experiment.case import Progress
 from stabilitykit.remedies.rescale import Rescaled, rescale
 from stabilitykit.site_bounds import SiteBound
-
-Progress = Callable[[str, int, int], None]
 
 _LEAST = 24  # of γ and β, in powers of two
 _ROOM = 0.95  # of the limit is asked for, so that a checker that is coarser by some percent comes to the same

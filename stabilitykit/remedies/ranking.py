@@ -3,13 +3,14 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.layers import peak
+from stabilitykit.experiment.case import Progress
 from stabilitykit.experiment.divergence import Distribution, divergence
 from stabilitykit.formats import number_format
 from stabilitykit.gemma import Gemma, build
@@ -17,8 +18,6 @@ from stabilitykit.products import matmul, preferred_matmul
 from stabilitykit.recorder import record
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.scores import Score
-
-Progress = Callable[[str, int, int], None]
 
 _RECORDED = 3  # windows of which the headroom is measured
 _BLOCK = 64  # positions that one mean of an interval is taken over: neighbours are not independent

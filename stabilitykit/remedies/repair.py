@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.case import run_case
+from stabilitykit.experiment.case import Progress, run_case, stage
 from stabilitykit.experiment.dry_run import dry_run
 from stabilitykit.experiment.plan import machine, versions
 from stabilitykit.experiment.subject import GemmaSubject
 from stabilitykit.formats import FLOAT16
-from stabilitykit.gemma import build
+from stabilitykit.gemma import Gemma, build
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.proved import prove
-from stabilitykit.remedies.ranking import Progress, rank
+from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.rescale import Rescaled, choose_gamma, rescale, rescaling
 from stabilitykit.remedies.texts import Texts
@@ -51,15 +51,17 @@ def repair(
     With `proved` the checkpoint to be carried is instead the one whose bounds say that no prompt can break it; the
     measured one is ranked beside it. Raises MisuseError where no γ does, naming the tensor that stands in the way.
     """
-    seen = _look(checkpoint, texts.choosing, device, _named("choosing texts", progress))
+    model = build(checkpoint, device=device)
+    seen = _look(model, texts.choosing, stage("choosing texts", progress))
     proof = prove(checkpoint, progress=progress) if proved else None
     measured = _choose(checkpoint, seen, texts.choosing, margin, device, progress)
     rescaled = measured if proof is None else proof.rescaled
     remedies = [PLAIN, *REMEDIES]
     if seen.islands.sites:
-        dry = dry_run(GemmaSubject(build(checkpoint)), 1, len(texts.choosing[0]))
+        dry = dry_run(GemmaSubject(model), 1, len(texts.choosing[0]))
         assert dry is not None  # of the kit's own model
         remedies.append(float32_islands(seen.islands, dry))
+    del model  # the ranking has one of its own
     carried = PLAIN
     if measured.gamma != 1:
         carried = rescaling(measured.gamma)
@@ -103,10 +105,7 @@ class _Seen:
     islands: Islands
 
 
-def _look(
-    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], device: str, announce: Callable[[int, int], None]
-) -> _Seen:
-    model = build(checkpoint, device=device)
+def _look(model: Gemma, windows: Sequence[Sequence[int]], announce: Callable[[int, int], None]) -> _Seen:
     largest, site, final, islands = 0.0, "", 0.0, Islands("float16", frozenset(), 0)
     for done, window in enumerate(windows):
         announce(done, len(windows))
@@ -132,7 +131,8 @@ def _choose(
     rescaled = rescale(checkpoint, gamma)
     if gamma == 1:
         return rescaled
-    after = _look(rescaled.checkpoint, windows, device, _named("checking the choice", progress))
+    model = build(rescaled.checkpoint, device=device)
+    after = _look(model, windows, stage("checking the choice", progress))
     if FLOAT16.headroom(after.peak) < margin:
         raise MisuseError(
             f"A rescale reaches what norms read and no more; scaled by {gamma:g} the largest value that float16 has "
@@ -145,11 +145,3 @@ def _choose(
 def _small(checkpoint: Checkpoint) -> Small:
     found = check_weights(checkpoint.tensors.items(), ("float16",))["float16"]
     return Small(subnormal=found.subnormal, zero=found.zero)
-
-
-def _named(what: str, progress: Progress | None) -> Callable[[int, int], None]:
-    def announce(done: int, total: int) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
-    return announce

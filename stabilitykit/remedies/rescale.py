@@ -167,8 +167,9 @@ def choose_gamma(headroom: float, final_norm: float, margin: float) -> float:
 def stored_gains(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
     """How many gains of each norm are rounded where the checkpoint is stored in `dtype`, of norms that have any."""
     found = {}
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.ndim == 1:
+    for name in checkpoint.tensors:
+        if name.endswith("norm.weight"):  # no other is read: a rescaled one is computed when it is asked for
+            tensor = checkpoint.tensors[name]
             lost = int((tensor.float() != tensor.to(dtype).float()).sum())
             if lost:
                 found[name] = lost

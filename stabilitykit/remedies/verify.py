@@ -7,9 +7,11 @@ from typing import Any
 
 from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.experiment.case import Progress
 from stabilitykit.gemma.tokenizer import Tokenizer
-from stabilitykit.remedies.export import FACTS, SCHEMA, sha256
-from stabilitykit.remedies.ranking import Progress, rank
+from stabilitykit.proof.write import sha256
+from stabilitykit.remedies.export import FACTS, SCHEMA
+from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.texts import texts
 from stabilitykit.scores import Ranking, Score

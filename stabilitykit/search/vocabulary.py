@@ -4,12 +4,12 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from stabilitykit.checkpoints.checkpoint import Vocabulary
-from stabilitykit.experiment.case import Progress
+from stabilitykit.experiment.case import Progress, stage
 from stabilitykit.finds import KINDS, KindPeaks, Scan, TokenPeak
 from stabilitykit.formats import number_format
 from stabilitykit.gemma.tokenizer import Tokenizer
@@ -44,11 +44,11 @@ class VocabularyScanner:
     def scan(self, name: str, context: Sequence[int], limit: int, progress: Progress | None) -> Scanned:
         """The first `limit` tokens, each after `context`."""
         began = time.monotonic()
-        peaks = self._sieve.scan(range(limit), context, _named(f"{name}: {limit:,} tokens", progress))
+        peaks = self._sieve.scan(range(limit), context, stage(f"{name}: {limit:,} tokens", progress))
         order = sorted(range(limit), key=lambda token: -peaks[token].value)[:CHECKED]
         moved = 0.0
         if self._sieve is not self._wide:
-            checked = self._wide.scan(order, context, _named(f"{name}: in float32", progress))
+            checked = self._wide.scan(order, context, stage(f"{name}: in float32", progress))
             pairs = zip(order, checked, strict=True)
             moved = max((abs(_bits(peaks[token].value, found.value)) for token, found in pairs), default=0.0)
             for token, again in zip(order, checked, strict=True):
@@ -120,11 +120,3 @@ def _by_kind(kinds: Sequence[str], rooms: Sequence[float | None]) -> tuple[KindP
 def _bits(one: float, other: float) -> float:
     """How far apart two magnitudes are; 0 where one of them is zero or not finite."""
     return math.log2(one / other) if 0 < one < math.inf and 0 < other < math.inf else 0.0
-
-
-def _named(what: str, progress: Progress | None) -> Callable[[int, int], None]:
-    def announce(done: int, total: int) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
-    return announce
