@@ -22,15 +22,15 @@ import torch
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.experiment.case import run_case
-from stabilitykit.experiment.prompts import parse_prompt
-from stabilitykit.experiment.prompts import tokens as tokens_of
-from stabilitykit.gemma import build
-from stabilitykit.gemma.tokenizer import Tokenizer
-from stabilitykit.products import preferred_matmul
+from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.report.blocks import Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import BLUE, INK, VERMILLION, bits
 from stabilitykit.report.write import write_report
+from stabilitykit.run.case import run_case
+from stabilitykit.run.prompts import parse_prompt
+from stabilitykit.run.prompts import tokens as tokens_of
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -32,14 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stabilitykit as sk
 from stabilitykit.checkpoints.config import RELEASED, GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
-from stabilitykit.experiment.prompts import parse_prompt
-from stabilitykit.experiment.prompts import tokens as tokens_of
-from stabilitykit.gemma import Gemma, KVCache
-from stabilitykit.products import matmul
+from stabilitykit.models.gemma import Gemma, KVCache
+from stabilitykit.models.matmul import matmul
 from stabilitykit.records import Recording
 from stabilitykit.report.blocks import Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import BLUE, INK, VERMILLION
 from stabilitykit.report.write import write_report
+from stabilitykit.run.prompts import parse_prompt
+from stabilitykit.run.prompts import tokens as tokens_of
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -272,8 +272,8 @@ def silenced() -> Iterator[None]:
 LOADING = """
 import json, time
 from stabilitykit.checkpoints import open_checkpoint
-from stabilitykit.gemma import build
-from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma.tokenizer import Tokenizer
 began = time.perf_counter(); opened = open_checkpoint("gemma3-270m"); model = build(opened)
 loaded = time.perf_counter(); Tokenizer(opened.vocabulary)
 print(json.dumps([loaded - began, time.perf_counter() - loaded]))
@@ -427,7 +427,7 @@ def write_large(folder: Path, config: GemmaConfig) -> None:
                     left -= min(left, len(scaled))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     opened = sk.open_checkpoint(f"random:{LARGE}?layers=1&hidden_size=8&feed_forward=8&heads=1&kv_heads=1&head_dim=4")
-    from stabilitykit.gemma.tokenizer import serialised
+    from stabilitykit.models.gemma.tokenizer import serialised
 
     (folder / "tokenizer.model").write_bytes(serialised(opened.vocabulary))
     (folder / "config.json").write_text(

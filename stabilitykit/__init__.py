@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from stabilitykit.diagnosis import verdict as verdict
     from stabilitykit.formats import FORMATS as FORMATS
     from stabilitykit.formats import NumberFormat as NumberFormat
-    from stabilitykit.gemma import build as build
-    from stabilitykit.gemma import generate as generate
-    from stabilitykit.gemma import load as load
+    from stabilitykit.models.gemma import build as build
+    from stabilitykit.models.gemma import generate as generate
+    from stabilitykit.models.gemma import load as load
     from stabilitykit.recorder import record as record
     from stabilitykit.records import Recording as Recording
 
@@ -30,10 +30,10 @@ _HOMES = {
     "FORMATS": "formats",
     "NumberFormat": "formats",
     "Recording": "records",
-    "build": "gemma",
+    "build": "models.gemma",
     "chain": "diagnosis",
-    "generate": "gemma",
-    "load": "gemma",
+    "generate": "models.gemma",
+    "load": "models.gemma",
     "open_checkpoint": "checkpoints",
     "record": "recorder",
     "verdict": "diagnosis",

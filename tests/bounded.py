@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from stabilitykit.site_bounds import Bounds, SiteBound
+from stabilitykit.records.bounds import Bounds, SiteBound
 
 
 def site(name: str, bound: float, **changes: Any) -> SiteBound:

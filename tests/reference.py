@@ -2,7 +2,7 @@
 
 import transformers
 
-from stabilitykit.gemma import Gemma
+from stabilitykit.models.gemma import Gemma
 
 
 def reference_model(model: Gemma) -> transformers.PreTrainedModel:

@@ -6,7 +6,7 @@ import torch
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.remedies.rescale import rescale
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from stabilitykit.scores import Ranking, Score, Small
+from stabilitykit.records.remedies import Ranking, Score, Small
 
 
 def score(name: str, kl_mean: float | None = 1e-3, **changes: Any) -> Score:

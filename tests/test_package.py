@@ -17,14 +17,12 @@ PACKAGE = ROOT / "stabilitykit"
 FLOORS = [
     {"errors"},
     {"formats"},
-    {"checkpoints", "products", "proof", "records"},
-    {"finds", "lengths", "scores", "site_bounds"},
-    {"results"},
-    {"gemma", "recorder", "diagnosis"},
-    {"hf"},
-    {"experiment", "report"},
-    {"bounds"},
-    {"remedies", "search"},
+    {"checkpoints", "proof", "records"},
+    {"diagnosis", "models"},
+    {"recorder"},
+    {"report", "run"},
+    {"bounds", "searches", "sweeps"},
+    {"remedies"},
     {"cli"},
 ]
 
@@ -67,14 +65,14 @@ TORCHLESS = (
     "stabilitykit.cli",
     "stabilitykit.diagnosis",
     "stabilitykit.records",
-    "stabilitykit.results",
+    "stabilitykit.records.sweep",
     "stabilitykit.report.write",
     "stabilitykit.formats",
 )
 
 
 @pytest.mark.parametrize(
-    ("module", "torch_follows"), [*((name, False) for name in TORCHLESS), ("stabilitykit.gemma", True)]
+    ("module", "torch_follows"), [*((name, False) for name in TORCHLESS), ("stabilitykit.models.gemma", True)]
 )
 def test_torch_is_imported_only_where_it_is_needed(module: str, torch_follows: bool) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
@@ -109,7 +107,7 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"stabilitykit"}
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
-    texts = {str(path.relative_to(ROOT)) for path in (PACKAGE / "experiment" / "texts").iterdir()}
+    texts = {str(path.relative_to(ROOT)) for path in (PACKAGE / "run" / "texts").iterdir()}
     assert texts
     assert texts <= set(names)
     code = "import sys; sys.path.insert(0, sys.argv.pop()); from stabilitykit.cli import main; main()"

@@ -12,7 +12,7 @@ import transformers
 from written import write_gemma_pytorch, write_huggingface
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
 from stabilitykit.records import Record
 

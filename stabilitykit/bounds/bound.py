@@ -1,6 +1,6 @@
 """From a checkpoint's weights to a bound for every tensor that a run stores, layer by layer.
 
-Names end in the tensor's shape as in `stabilitykit.gemma.model`.
+Names end in the tensor's shape as in `stabilitykit.models.gemma.model`.
 """
 
 import re
@@ -16,11 +16,11 @@ from stabilitykit.bounds.gated_sum import GatedSum, largest_first
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.case import Progress
 from stabilitykit.formats import number_format
-from stabilitykit.gemma.load import parse_dtype
+from stabilitykit.models.gemma.load import parse_dtype
 from stabilitykit.recorder.labels import FAMILIES, label
-from stabilitykit.site_bounds import SiteBound
+from stabilitykit.records.bounds import SiteBound
+from stabilitykit.run.case import Progress
 
 _REFINED = 48
 """Refinements of rows of `down_proj` in a layer; most layers of the 270M need four to twenty."""

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from stabilitykit.bounds.bound import LayerMatrices
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
-from stabilitykit.experiment.case import Progress
-from stabilitykit.gemma import Gemma
-from stabilitykit.gemma.model import rope_frequencies
+from stabilitykit.models.gemma import Gemma
+from stabilitykit.models.gemma.model import rope_frequencies
 from stabilitykit.recorder import record
 from stabilitykit.records import Record
-from stabilitykit.site_bounds import Largest
+from stabilitykit.records.bounds import Largest
+from stabilitykit.run.case import Progress
 
 _ROWS = 4
 """Rows of each matrix, those with the largest bounds, for which states are made."""

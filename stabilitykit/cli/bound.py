@@ -34,11 +34,11 @@ def bound(
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, findings, write
-    from stabilitykit.experiment.plan import machine, versions
-    from stabilitykit.gemma.tokenizer import Tokenizer
+    from stabilitykit.models.gemma.tokenizer import Tokenizer
+    from stabilitykit.records.bounds import Bounds
     from stabilitykit.remedies.rescale import refuse_folder
     from stabilitykit.remedies.texts import texts
-    from stabilitykit.site_bounds import Bounds
+    from stabilitykit.sweeps.plan import machine, versions
 
     name = local_checkpoint(checkpoint)
     refuse_folder(Path(name))

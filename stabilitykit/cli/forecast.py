@@ -73,11 +73,11 @@ def forecast(
 
     from stabilitykit.cli import screen
     from stabilitykit.diagnosis.forecast import forecast as judge
-    from stabilitykit.experiment.case import run_case
-    from stabilitykit.gemma.load import parse_device
-    from stabilitykit.products import preferred_matmul
+    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.matmul import preferred_matmul
     from stabilitykit.recorder import DEFAULT_FORMATS
     from stabilitykit.recorder.weights import check_weights
+    from stabilitykit.run.case import run_case
 
     names = list(asked or DEFAULT_FORMATS)
     parse_device(device)

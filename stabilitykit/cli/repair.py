@@ -52,8 +52,8 @@ def repair(
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, findings, write
-    from stabilitykit.gemma.load import parse_device
-    from stabilitykit.gemma.tokenizer import Tokenizer
+    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.gemma.tokenizer import Tokenizer
     from stabilitykit.remedies.export import check_new, export
     from stabilitykit.remedies.repair import repair as find
     from stabilitykit.remedies.rescale import refuse_folder

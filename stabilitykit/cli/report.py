@@ -7,7 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from stabilitykit.checkpoints import Checkpoint
-    from stabilitykit.results import Results
+    from stabilitykit.records.sweep import Results
 
 
 def report(
@@ -22,7 +22,7 @@ def report(
 
 def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
     """Raises MisuseError where `folder` holds a report on another checkpoint, before anything long has run."""
-    from stabilitykit.results import Results
+    from stabilitykit.records.sweep import Results
 
     if folder is not None and (folder / "experiment.json").exists():
         Results.open(folder).check_checkpoint(checkpoint.source, checkpoint.sha256)
@@ -30,8 +30,8 @@ def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
 
 def findings(folder: Path, checkpoint: "Checkpoint", *, title: str, section: str, command: str) -> "Results":
     """The sweep's folder, or a new one that holds no cases and whose report has that section alone."""
-    from stabilitykit.experiment.plan import plan_without_cases
-    from stabilitykit.results import Results
+    from stabilitykit.records.sweep import Results
+    from stabilitykit.sweeps.plan import plan_without_cases
 
     if (folder / "experiment.json").exists():
         return Results.open(folder)
@@ -44,11 +44,11 @@ def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
     import gc
 
     from stabilitykit.cli import screen
+    from stabilitykit.records.sweep import Results
     from stabilitykit.report.compare import compare
     from stabilitykit.report.sections import SECTIONS, shown
     from stabilitykit.report.terminal import print_section
     from stabilitykit.report.write import write_report
-    from stabilitykit.results import Results
 
     results = Results.open(folder)
     names = shown(results)

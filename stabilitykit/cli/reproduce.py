@@ -25,8 +25,8 @@ def reproduce(
 
     Exits 0 when the failure was reproduced, 1 when it was not.
     """
-    from stabilitykit.experiment.scenarios import SCENARIOS, Setup
-    from stabilitykit.experiment.scenarios import scenario as find
+    from stabilitykit.run.scenarios import SCENARIOS, Setup
+    from stabilitykit.run.scenarios import scenario as find
 
     chosen = find(scenario)
     from stabilitykit.cli import screen
@@ -43,7 +43,7 @@ def reproduce(
 
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.diagnosis import cause, document
-    from stabilitykit.gemma.load import parse_device
+    from stabilitykit.models.gemma.load import parse_device
 
     parse_device(device)
     with screen.progress_bar() as progress:

@@ -18,21 +18,21 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import LayerRow, StepRow, by_layer, by_step, chain, verdict, weights_sentence
 from stabilitykit.diagnosis.bounds import by_kind, folded, summary, unproved
-from stabilitykit.diagnosis.finds import how_measured, of_what_kind, place, shortest, shown, with_bos
 from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
+from stabilitykit.diagnosis.search import how_measured, of_what_kind, place, shortest, shown, with_bos
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.finds import Scan, Search, TokenPeak
 from stabilitykit.formats import FLOAT16
 from stabilitykit.records import Recording, StoredWeights, quoted
+from stabilitykit.records.bounds import SiteBound
+from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.records.search import Scan, Search, TokenPeak
+from stabilitykit.records.sweep import Plan
 from stabilitykit.report.style import bits, share, size
 from stabilitykit.report.words import count
-from stabilitykit.results import Plan
-from stabilitykit.scores import Ranking, Score
-from stabilitykit.site_bounds import SiteBound
 
 if TYPE_CHECKING:
-    from stabilitykit.experiment.cost import Cost
+    from stabilitykit.sweeps.cost import Cost
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0

@@ -11,8 +11,8 @@ from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
 from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:
-    from stabilitykit.finds import Search
-    from stabilitykit.search import Options
+    from stabilitykit.records.search import Search
+    from stabilitykit.searches import Options
 
 
 class LowDtype(StrEnum):
@@ -52,9 +52,9 @@ def search(
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, findings, write
-    from stabilitykit.gemma.load import parse_device
-    from stabilitykit.search import Options
-    from stabilitykit.search import search as find
+    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.searches import Options
+    from stabilitykit.searches import search as find
 
     options = Options(
         dtype=dtype.value, bos=bos, limit=limit, beam=beam, length=length, device=str(parse_device(device))
@@ -95,7 +95,7 @@ def _check_new(folder: Path) -> None:
 
 def _write(found: "Search", out: Path) -> None:
     """The prompts as UTF-8 files that hold their text and nothing else, and everything as search.json."""
-    from stabilitykit.results import new_folder, write_json, write_text
+    from stabilitykit.records.sweep import new_folder, write_json, write_text
 
     _check_new(out)  # it may have come meanwhile
     with new_folder(out) as folder:

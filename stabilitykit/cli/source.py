@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stabilitykit.checkpoints import GemmaConfig
-    from stabilitykit.experiment.case import Progress
-    from stabilitykit.experiment.subject import Subject
+    from stabilitykit.models.subject import Subject
     from stabilitykit.records import Recording
+    from stabilitykit.run.case import Progress
 
 HF = "hf:"
 LOCAL_CHECKPOINT_HELP = (
@@ -92,9 +92,9 @@ def open_source(
             "--attention and --adapter are for transformers' models: write hf: before the folder or the name."
         )
 
-    from stabilitykit.experiment import footprint
-    from stabilitykit.gemma.load import parse_device
-    from stabilitykit.products import preferred_matmul
+    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.matmul import preferred_matmul
+    from stabilitykit.run import footprint
 
     def must_stream(config: "GemmaConfig", dtype: str, tokens: int) -> bool:
         place, kind = parse_device(device), matmul or preferred_matmul(dtype, device)
@@ -114,10 +114,10 @@ def _gemma(
 ) -> Source:
     """The kit's own model of a checkpoint."""
     from stabilitykit.checkpoints import open_checkpoint
-    from stabilitykit.experiment.subject import GemmaSubject
-    from stabilitykit.gemma import build
-    from stabilitykit.gemma.stress import weight_factor
-    from stabilitykit.gemma.tokenizer import Tokenizer
+    from stabilitykit.models.gemma import build
+    from stabilitykit.models.gemma.stress import weight_factor
+    from stabilitykit.models.gemma.tokenizer import Tokenizer
+    from stabilitykit.models.subject import GemmaSubject
 
     opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
     tokenizer = Tokenizer(opened.vocabulary)
@@ -166,7 +166,7 @@ def _huggingface(
     stream: bool | None,
 ) -> Source:
     """transformers' model of a folder."""
-    from stabilitykit import hf
+    from stabilitykit.models import transformers as hf
 
     tokenizer = hf.open_tokenizer(name)
     if prompt.chat:
@@ -206,7 +206,7 @@ def counting(progress: "Progress", total: int) -> Callable[[int], None]:
 
 
 def read_prompt(prompt: str) -> str:
-    from stabilitykit.experiment.prompts import read_text
+    from stabilitykit.run.prompts import read_text
 
     text = read_text(Path(prompt[1:])) if prompt.startswith("@") else prompt
     if not text:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from stabilitykit.experiment.cost import Cost
-    from stabilitykit.results import Case, Results
+    from stabilitykit.records.sweep import Case, Results
+    from stabilitykit.sweeps.cost import Cost
 
 
 def sweep(
@@ -34,12 +34,12 @@ def sweep(
     """
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
-    from stabilitykit.experiment.cost import cost
-    from stabilitykit.experiment.file import read_experiment
-    from stabilitykit.experiment.plan import make_plan
-    from stabilitykit.experiment.sweep import sweep as run
+    from stabilitykit.records.sweep import Results
     from stabilitykit.report.sections import SECTIONS
-    from stabilitykit.results import Results
+    from stabilitykit.sweeps.cost import cost
+    from stabilitykit.sweeps.file import read_experiment
+    from stabilitykit.sweeps.plan import make_plan
+    from stabilitykit.sweeps.sweep import sweep as run
 
     read = read_experiment(experiment, overrides or [], sections=tuple(SECTIONS))
     folder = out or Path("reports") / experiment.stem

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.site_bounds import SiteBound, Verdict
+from stabilitykit.records.bounds import SiteBound, Verdict
 
 _ORDER: tuple[Verdict, ...] = (
     "reachable by a prompt",

@@ -4,7 +4,7 @@ import math
 
 from stabilitykit.diagnosis.chain import counted
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.scores import Ranking, Score
+from stabilitykit.records.remedies import Ranking, Score
 
 _FINITE_ANYWAY = "Nothing has to be changed: float16 holds all that was seen"
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stabilitykit import products
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT32, FORMATS, number_format
+from stabilitykit.models import matmul as products
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
 from stabilitykit.recorder.axes import Axes, axes_of
 from stabilitykit.recorder.blocks import Part, part_of
@@ -80,7 +80,7 @@ def record(
 
     `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
     handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
-    computes 16-bit matrix products in the block as `stabilitykit.products.matmul` does; without it arithmetic stays as
+    computes 16-bit matrix products in the block as `stabilitykit.models.matmul` does; without it arithmetic stays as
     it is. The header says which was in force.
 
     On the meta device nothing is computed: such a recording says which tensors there would be, of what shape and in

@@ -22,9 +22,9 @@ from stabilitykit.diagnosis.bounds import by_kind
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.proof.check import check
 from stabilitykit.proof.write import sha256, write_proof
+from stabilitykit.records.sweep import new_folder, write_json
 from stabilitykit.remedies.repair import Repair
 from stabilitykit.remedies.rescale import stored_gains
-from stabilitykit.results import new_folder, write_json
 
 SCHEMA = 2
 FACTS = "repair.json"

@@ -45,7 +45,7 @@ def _channels(record: Record) -> int:
 
 
 def float32_islands(islands: Islands, dry: Recording) -> Remedy:
-    """Keeps `islands` in float32. `dry` is a run in 16 bits, without values (`stabilitykit.experiment.dry_run`), which
+    """Keeps `islands` in float32. `dry` is a run in 16 bits, without values (`stabilitykit.run.dry_run`), which
     tells what is stored in 16 bits and which operator makes what a module returns.
     """
     layout = _layout(dry)

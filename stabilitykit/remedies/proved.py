@@ -12,9 +12,9 @@ from typing import Literal
 from stabilitykit.bounds import bound_sites
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.case import Progress
+from stabilitykit.records.bounds import SiteBound
 from stabilitykit.remedies.rescale import Rescaled, rescale
-from stabilitykit.site_bounds import SiteBound
+from stabilitykit.run.case import Progress
 
 _LEAST = 24  # of γ and β, in powers of two
 _ROOM = 0.95  # of the limit is asked for, so that a checker that is coarser by some percent comes to the same

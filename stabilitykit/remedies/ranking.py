@@ -10,14 +10,14 @@ from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.layers import peak
-from stabilitykit.experiment.case import Progress
-from stabilitykit.experiment.divergence import Distribution, divergence
 from stabilitykit.formats import number_format
-from stabilitykit.gemma import Gemma, build
-from stabilitykit.products import matmul, preferred_matmul
+from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.recorder import record
+from stabilitykit.records.remedies import Score
 from stabilitykit.remedies.remedy import Remedy
-from stabilitykit.scores import Score
+from stabilitykit.run.case import Progress
+from stabilitykit.run.divergence import Distribution, divergence
 
 _RECORDED = 3  # windows of which the headroom is measured
 _BLOCK = 64  # positions that one mean of an interval is taken over: neighbours are not independent

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.case import Progress, run_case, stage
-from stabilitykit.experiment.dry_run import dry_run
-from stabilitykit.experiment.plan import machine, versions
-from stabilitykit.experiment.subject import GemmaSubject
 from stabilitykit.formats import FLOAT16
-from stabilitykit.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder.weights import check_weights
+from stabilitykit.records.bounds import SiteBound
+from stabilitykit.records.remedies import Ranking, Small
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
@@ -21,8 +20,9 @@ from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.rescale import Rescaled, choose_gamma, rescale, rescaling
 from stabilitykit.remedies.texts import Texts
-from stabilitykit.scores import Ranking, Small
-from stabilitykit.site_bounds import SiteBound
+from stabilitykit.run.case import Progress, run_case, stage
+from stabilitykit.run.dry_run import dry_run
+from stabilitykit.sweeps.plan import machine, versions
 
 PLAIN = Remedy(name="float16", summary="Plain float16, as it is.")
 

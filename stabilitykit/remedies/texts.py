@@ -6,8 +6,8 @@ from pathlib import Path
 
 from stabilitykit.checkpoints import GemmaConfig
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.prompts import parse_prompt, tokens
-from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.run.prompts import parse_prompt, tokens
 
 KINDS = ("prose", "code", "scripts")
 WINDOW = 512  # tokens, `<bos>` among them

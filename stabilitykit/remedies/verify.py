@@ -7,14 +7,14 @@ from typing import Any
 
 from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.experiment.case import Progress
-from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.proof.write import sha256
+from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.remedies.export import FACTS, SCHEMA
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.texts import texts
-from stabilitykit.scores import Ranking, Score
+from stabilitykit.run.case import Progress
 
 TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another order
 

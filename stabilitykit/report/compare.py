@@ -13,12 +13,12 @@ import numpy as np
 
 from stabilitykit.formats import FORMATS, NumberFormat, number_format
 from stabilitykit.records import LogitsError, Recording
+from stabilitykit.records.sweep import Case, Memory, Results
 from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Names, Outcome, outcomes
 from stabilitykit.report.style import count as grouped
 from stabilitykit.report.style import share, size
 from stabilitykit.report.words import count, listed, sentence
-from stabilitykit.results import Case, Memory, Results
 
 # Peaks no further apart are taken for equal: kernels of another shape or machine round differently.
 MOST_ULP = 4.0

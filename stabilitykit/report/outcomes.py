@@ -11,9 +11,9 @@ from typing import Literal
 from stabilitykit.diagnosis import Cause, cause, is_finite
 from stabilitykit.diagnosis.layers import peak, stored
 from stabilitykit.formats import number_format
-from stabilitykit.lengths import LengthMap, Span
 from stabilitykit.records import BreakKind, Recording
-from stabilitykit.results import Case, Results
+from stabilitykit.records.lengths import LengthMap, Span
+from stabilitykit.records.sweep import Case, Results
 
 RANGE_KINDS: tuple[BreakKind, ...] = ("overflow", "reduction", "unresolved")
 

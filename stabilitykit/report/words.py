@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from stabilitykit.diagnosis.chain import counted
 from stabilitykit.diagnosis.verdict import number
-from stabilitykit.lengths import Span
 from stabilitykit.records import quoted
+from stabilitykit.records.lengths import Span
 
 
 def count(amount: int, one: str, many: str | None = None) -> str:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.records.sweep import write_bytes, write_json, write_text
 from stabilitykit.report.blocks import Figure, Section, Table
 from stabilitykit.report.figures import draw_all
 from stabilitykit.report.html import html
 from stabilitykit.report.markdown import markdown
 from stabilitykit.report.tables import csv_text
-from stabilitykit.results import write_bytes, write_json, write_text
 
 _MANIFEST = "report.files.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

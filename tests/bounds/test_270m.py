@@ -9,9 +9,9 @@ from stabilitykit.bounds import bound
 from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.bounds import by_kind, folded
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
-from stabilitykit.site_bounds import SiteBound
+from stabilitykit.records.bounds import SiteBound
 
 PROMPT = torch.tensor([[2, 818, 5279, 529, 7001, 563, 9079, 236761, 108, 236777, 1133]])
 

@@ -26,7 +26,7 @@ from stabilitykit.bounds.hidden_states import confirm
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
 from stabilitykit.remedies.rescale import rescale
 

@@ -10,9 +10,9 @@ from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
-from stabilitykit.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.recorder import record
-from stabilitykit.site_bounds import Largest, SiteBound
+from stabilitykit.records.bounds import Largest, SiteBound
 
 SHAPES = (
     "layers=2&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512",

@@ -14,7 +14,7 @@ from written import gemma_pytorch_state, write_gemma_pytorch, write_huggingface
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
 from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 
 SHAPE = "layers=2&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPEC = f"random:gemma3-270m?{SHAPE}&window=4&global_every=2"

@@ -15,9 +15,9 @@ from reference import reference_model
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
 from stabilitykit.checkpoints.huggingface import VISION_NOTE, gemma_config
 from stabilitykit.diagnosis import verdict
-from stabilitykit.experiment.case import run_case
-from stabilitykit.gemma import build
-from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.run.case import run_case
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPECS = {

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stabilitykit.results import read_finding
-from stabilitykit.site_bounds import Bounds
+from stabilitykit.records.bounds import Bounds
+from stabilitykit.records.sweep import read_finding
 
 RANDOM = "random:gemma3-270m?layers=2&hidden_size=32&feed_forward=64&heads=2&head_dim=16&vocabulary=512&context=64"
 Run = Callable[..., Any]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import broken_run, clean_run, lengths_case, memory_case, plan, run_case, sweep
+from swept import broken_run, clean_run, lengths_case, memory_case, plan, run_case, sweep
 
+from stabilitykit.records.sweep import Failure, Results
 from stabilitykit.report.sections import USUAL
-from stabilitykit.results import Failure, Results
 
 Run = Callable[..., Any]
 

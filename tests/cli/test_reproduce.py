@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stabilitykit.checkpoints import Checkpoint
-from stabilitykit.experiment.scenarios import SCENARIOS
+from stabilitykit.run.scenarios import SCENARIOS
 
 Run = Callable[..., Any]
 TORCHS_OWN = "probability tensor contains either `inf`, `nan` or element < 0"

@@ -10,11 +10,11 @@ from planted import FIRST, SECOND, dangerous_pair
 from remedied import SPECS
 
 from stabilitykit.checkpoints.export import write_folder
-from stabilitykit.finds import Search
+from stabilitykit.records.search import Search
+from stabilitykit.records.sweep import Results, read_finding
 from stabilitykit.remedies.rescale import rescale
 from stabilitykit.report.blocks import Table
 from stabilitykit.report.sections import SECTIONS, shown
-from stabilitykit.results import Results, read_finding
 
 Run = Callable[..., Any]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stabilitykit.experiment.sweep import sweep
-from stabilitykit.results import Case, Results
+from stabilitykit.records.sweep import Case, Results
+from stabilitykit.sweeps.sweep import sweep
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no signals and no file locks on Windows")
 

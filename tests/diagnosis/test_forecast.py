@@ -11,10 +11,10 @@ import torch
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.diagnosis.forecast import forecast, overflow_becomes, prediction
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.case import run_case
 from stabilitykit.formats import FLOAT16
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.records import FormatCounts, Header, Record, Recording, StoredWeights, WeightCounts
+from stabilitykit.run.case import run_case
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"
 SPECS = {

@@ -3,7 +3,7 @@
 from scored import ranking, score
 
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
-from stabilitykit.scores import Small
+from stabilitykit.records.remedies import Small
 
 
 def test_the_best_and_what_a_folder_carries() -> None:

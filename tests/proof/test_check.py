@@ -19,8 +19,8 @@ from torch import Tensor
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints import export as exporting
 from stabilitykit.checkpoints.export import write_folder
-from stabilitykit.gemma import build
-from stabilitykit.gemma import model as gemma_model
+from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma import model as gemma_model
 from stabilitykit.proof import check as checking
 from stabilitykit.proof.check import LIMIT, check, largest_eigenvalue, spectral_norm
 from stabilitykit.proof.write import write_proof

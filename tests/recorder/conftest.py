@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stabilitykit.checkpoints.random import random_checkpoint
-from stabilitykit.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma, build
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPECS = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stabilitykit.gemma import Gemma, query_blocks
+from stabilitykit.models.gemma import Gemma, query_blocks
 from stabilitykit.recorder import record
 from stabilitykit.records import Record, Recording
 
@@ -131,7 +131,7 @@ def test_what_follows_the_blocks_knows_what_they_made(small: Small, monkeypatch:
 
 
 def test_a_prompt_that_continues_a_cache(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stabilitykit.gemma import KVCache
+    from stabilitykit.models.gemma import KVCache
 
     model = small(3, "float32")
     ids = torch.randint(262, 360, (1, LENGTH), generator=torch.Generator().manual_seed(0))

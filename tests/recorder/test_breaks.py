@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stabilitykit.diagnosis import chain
-from stabilitykit.gemma import Gemma, KVCache
+from stabilitykit.models.gemma import Gemma, KVCache
 from stabilitykit.recorder import record
 from stabilitykit.records import Record, Recording
 

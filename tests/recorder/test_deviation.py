@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stabilitykit.formats import FORMATS, NumberFormat, number_format
-from stabilitykit.gemma import Gemma
+from stabilitykit.models.gemma import Gemma
 from stabilitykit.recorder import record
 from stabilitykit.recorder.deviation import measure_deviation as tally_deviation
 from stabilitykit.records import Deviation

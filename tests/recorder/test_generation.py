@@ -11,9 +11,9 @@ from torch import nn
 from reference import reference_model
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis import by_step, cause, verdict
-from stabilitykit.experiment.case import Sampling, run_case
-from stabilitykit.gemma import Gemma, build, generate
+from stabilitykit.models.gemma import Gemma, build, generate
 from stabilitykit.recorder import record
+from stabilitykit.run.case import Sampling, run_case
 
 Small = Callable[..., Gemma]
 LARGE = 77  # a token whose embedding is past float16's range once it is scaled

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from stabilitykit.gemma import Gemma
+from stabilitykit.models.gemma import Gemma
 from stabilitykit.recorder import record
 from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.kernels.layout import edges

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stabilitykit.gemma import Gemma, KVCache
+from stabilitykit.models.gemma import Gemma, KVCache
 from stabilitykit.recorder import origins, pending, record, recorder, softmax
 from stabilitykit.recorder.kernels import plain, plain_softmax
 from stabilitykit.recorder.pending import Pending

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.gemma import Gemma, KVCache
+from stabilitykit.models.gemma import Gemma, KVCache
 from stabilitykit.recorder import record
 
 Small = Callable[..., Gemma]

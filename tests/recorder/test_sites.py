@@ -10,7 +10,7 @@ from remedied import SPECS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabilitykit.gemma import load
+from stabilitykit.models.gemma import load
 from stabilitykit.recorder import record
 from stabilitykit.recorder.operators import traits
 from stabilitykit.recorder.sites import Sites, by_operator

@@ -8,7 +8,7 @@ import torch
 from reference import reference_model
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis import cause
-from stabilitykit.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 

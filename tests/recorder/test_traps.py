@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabilitykit.gemma import Gemma
+from stabilitykit.models.gemma import Gemma
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 

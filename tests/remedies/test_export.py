@@ -19,15 +19,15 @@ from stabilitykit.checkpoints.config import RELEASED
 from stabilitykit.checkpoints.export import huggingface_config, write_folder
 from stabilitykit.checkpoints.huggingface import gemma_config
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.experiment.divergence import logits_error
-from stabilitykit.experiment.prompts import parse_prompt, tokens
-from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.remedies import export as repairs
 from stabilitykit.remedies.export import export
 from stabilitykit.remedies.repair import repair
 from stabilitykit.remedies.rescale import rescale
 from stabilitykit.remedies.texts import texts
 from stabilitykit.remedies.verify import verify
+from stabilitykit.run.divergence import logits_error
+from stabilitykit.run.prompts import parse_prompt, tokens
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from stabilitykit.bounds import bound_sites
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.remedies.proved import prove, reach
 from stabilitykit.remedies.rescale import rescale
 

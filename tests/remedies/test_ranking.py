@@ -7,8 +7,8 @@ import pytest
 import torch
 from remedied import breaking, small
 
-from stabilitykit.gemma import build
-from stabilitykit.products import matmul
+from stabilitykit.models.gemma import build
+from stabilitykit.models.matmul import matmul
 from stabilitykit.remedies import REMEDIES, ranking
 from stabilitykit.remedies.bfloat16 import BFLOAT16
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL

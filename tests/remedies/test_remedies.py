@@ -15,10 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.case import run_case
-from stabilitykit.experiment.dry_run import dry_run
-from stabilitykit.experiment.subject import GemmaSubject
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
+from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.remedies import REMEDIES
@@ -27,6 +25,8 @@ from stabilitykit.remedies.float32_islands import Islands, float32_islands, over
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.rescale import rescaling
+from stabilitykit.run.case import run_case
+from stabilitykit.run.dry_run import dry_run
 
 
 def ours(checkpoint: Checkpoint, dtype: str, tmp_path: Path) -> nn.Module:

@@ -13,7 +13,7 @@ from remedied import BREAKING, TOKENS, small
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
-from stabilitykit.gemma import build
+from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
 from stabilitykit.remedies.rescale import choose_gamma, gain_factor, rescale, rescaling, stored_gains
 

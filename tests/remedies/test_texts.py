@@ -6,9 +6,9 @@ import pytest
 from remedied import small
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.experiment.prompts import parse_prompt, tokens
-from stabilitykit.gemma.tokenizer import Tokenizer
+from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.remedies.texts import HELD_OUT, KINDS, WINDOW, texts
+from stabilitykit.run.prompts import parse_prompt, tokens
 
 OPENED = small(3)
 TOKENIZER = Tokenizer(OPENED.vocabulary)

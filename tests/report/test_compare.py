@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import (
+from swept import (
     broken_map,
     broken_run,
     clean_map,
@@ -19,9 +19,9 @@ from sweeps import (
 )
 
 from stabilitykit.formats import BFLOAT16, FLOAT16, FLOAT32
+from stabilitykit.records.sweep import Failure
 from stabilitykit.report.blocks import Prose, Section, Table
 from stabilitykit.report.compare import MOST_SITES, compare, ulps
-from stabilitykit.results import Failure
 
 
 def compared(folder: Path, before: list[Any], now: list[Any], **changes: Any) -> Section:

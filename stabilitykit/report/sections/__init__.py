@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Section
 from stabilitykit.report.sections import (
     bounds,
@@ -20,7 +21,6 @@ from stabilitykit.report.sections import (
     softmax,
     verdict,
 )
-from stabilitykit.results import Results
 
 SECTIONS: dict[str, Callable[[Results], Section]] = {
     "verdict": verdict.section,

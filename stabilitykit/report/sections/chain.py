@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis import chain, verdict
 from stabilitykit.records import Record, Recording
+from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names
 from stabilitykit.report.style import BACKING, INK, count, series_style
 from stabilitykit.report.words import code, with_bos
-from stabilitykit.results import Case, Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stabilitykit.formats import FLOAT16
 from stabilitykit.report.blocks import Figure, Hover
 from stabilitykit.report.outcomes import Outcome, reference
-from stabilitykit.report.sections.bars import Part, stacked_bars
+from stabilitykit.report.parts.bars import Part, stacked_bars
 from stabilitykit.report.style import INK, limit_line, share
 from stabilitykit.report.style import count as grouped
 from stabilitykit.report.words import listed, with_bos

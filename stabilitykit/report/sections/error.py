@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import number_format
 from stabilitykit.records import LogitsError, Record, Recording
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.sections import choose, lines, places
-from stabilitykit.report.sections.choose import Group
-from stabilitykit.report.sections.lines import Point
+from stabilitykit.report.parts import choose, lines, places
+from stabilitykit.report.parts.choose import Group
+from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.sections.peaks import Panels
 from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
-from stabilitykit.results import Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -9,11 +9,11 @@ from stabilitykit.diagnosis.layers import stored
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16, NumberFormat, number_format
 from stabilitykit.records import Record
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.sections import choose, places
-from stabilitykit.report.sections.choose import Group
+from stabilitykit.report.parts import choose, places
+from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import BLUE, FAINT, INK, VERMILLION, dtype_style, magnitude_axis, share
-from stabilitykit.results import Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from stabilitykit.diagnosis.forecast import Forecast, forecast, prediction
 from stabilitykit.formats import number_format
 from stabilitykit.records import Recording
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
-from stabilitykit.report.sections import choose
-from stabilitykit.report.sections.choose import Group
+from stabilitykit.report.parts import choose
+from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import bits, share
-from stabilitykit.results import Results
 
 KEY, TITLE = "forecast", "Forecast for other formats"
 

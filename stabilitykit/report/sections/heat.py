@@ -10,11 +10,11 @@ from stabilitykit.diagnosis.layers import peak, stored
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.records import Record, Recording
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.sections import choose, places
-from stabilitykit.report.sections.choose import Group
+from stabilitykit.report.parts import choose, places
+from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import bits, heat_map
-from stabilitykit.results import Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

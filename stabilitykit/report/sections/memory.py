@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from stabilitykit.records.sweep import Footprint, Memory, Results, Shortage
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import outcomes
-from stabilitykit.report.sections.bars import Part, stacked_bars
-from stabilitykit.report.sections.hardware import dtype_to_choose
+from stabilitykit.report.parts.bars import Part, stacked_bars
+from stabilitykit.report.parts.hardware import dtype_to_choose
 from stabilitykit.report.style import INK, share, size
 from stabilitykit.report.style import count as grouped
 from stabilitykit.report.words import count, none_of
-from stabilitykit.results import Footprint, Memory, Results, Shortage
 
 if TYPE_CHECKING:
     import matplotlib.figure

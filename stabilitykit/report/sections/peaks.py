@@ -9,12 +9,12 @@ from stabilitykit.diagnosis.layers import peak, stored
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.records import Record
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.sections import choose, lines, places
-from stabilitykit.report.sections.choose import Group
-from stabilitykit.report.sections.lines import Point
+from stabilitykit.report.parts import choose, lines, places
+from stabilitykit.report.parts.choose import Group
+from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import bits, dtype_style, limit_line, magnitude_axis
-from stabilitykit.results import Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
+from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
 from stabilitykit.report.words import code, count, listed, sentence
-from stabilitykit.results import Case, Results
 
 
 def section(results: Results) -> Section:

@@ -5,11 +5,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
+from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import INK, bits, series_style, share, size
 from stabilitykit.report.words import code
-from stabilitykit.results import Results
-from stabilitykit.scores import Ranking, Score
 
 if TYPE_CHECKING:
     import matplotlib.figure

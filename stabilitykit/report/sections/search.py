@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.finds import how_measured, of_what_kind, place, shortest, shown, with_bos
-from stabilitykit.finds import KINDS, Scan, Search, TokenPeak
+from stabilitykit.diagnosis.search import how_measured, of_what_kind, place, shortest, shown, with_bos
 from stabilitykit.records import quoted
+from stabilitykit.records.search import KINDS, Scan, Search, TokenPeak
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import INK, VERMILLION, bits, count, series_style
 from stabilitykit.report.words import code
-from stabilitykit.results import Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

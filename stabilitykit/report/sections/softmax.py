@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Record, Recording, Softmax
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.sections import choose, lines
-from stabilitykit.report.sections.choose import Group
-from stabilitykit.report.sections.lines import Point
+from stabilitykit.report.parts import choose, lines
+from stabilitykit.report.parts.choose import Group
+from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import heat_map, share
-from stabilitykit.results import Results
 
 if TYPE_CHECKING:
     import matplotlib.figure

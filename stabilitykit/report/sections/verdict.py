@@ -5,6 +5,7 @@ from itertools import groupby
 
 from stabilitykit.diagnosis.verdict import limits
 from stabilitykit.formats import FLOAT16, number_format
+from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
 from stabilitykit.report.style import bits
@@ -21,7 +22,6 @@ from stabilitykit.report.words import (
     short_place,
     with_bos,
 )
-from stabilitykit.results import Results
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
 NARROW = 1.0

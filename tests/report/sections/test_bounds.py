@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from bounded import bounds
-from sweeps import sweep
+from swept import sweep
 
 from stabilitykit.diagnosis.bounds import by_kind, summary
 from stabilitykit.report.blocks import Figure, Prose, Table

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure as Canvas
-from sweeps import broken_run, run_case, sweep, three_dtypes
+from swept import broken_run, run_case, sweep, three_dtypes
 
 from stabilitykit.report.blocks import Figure, Prose, Section, Table
 from stabilitykit.report.sections import error, exponents, heat, peaks, softmax

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
-from sweeps import broken_run, clean_run, lengths_case, run_case, sweep
+from swept import broken_run, clean_run, lengths_case, run_case, sweep
 
 from stabilitykit.report.blocks import Figure, Prose, Section, Table
 from stabilitykit.report.sections.chain import section

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from sweeps import broken_map, broken_run, clean_map, clean_run, lengths_case, memory, run_case, sweep
+from swept import broken_map, broken_run, clean_map, clean_run, lengths_case, memory, run_case, sweep
 
+from stabilitykit.records.sweep import Case, Footprint, Results, Shortage
 from stabilitykit.report.blocks import Figure, Table
 from stabilitykit.report.figures import draw
 from stabilitykit.report.sections.claims import section
-from stabilitykit.results import Case, Footprint, Results, Shortage
 
 ALL = (
     "fixed answer",

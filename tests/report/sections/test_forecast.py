@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sweeps import broken_run, clean_run, run_case, sweep
+from swept import broken_run, clean_run, run_case, sweep
 
 from stabilitykit.records import FormatCounts, Recording
 from stabilitykit.report.blocks import Prose, Table

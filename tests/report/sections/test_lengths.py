@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure as Canvas
-from sweeps import broken_map, broken_run, check, clean_map, lengths_case, run_case, sweep
+from swept import broken_map, broken_run, check, clean_map, lengths_case, run_case, sweep
 
-from stabilitykit.lengths import LengthMap, Span
+from stabilitykit.records.lengths import LengthMap, Span
 from stabilitykit.report.blocks import Figure, Prose, Section, Table
 from stabilitykit.report.figures import draw
 from stabilitykit.report.sections.lengths import section

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from sweeps import broken_run, clean_run, run_case, sweep
+from swept import broken_run, clean_run, run_case, sweep
 
+from stabilitykit.records.sweep import Failure
 from stabilitykit.report.blocks import Prose, Section, Table
 from stabilitykit.report.sections import SECTIONS, USUAL
 from stabilitykit.report.sections.provenance import section
-from stabilitykit.results import Failure
 
 
 def made(folder: Path, *pairs: Any, **changes: Any) -> Section:

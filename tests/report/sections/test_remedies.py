@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from scored import ranking
-from sweeps import sweep
+from swept import sweep
 
 from stabilitykit.report.blocks import Figure, Prose, Table
 from stabilitykit.report.figures import draw_all

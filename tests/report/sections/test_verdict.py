@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import (
+from swept import (
     broke,
     broken_map,
     broken_run,
@@ -17,10 +17,10 @@ from sweeps import (
     sweep,
 )
 
-from stabilitykit.lengths import LengthMap, Span
+from stabilitykit.records.lengths import LengthMap, Span
+from stabilitykit.records.sweep import Failure
 from stabilitykit.report.blocks import Prose, Section, Table
 from stabilitykit.report.sections.verdict import section
-from stabilitykit.results import Failure
 
 
 def made(folder: Path, *pairs: Any) -> Section:

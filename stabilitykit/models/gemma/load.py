@@ -1,0 +1,146 @@
+"""From a checkpoint to a model that runs."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stabilitykit.checkpoints.cache import Progress
+from stabilitykit.checkpoints.checkpoint import Checkpoint
+from stabilitykit.checkpoints.mistakes import usual_mistake
+from stabilitykit.checkpoints.parameters import parameter_shapes, some
+from stabilitykit.checkpoints.sources import open_checkpoint
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.models.gemma.model import Gemma, RoundingName
+from stabilitykit.models.gemma.stress import check_gamma, stress_norms, weight_factor
+from stabilitykit.models.memory import fits
+from stabilitykit.models.stream import STREAMED, StoredWeight, cast
+from stabilitykit.models.stream import stream as stream_weights
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def build(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    rounding: RoundingName = "transformers",
+    stress: float = 1.0,
+    stream: bool | None = None,
+    progress: Progress | None = None,
+) -> Gemma:
+    """The checkpoint's model in `dtype` on `device`, for inference: eval mode, no parameter needs a gradient.
+
+    Weights are scaled by the stress γ in float32, then rounded to `dtype` (nearest even; magnitudes
+    past its range become infinite), then moved, one at a time: the peak is the model and one tensor. Tensors that
+    need none of it are used as they are, memory-mapped where the checkpoint's are: replace parameters, never write.
+
+    With `stream` each matrix is read, scaled and cast by every call that needs it, and dropped after that: the same
+    bits from a model that does not fit. None streams where the weights alone do not fit in the memory that is free.
+    `progress` is called with the bytes of the model that are done and those in all, after each tensor.
+
+    Raises CheckpointError, listing them, for tensors that are missing, unexpected or of another shape than the
+    config says; MisuseError for an unknown dtype or rounding, a device that is not there, or γ no power of two.
+    """
+    target = parse_dtype(dtype)
+    place = parse_device(device)
+    check_gamma(stress)
+    shapes = parameter_shapes(checkpoint.config)
+    _check_names(checkpoint, shapes)
+    with torch.device("meta"):
+        model = Gemma(checkpoint.config, rounding=rounding)
+
+    misshapen = []
+    streamed: dict[str, StoredWeight] = {}
+    done, total = 0, sum(map(math.prod, shapes.values())) * target.itemsize
+    if stream is None:
+        stream = not fits(total, place)
+    for name, shape in shapes.items():
+        tensor = checkpoint.tensors[name]
+        if tuple(tensor.shape) != shape:
+            misshapen.append(f"{name} is {list(tensor.shape)} and not {list(shape)}")
+            continue
+        path, _, leaf = name.rpartition(".")
+        factor = weight_factor(checkpoint.config, name, stress)
+        if stream and len(shape) > 1:
+            read = partial(checkpoint.tensors.__getitem__, name)
+            streamed[name] = StoredWeight(read=read, factor=factor, dtype=target, device=place)
+        else:
+            weight = cast(tensor, factor, target, place)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
+        done += tensor.numel() * target.itemsize
+        if progress is not None:
+            progress(done, total)
+    if misshapen:
+        raise CheckpointError(f"{checkpoint.source}: tensors have the shapes that the config gives; {some(misshapen)}.")
+
+    model.lm_head.weight = model.embed_tokens.weight
+    if stream:
+        stream_weights(model, streamed)
+    stress_norms(model, stress)
+    model.source, model.sha256, model.notes = checkpoint.source, checkpoint.sha256, checkpoint.notes
+    if stream:
+        model.streamed, model.notes = True, (*model.notes, STREAMED)
+    model.vocabulary, model.eos = checkpoint.vocabulary, checkpoint.vocabulary.eos
+    return model.eval()
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    rounding: RoundingName = "transformers",
+    stress: float = 1.0,
+    stream: bool | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Gemma:
+    """`build` of the checkpoint that `source` names; see `open_checkpoint` for sources and `cache`.
+
+    `progress` counts bytes: of the cache where it must be filled first, then of the model.
+    """
+    checkpoint = open_checkpoint(source, cache=cache, progress=progress)
+    return build(
+        checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, stream=stream, progress=progress
+    )
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`torch.float16` from itself, "float16" or "torch.float16". Raises MisuseError for what a model cannot run in."""
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise MisuseError(f"A model runs in one of {', '.join(DTYPES)}; {str(dtype)!r} is none of them.")
+    return found
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device, once something could be put on it. Raises MisuseError with torch's reason where it cannot."""
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise MisuseError(f"The device {str(device)!r} cannot be used here: {reason}. Try 'cpu'.") from error
+    return place
+
+
+def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in shapes if name not in checkpoint.tensors]
+    unexpected = [name for name in checkpoint.tensors if name not in shapes]
+    if missing or unexpected:
+        parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
+        parts += [f"{len(unexpected)} unexpected ({some(unexpected)})"] if unexpected else []
+        raise CheckpointError(
+            f"{checkpoint.source}: tensors are those that the config gives; {' and '.join(parts)}. "
+            f"{usual_mistake(missing, unexpected)}"
+        )

@@ -1,0 +1,422 @@
+"""The folder of a sweep: what was planned, what is done, what failed; read and written without torch.
+
+    reports/NAME/
+      experiment.json          the plan: every case, the checkpoint, the versions it runs with
+      records/CASE.parquet     a finished case: a `Recording`, or a `LengthMap` for a range of lengths
+      records/CASE.json        a finished measurement, of memory for example
+      records/CASE.failed.json the reason why a case failed
+      remedies.json            how remedies of the checkpoint rank, once `stabilitykit repair --report` has been there
+      bounds.json              what no prompt can exceed, once `stabilitykit bound --report` has
+      search.json              prompts and tokens that come nearest, once `stabilitykit search --report` has been there
+
+A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
+case, so a sweep that was interrupted and resumed leaves the same ones.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.records import Recording
+from stabilitykit.records.bounds import Bounds
+from stabilitykit.records.lengths import LengthMap
+from stabilitykit.records.remedies import Ranking
+from stabilitykit.records.search import Search
+
+PLAN_SCHEMA = 1
+
+Finding = Ranking | Bounds | Search
+"""About a checkpoint, beside what a sweep of it says."""
+
+_FINDINGS: Mapping[type[Finding], str] = {Ranking: "remedies.json", Bounds: "bounds.json", Search: "search.json"}
+_F = TypeVar("_F", Ranking, Bounds, Search)
+
+CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
+FailureKind = Literal["raised", "out of memory", "killed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One cell of an experiment: a value for each axis.
+
+    Kind "run" is one recorded forward pass and sampling step; its result is a `Recording`. "lengths" is a range
+    of lengths; its result is a `LengthMap`. "memory" is a fresh process whose peak is measured; its result is a
+    `Memory`. "shortage" is a process that may take less memory than it needs; its result is a `Shortage`.
+    "footprint" is computed alone, for a released size; its result is a `Footprint`. A reference run is a "run" whose
+    dtype is float32.
+    """
+
+    kind: CaseKind
+    settings: dict[str, Any]
+
+    @property
+    def runs_prompt(self) -> bool:
+        """Whether it runs a text and says what becomes of its values; other cases are of memory alone."""
+        return self.kind in ("run", "lengths")
+
+    @property
+    def id(self) -> str:
+        """Unique among different settings, the same for the same, and fit for a file's name."""
+        words = [self.kind, *(f"{name}={value}" for name, value in self.settings.items() if name in _IN_NAME)]
+        readable = re.sub(r"[^A-Za-z0-9.=-]+", "-", "_".join(words)).strip("-")[:80]
+        digest = hashlib.sha256(json.dumps([self.kind, self.settings], sort_keys=True).encode()).hexdigest()
+        return f"{readable}-{digest[:10]}"
+
+    def __str__(self) -> str:
+        told = {name: value for name, value in self.settings.items() if name in _IN_NAME and value != "all"}
+        return " ".join(_spoken(name, value) for name, value in told.items() if USUAL.get(name) != value)
+
+
+USUAL: Mapping[str, Any] = {
+    "stress": 1.0,
+    "level": "operators",
+    "rounding": "transformers",
+    "temperature": 1.0,
+    "seed": 0,
+    "matmul": "auto",
+}
+"""What goes without saying: the values of these settings in most cases."""
+
+_IN_NAME = ("model", "prompt", "length", "bos", "dtype", "room", *USUAL)
+
+
+def _spoken(name: str, value: Any) -> str:
+    if name == "bos":
+        return "with <bos>" if value else "without <bos>"
+    if name in ("model", "prompt", "dtype"):
+        return str(value)
+    if name == "length":
+        return "1 token" if value == 1 else f"{value} tokens"
+    return f"{name} {value}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A case that did not finish; `reason` is a sentence."""
+
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of one prefill of `length` tokens in `dtype` on `device`, computed from the config.
+
+    `weights`, `cache` (keys and values) and `activations`: at most this much is alive at once.
+    """
+
+    dtype: str
+    length: int
+    device: str
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def computed(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory(Footprint):
+    """A footprint, and what a fresh process took.
+
+    `libraries` is what it had resident before it read a checkpoint, `peak` the most it ever had while the model ran;
+    both on the `device`'s own memory where it has one.
+    """
+
+    libraries: int
+    peak: int
+
+    @property
+    def error(self) -> float:
+        """(computed - measured) / measured, both without the libraries; positive: too much was computed."""
+        measured = self.peak - self.libraries
+        return (self.computed - measured) / measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """What became of one prefill that was allowed `room` bytes for what it needs beside the weights.
+
+    `needed` is computed. `outcome` is how the pass ended: its logits were "finite" or "not finite", it "raised" an
+    error, whose type and first line `reason` holds, or its process was "killed", by the signal that `reason` names.
+    """
+
+    dtype: str
+    length: int
+    device: str
+    needed: int
+    room: int
+    outcome: Literal["finite", "not finite", "raised", "killed"]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An experiment with every case spelled out; `source` is its TOML file's text, `config` the model's sizes."""
+
+    name: str
+    title: str
+    command: str
+    source: str
+    checkpoint: str
+    sha256: str
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+    cases: tuple[Case, ...]
+    sections: tuple[str, ...]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    schema: int = PLAN_SCHEMA
+
+    def differences(self, other: "Plan") -> list[str]:
+        """What keeps the results of two plans from being mixed, in words; empty where nothing does."""
+        found = [
+            f"{what} was {theirs} and is {ours}"
+            for what, ours, theirs in (
+                ("the checkpoint", self.checkpoint, other.checkpoint),
+                ("the checkpoint's SHA-256", self.sha256[:12], other.sha256[:12]),
+                *((name, self.versions.get(name), other.versions.get(name)) for name in sorted(self.versions)),
+                *((name, self.machine.get(name), other.machine.get(name)) for name in sorted(self.machine)),
+            )
+            if ours != theirs
+        ]
+        new, old = {case.id for case in self.cases}, {case.id for case in other.cases}
+        if new != old:
+            found.append(f"{len(new - old)} cases are new and {len(old - new)} are no longer there")
+        return found
+
+
+@dataclass(slots=True)
+class Results:
+    """A sweep's folder. Results are read when asked for, and kept."""
+
+    folder: Path
+    plan: Plan
+    _recordings: dict[str, Recording] = field(default_factory=dict, repr=False)
+    _lengths: dict[str, LengthMap] = field(default_factory=dict, repr=False)
+    _found: dict[type, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Results":
+        """Raises MisuseError where `folder` holds no sweep, or one of another version."""
+        path = folder / "experiment.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["schema"] != PLAN_SCHEMA:
+                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {PLAN_SCHEMA}.")
+            cases = tuple(Case(**case) for case in raw["cases"])
+            plan = Plan(**(raw | {"cases": cases, "notes": tuple(raw["notes"]), "sections": tuple(raw["sections"])}))
+        except OSError:
+            raise MisuseError(
+                f"A sweep's folder holds experiment.json, and {folder} holds none. Make one with `stabilitykit sweep`."
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, MisuseError):
+                raise
+            raise MisuseError(f"{path} is no plan of an experiment: {error!r}.") from None
+        return cls(folder, plan)
+
+    @classmethod
+    def create(cls, folder: Path, plan: Plan) -> "Results":
+        """The folder for this plan, made if need be.
+
+        Raises MisuseError where it holds the results of another, saying what differs, or anything else.
+        """
+        if (folder / "experiment.json").exists():
+            found = cls.open(folder)
+            differences = plan.differences(found.plan)
+            if differences:
+                raise MisuseError(
+                    f"A folder holds the results of one experiment, and {folder} holds those of another: "
+                    f"{'; '.join(differences)}. Choose another folder with --out, or remove this one."
+                )
+        elif (folder / "records").exists():
+            raise MisuseError(
+                f"{folder}/records is there without an experiment.json. Choose another folder with --out."
+            )
+        write_json(folder / "experiment.json", dataclasses.asdict(plan))
+        return cls(folder, plan)
+
+    def path(self, case: Case) -> Path:
+        """Where the case's result is, or will be."""
+        return self.folder / "records" / f"{case.id}.{'parquet' if case.runs_prompt else 'json'}"
+
+    def _failure_path(self, case: Case) -> Path:
+        return self.folder / "records" / f"{case.id}.failed.json"
+
+    def is_done(self, case: Case) -> bool:
+        return self.path(case).exists()
+
+    def failure(self, case: Case) -> Failure | None:
+        path = self._failure_path(case)
+        return Failure(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def missing(self) -> list[Case]:
+        """Cases that are neither done nor failed, in the plan's order."""
+        return [case for case in self.plan.cases if not self.is_done(case) and self.failure(case) is None]
+
+    def failed(self) -> list[tuple[Case, Failure]]:
+        found = [(case, self.failure(case)) for case in self.plan.cases if not self.is_done(case)]
+        return [(case, failure) for case, failure in found if failure is not None]
+
+    def write_failure(self, case: Case, failure: Failure) -> None:
+        write_json(self._failure_path(case), dataclasses.asdict(failure))
+
+    def forget_failure(self, case: Case) -> None:
+        self._failure_path(case).unlink(missing_ok=True)
+
+    def write(self, case: Case, result: Footprint | Shortage) -> None:
+        """Writes the result of a case of kind "memory", "shortage" or "footprint"."""
+        write_json(self.path(case), dataclasses.asdict(result))
+
+    def recording(self, case: Case) -> Recording:
+        if case.id not in self._recordings:
+            self._recordings[case.id] = Recording.load(self.path(case))
+        return self._recordings[case.id]
+
+    def length_map(self, case: Case) -> LengthMap:
+        if case.id not in self._lengths:
+            self._lengths[case.id] = LengthMap.load(self.path(case))
+        return self._lengths[case.id]
+
+    def runs(self) -> Iterator[tuple[Case, Recording]]:
+        """The finished cases of kind "run", in the plan's order."""
+        return ((case, self.recording(case)) for case in self._done("run"))
+
+    def length_maps(self) -> Iterator[tuple[Case, LengthMap]]:
+        """The finished cases of kind "lengths", in the plan's order."""
+        return ((case, self.length_map(case)) for case in self._done("lengths"))
+
+    def memories(self) -> Iterator[tuple[Case, Memory]]:
+        """The finished cases of kind "memory", in the plan's order."""
+        return ((case, Memory(**self._read(case))) for case in self._done("memory"))
+
+    def shortages(self) -> Iterator[tuple[Case, Shortage]]:
+        """The finished cases of kind "shortage", in the plan's order."""
+        return ((case, Shortage(**self._read(case))) for case in self._done("shortage"))
+
+    def footprints(self) -> Iterator[tuple[Case, Footprint]]:
+        """The finished cases of kind "footprint", in the plan's order."""
+        return ((case, Footprint(**self._read(case))) for case in self._done("footprint"))
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """How remedies of the checkpoint rank; None where nobody ranked them."""
+        return self._finding(Ranking)
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """What no prompt can make the checkpoint's tensors exceed; None where nobody asked."""
+        return self._finding(Bounds)
+
+    @property
+    def search(self) -> Search | None:
+        """What comes nearest to the dtype's end; None where nobody searched."""
+        return self._finding(Search)
+
+    def write_finding(self, found: Finding) -> None:
+        """Raises MisuseError for that of another checkpoint."""
+        self.check_checkpoint(found.checkpoint, found.sha256)
+        write_json(self.folder / _FINDINGS[type(found)], found.document())
+        self._found.pop(type(found), None)
+
+    def _finding(self, kind: type[_F]) -> _F | None:
+        path = self.folder / _FINDINGS[kind]
+        if kind not in self._found and path.exists():
+            self._found[kind] = read_finding(path, kind)
+        return self._found.get(kind)
+
+    def check_checkpoint(self, source: str, sha256: str) -> None:
+        """Raises MisuseError unless this is a sweep of that checkpoint."""
+        if sha256 != self.plan.sha256:
+            raise MisuseError(
+                f"A report holds one checkpoint's findings, and {self.folder} holds those of {self.plan.checkpoint} "
+                f"with the SHA-256 {self.plan.sha256[:12]}; {source} has {sha256[:12]}. Choose another folder."
+            )
+
+    def _read(self, case: Case) -> dict[str, Any]:
+        raw: dict[str, Any] = json.loads(self.path(case).read_text(encoding="utf-8"))
+        return raw
+
+    def reference(self, case: Case) -> Recording | None:
+        """The recording of the same case in float32, or None where there is none."""
+        wanted = Case(kind=case.kind, settings=case.settings | {"dtype": "float32"})
+        return self.recording(wanted) if self.path(wanted).exists() else None
+
+    def _done(self, kind: CaseKind) -> list[Case]:
+        return [case for case in self.plan.cases if case.kind == kind and self.is_done(case)]
+
+
+def read_finding(path: Path, kind: type[_F]) -> _F:
+    """Raises MisuseError for a file that holds none of its kind, or one of another version."""
+    (version,) = (field.default for field in dataclasses.fields(kind) if field.name == "schema")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != version:
+            raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {version}.")
+        return kind.parse(raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, MisuseError):
+            raise
+        raise MisuseError(f"{path} holds no {kind.__name__.lower()} that can be read: {error!r}.") from None
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which gets its name when the block ends: it is there whole or not at all.
+
+    Raises MisuseError where it cannot be written. What the block raises is passed on, and nothing is left behind.
+    """
+    aside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        aside.chmod(0o755)  # mkdtemp keeps to its owner what a folder of findings is meant to share
+        yield aside
+        aside.rename(folder)
+    except OSError as error:
+        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON document beside `path` and renames it over what is there.
+
+    Raises MisuseError where the folder cannot be written.
+    """
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, for text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_json`, for bytes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            Path(aside).chmod(0o644)
+            Path(aside).replace(path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    except OSError as error:
+        raise MisuseError(f"{path} cannot be written ({error.strerror}); choose another folder.") from None

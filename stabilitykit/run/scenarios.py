@@ -1,0 +1,175 @@
+"""Failures on demand: float16's, and those that look like it. Each runs for real and raises torch's own error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabilitykit.checkpoints.checkpoint import Checkpoint
+from stabilitykit.diagnosis.cause import CauseName
+from stabilitykit.errors import MisuseError
+from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.run.case import Progress, Run, Sampling, run_case
+
+PROMPT = "The capital of France is"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a scenario starts from. `stress` multiplies the scenario's own."""
+
+    checkpoint: Checkpoint
+    prompt: str = PROMPT
+    device: str = "cpu"
+    stress: float = 1.0
+    progress: Progress | None = None
+
+    def tokens(self) -> list[int]:
+        return Tokenizer(self.checkpoint.vocabulary).encode(self.prompt)
+
+    def model(self, dtype: str, stress: float = 1.0) -> Gemma:
+        def announce(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"{dtype}: preparing weights", done, total)
+
+        return build(self.checkpoint, dtype=dtype, device=self.device, stress=stress * self.stress, progress=announce)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """`expected` is the cause that the diagnosis must find for the failure to count as reproduced."""
+
+    name: str
+    summary: str
+    expected: CauseName
+    run: Callable[[Setup], Run]
+
+
+def _float16_overflow(setup: Setup) -> Run:
+    return run_case(setup.model("float16"), setup.tokens(), progress=setup.progress)
+
+
+def _int8_without_scalers(setup: Setup) -> Run:
+    """Quantises as gemma_pytorch does, one scaler per output row, and loads that as if it were float."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in setup.checkpoint.tensors.items():
+        if tensor.ndim == 2:
+            scaler = tensor.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            state[name] = (tensor / scaler[:, None]).round().to(torch.int8)
+            state[f"{name}_scaler"] = scaler
+        else:
+            state[name] = tensor
+    return _loaded_loosely(setup, state)
+
+
+def _other_parameter_names(setup: Setup) -> Run:
+    """gemma_pytorch's names for the layers, which this model does not have."""
+    return _loaded_loosely(setup, {f"transformer.{name}": t for name, t in setup.checkpoint.tensors.items()})
+
+
+def _loaded_loosely(setup: Setup, state: dict[str, Tensor]) -> Run:
+    """`load_state_dict(strict=False)` into memory nobody has written to.
+
+    What such memory holds is chance; torch's own switch fills it with NaN, so that the failure is the same each
+    time and no run passes by luck.
+    """
+    switches = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        switches.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    with torch.device("meta"):
+        model = Gemma(setup.checkpoint.config)
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        switches.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        model = model.to(torch.float16).to_empty(device=setup.device).eval().requires_grad_(False)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+    model.lm_head.weight = model.embed_tokens.weight
+    keys = model.load_state_dict(state, strict=False)
+    model.source, model.sha256 = setup.checkpoint.source, setup.checkpoint.sha256
+    model.vocabulary = setup.checkpoint.vocabulary
+    missing = [name for name in keys.missing_keys if name != "lm_head.weight"]
+    loading = {"missing": missing, "unexpected": list(keys.unexpected_keys)}
+    return run_case(model, setup.tokens(), facts={"loading": loading}, progress=setup.progress)
+
+
+def _top_k_zero(setup: Setup) -> Run:
+    return run_case(setup.model("float32"), setup.tokens(), sampling=Sampling(top_k=0), progress=setup.progress)
+
+
+def _top_p_negative(setup: Setup) -> Run:
+    return run_case(setup.model("float32"), setup.tokens(), sampling=Sampling(top_p=-0.1), progress=setup.progress)
+
+
+def _tiny_temperature(setup: Setup) -> Run:
+    """With the residual stream scaled down, so that float16 holds everything before the sampler."""
+    return run_case(
+        setup.model("float16", stress=0.25),
+        setup.tokens(),
+        sampling=Sampling(temperature=1e-4),
+        progress=setup.progress,
+    )
+
+
+def _masked_row(setup: Setup) -> Run:
+    """Left padding, hidden by -inf from everyone: the padded rows then see nothing at all."""
+    padding, tokens = 2, setup.tokens()
+    model = setup.model("float32")
+    length = padding + len(tokens)
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    seen = (key <= query) & (key >= padding)
+    mask = torch.zeros(1, 1, length, length).masked_fill(~seen, -torch.inf).to(model.device)
+    return run_case(model, tokens, left_padding=padding, mask=mask, progress=setup.progress)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(
+            name="float16-overflow",
+            summary="the residual stream leaves float16's range",
+            expected="range",
+            run=_float16_overflow,
+        ),
+        Scenario(
+            name="int8-without-scalers",
+            summary="an int8 checkpoint in a model without quantised layers",
+            expected="int8-scalers-dropped",
+            run=_int8_without_scalers,
+        ),
+        Scenario(
+            name="parameter-names",
+            summary="a checkpoint with other parameter names, strict=False",
+            expected="parameter-names",
+            run=_other_parameter_names,
+        ),
+        Scenario(name="top-k-zero", summary="sampling with top_k = 0", expected="top-k", run=_top_k_zero),
+        Scenario(name="top-p-negative", summary="sampling with top_p < 0", expected="top-p", run=_top_p_negative),
+        Scenario(
+            name="tiny-temperature",
+            summary="temperature 1e-4 in float16, logits finite",
+            expected="temperature",
+            run=_tiny_temperature,
+        ),
+        Scenario(
+            name="masked-row",
+            summary="an attention row in which -inf hides every key",
+            expected="masked-row",
+            run=_masked_row,
+        ),
+    )
+}
+
+
+def scenario(name: str) -> Scenario:
+    """Raises MisuseError, listing the names, for an unknown one."""
+    try:
+        return SCENARIOS[name]
+    except KeyError:
+        raise MisuseError(f"A scenario is one of {', '.join(SCENARIOS)}; {name!r} is none of them.") from None

@@ -1,5 +1,0 @@
-"""The search for prompts that break: the vocabulary, token by token, and short prompts out of its worst tokens."""
-
-from stabilitykit.search.run import Options, search
-
-__all__ = ["Options", "search"]

@@ -1,0 +1,96 @@
+"""A prompt, really run: its largest value in float32, and what becomes of it in the dtype itself."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from stabilitykit.diagnosis.verdict import verdict
+from stabilitykit.formats import number_format
+from stabilitykit.models.gemma import Gemma
+from stabilitykit.models.matmul import preferred_matmul
+from stabilitykit.models.subject import GemmaSubject
+from stabilitykit.recorder import record
+from stabilitykit.records import Record
+from stabilitykit.records.search import Find
+from stabilitykit.run.case import run_case
+from stabilitykit.run.dry_run import find_stored_dtypes
+from stabilitykit.searches.scan import Peak
+from stabilitykit.searches.stored import Place
+
+
+class PromptRecorder:
+    """Runs prompts through `wide`, a model in float32, with the recorder, logits of every position included."""
+
+    def __init__(self, wide: Gemma) -> None:
+        self._wide = wide
+        self._stored: dict[int, frozenset[str]] = {}  # by length, the sites that a float16 run stores in 16 bits
+
+    def peaks(self, tokens: Sequence[int]) -> list[Peak]:
+        """For each position what a scan finds there; inf at all of them where `wide` itself is not finite."""
+        (found,) = self.peaks_of([tokens])
+        return found
+
+    def peaks_of(self, prompts: Sequence[Sequence[int]]) -> list[list[Peak]]:
+        """The same for each of several prompts of one length, which run side by side."""
+        rows, length = len(prompts), len(prompts[0])
+        with torch.inference_mode(), record(self._wide, formats=(), position_peaks=True) as recording:
+            self._wide(torch.tensor(prompts, device=self._wide.device))
+        first = recording.first_break()
+        if first is not None:
+            return [[Peak(math.inf, _place(first))] * length] if rows == 1 else [self.peaks(one) for one in prompts]
+        if length not in self._stored:
+            told = find_stored_dtypes(recording, GemmaSubject(self._wide), rows, length)
+            self._stored[length] = frozenset(made.site for made in told if made.stored_dtype == "float16")
+        stored = [
+            (made.position_amax or (), _place(made))
+            for made in recording
+            if made.site in self._stored[length] and len(made.position_amax or ()) == rows * length
+        ]  # which leaves out the cosines and sines that all rows share
+        return [[_largest(stored, row * length + position) for position in range(length)] for row in range(rows)]
+
+
+def _largest(stored: Iterable[tuple[Sequence[float], Place]], place: int) -> Peak:
+    value, where = max(((amax[place], where) for amax, where in stored), key=lambda pair: pair[0])
+    return Peak(value, where)
+
+
+def confirm(wide: PromptRecorder, low: Gemma, tokens: Sequence[int], *, bos: bool, text: str | None) -> Find:
+    """What `tokens` come to in float32, and whether `low`, the same model in the dtype, is finite throughout."""
+    peaks = wide.peaks(tokens)
+    position, peak = max(enumerate(peaks), key=lambda pair: pair[1].value)
+    dtype = str(low.dtype).removeprefix("torch.")
+    ran = run_case(low, list(tokens), kind=preferred_matmul(dtype, low.device.type)).recording
+    first = ran.first_break()
+    tokenizer = low.tokenizer
+    return Find(
+        tokens=tuple(tokens),
+        pieces=tuple(str(token) if tokenizer is None else tokenizer.piece(token) for token in tokens),
+        bos=bos,
+        text=text,
+        file=None,
+        value=finite(peak.value),
+        headroom=headroom(peak.value, dtype),
+        site=peak.place.site,
+        label=peak.place.label,
+        layer=peak.place.layer,
+        position=position,
+        breaks=first is not None,
+        broken_site=None if first is None else first.site,
+        broken_layer=None if first is None else first.layer,
+        broken_position=None if first is None or first.broke is None else first.broke.position,
+        sentence=verdict(ran),
+    )
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def headroom(value: float, dtype: str) -> float | None:
+    """In bits; None of a value that is not finite, and of zero."""
+    return number_format(dtype).headroom(value) if math.isfinite(value) and value else None
+
+
+def _place(made: Record) -> Place:
+    return Place(site=made.site, label=made.label, layer=made.layer)

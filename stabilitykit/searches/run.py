@@ -1,0 +1,253 @@
+"""The search: the vocabulary in three contexts, then short prompts out of its worst tokens, all of it confirmed."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.errors import MisuseError
+from stabilitykit.formats import number_format
+from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.records.search import Find, Search, Step
+from stabilitykit.run.case import Progress
+from stabilitykit.run.prompts import parse_prompt
+from stabilitykit.run.prompts import tokens as prompt_tokens
+from stabilitykit.searches.confirm import PromptRecorder, confirm, finite, headroom
+from stabilitykit.searches.extend import Grown, extend
+from stabilitykit.searches.kinds import kind_of
+from stabilitykit.searches.scan import Count, Peak, Scanner
+from stabilitykit.searches.text import text_of
+from stabilitykit.searches.vocabulary import Scanned, VocabularyScanner
+from stabilitykit.sweeps.plan import machine, versions
+
+ALONE, AFTER_BOS, INSIDE = "alone", "after <bos>", "inside a text"
+CONTEXT = 8  # tokens of the kit's prose before the one that is scanned inside a text
+
+STARTS = 32  # tokens with which prompts begin
+CANDIDATES = 256  # tokens by which they grow
+FINDS = 3  # with <bos>, and without
+_PATIENCE = 2  # lengths without a smaller headroom after which a prompt is no longer drawn out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """`bos`: only prompts with it, or only those without; None for both, but where `<bos>` alone breaks for those
+    without. `limit` tokens of the vocabulary are scanned, all for None. `sieve` is the dtype of the first look, None
+    for the fastest that is good enough.
+    """
+
+    dtype: str = "float16"
+    bos: bool | None = None
+    limit: int | None = None
+    beam: int = 8
+    length: int = 12
+    sieve: str | None = None
+    device: str = "cpu"
+
+
+def search(checkpoint: Checkpoint, options: Options, *, command: str = "", progress: Progress | None = None) -> Search:
+    """Raises MisuseError for a limit, a beam or a length below 1, and a length beyond the model's context."""
+    began = time.monotonic()
+    _check(checkpoint, options)
+    run = _Run(checkpoint, options, progress)
+    bos = run.bos_alone()
+    scanned = {name: run.scan(name) for name in _contexts(options.bos)}
+    steps: list[Step] = []
+    finds: list[Find] = []
+    for with_bos in _choices(options.bos, bos):
+        more, found = run.grow(with_bos, scanned)
+        steps += more
+        finds += found
+    return Search(
+        checkpoint=checkpoint.source,
+        sha256=checkpoint.sha256,
+        notes=checkpoint.notes,
+        command=command,
+        dtype=options.dtype,
+        vocabulary=checkpoint.config.vocabulary,
+        bos=bos,
+        scans=tuple(one.scan for one in scanned.values()),
+        steps=tuple(steps),
+        finds=tuple(replace(find, file=f"{number}.txt") for number, find in enumerate(finds, start=1)),
+        seconds=time.monotonic() - began,
+        versions=versions(),
+        machine=machine(options.device),
+    )
+
+
+def _contexts(bos: bool | None) -> list[str]:
+    return {None: [ALONE, AFTER_BOS, INSIDE], True: [AFTER_BOS], False: [ALONE, INSIDE]}[bos]
+
+
+def _choices(bos: bool | None, alone: Find | None) -> list[bool]:
+    if bos is not None:
+        return [] if bos and alone is not None and alone.breaks else [bos]
+    return [False] if alone is not None and alone.breaks else [False, True]
+
+
+def _check(checkpoint: Checkpoint, options: Options) -> None:
+    for name in ("limit", "beam", "length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise MisuseError(f"--{name} is at least 1; {value} is not.")
+    longest = checkpoint.config.context - 1
+    if options.length > longest:
+        raise MisuseError(
+            f"A prompt fits the model's context: --length is at most {longest:,} here, and {options.length:,} was "
+            "asked for."
+        )
+
+
+class _Run:
+    """The models of one search, and its steps."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress | None) -> None:
+        self.options = options
+        self.progress = progress
+        self.vocabulary = checkpoint.vocabulary
+        self.form = number_format(options.dtype)
+
+        def built(dtype: str) -> Gemma:
+            def announce(done: int, total: int) -> None:
+                if progress is not None:
+                    progress(f"{dtype}: preparing weights", done, total)
+
+            return build(checkpoint, dtype=dtype, device=options.device, progress=announce)
+
+        sieve = options.sieve or fastest(options.device)
+        self.low = built(options.dtype)
+        self.wide = Scanner(built("float32"))
+        self.recorder = PromptRecorder(self.wide.model)
+        if sieve == "float32":
+            self.sieve = self.wide
+        else:
+            self.sieve = Scanner(self.low if sieve == options.dtype else built(sieve))
+        self.tokenizer: Tokenizer = self.wide.model.tokenizer or Tokenizer(checkpoint.vocabulary)
+        self.scanner = VocabularyScanner(self.sieve, self.wide, self.vocabulary, self.tokenizer, options.dtype)
+        size = len(self.vocabulary.pieces)
+        self.limit = size if options.limit is None else min(size, options.limit)
+        prose = parse_prompt("prose", Path())
+        text = prompt_tokens(prose, self.tokenizer, bos=False, length=min(CONTEXT, checkpoint.config.context - 1))
+        self.contexts = {ALONE: [], AFTER_BOS: [self.vocabulary.bos], INSIDE: text}
+
+    def bos_alone(self) -> Find | None:
+        """What `<bos>` comes to by itself, and so in every prompt that begins with it."""
+        if self.options.bos is False:
+            return None
+        return confirm(self.recorder, self.low, [self.vocabulary.bos], bos=True, text=None)
+
+    def scan(self, name: str) -> Scanned:
+        return self.scanner.scan(name, self.contexts[name], self.limit, self.progress)
+
+    def grow(self, bos: bool, scanned: dict[str, Scanned]) -> tuple[list[Step], list[Find]]:
+        """The prompts that break at the least length at which one does; else the nearest of any length."""
+        before = [self.vocabulary.bos] if bos else []
+        alone = scanned[AFTER_BOS if bos else ALONE]
+        held = self.recorder.peaks(before) if before else []
+
+        def is_prompt(tokens: Sequence[int]) -> bool:
+            return text_of(self.tokenizer, tokens[len(before) :]) is not None
+
+        starts = [
+            Grown((*before, token), peak, max([peak, *held], key=_value))
+            for token, peak in ((token, alone.peaks[token]) for token in self._by_turns([alone], STARTS))
+        ]
+        candidates = self._by_turns(scanned.values(), CANDIDATES)
+        steps: list[Step] = []
+        seen: list[Grown] = []
+        kept: list[Grown] = []
+        without_gain = 0
+        for level in extend(
+            self.wide,
+            starts,
+            candidates,
+            beam=self.options.beam,
+            length=self.options.length + len(before),
+            is_prompt=is_prompt,
+            progress=self._counter,
+        ):
+            best = max(level, key=lambda one: one.newest.value)
+            without_gain = 0 if not seen or best.newest.value > max(map(_newest, seen)) else without_gain + 1
+            seen += level
+            tried = len(candidates) * len(kept) if kept else self.limit
+            steps.append(self._step(bos, best, len(before), tried))
+            kept = level
+            broken = list(self._broken(level, bos, len(before)))
+            if broken:
+                return steps, broken
+            if without_gain == _PATIENCE:
+                break
+        nearest = sorted(seen, key=lambda one: (-one.newest.value, len(one.tokens)))[:FINDS]
+        return steps, [self._confirm(one, bos, len(before)) for one in nearest]
+
+    def _broken(self, level: Sequence[Grown], bos: bool, before: int) -> Iterator[Find]:
+        """Of prompts of one length that should break, the first few that do."""
+        found = 0
+        for one in level:
+            if found < FINDS and self.form.overflows(one.largest.value):
+                find = self._confirm(one, bos, before)
+                found += find.breaks
+                if find.breaks:
+                    yield find
+
+    def _confirm(self, one: Grown, bos: bool, before: int) -> Find:
+        text = text_of(self.tokenizer, one.tokens[before:])
+        return confirm(self.recorder, self.low, one.tokens, bos=bos, text=text)
+
+    def _by_turns(self, scanned: Iterable[Scanned], amount: int) -> list[int]:
+        """Tokens that are text by themselves: by turns the worst of each context of every kind, and in every site.
+
+        What is largest alone need not be what grows: the largest values of a text stand in other layers than those of
+        most tokens, on newlines and punctuation rather than on words.
+        """
+        queues: dict[tuple[str, str], list[int]] = {}
+        for one in scanned:
+            for token in sorted(range(self.limit), key=_falling(one.peaks)):
+                for group in (kind_of(self.vocabulary, token), one.peaks[token].place.site):
+                    queues.setdefault((one.scan.name, group), []).append(token)
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*queues.values()))
+        known = dict.fromkeys(token for token in turns if token is not None)
+        written = (token for token in known if text_of(self.tokenizer, [token]) is not None)
+        return list(itertools.islice(written, amount))
+
+    def _step(self, bos: bool, best: Grown, before: int, tried: int) -> Step:
+        return Step(
+            bos=bos,
+            length=len(best.tokens),
+            tried=tried,
+            text=text_of(self.tokenizer, best.tokens[before:]) or "",
+            value=finite(best.newest.value),
+            headroom=headroom(best.newest.value, self.options.dtype),
+        )
+
+    def _counter(self, length: int) -> Count:
+        def count(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"prompts of {length} tokens", done, total)
+
+        return count
+
+
+def fastest(device: str) -> str:
+    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    if device.startswith("cpu"):
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch has no public name for it
+        return "bfloat16" if has_bfloat16() else "float32"
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _falling(peaks: Sequence[Peak]) -> Callable[[int], float]:
+    return lambda token: -peaks[token].value
+
+
+def _value(peak: Peak) -> float:
+    return peak.value
+
+
+def _newest(one: Grown) -> float:
+    return one.newest.value

@@ -1,0 +1,138 @@
+"""An experiment -> every case, spelled out and checked before the first one runs."""
+
+import itertools
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.checkpoints.config import GemmaConfig, released
+from stabilitykit.errors import MisuseError
+from stabilitykit.models.gemma.load import DTYPES, parse_device
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.records.sweep import Case, CaseKind, Plan
+from stabilitykit.run.prompts import parse_prompt
+from stabilitykit.run.prompts import tokens as prompt_tokens
+from stabilitykit.sweeps.axes import is_range, longest
+from stabilitykit.sweeps.file import Experiment
+
+
+def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -> Plan:
+    """Every case of the experiment on this checkpoint.
+
+    Runs come first, each text's float32 run before those that are compared with it; then ranges of lengths, one dtype
+    after the other, so that a model is built once.
+
+    Raises MisuseError with the line at fault for a prompt that does not exist or is too short, a length beyond the
+    model's context, and a device that is not there.
+    """
+    place = str(parse_device(experiment.device))
+    cases = {
+        case.id: case for case in (*_grids(experiment, checkpoint, place), *_others(experiment, checkpoint, place))
+    }
+    kinds, dtypes = list(get_args(CaseKind)), list(DTYPES)
+
+    def turn(case: Case) -> tuple[int, int]:
+        return kinds.index(case.kind), dtypes.index(case.settings["dtype"]) if case.kind == "lengths" else 0
+
+    return Plan(
+        name=experiment.path.stem,
+        title=experiment.title,
+        command=command,
+        source=experiment.source,
+        checkpoint=checkpoint.source,
+        sha256=checkpoint.sha256,
+        config=asdict(checkpoint.config),
+        notes=checkpoint.notes,
+        cases=tuple(sorted(cases.values(), key=turn)),
+        sections=experiment.sections,
+        versions=versions(),
+        machine=machine(place),
+    )
+
+
+def plan_without_cases(checkpoint: Checkpoint, *, name: str, title: str, command: str, sections: Sequence[str]) -> Plan:
+    """For a folder whose report holds other findings than a sweep's."""
+    return Plan(
+        name=name,
+        title=title,
+        command=command,
+        source="",
+        checkpoint=checkpoint.source,
+        sha256=checkpoint.sha256,
+        config=asdict(checkpoint.config),
+        notes=checkpoint.notes,
+        cases=(),
+        sections=tuple(sections),
+        versions=versions(),
+        machine=machine("cpu"),
+    )
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("stabilitykit", "torch")} | {"python": platform.python_version()}
+
+
+def machine(device: str) -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+    }
+
+
+def case_tokens(case: Case, tokenizer: Tokenizer, folder: Path) -> list[int]:
+    """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `parse_prompt` does."""
+    prompt = parse_prompt(case.settings["prompt"], folder)
+    return prompt_tokens(prompt, tokenizer, bos=case.settings["bos"], length=longest(case.settings["length"]))
+
+
+def _grids(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case]:
+    tokenizer = Tokenizer(checkpoint.vocabulary)
+    folder = experiment.path.parent
+    for number, settings in _products(experiment, "grid"):
+        try:
+            prompt = parse_prompt(settings["prompt"], folder)
+        except MisuseError as error:
+            experiment.fail(str(error), "prompt", "grid", number)
+        wanted = longest(settings["length"])
+        _check_context(wanted or 1, checkpoint.config, experiment, "grid", number)
+        try:
+            count = len(prompt_tokens(prompt, tokenizer, bos=settings["bos"], length=wanted))
+        except MisuseError as error:
+            experiment.fail(str(error), "prompt" if wanted is None else "length", "grid", number)
+        _check_context(count, checkpoint.config, experiment, "grid", number)
+        settings |= {"text_sha256": prompt.sha256, "tokens": count, "device": device}
+        if is_range(settings["length"]):
+            checks = sorted(n for n in set(experiment.checks) if n <= count)
+            yield Case(kind="lengths", settings=settings | {"checks": checks})
+        else:
+            yield Case(kind="run", settings=settings)
+
+
+def _others(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case]:
+    kinds: tuple[CaseKind, ...] = ("memory", "shortage", "footprint")
+    for kind in kinds:
+        for number, settings in _products(experiment, kind):
+            config = checkpoint.config if kind != "footprint" else released(settings["model"])
+            _check_context(settings["length"], config, experiment, kind, number)
+            yield Case(kind=kind, settings={"device": device} | settings)
+
+
+def _products(experiment: Experiment, table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, axes in enumerate(experiment.tables[table]):
+        for values in itertools.product(*axes.values()):
+            yield number, dict(zip(axes, values, strict=True))
+
+
+def _check_context(length: int, config: GemmaConfig, experiment: Experiment, table: str, number: int) -> None:
+    if length > config.context:
+        what = f"A prompt fits the model's context of {config.context:,} tokens; the length {length:,} does not"
+        experiment.fail(what, "length", table, number)
