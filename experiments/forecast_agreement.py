@@ -21,7 +21,6 @@ import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.diagnosis.forecast import forecast
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
@@ -31,6 +30,7 @@ from stabilitykit.report.write import write_report
 from stabilitykit.run.case import run_case
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as tokens_of
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     import matplotlib.figure

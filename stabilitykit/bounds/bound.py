@@ -17,7 +17,7 @@ from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
-from stabilitykit.models.gemma.load import parse_dtype
+from stabilitykit.models.devices import parse_dtype
 from stabilitykit.recorder.labels import FAMILIES, label
 from stabilitykit.records.bounds import SiteBound
 from stabilitykit.run.case import Progress

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from stabilitykit.bounds.bound import LayerMatrices, bound_sites
 from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.gemma.load import parse_dtype
-from stabilitykit.records import quoted
 from stabilitykit.records.bounds import Largest, SiteBound, with_largest
 from stabilitykit.run.case import Progress, run_case, stage
+from stabilitykit.words import quoted
 
 
 def examine(

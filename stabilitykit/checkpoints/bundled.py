@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stabilitykit.checkpoints.cache import written_beside
+from stabilitykit.checkpoints.cache import cached_file
 from stabilitykit.checkpoints.config import ALIASES
 from stabilitykit.errors import MisuseError
 
@@ -32,7 +32,7 @@ def bundled_gguf(name: str, cache: Path) -> Path:
         size = sum(part.stat().st_size for part in package.chunk_paths())
         # The file was checked against its SHA-256 before it got this name.
         if not path.is_file() or path.stat().st_size != size:
-            with written_beside(path, size) as partial:
+            with cached_file(path, size) as partial:
                 package.assemble(output_path=partial, overwrite=True)
     except (ImportError, FileNotFoundError, ValueError) as error:
         if isinstance(error, MisuseError):

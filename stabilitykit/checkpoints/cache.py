@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.files import written_beside
 
 VARIABLE = "STABILITYKIT_CACHE"
 
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_beside(path: Path, needed: int) -> Iterator[Path]:
+def cached_file(path: Path, needed: int) -> Iterator[Path]:
     """A temporary path beside `path`; it takes the name `path` after the block, or goes away if the block raises.
 
     Raises MisuseError, naming the folder and the way out, where `needed` bytes do not fit or nothing can be written.
@@ -55,14 +55,8 @@ def written_beside(path: Path, needed: int) -> Iterator[Path]:
                 f"The cache needs {needed:,} bytes in {folder}, where {free:,} are free: make room, or set "
                 f"{VARIABLE} to a folder on a larger disk."
             )
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:16]}-", suffix=".partial", dir=folder)
-        os.close(handle)
-        partial = Path(name)
-        try:
+        with written_beside(path) as partial:
             yield partial
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise MisuseError(
@@ -90,7 +84,7 @@ def file_sha256(path: Path, cache: Path, progress: Progress | None = None) -> st
             if progress is not None:
                 progress(file.tell(), state.st_size)
     digest = read.hexdigest()
-    with suppress(MisuseError), written_beside(memo, 0) as partial:  # a memo that cannot be kept is no loss
+    with suppress(MisuseError), cached_file(memo, 0) as partial:  # a memo that cannot be kept is no loss
         partial.write_text(json.dumps({**known, "sha256": digest}))
     return digest
 
@@ -151,7 +145,7 @@ def _write(
         total += size
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with written_beside(path, 8 + len(text) + total) as partial, partial.open("wb") as file:
+    with cached_file(path, 8 + len(text) + total) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         done = 0
         for name in shapes:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
+from stabilitykit.records.document import to_document
 
 
 class BoundDtype(StrEnum):
@@ -35,10 +36,10 @@ def bound(
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, findings, write
     from stabilitykit.models.gemma.tokenizer import Tokenizer
+    from stabilitykit.models.machine import machine, versions
     from stabilitykit.records.bounds import Bounds
     from stabilitykit.remedies.rescale import refuse_folder
     from stabilitykit.remedies.texts import texts
-    from stabilitykit.sweeps.plan import machine, versions
 
     name = local_checkpoint(checkpoint)
     refuse_folder(Path(name))
@@ -63,7 +64,7 @@ def bound(
         findings(report, opened, title=title, section="bounds", command=found.command).write_finding(found)
         write(report, against=None, quiet=True)
     if as_json:
-        screen.print_json(found.document())
+        screen.print_json(to_document(found))
         return
     for note in (opened.source, *(f"{note}." for note in opened.notes)):
         screen.print_note(note)

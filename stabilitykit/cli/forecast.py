@@ -73,7 +73,7 @@ def forecast(
 
     from stabilitykit.cli import screen
     from stabilitykit.diagnosis.forecast import forecast as judge
-    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.devices import parse_device
     from stabilitykit.models.matmul import preferred_matmul
     from stabilitykit.recorder import DEFAULT_FORMATS
     from stabilitykit.recorder.weights import check_weights

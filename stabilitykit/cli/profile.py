@@ -104,7 +104,7 @@ def profile(
 
     from stabilitykit.cli import screen
     from stabilitykit.diagnosis import document
-    from stabilitykit.models.gemma.load import parse_device, parse_dtype
+    from stabilitykit.models.devices import parse_device, parse_dtype
     from stabilitykit.models.matmul import check_matmul
     from stabilitykit.recorder.weights import check_weights
     from stabilitykit.run.case import Sampling, run_dtypes
@@ -175,7 +175,7 @@ def profile(
 
 
 def _write(folder: Path, recordings: "list[Recording]", found: Any) -> None:
-    from stabilitykit.records.sweep import new_folder
+    from stabilitykit.files import new_folder
 
     with new_folder(folder) as aside:
         for recording in recordings:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
+from stabilitykit.records.document import to_document
 
 
 class StoredDtype(StrEnum):
@@ -52,7 +53,7 @@ def repair(
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, findings, write
-    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.devices import parse_device
     from stabilitykit.models.gemma.tokenizer import Tokenizer
     from stabilitykit.remedies.export import check_new, export
     from stabilitykit.remedies.repair import repair as find
@@ -81,7 +82,7 @@ def repair(
         write(report, against=None, quiet=True)
     if as_json:
         written = str(out) if out is not None and is_finite else None
-        screen.print_json({**ranking.document(), "out": written, "report": None if report is None else str(report)})
+        screen.print_json({**to_document(ranking), "out": written, "report": None if report is None else str(report)})
     else:
         for note in (opened.source, *(f"{note}." for note in opened.notes)):
             screen.print_note(note)

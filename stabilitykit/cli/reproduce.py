@@ -43,7 +43,7 @@ def reproduce(
 
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.diagnosis import cause, document
-    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.devices import parse_device
 
     parse_device(device)
     with screen.progress_bar() as progress:

@@ -21,15 +21,14 @@ from stabilitykit.diagnosis.bounds import by_kind, folded, summary, unproved
 from stabilitykit.diagnosis.forecast import Forecast, overflow_becomes, prediction
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
 from stabilitykit.diagnosis.search import how_measured, of_what_kind, place, shortest, shown, with_bos
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16
-from stabilitykit.records import Recording, StoredWeights, quoted
+from stabilitykit.records import Recording, StoredWeights
 from stabilitykit.records.bounds import SiteBound
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.records.search import Scan, Search, TokenPeak
 from stabilitykit.records.sweep import Plan
 from stabilitykit.report.style import bits, share, size
-from stabilitykit.report.words import count
+from stabilitykit.words import count, number, quoted
 
 if TYPE_CHECKING:
     from stabilitykit.sweeps.cost import Cost

@@ -9,6 +9,7 @@ import typer
 
 from stabilitykit.cli.source import LOCAL_CHECKPOINT_HELP, local_checkpoint
 from stabilitykit.errors import MisuseError
+from stabilitykit.records.document import to_document
 
 if TYPE_CHECKING:
     from stabilitykit.records.search import Search
@@ -52,7 +53,7 @@ def search(
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, findings, write
-    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.devices import parse_device
     from stabilitykit.searches import Options
     from stabilitykit.searches import search as find
 
@@ -76,7 +77,7 @@ def search(
         write(report, against=None, quiet=True)
     if as_json:
         written = {"out": None if out is None else str(out), "report": None if report is None else str(report)}
-        screen.print_json({**found.document(), **written})
+        screen.print_json({**to_document(found), **written})
         return
     for note in (opened.source, *(f"{note}." for note in opened.notes)):
         screen.print_note(note)
@@ -95,14 +96,14 @@ def _check_new(folder: Path) -> None:
 
 def _write(found: "Search", out: Path) -> None:
     """The prompts as UTF-8 files that hold their text and nothing else, and everything as search.json."""
-    from stabilitykit.records.sweep import new_folder, write_json, write_text
+    from stabilitykit.files import new_folder, write_json, write_text
 
     _check_new(out)  # it may have come meanwhile
     with new_folder(out) as folder:
         for one in found.finds:
             if one.text is not None and one.file is not None:
                 write_text(folder / one.file, one.text)
-        write_json(folder / "search.json", found.document())
+        write_json(folder / "search.json", to_document(found))
 
 
 def _command(checkpoint: str, options: "Options", out: Path | None, report: Path | None) -> str:

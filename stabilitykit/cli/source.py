@@ -92,7 +92,7 @@ def open_source(
             "--attention and --adapter are for transformers' models: write hf: before the folder or the name."
         )
 
-    from stabilitykit.models.gemma.load import parse_device
+    from stabilitykit.models.devices import parse_device
     from stabilitykit.models.matmul import preferred_matmul
     from stabilitykit.run import footprint
 
@@ -216,8 +216,7 @@ def read_prompt(prompt: str) -> str:
 
 def print_source(recording: "Recording", source: Source, redact: bool) -> None:
     from stabilitykit.cli import screen
-    from stabilitykit.records import quoted
-    from stabilitykit.report.words import count
+    from stabilitykit.words import count, quoted
 
     header = recording.header
     screen.print_note(str(header.checkpoint))

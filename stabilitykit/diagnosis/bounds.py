@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records.bounds import SiteBound, Verdict
+from stabilitykit.words import number
 
 _ORDER: tuple[Verdict, ...] = (
     "reachable by a prompt",

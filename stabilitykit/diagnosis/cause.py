@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stabilitykit.diagnosis.chain import counted, logits_of
+from stabilitykit.diagnosis.chain import logits_of
 from stabilitykit.records import Recording
+from stabilitykit.words import counted
 
 CauseName = Literal[
     "range",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stabilitykit.records import Record, Recording
+from stabilitykit.words import counted
 
 Event = Literal["break", "first NaN", "layer", "logits", "probabilities", "error", "greedy"]
 
@@ -125,8 +126,3 @@ def _losses(record: Record) -> str:
         f"{' and '.join(kinds)}, in {record.lost_positions} of {counted(record.positions or 0, 'token')} "
         f"and {record.lost_channels:,} of {record.channels or 0:,} channels"
     )
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """`1 token` · `2 tokens`; `many` where an s will not do."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

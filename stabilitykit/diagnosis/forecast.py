@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from stabilitykit.diagnosis.layers import peak
-from stabilitykit.diagnosis.verdict import number, place_of, weights_sentence, where
+from stabilitykit.diagnosis.verdict import place_of, weights_sentence, where
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording, StoredWeights
+from stabilitykit.words import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

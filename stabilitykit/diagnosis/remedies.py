@@ -2,9 +2,8 @@
 
 import math
 
-from stabilitykit.diagnosis.chain import counted
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.words import counted, number
 
 _FINITE_ANYWAY = "Nothing has to be changed: float16 holds all that was seen"
 

@@ -2,11 +2,9 @@
 
 from collections import Counter
 
-from stabilitykit.diagnosis.chain import counted
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import number_format
-from stabilitykit.records import quoted
 from stabilitykit.records.search import KINDS, Find, Scan, Search, TokenPeak
+from stabilitykit.words import counted, number, quoted
 
 
 def with_bos(search: Search) -> str | None:

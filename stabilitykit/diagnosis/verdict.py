@@ -8,7 +8,9 @@ from stabilitykit.diagnosis.cause import Cause, cause
 from stabilitykit.diagnosis.chain import Link, chain, logits_of
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.formats import number_format
-from stabilitykit.records import Break, Record, Recording, StoredWeights, escaped, finite_or_text
+from stabilitykit.records import Break, Record, Recording, StoredWeights
+from stabilitykit.records.document import finite_or_text
+from stabilitykit.words import escaped, listed, number, ordinal
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
@@ -207,12 +209,6 @@ def place_of(recording: Recording, position: int | None, row: int | None, token:
     return text
 
 
-def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th ... 11th, 12th, 13th ... 21st."""
-    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"
-
-
 def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
     """What storing the checkpoint in a dtype does to its weights, by a cast that saturates or not; nothing where it
     does nothing.
@@ -234,20 +230,11 @@ def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
     parts = [f"{count:,} {one if count == 1 else many}" for count, one, many in counts if count]
     if not parts:
         return ""
-    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    return f"Stored in {stored.dtype}, of {stored.elements:,} weights {listed}, most of all in {stored.worst[0].name}."
+    worst = stored.worst[0].name
+    return f"Stored in {stored.dtype}, of {stored.elements:,} weights {listed(parts)}, most of all in {worst}."
 
 
 def _broke(record: Record) -> Break:
     if record.broke is None:
         raise ValueError(f"{record.site} did not break")
     return record.broke
-
-
-def number(value: float | None) -> str:
-    """For reading: thousands with separators, small numbers with four digits."""
-    if value is None:
-        return "a value that could not be recomputed"
-    if 1000 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"

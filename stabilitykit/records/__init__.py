@@ -1,9 +1,6 @@
 """What is written, and read again without torch: records, and the typed results of every question."""
 
 from stabilitykit.records.record import (
-    SCHEMA_VERSION as SCHEMA_VERSION,
-)
-from stabilitykit.records.record import (
     Break as Break,
 )
 from stabilitykit.records.record import (
@@ -16,9 +13,6 @@ from stabilitykit.records.record import (
     FormatCounts as FormatCounts,
 )
 from stabilitykit.records.record import (
-    Header as Header,
-)
-from stabilitykit.records.record import (
     Level as Level,
 )
 from stabilitykit.records.record import (
@@ -26,9 +20,6 @@ from stabilitykit.records.record import (
 )
 from stabilitykit.records.record import (
     Record as Record,
-)
-from stabilitykit.records.record import (
-    Recording as Recording,
 )
 from stabilitykit.records.record import (
     Softmax as Softmax,
@@ -40,26 +31,10 @@ from stabilitykit.records.record import (
     WeightCounts as WeightCounts,
 )
 from stabilitykit.records.record import (
-    escaped as escaped,
-)
-from stabilitykit.records.record import (
-    finite_or_text as finite_or_text,
-)
-from stabilitykit.records.record import (
     flat_index as flat_index,
 )
 from stabilitykit.records.record import (
     index_at as index_at,
 )
-from stabilitykit.records.record import (
-    printable as printable,
-)
-from stabilitykit.records.record import (
-    quoted as quoted,
-)
-from stabilitykit.records.record import (
-    read_table as read_table,
-)
-from stabilitykit.records.record import (
-    write_table as write_table,
-)
+from stabilitykit.records.recording import Header as Header
+from stabilitykit.records.recording import Recording as Recording

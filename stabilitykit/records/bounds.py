@@ -1,12 +1,12 @@
 """What no prompt can make a tensor exceed, site by site; written and read without torch."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from stabilitykit.formats import number_format
+from stabilitykit.records.provenance import CheckpointProvenance
 
 Verdict = Literal["safe for every prompt", "reachable by a prompt", "reachable by a hidden state", "open"]
 
@@ -30,6 +30,8 @@ class SiteBound:
     stream, which is the hidden state itself. `prompt` says where in which prompt the end was passed, and `state` is
     the vector, entering the layer's norm, that passes it; each only where one does.
     """
+
+    derived: ClassVar[tuple[str, ...]] = ("limit", "verdict")
 
     site: str
     label: str | None
@@ -78,35 +80,9 @@ def with_largest(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
+class Bounds(CheckpointProvenance):
     """All of a checkpoint's, in order of execution, and where they come from."""
 
-    checkpoint: str
-    sha256: str
-    notes: tuple[str, ...]
-    command: str
     dtype: str
     sites: tuple[SiteBound, ...]
-    versions: Mapping[str, str]
-    machine: Mapping[str, Any]
     schema: int = 1
-
-    def document(self) -> dict[str, Any]:
-        """A bound that is infinite is None."""
-        sites = [
-            asdict(one)
-            | {"bound": one.bound if math.isfinite(one.bound) else None, "limit": one.limit, "verdict": one.verdict}
-            for one in self.sites
-        ]
-        return asdict(replace(self, sites=())) | {"sites": sites}
-
-    @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> "Bounds":
-        """From what `document` gives."""
-        return cls(**{**raw, "notes": tuple(raw["notes"]), "sites": tuple(_site(site) for site in raw["sites"])})
-
-
-def _site(raw: dict[str, Any]) -> SiteBound:
-    known = {key: value for key, value in raw.items() if key not in ("limit", "verdict")}
-    state = None if raw["state"] is None else tuple(raw["state"])
-    return SiteBound(**(known | {"bound": math.inf if raw["bound"] is None else raw["bound"], "state": state}))

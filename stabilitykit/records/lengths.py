@@ -10,13 +10,15 @@ import bisect
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stabilitykit.records import Break, Header, read_table, write_table
+from stabilitykit.records.document import from_document
+from stabilitykit.records.parquet import read_table, write_table
+from stabilitykit.records.record import Break
+from stabilitykit.records.recording import Header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,14 +184,14 @@ class LengthMap:
     def load(cls, path: Path) -> "LengthMap":
         """As `Recording.load`."""
         table, raw = read_table(path)
-        spans = tuple(_span(span) for span in raw.pop("spans"))
-        checks = tuple(Check(**check) for check in raw.pop("checks"))
+        spans = from_document(tuple[Span, ...], raw.pop("spans"))
+        checks = from_document(tuple[Check, ...], raw.pop("checks"))
         columns = (table.column(spec.name).to_pylist() for spec in dataclasses.fields(Peak))
         peaks = tuple(
             Peak(run=run, order=order, site=site, label=label, layer=layer, position=position, amax=amax)
             for run, order, site, label, layer, position, amax in zip(*columns, strict=True)
         )
-        return cls(Header.from_json(raw), spans, peaks, checks)
+        return cls(from_document(Header, raw), spans, peaks, checks)
 
 
 _SCHEMA = pa.schema(
@@ -203,11 +205,3 @@ _SCHEMA = pa.schema(
         "amax": pa.float64(),
     }
 )
-
-
-def _span(raw: dict[str, Any]) -> Span:
-    broke = raw["broke"]
-    if broke is not None:
-        tuples = {name: tuple(broke[name]) for name in ("index", "operands", "operand_sites")}
-        broke = Break(**(broke | tuples))
-    return Span(**(raw | {"broke": broke}))

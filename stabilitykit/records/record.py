@@ -1,27 +1,11 @@
-"""What one tensor looked like, and the file that keeps it: the only bridge from measuring to reporting.
-
-Nothing here needs torch, so a recording can be read and explained years later on any machine. The file is
-Parquet: one row a tensor, and the header as JSON under the schema's metadata key `stabilitykit`.
-"""
+"""What one tensor looked like."""
 
 import dataclasses
-import json
-import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-
-from stabilitykit.errors import MisuseError
-
-SCHEMA_VERSION = 2
-_HEADER_KEY = b"stabilitykit"
 
 Level = Literal["layers", "modules", "operators"]
 
@@ -281,186 +265,6 @@ _NESTED: dict[str, type[Softmax] | type[Deviation] | type[Break]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """What has to be known to read the records, and to make them again.
-
-    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
-    redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
-    begin. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched`
-    are elements asked for: site, row-major index, value. `case` is free-form: prompt, stress, rounding and whatever
-    else was chosen.
-    """
-
-    checkpoint: str | None
-    sha256: str | None
-    dtype: str
-    device: str
-    level: Level
-    matmul: str
-    formats: tuple[str, ...]
-    rows: int
-    tokens: tuple[tuple[int, ...], ...] | None
-    token_texts: dict[int, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    case: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-    watched: tuple[tuple[str, int, float], ...] = ()
-    logits_error: LogitsError | None = None
-    weights: StoredWeights | None = None
-    starts: tuple[int, ...] = ()
-    error: str | None = None
-    schema: int = SCHEMA_VERSION
-
-    def text_of(self, token: int | None) -> str | None:
-        """A token as text; None where that is not known, and for no token or a redacted one."""
-        return None if token is None else self.token_texts.get(token)
-
-    def named(self, token: int | None) -> str | None:
-        """A token in a sentence: `'<bos>'`, or `(id 2)` where its text is not known; None as in `text_of`."""
-        text = self.text_of(token)
-        return quoted(text) if text else None if token is None else f"(id {token})"
-
-    def first_position(self, step: int) -> int | None:
-        """The absolute position of a step's first token; None for a step that is not known."""
-        return self.starts[step] if 0 <= step < len(self.starts) else None
-
-    @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "Header":
-        """The inverse of `dataclasses.asdict` and JSON, in which keys are strings and tuples lists."""
-        raw = dict(raw)
-        raw["token_texts"] = {int(key): value for key, value in raw["token_texts"].items()}
-        raw["tokens"] = None if raw["tokens"] is None else tuple(map(tuple, raw["tokens"]))
-        raw["watched"] = tuple(map(tuple, raw["watched"]))
-        raw["formats"], raw["notes"] = tuple(raw["formats"]), tuple(raw["notes"])
-        if raw.get("weights") is not None:
-            worst = tuple(WeightCounts(**counts) for counts in raw["weights"]["worst"])
-            raw["weights"] = StoredWeights(**{**raw["weights"], "worst": worst})
-        raw["starts"] = tuple(raw.get("starts", ()))
-        raw["logits_error"] = None if raw["logits_error"] is None else LogitsError(**raw["logits_error"])
-        return cls(**raw)
-
-
-class Recording:
-    """A header and its records, in order of execution.
-
-    `records` may be a function that makes them, which is called when they are first asked for.
-    """
-
-    __slots__ = ("_records", "header")
-
-    def __init__(self, header: Header, records: list[Record] | Callable[[], list[Record]] | None = None) -> None:
-        self.header = header
-        self._records = [] if records is None else records
-
-    @property
-    def records(self) -> list[Record]:
-        if callable(self._records):
-            self._records = self._records()
-        return self._records
-
-    @records.setter
-    def records(self, records: list[Record] | Callable[[], list[Record]]) -> None:
-        self._records = records
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def at(self, site: str, step: int = 0) -> Record:
-        """The first record of `site` in `step`. Raises MisuseError, naming near ones, where there is none."""
-        for record in self.records:
-            if record.site == site and record.step == step:
-                return record
-        tail = site.rsplit(".", 1)[-1]
-        near = sorted({record.site for record in self.records if record.site.endswith(tail)})[:5]
-        raise MisuseError(f"A site is one that was recorded; {site!r} in step {step} was not. Near: {near or 'none'}.")
-
-    def first_break(self) -> Record | None:
-        """The first record in order of execution whose `broke` is set, or None."""
-        return next((record for record in self.records if record.broke is not None), None)
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """One row a record, the columns as in the file."""
-        return pd.DataFrame([record.row() for record in self.records], columns=_columns(self.header.formats))
-
-    def save(self, path: str | Path) -> None:
-        """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
-        table = pa.Table.from_pylist([record.row() for record in self.records], schema=_schema(self.header.formats))
-        write_table(Path(path), table, dataclasses.asdict(self.header))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Recording":
-        """Reads what `save` wrote. Raises MisuseError for a missing file or one that is no recording."""
-        table, raw = read_table(Path(path))
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        return cls(Header.from_json(raw), Record.from_columns(columns))
-
-
-def printable(text: str) -> str:
-    """A token's text as a piece: a line's end is a backslash and an n, and a backslash two of them."""
-    return escaped(text.replace("\\", "\\\\"))
-
-
-def quoted(piece: str) -> str:
-    """A piece between quotes. Its backslashes stand for what they stood for; repr would double them."""
-    shown = escaped(piece)
-    return f'"{shown}"' if "'" in shown and '"' not in shown else f"'{shown}'"
-
-
-def escaped(text: str) -> str:
-    """What no terminal shows, as Python would write it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def write_table(path: Path, table: pa.Table, header: dict[str, Any]) -> None:
-    """Writes Parquet with `header` as JSON beside `path`, and renames it: it is there whole or not at all.
-
-    Raises MisuseError if `path` exists or cannot be written.
-    """
-    if path.exists():
-        raise MisuseError(f"A recording never overwrites a file, and {path} exists; choose another name.")
-    text = json.dumps(header, ensure_ascii=False)
-    table = table.replace_schema_metadata({_HEADER_KEY: text.encode()})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            pq.write_table(table, aside)
-            Path(aside).chmod(0o644)  # mkstemp keeps to its owner what a folder of findings is meant to share
-            Path(aside).replace(path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
-    except OSError as error:
-        raise MisuseError(f"{path} cannot be written ({error.strerror}); choose another folder.") from None
-
-
-def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and the header that `write_table` wrote.
-
-    Raises MisuseError for a missing file, one that has no such header, or one of another schema.
-    """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise MisuseError(f"A recording is a Parquet file, and {path} cannot be read as one: {error}") from None
-    text = (table.schema.metadata or {}).get(_HEADER_KEY)
-    if text is None:
-        raise MisuseError(f"{path} is Parquet, but no recording of stabilitykit's: it has no header.")
-    raw: dict[str, Any] = json.loads(text)
-    if raw["schema"] != SCHEMA_VERSION:
-        raise MisuseError(
-            f"{path} has schema {raw['schema']} and this version reads {SCHEMA_VERSION}; "
-            f"read it with stabilitykit {raw['versions'].get('stabilitykit', 'of its time')}."
-        )
-    return table, raw
-
-
 def flat_index(index: Sequence[int], shape: Sequence[int]) -> int:
     """The row-major position of an element in a tensor of this shape."""
     flat = 0
@@ -478,18 +282,11 @@ def index_at(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def finite_or_text(number: float | None) -> float | str | None:
-    """A number as JSON allows it: NaN and infinities become the strings "nan", "inf" and "-inf"."""
-    if number is None or math.isfinite(number):
-        return number
-    return str(number)
-
-
-def _columns(formats: Sequence[str]) -> list[str]:
+def columns(formats: Sequence[str]) -> list[str]:
     return [name for name, _ in _column_types(formats)]
 
 
-def _schema(formats: Sequence[str]) -> pa.Schema:
+def schema(formats: Sequence[str]) -> pa.Schema:
     return pa.schema(list(_column_types(formats)))
 
 

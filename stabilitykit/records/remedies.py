@@ -1,9 +1,9 @@
 """How the remedies of a checkpoint did, side by side; written and read without torch."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from stabilitykit.records.provenance import CheckpointProvenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Small:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
+class Ranking(CheckpointProvenance):
     """`scores` of a checkpoint's remedies, the best first, and how the rescale among them was chosen.
 
     `peak` is the largest value of the choosing texts that float16 would have to store, as float32 computes it, and
@@ -57,10 +57,6 @@ class Ranking:
     carries.
     """
 
-    checkpoint: str
-    sha256: str
-    notes: tuple[str, ...]
-    command: str
     gamma: float
     margin: float
     peak: float
@@ -71,8 +67,6 @@ class Ranking:
     after: Small
     carried: str
     scores: tuple[Score, ...]
-    versions: Mapping[str, str]
-    machine: Mapping[str, Any]
     inner: tuple[float, ...] = ()
     measured: Small | None = None
     schema: int = 1
@@ -90,22 +84,3 @@ class Ranking:
     def repaired(self) -> Score:
         """Of the checkpoint that a folder carries."""
         return self[self.carried]
-
-    def document(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> "Ranking":
-        """From what `document` gives."""
-        return cls(
-            **{
-                **raw,
-                "notes": tuple(raw["notes"]),
-                "islands": tuple(raw["islands"]),
-                "before": Small(**raw["before"]),
-                "after": Small(**raw["after"]),
-                "inner": tuple(raw["inner"]),
-                "measured": None if raw["measured"] is None else Small(**raw["measured"]),
-                "scores": tuple(Score(**score) for score in raw["scores"]),
-            }
-        )

@@ -1,9 +1,9 @@
 """What a search for prompts that break has found; written and read without torch."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from stabilitykit.records.provenance import CheckpointProvenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,15 +118,11 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
+class Search(CheckpointProvenance):
     """Everything that a search found. `bos` is the prompt of `<bos>` alone; `finds` are the nearest prompts, without
     `<bos>` before with, and of each the best first; `steps` how they grew. `vocabulary` counts tokens.
     """
 
-    checkpoint: str
-    sha256: str
-    notes: tuple[str, ...]
-    command: str
     dtype: str
     vocabulary: int
     bos: Find | None
@@ -134,8 +130,6 @@ class Search:
     steps: tuple[Step, ...]
     finds: tuple[Find, ...]
     seconds: float
-    versions: Mapping[str, str]
-    machine: Mapping[str, Any]
     schema: int = 1
 
     @property
@@ -143,38 +137,3 @@ class Search:
         """Those that broke when they ran, the shortest first; `<bos>` alone among them."""
         known = self.finds if self.bos is None else (self.bos, *self.finds)
         return tuple(sorted((find for find in known if find.breaks), key=lambda find: len(find.tokens)))
-
-    def document(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> "Search":
-        """From what `document` gives."""
-        return cls(
-            **{
-                **raw,
-                "notes": tuple(raw["notes"]),
-                "bos": None if raw["bos"] is None else _find(raw["bos"]),
-                "scans": tuple(map(_scan, raw["scans"])),
-                "steps": tuple(Step(**step) for step in raw["steps"]),
-                "finds": tuple(map(_find, raw["finds"])),
-            }
-        )
-
-
-def _find(raw: Mapping[str, Any]) -> Find:
-    return Find(**{**raw, "tokens": tuple(raw["tokens"]), "pieces": tuple(raw["pieces"])})
-
-
-def _scan(raw: Mapping[str, Any]) -> Scan:
-    return Scan(
-        **{
-            **raw,
-            "context": tuple(raw["context"]),
-            "bins": tuple((edge, count) for edge, count in raw["bins"]),
-            "sites": tuple((site, count) for site, count in raw["sites"]),
-            "kinds": tuple(KindPeaks(**kind) for kind in raw["kinds"]),
-            "worst": tuple(TokenPeak(**peak) for peak in raw["worst"]),
-            "by_ids": tuple(TokenPeak(**peak) for peak in raw["by_ids"]),
-        }
-    )

@@ -13,33 +13,29 @@ A file appears under its name only when it is whole. Records hold nothing that d
 case, so a sweep that was interrupted and resumed leaves the same ones.
 """
 
-import dataclasses
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.records import Recording
 from stabilitykit.records.bounds import Bounds
+from stabilitykit.records.document import from_document, read_document, write_document
 from stabilitykit.records.lengths import LengthMap
+from stabilitykit.records.provenance import CheckpointProvenance
+from stabilitykit.records.recording import Recording
 from stabilitykit.records.remedies import Ranking
 from stabilitykit.records.search import Search
-
-PLAN_SCHEMA = 1
 
 Finding = Ranking | Bounds | Search
 """About a checkpoint, beside what a sweep of it says."""
 
 _FINDINGS: Mapping[type[Finding], str] = {Ranking: "remedies.json", Bounds: "bounds.json", Search: "search.json"}
 _F = TypeVar("_F", Ranking, Bounds, Search)
+_M = TypeVar("_M")
 
 CaseKind = Literal["run", "lengths", "memory", "shortage", "footprint"]
 FailureKind = Literal["raised", "out of memory", "killed"]
@@ -163,22 +159,16 @@ class Shortage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(CheckpointProvenance):
     """An experiment with every case spelled out; `source` is its TOML file's text, `config` the model's sizes."""
 
     name: str
     title: str
-    command: str
     source: str
-    checkpoint: str
-    sha256: str
     config: dict[str, Any]
-    notes: tuple[str, ...]
     cases: tuple[Case, ...]
     sections: tuple[str, ...]
-    versions: dict[str, str]
-    machine: dict[str, Any]
-    schema: int = PLAN_SCHEMA
+    schema: int = 1
 
     def differences(self, other: "Plan") -> list[str]:
         """What keeps the results of two plans from being mixed, in words; empty where nothing does."""
@@ -212,21 +202,11 @@ class Results:
     def open(cls, folder: Path) -> "Results":
         """Raises MisuseError where `folder` holds no sweep, or one of another version."""
         path = folder / "experiment.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["schema"] != PLAN_SCHEMA:
-                raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {PLAN_SCHEMA}.")
-            cases = tuple(Case(**case) for case in raw["cases"])
-            plan = Plan(**(raw | {"cases": cases, "notes": tuple(raw["notes"]), "sections": tuple(raw["sections"])}))
-        except OSError:
+        if not path.is_file():
             raise MisuseError(
                 f"A sweep's folder holds experiment.json, and {folder} holds none. Make one with `stabilitykit sweep`."
-            ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, MisuseError):
-                raise
-            raise MisuseError(f"{path} is no plan of an experiment: {error!r}.") from None
-        return cls(folder, plan)
+            )
+        return cls(folder, read_document(path, Plan, "an experiment's plan"))
 
     @classmethod
     def create(cls, folder: Path, plan: Plan) -> "Results":
@@ -246,7 +226,7 @@ class Results:
             raise MisuseError(
                 f"{folder}/records is there without an experiment.json. Choose another folder with --out."
             )
-        write_json(folder / "experiment.json", dataclasses.asdict(plan))
+        write_document(folder / "experiment.json", plan)
         return cls(folder, plan)
 
     def path(self, case: Case) -> Path:
@@ -261,7 +241,7 @@ class Results:
 
     def failure(self, case: Case) -> Failure | None:
         path = self._failure_path(case)
-        return Failure(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return from_document(Failure, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def missing(self) -> list[Case]:
         """Cases that are neither done nor failed, in the plan's order."""
@@ -272,14 +252,14 @@ class Results:
         return [(case, failure) for case, failure in found if failure is not None]
 
     def write_failure(self, case: Case, failure: Failure) -> None:
-        write_json(self._failure_path(case), dataclasses.asdict(failure))
+        write_document(self._failure_path(case), failure)
 
     def forget_failure(self, case: Case) -> None:
         self._failure_path(case).unlink(missing_ok=True)
 
     def write(self, case: Case, result: Footprint | Shortage) -> None:
         """Writes the result of a case of kind "memory", "shortage" or "footprint"."""
-        write_json(self.path(case), dataclasses.asdict(result))
+        write_document(self.path(case), result)
 
     def recording(self, case: Case) -> Recording:
         if case.id not in self._recordings:
@@ -301,15 +281,15 @@ class Results:
 
     def memories(self) -> Iterator[tuple[Case, Memory]]:
         """The finished cases of kind "memory", in the plan's order."""
-        return ((case, Memory(**self._read(case))) for case in self._done("memory"))
+        return ((case, self._read(case, Memory)) for case in self._done("memory"))
 
     def shortages(self) -> Iterator[tuple[Case, Shortage]]:
         """The finished cases of kind "shortage", in the plan's order."""
-        return ((case, Shortage(**self._read(case))) for case in self._done("shortage"))
+        return ((case, self._read(case, Shortage)) for case in self._done("shortage"))
 
     def footprints(self) -> Iterator[tuple[Case, Footprint]]:
         """The finished cases of kind "footprint", in the plan's order."""
-        return ((case, Footprint(**self._read(case))) for case in self._done("footprint"))
+        return ((case, self._read(case, Footprint)) for case in self._done("footprint"))
 
     @property
     def ranking(self) -> Ranking | None:
@@ -329,13 +309,13 @@ class Results:
     def write_finding(self, found: Finding) -> None:
         """Raises MisuseError for that of another checkpoint."""
         self.check_checkpoint(found.checkpoint, found.sha256)
-        write_json(self.folder / _FINDINGS[type(found)], found.document())
+        write_document(self.folder / _FINDINGS[type(found)], found)
         self._found.pop(type(found), None)
 
     def _finding(self, kind: type[_F]) -> _F | None:
         path = self.folder / _FINDINGS[kind]
         if kind not in self._found and path.exists():
-            self._found[kind] = read_finding(path, kind)
+            self._found[kind] = read_document(path, kind, f"what {path.name} holds")
         return self._found.get(kind)
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
@@ -346,9 +326,8 @@ class Results:
                 f"with the SHA-256 {self.plan.sha256[:12]}; {source} has {sha256[:12]}. Choose another folder."
             )
 
-    def _read(self, case: Case) -> dict[str, Any]:
-        raw: dict[str, Any] = json.loads(self.path(case).read_text(encoding="utf-8"))
-        return raw
+    def _read(self, case: Case, kind: type[_M]) -> _M:
+        return from_document(kind, json.loads(self.path(case).read_text(encoding="utf-8")))
 
     def reference(self, case: Case) -> Recording | None:
         """The recording of the same case in float32, or None where there is none."""
@@ -357,66 +336,3 @@ class Results:
 
     def _done(self, kind: CaseKind) -> list[Case]:
         return [case for case in self.plan.cases if case.kind == kind and self.is_done(case)]
-
-
-def read_finding(path: Path, kind: type[_F]) -> _F:
-    """Raises MisuseError for a file that holds none of its kind, or one of another version."""
-    (version,) = (field.default for field in dataclasses.fields(kind) if field.name == "schema")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["schema"] != version:
-            raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {version}.")
-        return kind.parse(raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, MisuseError):
-            raise
-        raise MisuseError(f"{path} holds no {kind.__name__.lower()} that can be read: {error!r}.") from None
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which gets its name when the block ends: it is there whole or not at all.
-
-    Raises MisuseError where it cannot be written. What the block raises is passed on, and nothing is left behind.
-    """
-    aside: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        aside.chmod(0o755)  # mkdtemp keeps to its owner what a folder of findings is meant to share
-        yield aside
-        aside.rename(folder)
-    except OSError as error:
-        raise MisuseError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from None
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON document beside `path` and renames it over what is there.
-
-    Raises MisuseError where the folder cannot be written.
-    """
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """As `write_json`, for text."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_json`, for bytes."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(aside).chmod(0o644)
-            Path(aside).replace(path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
-    except OSError as error:
-        raise MisuseError(f"{path} cannot be written ({error.strerror}); choose another folder.") from None

@@ -20,9 +20,10 @@ from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.export import ExportDtype, write_folder
 from stabilitykit.diagnosis.bounds import by_kind
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.files import new_folder, write_json
 from stabilitykit.proof.check import check
 from stabilitykit.proof.write import sha256, write_proof
-from stabilitykit.records.sweep import new_folder, write_json
+from stabilitykit.records.document import to_document
 from stabilitykit.remedies.repair import Repair
 from stabilitykit.remedies.rescale import stored_gains
 
@@ -100,7 +101,7 @@ def _facts(
         "dtype": dtype,
         "weights_sha256": hashes,
         "gains_rounded_in_storage": gains,
-        "ranking": repair.ranking.document(),
+        "ranking": to_document(repair.ranking),
     }
 
 

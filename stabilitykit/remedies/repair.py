@@ -8,6 +8,7 @@ from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.machine import machine, versions
 from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.bounds import SiteBound
@@ -22,7 +23,6 @@ from stabilitykit.remedies.rescale import Rescaled, choose_gamma, rescale, resca
 from stabilitykit.remedies.texts import Texts
 from stabilitykit.run.case import Progress, run_case, stage
 from stabilitykit.run.dry_run import dry_run
-from stabilitykit.sweeps.plan import machine, versions
 
 PLAIN = Remedy(name="float16", summary="Plain float16, as it is.")
 

@@ -1,9 +1,9 @@
 """One power of two on everything that a norm reads: the same function, farther from float16's end.
 
-RMSNorm ignores the scale of its input, up to eps. `stabilitykit.models.gemma.stress` holds the recipe and says why float32
-logits keep every bit; here it is applied to a checkpoint's stored numbers, gains included, so that plain transformers
-runs the result. With γ < 1 the residual stream shrinks by it; the final norm's output grows by 1 / γ, and more
-embedding entries become subnormal in float16.
+RMSNorm ignores the scale of its input, up to eps. `stabilitykit.models.gemma.stress` holds the recipe and says why
+float32 logits keep every bit; here it is applied to a checkpoint's stored numbers, gains included, so that plain
+transformers runs the result. With γ < 1 the residual stream shrinks by it; the final norm's output grows by 1 / γ, and
+more embedding entries become subnormal in float16.
 
 Between `up_proj` and `down_proj` of each layer another power of two β may stand: up_proj × β and down_proj ÷ β leave
 what the layer returns, and gate · up, which no norm has tamed, shrinks by β.

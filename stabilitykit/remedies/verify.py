@@ -9,6 +9,7 @@ from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.proof.write import sha256
+from stabilitykit.records.document import from_document
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.remedies.export import FACTS, SCHEMA
 from stabilitykit.remedies.ranking import rank
@@ -39,7 +40,7 @@ def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
         for name, wanted in facts["weights_sha256"].items()
         if not (folder / name).is_file() or sha256(folder / name) != wanted
     ]
-    ranking = Ranking.parse(facts["ranking"])
+    ranking = from_document(Ranking, facts["ranking"])
     before, after = open_checkpoint(ranking.checkpoint), open_checkpoint(folder)
     if before.sha256 != ranking.sha256:
         raise CheckpointError(

@@ -16,9 +16,8 @@ from stabilitykit.records import LogitsError, Recording
 from stabilitykit.records.sweep import Case, Memory, Results
 from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Names, Outcome, outcomes
-from stabilitykit.report.style import count as grouped
 from stabilitykit.report.style import share, size
-from stabilitykit.report.words import count, listed, sentence
+from stabilitykit.words import count, grouped, listed, sentence
 
 # Peaks no further apart are taken for equal: kernels of another shape or machine round differently.
 MOST_ULP = 4.0

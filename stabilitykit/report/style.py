@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import number_format
 from stabilitykit.report.blocks import Hover
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,11 +262,6 @@ def _name(axis: "Axis", names: Sequence[str], most: int) -> None:
     places = range(0, len(names), step)
     axis.set_ticks(list(places), [names[place] for place in places])
     axis.set_tick_params(length=0)
-
-
-def count(value: float) -> str:
-    """12,345"""
-    return f"{value:,.0f}"
 
 
 def bits(value: float) -> str:

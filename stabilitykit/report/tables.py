@@ -4,8 +4,8 @@ import csv
 import io
 import math
 
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.report.blocks import Cell, Column, Table
+from stabilitykit.words import number
 
 SHORT = 40  # rows that a reader of plain text will scroll past; longer tables go on in their CSV file
 

@@ -1,49 +1,7 @@
-"""Sentences that stay right for any number of things."""
+"""Sentences about where and how something broke."""
 
-from collections.abc import Sequence
-
-from stabilitykit.diagnosis.chain import counted
-from stabilitykit.diagnosis.verdict import number
-from stabilitykit.records import quoted
 from stabilitykit.records.lengths import Span
-
-
-def count(amount: int, one: str, many: str | None = None) -> str:
-    """`1 case` · `12 cases` · `no cases`; `many` where an s will not do."""
-    return counted(amount, one, many) if amount else f"no {many or one + 's'}"
-
-
-def none_of(amount: int, one: str) -> str:
-    """`not even the only case` · `none of 12 cases`, to be followed by a verb in the singular."""
-    return f"not even the only {one}" if amount == 1 else f"none of {count(amount, one)}"
-
-
-def listed(words: Sequence[str], most: int | None = None) -> str:
-    """`a` · `a and b` · `a, b and c`; past `most`, how many more there are."""
-    words = list(words)
-    if most is not None and len(words) > most + 1:
-        words = [*words[:most], f"{len(words) - most:,} more"]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def code(text: object) -> str:
-    """A name as it stands, between backticks; backticks of its own become apostrophes."""
-    return f"`{str(text).replace('`', chr(39))}`"
-
-
-def sentence(text: str) -> str:
-    """With a capital and a full stop, for what came from elsewhere."""
-    text = text.strip()
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
-
-
-def tokens(amount: int) -> str:
-    return count(amount, "token")
-
-
-def with_bos(bos: bool | None, mark: str = "`") -> str:
-    """`with <bos>` or `without <bos>`; nothing where it is not known."""
-    return "" if bos is None else f"{'with' if bos else 'without'} {mark}<bos>{mark}"
+from stabilitykit.words import code, listed, number, quoted
 
 
 def place(span: Span) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.records.sweep import write_bytes, write_json, write_text
+from stabilitykit.files import write_bytes, write_json, write_text
 from stabilitykit.report.blocks import Figure, Section, Table
 from stabilitykit.report.figures import draw_all
 from stabilitykit.report.html import html

@@ -1,1 +1,1 @@
-"""Running a model on purpose: one case, one checkpoint over several dtypes, and failures on demand."""
+"""One case: a model and a prompt, run and recorded."""

@@ -113,8 +113,8 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
     import torch
 
     from stabilitykit.checkpoints import open_checkpoint
+    from stabilitykit.models.devices import parse_device, parse_dtype
     from stabilitykit.models.gemma import build
-    from stabilitykit.models.gemma.load import parse_device, parse_dtype
     from stabilitykit.models.matmul import preferred_matmul
 
     parse_dtype(dtype)

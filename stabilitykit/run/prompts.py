@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.records import quoted
+from stabilitykit.words import quoted
 
 if TYPE_CHECKING:
     from stabilitykit.models.gemma.tokenizer import Tokenizer

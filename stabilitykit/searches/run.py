@@ -13,6 +13,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.models.machine import machine, versions
 from stabilitykit.records.search import Find, Search, Step
 from stabilitykit.run.case import Progress
 from stabilitykit.run.prompts import parse_prompt
@@ -23,7 +24,6 @@ from stabilitykit.searches.kinds import kind_of
 from stabilitykit.searches.scan import Count, Peak, Scanner
 from stabilitykit.searches.text import text_of
 from stabilitykit.searches.vocabulary import Scanned, VocabularyScanner
-from stabilitykit.sweeps.plan import machine, versions
 
 ALONE, AFTER_BOS, INSIDE = "alone", "after <bos>", "inside a text"
 CONTEXT = 8  # tokens of the kit's prose before the one that is scanned inside a text

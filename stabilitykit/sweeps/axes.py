@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from stabilitykit.checkpoints.config import ALIASES, RELEASED
-from stabilitykit.models.gemma.load import DTYPES
+from stabilitykit.models.devices import DTYPES
 from stabilitykit.models.gemma.model import ROUNDINGS
 from stabilitykit.models.gemma.stress import check_gamma
 from stabilitykit.models.matmul import KINDS, check_matmul

@@ -1,21 +1,17 @@
 """An experiment -> every case, spelled out and checked before the first one runs."""
 
 import itertools
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.config import GemmaConfig, released
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma.load import DTYPES, parse_device
+from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.models.machine import machine, versions
 from stabilitykit.records.sweep import Case, CaseKind, Plan
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
@@ -73,19 +69,6 @@ def plan_without_cases(checkpoint: Checkpoint, *, name: str, title: str, command
         versions=versions(),
         machine=machine("cpu"),
     )
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("stabilitykit", "torch")} | {"python": platform.python_version()}
-
-
-def machine(device: str) -> dict[str, Any]:
-    return {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-    }
 
 
 def case_tokens(case: Case, tokenizer: Tokenizer, folder: Path) -> list[int]:

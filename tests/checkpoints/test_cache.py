@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from stabilitykit.checkpoints.cache import VARIABLE, cache_folder, cached_tensors, file_sha256, written_beside
+from stabilitykit.checkpoints.cache import VARIABLE, cache_folder, cached_file, cached_tensors, file_sha256
 from stabilitykit.checkpoints.huggingface import files_sha256
 from stabilitykit.errors import MisuseError
 
@@ -181,10 +181,10 @@ def test_a_digest_needs_no_cache(tmp_path: Path) -> None:
     assert file_sha256(file, file).startswith("ba7816bf")
 
 
-def test_written_beside_replaces_only_at_the_end(tmp_path: Path) -> None:
+def test_cached_file_replaces_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("old")
-    with written_beside(target, 3) as partial:
+    with cached_file(target, 3) as partial:
         partial.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"

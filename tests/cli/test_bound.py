@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stabilitykit.records.bounds import Bounds
-from stabilitykit.records.sweep import read_finding
+from stabilitykit.records.document import read_document, to_document
 
 RANDOM = "random:gemma3-270m?layers=2&hidden_size=32&feed_forward=64&heads=2&head_dim=16&vocabulary=512&context=64"
 Run = Callable[..., Any]
@@ -48,8 +48,8 @@ def test_a_report_of_bounds_alone(stabilitykit: Run, tmp_path: Path) -> None:
     assert "## Bounds for every prompt" in text
     assert "figures/bounds-by-layer.png" in text
     assert "float16 holds every tensor of this checkpoint whatever the prompt" in text
-    read = read_finding(new / "bounds.json", Bounds)
-    assert read.document() | {"notes": list(read.notes)} == json.loads((new / "bounds.json").read_text())
+    read = read_document(new / "bounds.json", Bounds, "bounds")
+    assert to_document(read) == json.loads((new / "bounds.json").read_text())
     assert {one.site for one in read.sites} >= {"layers.1.mlp.down_proj", "lm_head"}
     other = stabilitykit("bound", RANDOM + "&seed=7", "--report", str(new))
     assert other.code == 2

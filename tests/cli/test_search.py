@@ -10,8 +10,9 @@ from planted import FIRST, SECOND, dangerous_pair
 from remedied import SPECS
 
 from stabilitykit.checkpoints.export import write_folder
+from stabilitykit.records.document import read_document
 from stabilitykit.records.search import Search
-from stabilitykit.records.sweep import Results, read_finding
+from stabilitykit.records.sweep import Results
 from stabilitykit.remedies.rescale import rescale
 from stabilitykit.report.blocks import Table
 from stabilitykit.report.sections import SECTIONS, shown
@@ -40,7 +41,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert "after <bos>" not in said
     assert "Reached by ids only" in said
     assert (out / "1.txt").read_text() == "FP"
-    found = read_finding(out / "search.json", Search)
+    found = read_document(out / "search.json", Search, "search")
     assert found.finds[0].tokens == (FIRST, SECOND)
     assert found.command.startswith(f"stabilitykit search {pair} --no-bos --beam 8 --length 3 --out ")
     prompt = ("--prompt", f"@{out / '1.txt'}")

@@ -12,8 +12,8 @@ from written import write_gemma_pytorch, write_huggingface
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
 from stabilitykit.errors import MisuseError
+from stabilitykit.models.devices import DTYPES
 from stabilitykit.models.gemma import KVCache, apply_stress, build, load
-from stabilitykit.models.gemma.load import DTYPES
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.models.stream import STREAMED
 from stabilitykit.recorder import record

@@ -18,8 +18,9 @@ from written import write_huggingface
 from stabilitykit.checkpoints import random_checkpoint
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.models import transformers as hf
 from stabilitykit.models.stream import STREAMED
-from stabilitykit.models.transformers import load as hf
+from stabilitykit.models.transformers.library import explained
 from stabilitykit.recorder import record
 from stabilitykit.run.case import Sampling, run_case
 
@@ -301,13 +302,13 @@ def test_a_gemma_whose_tokenizer_adds_no_bos_is_noted(folder: Path, tmp_path: Pa
 
 
 def test_a_long_reason_ends_at_a_word() -> None:
-    with pytest.raises(CheckpointError) as caught, hf._explained("x"):
+    with pytest.raises(CheckpointError) as caught, explained("x"):
         raise ValueError("many\nwords " * 100)
     reason = str(caught.value).partition("this one it cannot: ")[2]
     assert reason.endswith(("many ...", "words ..."))
     assert 280 < len(reason) <= 300
     for error, told in ((KeyError("foo"), "KeyError('foo')."), (ValueError(), "ValueError."), (OSError("No."), "No.")):
-        with pytest.raises(CheckpointError) as caught, hf._explained("x"):
+        with pytest.raises(CheckpointError) as caught, explained("x"):
             raise error
         assert str(caught.value) == f"x is a folder that transformers can load; this one it cannot: {told}"
 

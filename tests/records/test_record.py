@@ -11,7 +11,10 @@ from torch import nn
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.recorder import record
-from stabilitykit.records import SCHEMA_VERSION, Recording, finite_or_text, flat_index, index_at, printable, quoted
+from stabilitykit.records import Recording, flat_index, index_at
+from stabilitykit.records.document import finite_or_text
+from stabilitykit.records.recording import SCHEMA_VERSION
+from stabilitykit.words import printable, quoted
 
 
 class Breaks(nn.Module):

@@ -8,8 +8,8 @@ from scored import ranking, score
 from swept import sweep
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.records.document import read_document
 from stabilitykit.records.remedies import Ranking
-from stabilitykit.records.sweep import read_finding
 
 
 def test_a_ranking_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_that_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_ranking_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "remedies.json"
     path.write_text(text)
-    with pytest.raises(MisuseError, match=r"holds no ranking|has schema 7, and this version reads 1"):
-        read_finding(path, Ranking)
+    with pytest.raises(MisuseError, match=r"cannot be read as a ranking|has schema 7, and this version reads 1"):
+        read_document(path, Ranking, "a ranking")
 
 
 def test_numbers_that_are_not_known_stay_unknown(tmp_path: Path) -> None:

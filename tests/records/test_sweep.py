@@ -95,7 +95,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     with pytest.raises(MisuseError, match=r"without an experiment\.json"):
         Results.create(tmp_path, plan([]))
-    for text, said in (("{", "is no plan"), ("[]", "is no plan"), (json.dumps({"schema": 99}), "has schema 99")):
+    for text, said in (
+        ("{", "cannot be read as an experiment's plan"),
+        ("[]", "cannot be read as an experiment's plan"),
+        (json.dumps({"schema": 99}), "has schema 99"),
+    ):
         (tmp_path / "experiment.json").write_text(text)
         with pytest.raises(MisuseError, match=said):
             Results.open(tmp_path)

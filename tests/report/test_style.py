@@ -10,6 +10,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FORMATS
 from stabilitykit.report import style
 from stabilitykit.report.style import dtype_style, heat_map, limit_line, report_style, series_style
+from stabilitykit.words import grouped
 
 # How linear sRGB looks without one kind of cone: Machado, Oliveira and Fernandes (2009), severity 1.
 SIGHT = {
@@ -126,7 +127,7 @@ def test_numbers_are_written_for_readers() -> None:
         "1.00 GiB",
         "1024 TiB",
     ]
-    assert (style.count(12345.0), style.decibel(46.17)) == ("12,345", "46.2")
+    assert (grouped(12345.0), style.decibel(46.17)) == ("12,345", "46.2")
 
 
 def test_blocks_and_style_do_not_load_matplotlib_until_something_is_drawn() -> None:

@@ -15,6 +15,7 @@ from stabilitykit.diagnosis.search import how_measured, shortest, with_bos
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.records.document import from_document, to_document
 from stabilitykit.records.search import Search
 from stabilitykit.remedies.rescale import rescale
 from stabilitykit.searches import Options, search
@@ -139,7 +140,7 @@ def test_where_no_token_is_text_nothing_is_tried() -> None:
 
 def test_it_is_read_as_it_was_written() -> None:
     found = search(random_checkpoint(SPECS[2]), Options(limit=280, length=1))
-    assert Search.parse(json.loads(json.dumps(found.document(), allow_nan=False))) == found
+    assert from_document(Search, json.loads(json.dumps(to_document(found), allow_nan=False))) == found
 
 
 @pytest.mark.parametrize(

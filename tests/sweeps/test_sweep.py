@@ -14,7 +14,8 @@ import torch
 
 from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import MisuseError
-from stabilitykit.records.sweep import Results, write_bytes
+from stabilitykit.files import write_bytes
+from stabilitykit.records.sweep import Results
 from stabilitykit.sweeps.file import read_experiment
 from stabilitykit.sweeps.plan import make_plan
 from stabilitykit.sweeps.sweep import sweep

@@ -13,19 +13,13 @@ from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.mistakes import usual_mistake
 from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.checkpoints.sources import open_checkpoint
-from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.errors import CheckpointError
+from stabilitykit.models.devices import parse_device, parse_dtype
 from stabilitykit.models.gemma.model import Gemma, RoundingName
 from stabilitykit.models.gemma.stress import check_gamma, stress_norms, weight_factor
 from stabilitykit.models.memory import fits
 from stabilitykit.models.stream import STREAMED, StoredWeight, cast
 from stabilitykit.models.stream import stream as stream_weights
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 def build(
@@ -113,25 +107,6 @@ def load(
     return build(
         checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, stream=stream, progress=progress
     )
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """`torch.float16` from itself, "float16" or "torch.float16". Raises MisuseError for what a model cannot run in."""
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise MisuseError(f"A model runs in one of {', '.join(DTYPES)}; {str(dtype)!r} is none of them.")
-    return found
-
-
-def parse_device(device: str | torch.device) -> torch.device:
-    """The device, once something could be put on it. Raises MisuseError with torch's reason where it cannot."""
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise MisuseError(f"The device {str(device)!r} cannot be used here: {reason}. Try 'cpu'.") from error
-    return place
 
 
 def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:

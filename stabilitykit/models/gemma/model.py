@@ -67,8 +67,8 @@ class Gemma(nn.Module):
     Bit for bit transformers' eager model in float32, bfloat16 and float16, or with `rounding="gemma_pytorch"`
     that one's arithmetic. In float64 what the references compute in float32 is computed in float64; the RoPE
     tables are float32's own numbers, so that it is the same function, computed more precisely.
-    `stress` is the γ applied by `stabilitykit.models.gemma.stress`; `streamed` says that matrices are in memory only while
-    they are in use, as `stabilitykit.models.stream` arranges. `source`, `sha256` and `notes` are the
+    `stress` is the γ applied by `stabilitykit.models.gemma.stress`; `streamed` says that matrices are in memory only
+    while they are in use, as `stabilitykit.models.stream` arranges. `source`, `sha256` and `notes` are the
     checkpoint's. Non-finite values are passed on as the operators pass them.
     """
 

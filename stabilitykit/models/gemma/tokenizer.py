@@ -9,7 +9,7 @@ from stabilitykit.checkpoints.checkpoint import Vocabulary
 from stabilitykit.checkpoints.config import Generation
 from stabilitykit.checkpoints.vocabulary import serialised
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.records import printable
+from stabilitykit.words import printable
 
 _START, _END = "<start_of_turn>", "<end_of_turn>"
 

@@ -1,26 +1,17 @@
 """Models as transformers builds them, from a folder on disk (extra: hf)."""
 
 from stabilitykit.models.transformers.load import (
-    PREFIX as PREFIX,
-)
-from stabilitykit.models.transformers.load import (
-    Attention as Attention,
-)
-from stabilitykit.models.transformers.load import (
-    HuggingFaceModel as HuggingFaceModel,
-)
-from stabilitykit.models.transformers.load import (
-    HuggingFaceTokenizer as HuggingFaceTokenizer,
-)
-from stabilitykit.models.transformers.load import (
     open_model as open_model,
-)
-from stabilitykit.models.transformers.load import (
-    open_tokenizer as open_tokenizer,
 )
 from stabilitykit.models.transformers.load import (
     stored_bytes as stored_bytes,
 )
 from stabilitykit.models.transformers.load import (
     stored_tensors as stored_tensors,
+)
+from stabilitykit.models.transformers.tokenizer import (
+    HuggingFaceTokenizer as HuggingFaceTokenizer,
+)
+from stabilitykit.models.transformers.tokenizer import (
+    open_tokenizer as open_tokenizer,
 )

@@ -8,261 +8,29 @@ Nothing is fetched: a name is looked for in the local Hugging Face cache. transf
 are first needed; they come with the extra `hf`.
 """
 
-import logging
-import re
-import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabilitykit.checkpoints.cache import Progress, cache_folder
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
-from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
-from stabilitykit.models.gemma.load import parse_device, parse_dtype
+from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.models.devices import parse_device, parse_dtype
 from stabilitykit.models.memory import fits
 from stabilitykit.models.stream import STREAMED, StoredWeight
 from stabilitykit.models.stream import stream as stream_weights
-from stabilitykit.records import printable
-
-PREFIX = "hf:"
+from stabilitykit.models.transformers.library import PREFIX, explained, imported, quiet
+from stabilitykit.models.transformers.model import HuggingFaceModel
+from stabilitykit.models.transformers.tokenizer import open_tokenizer
 
 Attention = Literal["eager", "sdpa"]
-
-
-@dataclass(frozen=True, slots=True)
-class HuggingFaceTokenizer:
-    """A checkpoint's own tokenizer, with the three things that a prompt needs."""
-
-    tokenizer: Any
-    source: str
-
-    def encode(self, text: str, *, bos: bool = True, special_tokens: bool = False) -> list[int]:
-        """The tokenizer's ids; `bos` adds what the tokenizer puts around a text, `special_tokens` reads them in it."""
-        ids = self.tokenizer(text, add_special_tokens=bos, split_special_tokens=not special_tokens)["input_ids"]
-        return [int(token) for token in ids]
-
-    def chat(
-        self, text: str, *, system: str | None = None, bos: bool = True, special_tokens: bool = False
-    ) -> list[int]:
-        """One turn in the tokenizer's own chat template, up to where the answer begins; without `bos` less its first
-        token, where that is `<bos>`. `special_tokens` reads control tokens in the text; else only the template's are.
-
-        Raises MisuseError for a tokenizer without a template, for a template that refuses the turn, and for control
-        tokens in the text where they cannot be told from the template's.
-        """
-        if not self.tokenizer.chat_template:
-            raise MisuseError(
-                f"A turn needs the tokenizer's chat template, and the one of {self.source} has none: leave --chat out."
-            )
-        said = [text] if system is None else [system, text]
-        controls = self._controls()
-        written = [] if special_tokens else [token for token in controls if any(token in part for part in said)]
-        # what is written in the text stands behind a character of private use while the template is filled in
-        unused = (mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if not any(mark in part for part in said))
-        hidden = dict(zip(written, unused, strict=False))
-        turns = [
-            {"role": role, "content": _replaced(part, hidden)}
-            for role, part in zip(("system", "user")[-len(said) :], said, strict=True)
-        ]
-        try:
-            filled = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # jinja's, raised by the template itself
-            raise MisuseError(f"The chat template of {self.source} refuses this turn: {error}.") from error
-        ids = self.encode(filled, bos=False, special_tokens=True)
-        if hidden:
-            parts = re.split(f"({'|'.join(map(re.escape, controls))})", filled)
-            if self._joined(parts, {}) != ids:
-                raise MisuseError(
-                    f"Around {written[0]} in the prompt, {self.source} cannot tell its template's tokens from text: "
-                    "leave it out, or add --special-tokens if the token is meant."
-                )
-            ids = self._joined(parts, {mark: token for token, mark in hidden.items()})
-        starts = not bos and ids[:1] == [self.tokenizer.bos_token_id]
-        return ids[starts:]
-
-    def _controls(self) -> list[str]:
-        """The special tokens as they are written, the longer before what they begin with."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return sorted((str(token.content) for token in added if token.special), key=len, reverse=True)
-
-    def _joined(self, parts: Sequence[str], marks: Mapping[str, str]) -> list[int]:
-        """The ids of text and control tokens by turns, with `marks` in the text replaced."""
-        ids: list[int] = []
-        for index, part in enumerate(parts):
-            if index % 2:
-                ids.append(int(self.tokenizer.convert_tokens_to_ids(part)))
-            else:
-                ids += self.encode(_replaced(part, marks), bos=False)
-        return ids
-
-    def piece(self, token: int) -> str:
-        text = self.tokenizer.convert_ids_to_tokens(token)
-        if text is None:
-            return f"<row {token}>"
-        if "\u2581" in text:  # SentencePiece's mark for a space
-            text = text.replace("\u2581", " ")
-        elif token not in self.tokenizer.all_special_ids:
-            decoded = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-            if decoded and "\ufffd" not in decoded:  # else a part of a character, which its own name tells
-                text = decoded
-        return printable(str(text))
-
-    @property
-    def begins(self) -> bool:
-        """Whether a text begins with `<bos>` unless that is left out."""
-        return self.encode("a")[:1] == [self.tokenizer.bos_token_id]
-
-    @property
-    def pad(self) -> int:
-        """The id that stands for padding, `<eos>` where there is none of its own, as is transformers' habit."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((int(token) for token in known if token is not None), 0)
-
-
-def open_tokenizer(name: str) -> HuggingFaceTokenizer:
-    """The tokenizer in the folder `name`, or of that name in the local cache; raises as `open_model` does."""
-    folder = local_folder(name)
-    transformers = _imported()
-    with _quiet(transformers), _explained(name):
-        loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if len(loaded) <= len(loaded.all_special_ids):  # transformers makes up an empty one where there is no file
-        raise CheckpointError(
-            f"A model comes with its tokenizer, tokenizer.json or tokenizer.model; {folder} has none that holds "
-            "tokens. Copy it there from where the weights came from."
-        )
-    return HuggingFaceTokenizer(loaded, f"{PREFIX}{name}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HuggingFaceModel:
-    """A causal language model of transformers' with its tokenizer: what `stabilitykit profile hf:FOLDER` runs.
-
-    `module` is the PreTrainedModel, or the PeftModel around it where there is an adapter.
-    """
-
-    module: Any
-    tokenizer: HuggingFaceTokenizer
-    source: str
-    sha256: str
-    notes: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def causal(self) -> Any:
-        """The model that makes the logits, without what an adapter wraps around it."""
-        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
-
-    @property
-    def config(self) -> Any:
-        return self.causal.config.get_text_config()
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        """The decoder layers: the longest list of modules there is."""
-        lists = [m for m in self.causal.modules() if isinstance(m, nn.ModuleList)]
-        return list(max(lists, key=len, default=()))
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.causal.device)
-
-    @property
-    def context(self) -> int:
-        return int(getattr(self.config, "max_position_embeddings", 1 << 62))
-
-    @property
-    def pad(self) -> int:
-        return self.tokenizer.pad
-
-    def piece(self, token: int) -> str:
-        return self.tokenizer.piece(token)
-
-    def blank(self, dtype: torch.dtype) -> nn.Module | None:
-        """None where something in the model is none of transformers' own: an adapter, quantised weights."""
-        if self.causal is not self.module or getattr(self.causal.config, "quantization_config", None) is not None:
-            return None
-        with torch.device("meta"):
-            model: nn.Module = type(self.causal)(self.causal.config)
-        return model.to(dtype).eval()
-
-    def decode(
-        self,
-        ids: Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float | None,
-        top_p: float,
-        top_k: int,
-        seed: int,
-        padding: Tensor | None,
-        mask: Tensor | None,
-        every_logit: bool,
-        saw: Callable[[Tensor], bool],
-    ) -> list[list[int]]:
-        """transformers' own `generate`, with `saw` looking at each step's logits; torch's generators stay as they were.
-
-        Logits are those of the last position. Where they are not finite, sampling raises torch's RuntimeError on a CPU
-        and SamplingError elsewhere, before the device asserts; greedy decoding ends after that token. Raises
-        MisuseError for a mask of one's own and for `every_logit`, which `generate` has no place for.
-        """
-        if mask is not None or every_logit:
-            raise MisuseError("transformers' generate makes its own masks and the last logits alone; ask for neither.")
-        if temperature is not None and not (0 < top_p <= 1 and top_k >= 0):
-            raise MisuseError(
-                "transformers samples with a top_p above 0 and up to 1 and a top_k of at least 0, which keeps every "
-                f"token; {top_p} and {top_k} were given."
-            )
-        rows = self.causal.get_input_embeddings().weight.shape[0]
-        if int(ids.max()) >= rows:
-            raise CheckpointError(
-                f"{self.source}: a tokenizer's ids are rows of the embedding; it gave {int(ids.max()):,} and there are "
-                f"{rows:,} rows. The tokenizer of another checkpoint?"
-            )
-        from transformers import GenerationConfig, StoppingCriteriaList
-
-        told = self.causal.generation_config
-        how: dict[str, Any] = {"do_sample": False}
-        if temperature is not None:
-            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=told.eos_token_id, **how
-        )
-        ended = False
-
-        def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal ended
-            ended = saw(output.logits)
-            if ended and temperature is not None and output.logits.device.type != "cpu":
-                raise SamplingError("probability tensor contains either `inf`, `nan` or element < 0")
-
-        def stop(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
-            return torch.full((len(so_far),), ended, device=so_far.device)
-
-        attention = torch.ones_like(ids) if padding is None else padding.long()
-        handle = self.causal.register_forward_hook(look, with_kwargs=True)
-        devices = [self.device] if self.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
-                made = self.module.generate(
-                    input_ids=ids,
-                    attention_mask=attention,
-                    generation_config=config,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
-        finally:
-            handle.remove()
-        new: list[list[int]] = made[:, ids.shape[1] :].tolist()
-        return new
 
 
 def open_model(
@@ -291,8 +59,8 @@ def open_model(
         raise MisuseError(f"An attention is one of {', '.join(get_args(Attention))}; {attention!r} is none of them.")
     target, place = parse_dtype(dtype), parse_device(device)
     folder = local_folder(name)
-    transformers = _imported()
-    with _quiet(transformers), _explained(name):
+    transformers = imported()
+    with quiet(transformers), explained(name):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         _check_window(config.get_text_config(), name)
         how = {} if attention is None else {"attn_implementation": attention}
@@ -427,24 +195,8 @@ def _refuse_made(folder: Path, made: Sequence[str]) -> None:
         )
 
 
-def _imported() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise MisuseError(
-            'hf: runs models as transformers builds them, and it is not installed here: pip install "stabilitykit[hf]".'
-        ) from None
-    return transformers
-
-
 def _first(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join([*names[:shown], *(["..."] if len(names) > shown else [])])
-
-
-def _replaced(text: str, by: Mapping[str, str]) -> str:
-    for old, new in by.items():
-        text = text.replace(old, new)
-    return text
 
 
 def _check_window(config: Any, name: str) -> None:
@@ -459,7 +211,7 @@ def _check_window(config: Any, name: str) -> None:
 
 def _adapted(model: Any, adapter: str | Path) -> Any:
     try:
-        with _quiet(_imported()):
+        with quiet(imported()):
             import peft
     except ImportError:
         raise MisuseError(
@@ -467,39 +219,7 @@ def _adapted(model: Any, adapter: str | Path) -> Any:
         ) from None
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise MisuseError(f"An adapter is a folder with an adapter_config.json; {adapter} has none.")
-    with _explained(str(adapter), "an adapter that peft can put on this model"), _quiet(_imported()):
+    with explained(str(adapter), "an adapter that peft can put on this model"), quiet(imported()):
         # peft only warns where an adapter's tensors have no place in the model
         warnings.filterwarnings("error", category=UserWarning)
         return peft.PeftModel.from_pretrained(model, str(adapter))
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the libraries' bars, remarks and warnings: what is wrong with a checkpoint is said by the kit."""
-    told, bitsandbytes = transformers.utils.logging, logging.getLogger("bitsandbytes")
-    verbosity, bars, level = told.get_verbosity(), told.is_progress_bar_enabled(), bitsandbytes.level
-    told.set_verbosity_error()
-    told.disable_progress_bar()
-    bitsandbytes.setLevel(logging.ERROR)  # it regrets an absent kernel as soon as peft imports it
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        told.set_verbosity(verbosity)
-        bitsandbytes.setLevel(level)
-        if bars:
-            told.enable_progress_bar()
-
-
-@contextmanager
-def _explained(name: str, what: str = "a folder that transformers can load") -> Iterator[None]:
-    """A library's refusal of a folder as the kit's own, with the reason it gave."""
-    try:
-        yield
-    except MisuseError:
-        raise
-    except Exception as error:  # transformers, safetensors, peft and the hub's library each raise their own
-        said = repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
-        reason = textwrap.shorten(said, 300, placeholder=" ...")
-        raise CheckpointError(f"{name} is {what}; this one it cannot: {reason.removesuffix('.')}.") from error

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from stabilitykit.records import Level, Record, Recording, quoted
+from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Section
-from stabilitykit.report.words import none_of
+from stabilitykit.words import none_of, quoted
 
 REFERENCE = "float32"
 

@@ -5,13 +5,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records.bounds import Bounds, SiteBound
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts.lines import layer_axis
 from stabilitykit.report.style import limit_line, magnitude_axis, series_style
-from stabilitykit.report.words import code
+from stabilitykit.words import code, number
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -9,8 +9,9 @@ from stabilitykit.records import Record, Recording
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names
-from stabilitykit.report.style import BACKING, INK, count, series_style
-from stabilitykit.report.words import code, with_bos
+from stabilitykit.report.style import BACKING, INK, series_style
+from stabilitykit.words import code, with_bos
+from stabilitykit.words import grouped as count
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -10,8 +10,7 @@ from stabilitykit.report.blocks import Figure, Hover
 from stabilitykit.report.outcomes import Outcome, reference
 from stabilitykit.report.parts.bars import Part, stacked_bars
 from stabilitykit.report.style import INK, limit_line, share
-from stabilitykit.report.style import count as grouped
-from stabilitykit.report.words import listed, with_bos
+from stabilitykit.words import grouped, listed, with_bos
 
 if TYPE_CHECKING:
     import matplotlib.figure

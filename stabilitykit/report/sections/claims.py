@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from stabilitykit.records import quoted
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, texts
 from stabilitykit.report.sections.claim_figures import OF_SHORTAGE, SHARE, bars, largest_values, tally
 from stabilitykit.report.sections.lengths import break_map
 from stabilitykit.report.sections.memory import footprint_figure
-from stabilitykit.report.style import count as grouped
 from stabilitykit.report.style import share, size
-from stabilitykit.report.words import at_token, code, count, happened, listed, place, with_bos
+from stabilitykit.report.words import at_token, happened, place
+from stabilitykit.words import code, count, grouped, listed, quoted, with_bos
 
 Verdict = Literal["holds", "does not hold", "cannot be decided here"]
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import number_format
 from stabilitykit.records import LogitsError, Record, Recording
 from stabilitykit.records.sweep import Results
@@ -15,6 +14,7 @@ from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.sections.peaks import Panels
 from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.layers import stored
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16, NumberFormat, number_format
 from stabilitykit.records import Record
 from stabilitykit.records.sweep import Results
@@ -14,6 +13,7 @@ from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose
 from stabilitykit.report.parts import choose, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import BLUE, FAINT, INK, VERMILLION, dtype_style, magnitude_axis, share
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     import matplotlib.figure

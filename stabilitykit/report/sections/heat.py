@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.layers import peak, stored
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.records import Record, Recording
 from stabilitykit.records.sweep import Results
@@ -15,6 +14,7 @@ from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Sect
 from stabilitykit.report.parts import choose, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import bits, heat_map
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stabilitykit.formats import FLOAT16, number_format
-from stabilitykit.records import quoted
 from stabilitykit.records.lengths import LengthMap, Span
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names, Outcome, Text, outcomes, texts
 from stabilitykit.report.style import BACKING, BROKEN, INK, SKY, bits, dtype_style, series_style
-from stabilitykit.report.style import count as grouped
-from stabilitykit.report.words import code, count, listed, with_bos
+from stabilitykit.words import code, count, grouped, listed, quoted, with_bos
 
 if TYPE_CHECKING:
     import matplotlib.figure

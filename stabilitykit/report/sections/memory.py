@@ -11,8 +11,7 @@ from stabilitykit.report.outcomes import outcomes
 from stabilitykit.report.parts.bars import Part, stacked_bars
 from stabilitykit.report.parts.hardware import dtype_to_choose
 from stabilitykit.report.style import INK, share, size
-from stabilitykit.report.style import count as grouped
-from stabilitykit.report.words import count, none_of
+from stabilitykit.words import count, grouped, none_of
 
 if TYPE_CHECKING:
     import matplotlib.figure

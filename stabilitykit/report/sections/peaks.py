@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.layers import peak, stored
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.formats import FLOAT16, number_format
 from stabilitykit.records import Record
 from stabilitykit.records.sweep import Results
@@ -15,6 +14,7 @@ from stabilitykit.report.parts import choose, lines, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import bits, dtype_style, limit_line, magnitude_axis
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -4,7 +4,7 @@ from collections import Counter
 
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
-from stabilitykit.report.words import code, count, listed, sentence
+from stabilitykit.words import code, count, listed, sentence
 
 
 def section(results: Results) -> Section:

@@ -9,7 +9,7 @@ from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import INK, bits, series_style, share, size
-from stabilitykit.report.words import code
+from stabilitykit.words import code
 
 if TYPE_CHECKING:
     import matplotlib.figure

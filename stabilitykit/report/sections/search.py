@@ -6,12 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.search import how_measured, of_what_kind, place, shortest, shown, with_bos
-from stabilitykit.records import quoted
 from stabilitykit.records.search import KINDS, Scan, Search, TokenPeak
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.style import INK, VERMILLION, bits, count, series_style
-from stabilitykit.report.words import code
+from stabilitykit.report.style import INK, VERMILLION, bits, series_style
+from stabilitykit.words import code, quoted
+from stabilitykit.words import grouped as count
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.verdict import number
 from stabilitykit.records import Record, Recording, Softmax
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
@@ -14,6 +13,7 @@ from stabilitykit.report.parts import choose, lines
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import heat_map, share
+from stabilitykit.words import number
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -9,19 +9,8 @@ from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
 from stabilitykit.report.style import bits
-from stabilitykit.report.style import count as grouped
-from stabilitykit.report.words import (
-    at_token,
-    code,
-    count,
-    happened,
-    listed,
-    none_of,
-    place,
-    sentence,
-    short_place,
-    with_bos,
-)
+from stabilitykit.report.words import at_token, happened, place, short_place
+from stabilitykit.words import code, count, grouped, listed, none_of, sentence, with_bos
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
 NARROW = 1.0

@@ -9,7 +9,8 @@ from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.models.gemma.load import DTYPES, build, load
+from stabilitykit.models.devices import DTYPES
+from stabilitykit.models.gemma.load import build, load
 from stabilitykit.models.gemma.model import Gemma
 
 SOURCE = (

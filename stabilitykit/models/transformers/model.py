@@ -1,0 +1,135 @@
+"""A causal language model of transformers' as a run wants it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
+from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceModel:
+    """A causal language model of transformers' with its tokenizer: what `stabilitykit profile hf:FOLDER` runs.
+
+    `module` is the PreTrainedModel, or the PeftModel around it where there is an adapter.
+    """
+
+    module: Any
+    tokenizer: HuggingFaceTokenizer
+    source: str
+    sha256: str
+    notes: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def causal(self) -> Any:
+        """The model that makes the logits, without what an adapter wraps around it."""
+        return self.module.get_base_model() if hasattr(self.module, "get_base_model") else self.module
+
+    @property
+    def config(self) -> Any:
+        return self.causal.config.get_text_config()
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers: the longest list of modules there is."""
+        lists = [m for m in self.causal.modules() if isinstance(m, nn.ModuleList)]
+        return list(max(lists, key=len, default=()))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.causal.device)
+
+    @property
+    def context(self) -> int:
+        return int(getattr(self.config, "max_position_embeddings", 1 << 62))
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad
+
+    def piece(self, token: int) -> str:
+        return self.tokenizer.piece(token)
+
+    def blank(self, dtype: torch.dtype) -> nn.Module | None:
+        """None where something in the model is none of transformers' own: an adapter, quantised weights."""
+        if self.causal is not self.module or getattr(self.causal.config, "quantization_config", None) is not None:
+            return None
+        with torch.device("meta"):
+            model: nn.Module = type(self.causal)(self.causal.config)
+        return model.to(dtype).eval()
+
+    def decode(
+        self,
+        ids: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float | None,
+        top_p: float,
+        top_k: int,
+        seed: int,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        every_logit: bool,
+        saw: Callable[[Tensor], bool],
+    ) -> list[list[int]]:
+        """transformers' own `generate`, with `saw` looking at each step's logits; torch's generators stay as they were.
+
+        Logits are those of the last position. Where they are not finite, sampling raises torch's RuntimeError on a CPU
+        and SamplingError elsewhere, before the device asserts; greedy decoding ends after that token. Raises
+        MisuseError for a mask of one's own and for `every_logit`, which `generate` has no place for.
+        """
+        if mask is not None or every_logit:
+            raise MisuseError("transformers' generate makes its own masks and the last logits alone; ask for neither.")
+        if temperature is not None and not (0 < top_p <= 1 and top_k >= 0):
+            raise MisuseError(
+                "transformers samples with a top_p above 0 and up to 1 and a top_k of at least 0, which keeps every "
+                f"token; {top_p} and {top_k} were given."
+            )
+        rows = self.causal.get_input_embeddings().weight.shape[0]
+        if int(ids.max()) >= rows:
+            raise CheckpointError(
+                f"{self.source}: a tokenizer's ids are rows of the embedding; it gave {int(ids.max()):,} and there are "
+                f"{rows:,} rows. The tokenizer of another checkpoint?"
+            )
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        told = self.causal.generation_config
+        how: dict[str, Any] = {"do_sample": False}
+        if temperature is not None:
+            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=told.eos_token_id, **how
+        )
+        ended = False
+
+        def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal ended
+            ended = saw(output.logits)
+            if ended and temperature is not None and output.logits.device.type != "cpu":
+                raise SamplingError("probability tensor contains either `inf`, `nan` or element < 0")
+
+        def stop(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(so_far),), ended, device=so_far.device)
+
+        attention = torch.ones_like(ids) if padding is None else padding.long()
+        handle = self.causal.register_forward_hook(look, with_kwargs=True)
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                made = self.module.generate(
+                    input_ids=ids,
+                    attention_mask=attention,
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+        finally:
+            handle.remove()
+        new: list[list[int]] = made[:, ids.shape[1] :].tolist()
+        return new

@@ -1,0 +1,111 @@
+"""Dataclasses as JSON documents and back, by the types of their fields."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.files import write_json
+
+_T = TypeVar("_T")
+
+
+def to_document(value: Any) -> Any:
+    """`value` as JSON has it: dataclasses and mappings are objects, tuples are arrays.
+
+    Properties that a dataclass names in `derived` are written too, for those who read the file; nobody reads them back.
+
+    NaN and infinities, which JSON has no numbers for, are the strings "nan", "inf" and "-inf".
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [*(field.name for field in dataclasses.fields(value)), *_derived(type(value))]
+        return {name: to_document(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): to_document(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_document(held) for held in value]
+    return finite_or_text(value) if isinstance(value, float) else value
+
+
+def from_document(kind: type[_T], raw: Any) -> _T:
+    """The inverse of `to_document` for a dataclass of type `kind`.
+
+    Fields that are not in `raw` get their defaults. Raises TypeError or ValueError for what is no such document: a
+    field without a default that is missing, one that the dataclass does not have, or a value of another type.
+    """
+    value: _T = _read(kind, raw)
+    return value
+
+
+def write_document(path: Path, value: Any) -> None:
+    """Writes a dataclass with a field `schema`; raises as `write_json`."""
+    write_json(path, to_document(value))
+
+
+def read_document(path: Path, kind: type[_T], what: str) -> _T:
+    """Reads what `write_document` wrote. `what` is what a reader calls it, such as "a search".
+
+    Raises MisuseError for a file that holds nothing of this kind, or one of another version.
+    """
+    (version,) = (field.default for field in dataclasses.fields(kind) if field.name == "schema")  # type: ignore[arg-type]
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != version:
+            raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {version}.")
+        return from_document(kind, raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, MisuseError):
+            raise
+        raise MisuseError(f"{path} cannot be read as {what}: {error!r}.") from None
+
+
+def finite_or_text(number: float | None) -> float | str | None:
+    """A number as JSON allows it: NaN and infinities become the strings "nan", "inf" and "-inf"."""
+    return number if number is None or math.isfinite(number) else str(number)
+
+
+def _read(hint: Any, raw: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if raw is None and NoneType in arguments:
+            return None
+        return _read(next(argument for argument in arguments if argument is not NoneType), raw)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"{hint.__name__} is an object, not {raw!r}")
+        hints = _hints(hint)
+        kept = {name: held for name, held in raw.items() if name not in _derived(hint)}
+        return hint(**{name: _read(hints[name], held) if name in hints else held for name, held in kept.items()})
+    if origin is tuple:
+        if not isinstance(raw, list | tuple):
+            raise TypeError(f"a list is needed, not {raw!r}")
+        if Ellipsis in arguments:
+            return tuple(_read(arguments[0], held) for held in raw)
+        return tuple(_read(argument, held) for argument, held in zip(arguments, raw, strict=True))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        key, held = arguments
+        return {_read(key, name): _read(held, value) for name, value in raw.items()}
+    if origin is Literal or hint is Any:
+        return raw
+    if hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
+        return float(raw) if isinstance(raw, str) else raw
+    if hint is int and isinstance(raw, str):  # a key
+        return int(raw)
+    if not isinstance(raw, hint):
+        raise TypeError(f"{raw!r} is no {hint.__name__}")
+    return raw
+
+
+def _derived(kind: type) -> tuple[str, ...]:
+    names: tuple[str, ...] = getattr(kind, "derived", ())
+    return names
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)

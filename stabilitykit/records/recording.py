@@ -1,0 +1,123 @@
+"""A run's records and what has to be known to read them: the only bridge from measuring to reporting.
+
+Nothing here needs torch, so a recording can be read and explained years later on any machine. The file is
+Parquet: one row a tensor, and the header as JSON under the schema's metadata key `stabilitykit`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.records.document import from_document
+from stabilitykit.records.parquet import SCHEMA_VERSION, read_table, write_table
+from stabilitykit.records.provenance import Provenance
+from stabilitykit.records.record import Level, LogitsError, Record, StoredWeights, columns, schema
+from stabilitykit.words import quoted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header(Provenance):
+    """What has to be known to read the records, and to make them again.
+
+    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
+    redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
+    begin. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched`
+    are elements asked for: site, row-major index, value. `case` is free-form: prompt, stress, rounding and whatever
+    else was chosen.
+    """
+
+    dtype: str
+    device: str
+    level: Level
+    matmul: str
+    formats: tuple[str, ...]
+    rows: int
+    tokens: tuple[tuple[int, ...], ...] | None
+    token_texts: dict[int, str] = field(default_factory=dict)
+    case: dict[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    watched: tuple[tuple[str, int, float], ...] = ()
+    logits_error: LogitsError | None = None
+    weights: StoredWeights | None = None
+    starts: tuple[int, ...] = ()
+    error: str | None = None
+    schema: int = SCHEMA_VERSION
+
+    def text_of(self, token: int | None) -> str | None:
+        """A token as text; None where that is not known, and for no token or a redacted one."""
+        return None if token is None else self.token_texts.get(token)
+
+    def named(self, token: int | None) -> str | None:
+        """A token in a sentence: `'<bos>'`, or `(id 2)` where its text is not known; None as in `text_of`."""
+        text = self.text_of(token)
+        return quoted(text) if text else None if token is None else f"(id {token})"
+
+    def first_position(self, step: int) -> int | None:
+        """The absolute position of a step's first token; None for a step that is not known."""
+        return self.starts[step] if 0 <= step < len(self.starts) else None
+
+
+class Recording:
+    """A header and its records, in order of execution.
+
+    `records` may be a function that makes them, which is called when they are first asked for.
+    """
+
+    __slots__ = ("_records", "header")
+
+    def __init__(self, header: Header, records: list[Record] | Callable[[], list[Record]] | None = None) -> None:
+        self.header = header
+        self._records = [] if records is None else records
+
+    @property
+    def records(self) -> list[Record]:
+        if callable(self._records):
+            self._records = self._records()
+        return self._records
+
+    @records.setter
+    def records(self, records: list[Record] | Callable[[], list[Record]]) -> None:
+        self._records = records
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def at(self, site: str, step: int = 0) -> Record:
+        """The first record of `site` in `step`. Raises MisuseError, naming near ones, where there is none."""
+        for record in self.records:
+            if record.site == site and record.step == step:
+                return record
+        tail = site.rsplit(".", 1)[-1]
+        near = sorted({record.site for record in self.records if record.site.endswith(tail)})[:5]
+        raise MisuseError(f"A site is one that was recorded; {site!r} in step {step} was not. Near: {near or 'none'}.")
+
+    def first_break(self) -> Record | None:
+        """The first record in order of execution whose `broke` is set, or None."""
+        return next((record for record in self.records if record.broke is not None), None)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row a record, the columns as in the file."""
+        return pd.DataFrame([record.row() for record in self.records], columns=columns(self.header.formats))
+
+    def save(self, path: str | Path) -> None:
+        """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
+        table = pa.Table.from_pylist([record.row() for record in self.records], schema=schema(self.header.formats))
+        write_table(Path(path), table, dataclasses.asdict(self.header))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recording":
+        """Reads what `save` wrote. Raises MisuseError for a missing file or one that is no recording."""
+        table, raw = read_table(Path(path))
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        return cls(from_document(Header, raw), Record.from_columns(columns))
