@@ -3,7 +3,7 @@
     python experiments/forecast_agreement.py                 into reports/forecast_agreement, about ten minutes
     python experiments/forecast_agreement.py --out FOLDER    elsewhere
 
-A cell is one model, one prompt and one stress factor, a power of two by which everything that a norm reads is scaled.
+A cell is one model, one prompt and one rescale γ, a power of two by which everything that a norm reads is scaled.
 Factors from 2^-3 to 2^14 carry every model from far below float16's range to far past it.
 """
 
@@ -97,10 +97,10 @@ def random_prompts() -> Iterator[list[int]]:
 
 def of_checkpoint(name: str, opened: Checkpoint, prompts: dict[str, list[int]]) -> Iterator[Outcome]:
     for exponent in EXPONENTS:
-        wide = build(opened, stress=2.0**exponent)
+        wide = build(opened, rescale=2.0**exponent)
         found = {prompt: forecast(run_case(wide, ids).recording, "float16") for prompt, ids in prompts.items()}
         del wide
-        low = build(opened, dtype="float16", stress=2.0**exponent)
+        low = build(opened, dtype="float16", rescale=2.0**exponent)
         for prompt, ids in prompts.items():
             kind = preferred_matmul("float16", "cpu")
             first = run_case(low, ids, kind=kind, sampling=None).recording.first_break()
@@ -168,7 +168,7 @@ def section(found: Sequence[Outcome]) -> Section:
                 name="disagreements",
                 title="Cells that do not agree",
                 columns=[
-                    Column(name="model"), Column(name="prompt"), Column(name="stress"),
+                    Column(name="model"), Column(name="prompt"), Column(name="rescale"),
                     Column(name="headroom", unit="bits", format=lambda value: f"{value:.4f}"), Column(name="forecast"),
                     Column(name="float16 run"), Column(name="kind"), Column(name="value there"),
                 ],
@@ -183,7 +183,7 @@ def section(found: Sequence[Outcome]) -> Section:
                 name="cells",
                 title="Every cell",
                 columns=[
-                    Column(name="model"), Column(name="prompt"), Column(name="stress"),
+                    Column(name="model"), Column(name="prompt"), Column(name="rescale"),
                     Column(name="headroom", unit="bits", format=bits), Column(name="forecast"),
                     Column(name="float16 run"), Column(name="agree"),
                 ],

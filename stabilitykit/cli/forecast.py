@@ -49,7 +49,7 @@ def forecast(
     rounding: Annotated[
         RoundingChoice, typer.Option(help="Whose moments of rounding to follow.")
     ] = RoundingChoice.transformers,
-    stress: Annotated[
+    rescale: Annotated[
         float, typer.Option(help="Scale the residual stream by this power of two; float32 output stays the same.")
     ] = 1.0,
     attention: Annotated[
@@ -87,7 +87,7 @@ def forecast(
             Prompt(text=text, bos=not no_bos, chat=chat, system=None, special_tokens=False),
             device=device,
             rounding=rounding,
-            stress=stress,
+            rescale=rescale,
             attention=attention,
             stream=stream,
             progress=progress,

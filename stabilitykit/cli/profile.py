@@ -55,7 +55,7 @@ def profile(
     rounding: Annotated[
         RoundingChoice, typer.Option(help="Whose moments of rounding to follow.")
     ] = RoundingChoice.transformers,
-    stress: Annotated[
+    rescale: Annotated[
         float, typer.Option(help="Scale the residual stream by this power of two; float32 output stays the same.")
     ] = 1.0,
     left_padding: Annotated[int, typer.Option(min=0, help="Pad tokens before the prompt.")] = 0,
@@ -122,7 +122,7 @@ def profile(
             Prompt(text=text, bos=not no_bos, chat=chat, system=system, special_tokens=special_tokens),
             device=device,
             rounding=rounding,
-            stress=stress,
+            rescale=rescale,
             attention=attention,
             adapter=adapter,
             stream=stream,

@@ -15,7 +15,7 @@ def reproduce(
     ] = "gemma3-270m",
     prompt: Annotated[str, typer.Option(help="The text to run.")] = "The capital of France is",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    stress: Annotated[
+    rescale: Annotated[
         float, typer.Option(help="Scale the residual stream by this power of two: a large one breaks any checkpoint.")
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
@@ -48,7 +48,7 @@ def reproduce(
     parse_device(device)
     with screen.progress_bar() as progress:
         opened = open_checkpoint(checkpoint, progress=lambda done, total: progress("reading weights", done, total))
-        run = chosen.run(Setup(checkpoint=opened, prompt=prompt, device=device, stress=stress, progress=progress))
+        run = chosen.run(Setup(checkpoint=opened, prompt=prompt, device=device, rescale=rescale, progress=progress))
     if raise_ and run.error is not None:
         raise run.error
     why = cause(run.recording)

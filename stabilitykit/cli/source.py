@@ -70,7 +70,7 @@ def open_source(
     *,
     device: str,
     rounding: RoundingChoice = RoundingChoice.transformers,
-    stress: float = 1.0,
+    rescale: float = 1.0,
     attention: AttentionChoice | None = None,
     adapter: Path | None = None,
     stream: bool = False,
@@ -84,8 +84,8 @@ def open_source(
     options that belong to the other one.
     """
     if checkpoint.startswith(HF):
-        if rounding is not RoundingChoice.transformers or stress != 1:
-            raise MisuseError("--rounding and --stress are the kit's own model's; leave them out with hf:.")
+        if rounding is not RoundingChoice.transformers or rescale != 1:
+            raise MisuseError("--rounding and --rescale are the kit's own model's; leave them out with hf:.")
         return _huggingface(checkpoint.removeprefix(HF), prompt, device, attention, adapter, stream or None)
     if attention is not None or adapter is not None:
         raise MisuseError(
@@ -100,7 +100,7 @@ def open_source(
         place, kind = parse_device(device), matmul or preferred_matmul(dtype, device)
         return stream or footprint.must_stream(config, dtype, tokens + more_tokens, matmul=kind, device=place)
 
-    return _gemma(checkpoint, prompt, device, rounding, stress, must_stream, progress)
+    return _gemma(checkpoint, prompt, device, rounding, rescale, must_stream, progress)
 
 
 def _gemma(
@@ -108,14 +108,14 @@ def _gemma(
     prompt: Prompt,
     device: str,
     rounding: RoundingChoice,
-    stress: float,
+    rescale: float,
     must_stream: "Callable[[GemmaConfig, str, int], bool]",
     progress: "Progress",
 ) -> Source:
     """The kit's own model of a checkpoint."""
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.models.gemma import build
-    from stabilitykit.models.gemma.stress import weight_factor
+    from stabilitykit.models.gemma.rescale import weight_factor
     from stabilitykit.models.gemma.tokenizer import Tokenizer
     from stabilitykit.models.subject import GemmaSubject
 
@@ -138,14 +138,14 @@ def _gemma(
             dtype=dtype,
             device=device,
             rounding=rounding.value,
-            stress=stress,
+            rescale=rescale,
             stream=must_stream(opened.config, dtype, len(tokens)),
             progress=announce,
         )
         return GemmaSubject(made)
 
     def scaled(name: str, tensor: "Tensor") -> "Tensor":
-        factor = weight_factor(opened.config, name, stress)
+        factor = weight_factor(opened.config, name, rescale)
         return tensor if factor == 1 else tensor * factor
 
     return Source(

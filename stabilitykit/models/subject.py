@@ -98,7 +98,7 @@ class GemmaSubject:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"rounding": self.module.rounding, "stress": self.module.stress}
+        return {"rounding": self.module.rounding, "rescale": self.module.rescale}
 
     def piece(self, token: int) -> str:
         tokenizer = self.module.tokenizer

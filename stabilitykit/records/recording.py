@@ -28,7 +28,7 @@ class Header(Provenance):
     `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
     redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
     begin. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched`
-    are elements asked for: site, row-major index, value. `case` is free-form: prompt, stress, rounding and whatever
+    are elements asked for: site, row-major index, value. `case` is free-form: prompt, rescale, rounding and whatever
     else was chosen.
     """
 

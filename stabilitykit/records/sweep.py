@@ -74,7 +74,7 @@ class Case:
 
 
 USUAL: Mapping[str, Any] = {
-    "stress": 1.0,
+    "rescale": 1.0,
     "level": "operators",
     "rounding": "transformers",
     "temperature": 1.0,

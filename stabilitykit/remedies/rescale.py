@@ -1,6 +1,6 @@
 """One power of two on everything that a norm reads: the same function, farther from float16's end.
 
-RMSNorm ignores the scale of its input, up to eps. `stabilitykit.models.gemma.stress` holds the recipe and says why
+RMSNorm ignores the scale of its input, up to eps. `stabilitykit.models.gemma.rescale` holds the recipe and says why
 float32 logits keep every bit; here it is applied to a checkpoint's stored numbers, gains included, so that plain
 transformers runs the result. With γ < 1 the residual stream shrinks by it; the final norm's output grows by 1 / γ, and
 more embedding entries become subnormal in float16.
@@ -21,7 +21,7 @@ from torch import Tensor
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma.stress import check_gamma, weight_factor
+from stabilitykit.models.gemma.rescale import check_gamma, weight_factor
 from stabilitykit.remedies.remedy import Remedy
 
 # Of transformers' families that look alike, why the recipe would change what they compute.

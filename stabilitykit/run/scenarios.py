@@ -18,23 +18,25 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a scenario starts from. `stress` multiplies the scenario's own."""
+    """What a scenario starts from. `rescale` multiplies the scenario's own."""
 
     checkpoint: Checkpoint
     prompt: str = PROMPT
     device: str = "cpu"
-    stress: float = 1.0
+    rescale: float = 1.0
     progress: Progress | None = None
 
     def tokens(self) -> list[int]:
         return Tokenizer(self.checkpoint.vocabulary).encode(self.prompt)
 
-    def model(self, dtype: str, stress: float = 1.0) -> Gemma:
+    def model(self, dtype: str, rescale: float = 1.0) -> Gemma:
         def announce(done: int, total: int) -> None:
             if self.progress is not None:
                 self.progress(f"{dtype}: preparing weights", done, total)
 
-        return build(self.checkpoint, dtype=dtype, device=self.device, stress=stress * self.stress, progress=announce)
+        return build(
+            self.checkpoint, dtype=dtype, device=self.device, rescale=rescale * self.rescale, progress=announce
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,7 @@ def _top_p_negative(setup: Setup) -> Run:
 def _tiny_temperature(setup: Setup) -> Run:
     """With the residual stream scaled down, so that float16 holds everything before the sampler."""
     return run_case(
-        setup.model("float16", stress=0.25),
+        setup.model("float16", rescale=0.25),
         setup.tokens(),
         sampling=Sampling(temperature=1e-4),
         progress=setup.progress,

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from stabilitykit.checkpoints.config import ALIASES, RELEASED
 from stabilitykit.models.devices import DTYPES
 from stabilitykit.models.gemma.model import ROUNDINGS
-from stabilitykit.models.gemma.stress import check_gamma
+from stabilitykit.models.gemma.rescale import check_gamma
 from stabilitykit.models.matmul import KINDS, check_matmul
 from stabilitykit.records import Level
 from stabilitykit.records.sweep import USUAL
@@ -74,7 +74,7 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _stress(value: Any) -> float:
+def _rescale(value: Any) -> float:
     check_gamma(_number(value))
     return float(value)
 
@@ -119,7 +119,7 @@ GRID: Mapping[str, Axis] = {
     "length": Axis(default="all", allowed='a number of tokens, a range "1..4096" of them, or "all"', read=_length),
     "bos": Axis(default=True, allowed="true or false", read=_flag),
     "dtype": _DTYPE,
-    "stress": Axis(default=USUAL["stress"], allowed="a power of two from 2^-24 to 2^24", read=_stress),
+    "rescale": Axis(default=USUAL["rescale"], allowed="a power of two from 2^-24 to 2^24", read=_rescale),
     "level": Axis(default=USUAL["level"], allowed=" or ".join(get_args(Level)), read=_one_of(get_args(Level))),
     "rounding": Axis(default=USUAL["rounding"], allowed=" or ".join(ROUNDINGS), read=_one_of(list(ROUNDINGS))),
     "temperature": Axis(default=USUAL["temperature"], allowed="0 (greedy) or a positive number", read=_temperature),

@@ -83,7 +83,7 @@ class Runner:
             level=case.settings["level"],
             kind=_matmul(case),
             token_text=self.tokenizer.piece,
-            case={"prompt": case.settings["prompt"], "stress": case.settings["stress"]},
+            case={"prompt": case.settings["prompt"], "rescale": case.settings["rescale"]},
             progress=report,
         )
         found.save(self.results.path(case))
@@ -122,7 +122,7 @@ class Runner:
 
     def _model(self, case: Case, report: Report) -> Gemma:
         settings = case.settings
-        key = json.dumps([settings[name] for name in ("dtype", "stress", "rounding", "device")])
+        key = json.dumps([settings[name] for name in ("dtype", "rescale", "rounding", "device")])
         wide = settings["dtype"] == "float32"
         if wide not in self._models or self._models[wide][0] != key:
             self._models.pop(wide, None)
@@ -131,7 +131,7 @@ class Runner:
                 dtype=settings["dtype"],
                 device=settings["device"],
                 rounding=settings["rounding"],
-                stress=settings["stress"],
+                rescale=settings["rescale"],
                 progress=lambda done, total: report(f"{settings['dtype']}: preparing weights", done, total),
             )
             self._models[wide] = key, model

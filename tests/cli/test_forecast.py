@@ -40,7 +40,7 @@ def test_the_270m_breaks_in_float16_and_in_both_of_eight_bits(checkpoint_270m: C
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_eighth_of_the_residual_fits_float16(checkpoint_270m: Checkpoint, stabilitykit: Run, dtype: str) -> None:
-    found = forecast_270m(stabilitykit, "--stress", "0.125", "--format", "float16", "--dtype", dtype)
+    found = forecast_270m(stabilitykit, "--rescale", "0.125", "--format", "float16", "--dtype", dtype)
     (float16,) = found["formats"]
     assert not float16["breaks"]
     assert float16["headroom"] == pytest.approx(2.33, abs=0.05)
@@ -48,12 +48,12 @@ def test_an_eighth_of_the_residual_fits_float16(checkpoint_270m: Checkpoint, sta
 
 
 def test_what_people_read(stabilitykit: Run) -> None:
-    result = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--stress", "65536")
+    result = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536")
     assert result.code == 0
     assert "float16 would break first in" in result.out
     assert "bfloat16 would hold every value" in result.out
     assert "What would become of" in result.out
-    cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--stress", "65536", "--saturating")
+    cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536", "--saturating")
     assert "float8_e4m3fn would break first" in result.out
     assert "float8_e4m3fn would cut values off first" in cut.out
     assert ("±448" in cut.out, "±448" in result.out) == (True, False)

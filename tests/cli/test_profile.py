@@ -68,10 +68,10 @@ def test_one_dtype_is_one_document_without_a_reference(checkpoint_270m: Checkpoi
     "arguments",
     [
         ("--no-bos",),
-        ("--stress", "0.25"),
-        ("--stress", "0.25", "--left-padding", "5"),
-        ("--stress", "0.25", "--top-k", "3", "--temperature", "0.7"),
-        ("--stress", "0.25", "--rounding", "gemma_pytorch", "--left-padding", "2"),
+        ("--rescale", "0.25"),
+        ("--rescale", "0.25", "--left-padding", "5"),
+        ("--rescale", "0.25", "--top-k", "3", "--temperature", "0.7"),
+        ("--rescale", "0.25", "--rounding", "gemma_pytorch", "--left-padding", "2"),
     ],
 )
 def test_healthy_float16_runs_report_no_break(
@@ -96,11 +96,11 @@ def test_one_token_is_counted_as_one(stabilitykit: Run) -> None:
 
 
 def test_special_tokens_are_text_unless_asked(checkpoint_270m: Checkpoint, stabilitykit: Run) -> None:
-    assert 2 not in profile_270m(stabilitykit, "--no-bos", "--stress", "0.25", prompt="<bos>")["tokens"]
+    assert 2 not in profile_270m(stabilitykit, "--no-bos", "--rescale", "0.25", prompt="<bos>")["tokens"]
 
 
 def test_what_people_see(stabilitykit: Run) -> None:
-    result = stabilitykit("profile", RANDOM, "--prompt", "Hello", "--dtype", "float16", "--stress", "65536")
+    result = stabilitykit("profile", RANDOM, "--prompt", "Hello", "--dtype", "float16", "--rescale", "65536")
     assert result.code == 0
     assert "float16 breaks in embedding, scaled (embed_tokens, operator mul)" in result.out.replace("\n", " ")
     for heading in ("float16, by layer", "headroom", "subnormal", "entropy", "How it spread"):
@@ -138,7 +138,7 @@ def test_out_holds_records_and_findings_and_is_never_overwritten(stabilitykit: R
 
 def test_redact_keeps_prompt_and_tokens_out_of_everything(stabilitykit: Run, tmp_path: Path) -> None:
     secret = "Xyzzy"
-    common = ("profile", RANDOM, "--prompt", secret, "--stress", "65536", "--redact")
+    common = ("profile", RANDOM, "--prompt", secret, "--rescale", "65536", "--redact")
     shown = stabilitykit(*common, "--out", str(tmp_path / "run"))
     assert shown.code == 0
     document = stabilitykit(*common, "--json")
@@ -160,7 +160,7 @@ def test_a_prompt_can_come_from_a_file(stabilitykit: Run, tmp_path: Path) -> Non
 
 
 def test_chat_wraps_the_prompt_in_turns(checkpoint_270m: Checkpoint, stabilitykit: Run) -> None:
-    found = profile_270m(stabilitykit, "--chat", "--system", "Be brief.", "--stress", "0.25")
+    found = profile_270m(stabilitykit, "--chat", "--system", "Be brief.", "--rescale", "0.25")
     assert found["tokens"][:3] == [2, 105, 2364]  # <bos><start_of_turn>user
     assert found["finite"]
 
@@ -172,7 +172,7 @@ BAD = {
     "too long": (("--prompt", "a" * 64), "context of 64 tokens; this has 65"),
     "too long with padding": (("--left-padding", "60"), "context of 64 tokens; this has 66"),
     "no such prompt file": (("--prompt", "@/nowhere/at/all"), "names a file to read"),
-    "stress no power of two": (("--stress", "3"), "power of two"),
+    "rescale no power of two": (("--rescale", "3"), "power of two"),
     "system without chat": (("--system", "x"), "add --chat"),
 }
 

@@ -41,12 +41,12 @@ def test_raise_raises_torchs_own_error(checkpoint_270m: Checkpoint, stabilitykit
         stabilitykit("reproduce", "--raise")
 
 
-def test_stress_breaks_random_weights_of_every_generation(stabilitykit: Run) -> None:
+def test_rescale_breaks_random_weights_of_every_generation(stabilitykit: Run) -> None:
     for size in ("gemma-2b", "gemma2-2b", "gemma3-270m"):
         small = f"random:{size}?layers=2&hidden_size=32&feed_forward=64&heads=2&kv_heads=1&head_dim=16&vocabulary=512"
         healthy = stabilitykit("reproduce", "--checkpoint", small, "--json")
         assert (healthy.code, json.loads(healthy.out)["reproduced"]) == (1, False)
-        broken = stabilitykit("reproduce", "--checkpoint", small, "--stress", "65536", "--json")
+        broken = stabilitykit("reproduce", "--checkpoint", small, "--rescale", "65536", "--json")
         assert (broken.code, json.loads(broken.out)["reproduced"]) == (0, True)
 
 

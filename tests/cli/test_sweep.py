@@ -27,7 +27,7 @@ checkpoint = "{TINY}"
 [[grid]]
 length = ["1..4", 4]
 dtype = ["float32", "float16"]
-stress = 16384.0
+rescale = 16384.0
 [[footprint]]
 length = 8
 [lengths]
@@ -181,7 +181,7 @@ def test_cases_that_raise_run_out_of_memory_or_are_killed_fail_alone_and_run_aga
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
-        ("stress=1.0", "4 cases are new and 4 are no longer there"),
+        ("rescale=1.0", "4 cases are new and 4 are no longer there"),
         ("length=4", "0 cases are new and 2 are no longer there"),
         (f"checkpoint={TINY}&seed=1", r"the checkpoint was random:\S+&seed=0 and is random:\S+&seed=1; .* SHA-256 was"),
     ],
@@ -247,8 +247,12 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
     [
         ('title = "Tiny"', "title = ", ["not valid TOML", "line 1"]),
         ('title = "Tiny"', 'titel = "Tiny"', ["line 1: ", "one of checkpoint, device,", "'titel' is none of them"]),
-        ("stress = 16384.0", "strain = 2.0", ["line 6: ", "An axis is one of bos, dtype,", "'strain' is none of them"]),
-        ("stress = 16384.0", "stress = 3.0", ["line 6: ", "a power of two from 2^-24 to 2^24; 3.0 is not"]),
+        (
+            "rescale = 16384.0",
+            "strain = 2.0",
+            ["line 6: ", "An axis is one of bos, dtype,", "'strain' is none of them"],
+        ),
+        ("rescale = 16384.0", "rescale = 3.0", ["line 6: ", "a power of two from 2^-24 to 2^24; 3.0 is not"]),
         ('"float16"]', '"float61"]', ["line 5: ", "float32 or ", "'float61' is not"]),
         ('"1..4", 4', '"1..65"', ["line 4: ", "context of 64 tokens; the length 65 does not"]),
         ('"1..4", 4', '"all"', ["line 4: ", "context of 64 tokens"]),

@@ -100,7 +100,7 @@ def test_what_cannot_be_forecast_is_refused() -> None:
         forecast(run, "float4")
     with pytest.raises(MisuseError, match="nobody found out which those are"):
         forecast(Recording(HEADER, [made(0, "layers.0", 1.0, stored_dtype=None)]), "float16")
-    broken = run_case(build(random_checkpoint(SPECS[3]), dtype="float16", stress=2.0**15), TOKENS).recording
+    broken = run_case(build(random_checkpoint(SPECS[3]), dtype="float16", rescale=2.0**15), TOKENS).recording
     with pytest.raises(MisuseError, match="one broke in"):
         forecast(broken, "float16")
 
@@ -127,11 +127,11 @@ def test_a_cast_that_saturates_cuts_off() -> None:
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("stress", [1.0, 2.0**9])
+@pytest.mark.parametrize("rescale", [1.0, 2.0**9])
 @pytest.mark.parametrize("generation", [1, 2, 3])
-def test_counts_are_those_of_a_cast_of_every_modules_output(generation: int, stress: float, name: str) -> None:
+def test_counts_are_those_of_a_cast_of_every_modules_output(generation: int, rescale: float, name: str) -> None:
     """ml_dtypes and numpy cast without saturating; modules whose outputs a float16 run stores in float16."""
-    model = build(random_checkpoint(SPECS[generation]), stress=stress)
+    model = build(random_checkpoint(SPECS[generation]), rescale=rescale)
     outputs: list[np.ndarray[Any, Any]] = []
     handles = [
         module.register_forward_hook(lambda m, a, out: outputs.append(out.numpy().astype(np.float32)))
@@ -166,8 +166,8 @@ def test_float16_breaks_where_a_float32_run_says(generation: int) -> None:
     broken = 0
     for exponent in range(4, 18):
         opened = random_checkpoint(SPECS[generation])
-        found = forecast(run_case(build(opened, stress=2.0**exponent), TOKENS).recording, "float16")
-        actual = run_case(build(opened, dtype="float16", stress=2.0**exponent), TOKENS).recording.first_break()
+        found = forecast(run_case(build(opened, rescale=2.0**exponent), TOKENS).recording, "float16")
+        actual = run_case(build(opened, dtype="float16", rescale=2.0**exponent), TOKENS).recording.first_break()
         assert (None if found.first is None else found.first.site) == (None if actual is None else actual.site)
         broken += actual is not None
     assert 0 < broken < 14

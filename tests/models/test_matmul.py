@@ -225,7 +225,7 @@ def test_native_and_wider_products_break_at_the_same_place_and_agree_within_roun
         broke.append((first.site, first.broke.kind, first.broke.position, first.broke.channel))
         assert first.broke.value == pytest.approx(68_384, abs=64)
     assert broke[0] == broke[1] == ("layers.7", "overflow", 0, broke[0][3])
-    quarter = load("gemma3-270m", dtype="float16", stress=0.25)
+    quarter = load("gemma3-270m", dtype="float16", rescale=0.25)
     logits = []
     for kind in ("native", "float32-accumulate"):
         with torch.inference_mode(), matmul(kind):

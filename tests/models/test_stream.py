@@ -13,7 +13,7 @@ from written import write_gemma_pytorch, write_huggingface
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES
-from stabilitykit.models.gemma import KVCache, apply_stress, build, load
+from stabilitykit.models.gemma import KVCache, apply_rescale, build, load
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.models.stream import STREAMED
 from stabilitykit.recorder import record
@@ -36,10 +36,10 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 
 
 def stepped(
-    checkpoint: Checkpoint, stream: bool, dtype: str, *, kind: str = "native", stress: float = 1.0
+    checkpoint: Checkpoint, stream: bool, dtype: str, *, kind: str = "native", rescale: float = 1.0
 ) -> tuple[list[Tensor], list[Record]]:
     """Logits of a prompt and of two more steps with a cache, and the records of all three."""
-    model = build(checkpoint, dtype=dtype, stream=stream, stress=stress)
+    model = build(checkpoint, dtype=dtype, stream=stream, rescale=rescale)
     cache = KVCache(model.config, batch=1, length=8, dtype=model.dtype)
     with torch.inference_mode(), matmul(kind), record(model) as recording:
         logits = [model(torch.tensor([ids]), cache=cache) for ids in STEPS]
@@ -54,11 +54,11 @@ def test_logits_are_the_same_bits_and_records_the_same(stored: Checkpoint, dtype
     assert found == records
 
 
-def test_a_stressed_model_breaks_at_the_same_places(stored: Checkpoint) -> None:
+def test_a_rescaled_model_breaks_at_the_same_places(stored: Checkpoint) -> None:
     """Among them weights that overflow when they are cast: they are known by their names."""
-    for stress in (4.0, 2.0**14, 2.0**20):
-        _, records = stepped(stored, False, "float16", stress=stress)
-        _, found = stepped(stored, True, "float16", stress=stress)
+    for rescale in (4.0, 2.0**14, 2.0**20):
+        _, records = stepped(stored, False, "float16", rescale=rescale)
+        _, found = stepped(stored, True, "float16", rescale=rescale)
         assert found == records
     broke = next(record for record in found if record.broke is not None)
     assert broke.broke is not None
@@ -126,9 +126,9 @@ def test_what_does_not_fit_is_streamed_unless_forbidden(monkeypatch: pytest.Monk
         assert (built.streamed, STREAMED in built.notes) == (expected, expected)
 
 
-def test_stress_is_for_weights_that_are_there() -> None:
-    with pytest.raises(MisuseError, match="Pass stress= to build or load"):
-        apply_stress(build(random_checkpoint(SPECS[1]), stream=True), 2.0)
+def test_rescale_is_for_weights_that_are_there() -> None:
+    with pytest.raises(MisuseError, match="Pass rescale= to build or load"):
+        apply_rescale(build(random_checkpoint(SPECS[1]), stream=True), 2.0)
 
 
 # Six layers of 29 million weights, of which no matrix has more than 8 million: 352 MB in bfloat16.

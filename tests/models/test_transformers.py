@@ -196,7 +196,7 @@ def test_a_part_of_a_character_is_named_and_a_line_ends_in_no_table(tmp_path: Pa
 
 
 def test_the_kits_own_model_and_transformers_agree_on_a_folder(folder: Path, stabilitykit: Run) -> None:
-    common = ("--prompt", "Hello", "--stress", "1", "--json")
+    common = ("--prompt", "Hello", "--rescale", "1", "--json")
     ours = json.loads(stabilitykit("profile", str(folder), *common).out)
     theirs = json.loads(stabilitykit("profile", f"hf:{folder}", *common, "--attention", "eager").out)
     assert ours["tokens"] == theirs["tokens"][: len(ours["tokens"])]
@@ -355,7 +355,7 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
 
 def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:
     for arguments, message in (
-        ((f"hf:{folder}", "--stress", "2"), "--rounding and --stress are the kit's own model's"),
+        ((f"hf:{folder}", "--rescale", "2"), "--rounding and --rescale are the kit's own model's"),
         ((str(folder), "--attention", "sdpa"), "--attention and --adapter are for transformers' models"),
         (("hf:owner/nothing",), "hf download owner/nothing"),
     ):

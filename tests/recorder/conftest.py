@@ -18,10 +18,10 @@ SPECS = {
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., Gemma]:
-    """`small(generation, dtype="float32", stress=1.0)`: a fresh model that a test may damage."""
+    """`small(generation, dtype="float32", rescale=1.0)`: a fresh model that a test may damage."""
 
-    def make(generation: int, dtype: str = "float32", stress: float = 1.0) -> Gemma:
-        return build(random_checkpoint(SPECS[generation]), dtype=dtype, stress=stress)
+    def make(generation: int, dtype: str = "float32", rescale: float = 1.0) -> Gemma:
+        return build(random_checkpoint(SPECS[generation]), dtype=dtype, rescale=rescale)
 
     return make
 

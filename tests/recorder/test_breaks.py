@@ -195,7 +195,7 @@ def test_positions_are_absolute_and_rows_told_apart_when_a_later_step_breaks(sma
 
 @pytest.mark.parametrize("generation", [1, 2, 3])
 @pytest.mark.parametrize("gamma", [2.0**15, 2.0**17])
-def test_stress_breaks_any_model_on_demand(small: Small, tokens: torch.Tensor, generation: int, gamma: float) -> None:
+def test_rescale_breaks_any_model_on_demand(small: Small, tokens: torch.Tensor, generation: int, gamma: float) -> None:
     assert run(small(generation, "float16"), tokens).first_break() is None
     assert run(small(generation, "float16", gamma), tokens).first_break() is not None
     assert run(small(generation, "float32", gamma), tokens).first_break() is None

@@ -133,8 +133,8 @@ def test_a_run_of_other_tokens_has_no_deviation_where_shapes_differ(small: Small
 
 
 def test_a_run_that_breaks_is_compared_where_it_is_finite(small: Small, tokens: torch.Tensor) -> None:
-    """A stressed run's float32 reference is finite; of the broken one only what is left counts."""
-    reference, model = small(3, stress=2.0**15), small(3, "float16", 2.0**15)
+    """A rescaled run's float32 reference is finite; of the broken one only what is left counts."""
+    reference, model = small(3, rescale=2.0**15), small(3, "float16", 2.0**15)
     kept: dict[str, torch.Tensor] = {}
     with torch.inference_mode(), record(reference, keep=kept):
         reference(tokens)

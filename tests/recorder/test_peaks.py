@@ -27,7 +27,7 @@ ROWS, LENGTH, HEADS, WINDOW = 3, 11, 4, 4
 PADDED = (0, 3, 7)
 """Pad tokens on the left of each row."""
 BREAKS_FLOAT16 = 2.0**15
-"""A stress at which each of the small models breaks in float16."""
+"""A rescale at which each of the small models breaks in float16."""
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,20 +120,20 @@ def near(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("stress", [1.0, BREAKS_FLOAT16])
+@pytest.mark.parametrize("rescale", [1.0, BREAKS_FLOAT16])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_a_recording_that_came_late_is_that_which_came_at_once(
-    small: Small, request: pytest.FixtureRequest, generation: int, dtype: str, stress: float
+    small: Small, request: pytest.FixtureRequest, generation: int, dtype: str, rescale: float
 ) -> None:
-    model = small(generation, dtype, stress)
+    model = small(generation, dtype, rescale)
     at_once = run(model)
     request.getfixturevalue("device")
     late = run(model)
     assert len(late) == len(at_once) > 300
     for found, expected in zip(late, at_once, strict=True):
         compare(found, expected)
-    assert (late.first_break() is not None) == (dtype == "float16" and stress == BREAKS_FLOAT16)
+    assert (late.first_break() is not None) == (dtype == "float16" and rescale == BREAKS_FLOAT16)
 
 
 @pytest.mark.parametrize("generation", [1, 2, 3])

@@ -53,9 +53,9 @@ def test_scores_are_those_of_float64() -> None:
 
 
 def test_the_best_comes_first_and_what_is_not_finite_last() -> None:
-    stress = breaking(3)
-    rescale = rescaling(1 / stress)
-    scores = rank(small(3, stress), [PLAIN, *REMEDIES, rescale], windows())
+    rescale = breaking(3)
+    rescale = rescaling(1 / rescale)
+    scores = rank(small(3, rescale), [PLAIN, *REMEDIES, rescale], windows())
     assert [score.finite for score in scores] == sorted((score.finite for score in scores), reverse=True)
     (plain,) = [score for score in scores if score.name == "float16"]
     assert (plain.finite, plain.headroom) == (False, None)

@@ -118,7 +118,7 @@ def test_the_residual_stream_is_float32_and_nothing_else() -> None:
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_each_island_is_necessary_and_all_are_enough(generation: int, times: int) -> None:
-    """Sums of the residual stream at first; with more stress what is added to them too."""
+    """Sums of the residual stream at first; with more rescale what is added to them too."""
     broken = small(generation, times * breaking(generation))
     found, plain = islands(broken), dry(broken)
     model = build(broken, dtype="float16")

@@ -7,7 +7,7 @@ import torch
 
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.gemma.stress import apply_stress
+from stabilitykit.models.gemma.rescale import apply_rescale
 from stabilitykit.models.matmul import matmul
 from stabilitykit.recorder import record
 from stabilitykit.run.every_length import every_length
@@ -29,12 +29,12 @@ CONFIG = GemmaConfig(
 )
 
 
-def model_and_tokens(seed: int, stress: float) -> tuple[Gemma, list[int]]:
+def model_and_tokens(seed: int, rescale: float) -> tuple[Gemma, list[int]]:
     """One token's embedding is far larger than any other's, and first comes late in the text."""
     torch.manual_seed(seed)
     model = Gemma(CONFIG).eval().requires_grad_(False)
     model.embed_tokens.weight[7] *= 64
-    apply_stress(model, stress)
+    apply_rescale(model, rescale)
     tokens = [int(token) for token in torch.randint(8, 64, (LENGTH,))]
     tokens[13] = 7
     return model.half(), tokens
@@ -47,10 +47,10 @@ def first_site(model: Gemma, tokens: list[int]) -> str | None:
     return None if first is None else first.site
 
 
-@pytest.mark.parametrize("stress", [1.0, 512.0, 2048.0, 8192.0, 32768.0])
+@pytest.mark.parametrize("rescale", [1.0, 512.0, 2048.0, 8192.0, 32768.0])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_length_breaks_where_a_direct_run_does(seed: int, stress: float) -> None:
-    model, tokens = model_and_tokens(seed, stress)
+def test_every_length_breaks_where_a_direct_run_does(seed: int, rescale: float) -> None:
+    model, tokens = model_and_tokens(seed, rescale)
     found = every_length(model, tokens)
     for length in range(1, LENGTH + 1):
         assert found.span(length).site == first_site(model, tokens[:length]), length
@@ -61,8 +61,8 @@ def test_every_length_breaks_where_a_direct_run_does(seed: int, stress: float) -
 
 def test_a_text_that_breaks_late_breaks_at_the_length_that_bisection_finds() -> None:
     late = set()
-    for stress in (1024.0, 2048.0, 4096.0, 8192.0):
-        model, tokens = model_and_tokens(0, stress)
+    for rescale in (1024.0, 2048.0, 4096.0, 8192.0):
+        model, tokens = model_and_tokens(0, rescale)
         found = every_length(model, tokens).first_broken
         if found is not None:
             low, high = 0, LENGTH

@@ -50,7 +50,7 @@ def test_an_override_replaces_an_axis_in_every_grid(tmp_path: Path) -> None:
         ("bos = false", "bos = 0", "line 8: bos is true or false; 0"),
         ('"1..64"', '"2..64"', "line 5: length is a number of tokens"),
         ('"1..64"', "0", "line 5: length is"),
-        ("bos = false", "stress = 3.0", "line 8: stress is a power of two"),
+        ("bos = false", "rescale = 3.0", "line 8: rescale is a power of two"),
         ("bos = false", "bos = []", "line 8: An axis has at least one value"),
         ('checkpoint = "gemma3-270m"', "", "names its checkpoint"),
     ],

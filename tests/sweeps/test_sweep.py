@@ -35,7 +35,7 @@ EXPERIMENT = f"""checkpoint = "{TINY}"
 [[grid]]
 length = 4
 dtype = ["float32", "float16"]
-stress = 16384.0
+rescale = 16384.0
 [[grid]]
 prompt = ["prose", "digits"]
 length = 4
@@ -44,7 +44,7 @@ dtype = ["float16", "bfloat16"]
 [[grid]]
 length = "1..4"
 dtype = ["float16", "bfloat16"]
-stress = 16384.0
+rescale = 16384.0
 [[footprint]]
 length = [8, 16, 24, 32]
 """

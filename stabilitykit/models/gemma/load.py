@@ -16,7 +16,7 @@ from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.errors import CheckpointError
 from stabilitykit.models.devices import parse_device, parse_dtype
 from stabilitykit.models.gemma.model import Gemma, RoundingName
-from stabilitykit.models.gemma.stress import check_gamma, stress_norms, weight_factor
+from stabilitykit.models.gemma.rescale import check_gamma, rescale_norms, weight_factor
 from stabilitykit.models.memory import fits
 from stabilitykit.models.stream import STREAMED, StoredWeight, cast
 from stabilitykit.models.stream import stream as stream_weights
@@ -28,13 +28,13 @@ def build(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     rounding: RoundingName = "transformers",
-    stress: float = 1.0,
+    rescale: float = 1.0,
     stream: bool | None = None,
     progress: Progress | None = None,
 ) -> Gemma:
     """The checkpoint's model in `dtype` on `device`, for inference: eval mode, no parameter needs a gradient.
 
-    Weights are scaled by the stress γ in float32, then rounded to `dtype` (nearest even; magnitudes
+    Weights are scaled by the rescale γ in float32, then rounded to `dtype` (nearest even; magnitudes
     past its range become infinite), then moved, one at a time: the peak is the model and one tensor. Tensors that
     need none of it are used as they are, memory-mapped where the checkpoint's are: replace parameters, never write.
 
@@ -47,7 +47,7 @@ def build(
     """
     target = parse_dtype(dtype)
     place = parse_device(device)
-    check_gamma(stress)
+    check_gamma(rescale)
     shapes = parameter_shapes(checkpoint.config)
     _check_names(checkpoint, shapes)
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def build(
             misshapen.append(f"{name} is {list(tensor.shape)} and not {list(shape)}")
             continue
         path, _, leaf = name.rpartition(".")
-        factor = weight_factor(checkpoint.config, name, stress)
+        factor = weight_factor(checkpoint.config, name, rescale)
         if stream and len(shape) > 1:
             read = partial(checkpoint.tensors.__getitem__, name)
             streamed[name] = StoredWeight(read=read, factor=factor, dtype=target, device=place)
@@ -80,7 +80,7 @@ def build(
     model.lm_head.weight = model.embed_tokens.weight
     if stream:
         stream_weights(model, streamed)
-    stress_norms(model, stress)
+    rescale_norms(model, rescale)
     model.source, model.sha256, model.notes = checkpoint.source, checkpoint.sha256, checkpoint.notes
     if stream:
         model.streamed, model.notes = True, (*model.notes, STREAMED)
@@ -94,7 +94,7 @@ def load(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     rounding: RoundingName = "transformers",
-    stress: float = 1.0,
+    rescale: float = 1.0,
     stream: bool | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -105,7 +105,7 @@ def load(
     """
     checkpoint = open_checkpoint(source, cache=cache, progress=progress)
     return build(
-        checkpoint, dtype=dtype, device=device, rounding=rounding, stress=stress, stream=stream, progress=progress
+        checkpoint, dtype=dtype, device=device, rounding=rounding, rescale=rescale, stream=stream, progress=progress
     )
 
 

@@ -67,7 +67,7 @@ class Gemma(nn.Module):
     Bit for bit transformers' eager model in float32, bfloat16 and float16, or with `rounding="gemma_pytorch"`
     that one's arithmetic. In float64 what the references compute in float32 is computed in float64; the RoPE
     tables are float32's own numbers, so that it is the same function, computed more precisely.
-    `stress` is the γ applied by `stabilitykit.models.gemma.stress`; `streamed` says that matrices are in memory only
+    `rescale` is the γ applied by `stabilitykit.models.gemma.rescale`; `streamed` says that matrices are in memory only
     while they are in use, as `stabilitykit.models.stream` arranges. `source`, `sha256` and `notes` are the
     checkpoint's. Non-finite values are passed on as the operators pass them.
     """
@@ -78,7 +78,7 @@ class Gemma(nn.Module):
             raise MisuseError(f"A rounding is one of {', '.join(ROUNDINGS)}; {rounding!r} is none of them.")
         self.config = config
         self.rounding = rounding
-        self.stress = 1.0
+        self.rescale = 1.0
         self.streamed = False
         self.source = ""
         self.sha256 = ""

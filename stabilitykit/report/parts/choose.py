@@ -16,7 +16,7 @@ RULE = (
     "length that finished in the most dtypes, the longest of several."
 )
 
-_OTHERS = ("stress", "level", "seed", "rounding")
+_OTHERS = ("rescale", "level", "seed", "rounding")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,10 +44,10 @@ def test_weights_are_cast(checkpoint: Checkpoint, name: str) -> None:
 
 
 def test_facts_of_the_checkpoint(checkpoint: Checkpoint) -> None:
-    model = build(checkpoint, rounding="gemma_pytorch", stress=0.5)
+    model = build(checkpoint, rounding="gemma_pytorch", rescale=0.5)
     assert model.config is checkpoint.config
     assert (model.source, model.sha256, model.notes) == (checkpoint.source, checkpoint.sha256, ("dequantised",))
-    assert (model.rounding, model.stress, model.dtype, model.device.type) == (
+    assert (model.rounding, model.rescale, model.dtype, model.device.type) == (
         "gemma_pytorch", 0.5, torch.float32, "cpu",
     )  # fmt: skip
 
@@ -57,9 +57,9 @@ def test_tensors_are_shared_when_nothing_changes_them(checkpoint: Checkpoint) ->
     assert all(weight.data_ptr() == checkpoint.tensors[key].data_ptr() for key, weight in model.named_parameters())
 
 
-def test_float16_checkpoints_are_stressed_in_float32(checkpoint: Checkpoint) -> None:
+def test_float16_checkpoints_are_rescaled_in_float32(checkpoint: Checkpoint) -> None:
     halves = replace(checkpoint, tensors={name: tensor.half() for name, tensor in checkpoint.tensors.items()})
-    model = build(halves, stress=2.0**24)
+    model = build(halves, rescale=2.0**24)
     assert torch.equal(model.embed_tokens.weight, halves.tensors["embed_tokens.weight"].float() * 2.0**24)
 
 

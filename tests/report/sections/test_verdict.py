@@ -161,11 +161,11 @@ def test_what_the_sweep_varies_tells_texts_apart(tmp_path: Path) -> None:
     text = paragraph(
         made(
             tmp_path,
-            (lengths_case(stress=1.0), clean_map()),
-            (lengths_case(stress=8.0), broken_map()),
+            (lengths_case(rescale=1.0), clean_map()),
+            (lengths_case(rescale=8.0), broken_map()),
         )
     )
-    assert "1 of 2 texts breaks (`prose, stress 8.0`) from 29 tokens on" in text
+    assert "1 of 2 texts breaks (`prose, rescale 8.0`) from 29 tokens on" in text
 
 
 def test_what_failed_or_is_missing_is_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stress changes magnitudes and nothing else."""
+"""Rescale changes magnitudes and nothing else."""
 
 import math
 
@@ -11,7 +11,7 @@ from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.load import build
 from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm, RoundingName
-from stabilitykit.models.gemma.stress import apply_stress
+from stabilitykit.models.gemma.rescale import apply_rescale
 
 SIZES = "hidden_size=64&feed_forward=96&heads=4&head_dim=16&vocabulary=400&query_scalar=16"
 SOURCES = {
@@ -42,18 +42,18 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_float32_logits_are_bitwise_equal(checkpoint: Checkpoint, gamma: float, rounding: RoundingName) -> None:
-    stressed = build(checkpoint, stress=gamma, rounding=rounding)
-    assert stressed.stress == gamma
-    assert torch.equal(stressed(TOKENS), build(checkpoint, rounding=rounding)(TOKENS))
+    rescaled = build(checkpoint, rescale=gamma, rounding=rounding)
+    assert rescaled.rescale == gamma
+    assert torch.equal(rescaled(TOKENS), build(checkpoint, rounding=rounding)(TOKENS))
 
 
 @pytest.mark.parametrize("gamma", [0.125, 64.0])
 def test_the_residual_stream_is_scaled(checkpoint: Checkpoint, gamma: float) -> None:
     """Everything that a norm reads is γ times what it was; q·kᵀ, gate · up and logits are not."""
-    calm, stressed = inputs_of_norms(build(checkpoint)), inputs_of_norms(build(checkpoint, stress=gamma))
+    calm, rescaled = inputs_of_norms(build(checkpoint)), inputs_of_norms(build(checkpoint, rescale=gamma))
     assert len(calm) == {1: 7, 2: 17, 3: 25}[checkpoint.config.generation]
     for name, value in calm.items():
-        assert torch.equal(stressed[name], value * gamma), name
+        assert torch.equal(rescaled[name], value * gamma), name
 
 
 def inputs_of_norms(model: Gemma) -> dict[str, Tensor]:
@@ -68,10 +68,10 @@ def inputs_of_norms(model: Gemma) -> dict[str, Tensor]:
 def test_applied_later_equals_applied_at_build(checkpoint: Checkpoint) -> None:
     model = build(checkpoint)
     before = {name: weight.clone() for name, weight in checkpoint.tensors.items()}
-    apply_stress(model, 16.0)
-    apply_stress(model, 0.25)
-    expected = build(checkpoint, stress=4.0)
-    assert model.stress == 4.0
+    apply_rescale(model, 16.0)
+    apply_rescale(model, 0.25)
+    expected = build(checkpoint, rescale=4.0)
+    assert model.rescale == 4.0
     for (name, ours), (_, theirs) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     norms = [[(m.scale, m.eps) for m in each.modules() if isinstance(m, RMSNorm)] for each in (model, expected)]
@@ -82,7 +82,7 @@ def test_applied_later_equals_applied_at_build(checkpoint: Checkpoint) -> None:
 
 def test_eps_must_follow(checkpoint: Checkpoint) -> None:
     """What the test of bitwise equality would miss if it could not fail."""
-    model = build(checkpoint, stress=0.125)
+    model = build(checkpoint, rescale=0.125)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.eps = 1e-6
@@ -91,14 +91,14 @@ def test_eps_must_follow(checkpoint: Checkpoint) -> None:
 
 def test_float16_breaks_on_demand_and_bfloat16_does_not(checkpoint: Checkpoint) -> None:
     assert build(checkpoint, dtype="float16")(TOKENS).isfinite().all()
-    assert not build(checkpoint, dtype="float16", stress=2.0**14)(TOKENS).isfinite().all()
-    calm, stressed = (build(checkpoint, dtype="bfloat16", stress=gamma)(TOKENS) for gamma in (1.0, 2.0**14))
-    assert torch.equal(calm, stressed)
+    assert not build(checkpoint, dtype="float16", rescale=2.0**14)(TOKENS).isfinite().all()
+    calm, rescaled = (build(checkpoint, dtype="bfloat16", rescale=gamma)(TOKENS) for gamma in (1.0, 2.0**14))
+    assert torch.equal(calm, rescaled)
 
 
 def test_weights_are_scaled_before_they_are_cast(checkpoint: Checkpoint) -> None:
     """float16 subnormals round once, as in an exported checkpoint."""
-    model = build(checkpoint, dtype="float16", stress=2.0**-10)
+    model = build(checkpoint, dtype="float16", rescale=2.0**-10)
     expected = (checkpoint.tensors["embed_tokens.weight"] * 2.0**-10).half()
     assert torch.equal(model.embed_tokens.weight, expected)
     cast_first = checkpoint.tensors["embed_tokens.weight"].half() * 2.0**-10
@@ -108,19 +108,19 @@ def test_weights_are_scaled_before_they_are_cast(checkpoint: Checkpoint) -> None
 @pytest.mark.parametrize("gamma", [0.1875, 3, 0, -2, 2.0**25, 2.0**-25, math.inf, math.nan])
 def test_other_factors_are_refused(checkpoint: Checkpoint, gamma: float) -> None:
     with pytest.raises(MisuseError, match=r"power of two from 2\^-24 to 2\^24.* is not"):
-        build(checkpoint, stress=gamma)
+        build(checkpoint, rescale=gamma)
     with pytest.raises(MisuseError, match=r"power of two from 2\^-24 to 2\^24.* is not"):
-        apply_stress(build(checkpoint), gamma)
+        apply_rescale(build(checkpoint), gamma)
 
 
 def test_16_bit_models_are_refused(checkpoint: Checkpoint) -> None:
-    with pytest.raises(MisuseError, match=r"already torch.float16. Pass stress= to build or load"):
-        apply_stress(build(checkpoint, dtype="float16"), 2.0)
+    with pytest.raises(MisuseError, match=r"already torch.float16. Pass rescale= to build or load"):
+        apply_rescale(build(checkpoint, dtype="float16"), 2.0)
 
 
 @pytest.mark.parametrize("gamma", [0.125, 0.25, 2.0, 64.0])
 def test_270m_logits_are_bitwise_equal(checkpoint_270m: Checkpoint, logits_270m: Tensor, gamma: float) -> None:
-    assert torch.equal(build(checkpoint_270m, stress=gamma)(TOKENS[:1]), logits_270m)
+    assert torch.equal(build(checkpoint_270m, rescale=gamma)(TOKENS[:1]), logits_270m)
 
 
 @pytest.fixture(scope="module")

@@ -28,29 +28,29 @@ from stabilitykit.models.gemma.model import Gemma, RMSNorm
 LARGEST_EXPONENT = 24
 
 
-def apply_stress(model: Gemma, gamma: float) -> None:
+def apply_rescale(model: Gemma, gamma: float) -> None:
     """Scale a float32 (or float64) model by `gamma`, a power of two, in place; twice multiplies.
 
     Scaled parameters are replaced, never written to: they may be memory-mapped. Raises MisuseError for any other
     γ, for a 16-bit model, whose weights are already rounded, and for a streamed one, whose weights are not there:
-    `build(..., stress=gamma)` scales before it casts, and as it reads.
+    `build(..., rescale=gamma)` scales before it casts, and as it reads.
     """
     check_gamma(gamma)
-    check_gamma(model.stress * gamma)
+    check_gamma(model.rescale * gamma)
     if torch.finfo(model.dtype).bits < 32:
         raise MisuseError(
-            f"Stress is applied to the float32 weights, before they are cast; this model is already {model.dtype}. "
-            "Pass stress= to build or load."
+            f"A rescale is applied to the float32 weights, before they are cast; this model is already {model.dtype}. "
+            "Pass rescale= to build or load."
         )
     if model.streamed:
         raise MisuseError(
-            "Stress is applied to weights that are in memory; this model's are read when they are needed. Pass stress= "
-            "to build or load."
+            "A rescale is applied to weights that are in memory; this model's are read when they are needed. Pass "
+            "rescale= to build or load."
         )
     for name, weight in model.named_parameters():
         if weight_factor(model.config, name, gamma) != 1.0:
             weight.data = weight.data * gamma
-    stress_norms(model, gamma)
+    rescale_norms(model, gamma)
 
 
 def check_gamma(gamma: float) -> None:
@@ -58,7 +58,7 @@ def check_gamma(gamma: float) -> None:
     significand, exponent = math.frexp(gamma)
     if significand != 0.5 or abs(exponent - 1) > LARGEST_EXPONENT:
         raise MisuseError(
-            f"A stress factor is a power of two from 2^-{LARGEST_EXPONENT} to 2^{LARGEST_EXPONENT}, so that scaling by "
+            f"A rescale γ is a power of two from 2^-{LARGEST_EXPONENT} to 2^{LARGEST_EXPONENT}, so that scaling by "
             f"it rounds nothing; {gamma} is not. Try 0.125, 4 or 16384."
         )
 
@@ -71,8 +71,8 @@ def weight_factor(config: GemmaConfig, name: str, gamma: float) -> float:
     return gamma if name.removesuffix(".weight").rpartition(".")[2] in scaled else 1.0
 
 
-def stress_norms(model: Gemma, gamma: float) -> None:
-    """The norms' half of the stress: gains by `RMSNorm.scale`, which is exact for any `w`, and every eps."""
+def rescale_norms(model: Gemma, gamma: float) -> None:
+    """The norms' half of the rescale: gains by `RMSNorm.scale`, which is exact for any `w`, and every eps."""
     for name, norm in model.named_modules():
         if isinstance(norm, RMSNorm):
             norm.eps *= gamma**2
@@ -80,4 +80,4 @@ def stress_norms(model: Gemma, gamma: float) -> None:
                 norm.scale /= gamma
             elif model.config.post_norms and name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
                 norm.scale *= gamma
-    model.stress *= gamma
+    model.rescale *= gamma
