@@ -15,9 +15,16 @@ def report(
     against: Annotated[
         Path | None, typer.Option(help="The folder of another sweep: say what changed from it to this one.")
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Number format to judge values by, such as bfloat16; the experiment's if not given.",
+        ),
+    ] = None,
 ) -> None:
     """Write FOLDER's report.html, report.md, figures and tables anew, and print the verdict."""
-    write(folder, against=against, quiet=False)
+    write(folder, against=against, form=form, quiet=False)
 
 
 def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
@@ -39,30 +46,34 @@ def findings(folder: Path, checkpoint: "Checkpoint", *, title: str, section: str
     return Results.create(folder, plan)
 
 
-def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
+def write(folder: Path, *, against: Path | None, quiet: bool, form: str | None = None) -> None:
     """Draws the report of the sweep in `folder`; unless `quiet`, prints the verdict and where the page is."""
     import gc
+    from dataclasses import replace
 
     from stabilitykit.cli import screen
+    from stabilitykit.formats import number_format
     from stabilitykit.records.sweep import Results
     from stabilitykit.report.compare import compare
-    from stabilitykit.report.sections import SECTIONS, shown
+    from stabilitykit.report.sections import section, shown
     from stabilitykit.report.terminal import print_section
     from stabilitykit.report.write import write_report
 
     results = Results.open(folder)
+    if form is not None:
+        results.plan = replace(results.plan, format=number_format(form).name)
     names = shown(results)
     with screen.progress_bar() as progress:
         sections = []
         for done, name in enumerate(names):
             progress("reading records", done, len(names))
-            sections.append(SECTIONS[name](results))
+            sections.append(section(results, name))
         if against is not None:
             sections.insert(1, compare(results, Results.open(against)))
         gc.freeze()  # the records, which are many and stay: looking for some to free takes as long as reading them
         page = write_report(results.plan.title, sections, folder, progress=progress)
     if quiet:
         return
-    for section in sections[: 1 if against is None else 2]:
-        print_section(section, screen.output)
+    for shown_first in sections[: 1 if against is None else 2]:
+        print_section(shown_first, screen.output)
     screen.print_note(f"Report: {page}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records.bounds import Bounds
 from stabilitykit.records.document import from_document, read_document, write_document
 from stabilitykit.records.lengths import LengthMap
@@ -160,7 +161,12 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(CheckpointProvenance):
-    """An experiment with every case spelled out; `source` is its TOML file's text, `config` the model's sizes."""
+    """An experiment with every case spelled out; `source` is its TOML file's text, `config` the model's sizes.
+
+    `sections` are those of its report. `own_sections` are those of them that are Python files of the experiment's own,
+    by path (relative to where the sweep was started, if the experiment was), with their SHA-256. `format` is the number
+    format that the report judges values by.
+    """
 
     name: str
     title: str
@@ -168,6 +174,8 @@ class Plan(CheckpointProvenance):
     config: dict[str, Any]
     cases: tuple[Case, ...]
     sections: tuple[str, ...]
+    own_sections: dict[str, str] = field(default_factory=dict)
+    format: str = "float16"
     schema: int = 1
 
     def differences(self, other: "Plan") -> list[str]:
@@ -228,6 +236,11 @@ class Results:
             )
         write_document(folder / "experiment.json", plan)
         return cls(folder, plan)
+
+    @property
+    def form(self) -> NumberFormat:
+        """The number format that the report judges values by."""
+        return number_format(self.plan.format)
 
     def path(self, case: Case) -> Path:
         """Where the case's result is, or will be."""

@@ -20,9 +20,9 @@ def test_without_any_it_says_how_to_compute_them(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_each_kind_and_each_tensor(tmp_path: Path) -> None:
-    results = sweep(tmp_path / "reports", [], sections=("claims",))
+    results = sweep(tmp_path / "reports", [], sections=("memory",))
     results.write_finding(bounds())
-    assert shown(results) == ["claims", "bounds"]
+    assert shown(results) == ["memory", "bounds"]
     found = section_of.section(results)
     tables = {block.name: block for block in found.blocks if isinstance(block, Table)}
     rows = {row[0]: list(row) for row in tables["bounds-by-kind"].rows}
