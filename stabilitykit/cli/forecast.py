@@ -55,6 +55,10 @@ def forecast(
     attention: Annotated[
         AttentionChoice | None, typer.Option(help="Of hf: models; transformers' choice if not given.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that an hf: folder brings. Never run without this."),
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read each weight when it is needed, as is done where not all of them fit.")
     ] = False,
@@ -89,6 +93,7 @@ def forecast(
             rounding=rounding,
             rescale=rescale,
             attention=attention,
+            trust_remote_code=trust_remote_code,
             stream=stream,
             progress=progress,
         )

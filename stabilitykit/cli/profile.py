@@ -76,6 +76,10 @@ def profile(
             "terms. On a CPU float32-accumulate if not given, native elsewhere."
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code that an hf: folder brings. Never run without this."),
+    ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read each weight when it is needed, as is done where not all of them fit.")
     ] = False,
@@ -124,6 +128,7 @@ def profile(
             rounding=rounding,
             rescale=rescale,
             attention=attention,
+            trust_remote_code=trust_remote_code,
             adapter=adapter,
             stream=stream,
             matmul=matmul,

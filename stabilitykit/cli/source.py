@@ -73,6 +73,7 @@ def open_source(
     rescale: float = 1.0,
     attention: AttentionChoice | None = None,
     adapter: Path | None = None,
+    trust_remote_code: bool = False,
     stream: bool = False,
     matmul: str | None = None,
     more_tokens: int = 0,
@@ -86,10 +87,12 @@ def open_source(
     if checkpoint.startswith(HF):
         if rounding is not RoundingChoice.transformers or rescale != 1:
             raise MisuseError("--rounding and --rescale are the kit's own model's; leave them out with hf:.")
-        return _huggingface(checkpoint.removeprefix(HF), prompt, device, attention, adapter, stream or None)
-    if attention is not None or adapter is not None:
+        name = checkpoint.removeprefix(HF)
+        return _huggingface(name, prompt, device, attention, adapter, trust_remote_code, stream or None)
+    if attention is not None or adapter is not None or trust_remote_code:
         raise MisuseError(
-            "--attention and --adapter are for transformers' models: write hf: before the folder or the name."
+            "--attention, --adapter and --trust-remote-code are for transformers' models: write hf: before the folder "
+            "or the name."
         )
 
     from stabilitykit.models.devices import parse_device
@@ -163,12 +166,13 @@ def _huggingface(
     device: str,
     attention: AttentionChoice | None,
     adapter: Path | None,
+    trust_remote_code: bool,
     stream: bool | None,
 ) -> Source:
     """transformers' model of a folder."""
     from stabilitykit.models import transformers as hf
 
-    tokenizer = hf.open_tokenizer(name)
+    tokenizer = hf.open_tokenizer(name, trust_remote_code=trust_remote_code)
     if prompt.chat:
         tokens = tokenizer.chat(prompt.text, system=prompt.system, bos=prompt.bos, special_tokens=prompt.special_tokens)
     else:
@@ -182,6 +186,7 @@ def _huggingface(
             attention=None if attention is None else attention.value,
             adapter=adapter,
             stream=stream,
+            trust_remote_code=trust_remote_code,
             progress=announce,
         )
 

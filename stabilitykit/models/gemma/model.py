@@ -345,6 +345,8 @@ class RMSNorm(nn.Module):
 class Embedding(nn.Module):
     """Rows of the vocabulary times sqrt(hidden), itself rounded to the dtype first (55.4256 is 55.5 in bfloat16)."""
 
+    looks_up_rows = True  # of its weight: no others have to be read where it is streamed
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocabulary, config.hidden_size))
