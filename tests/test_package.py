@@ -192,12 +192,3 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
         check=True,
     )
     assert "float16-overflow" in shown.stdout
-
-
-def test_every_command_is_in_the_readme() -> None:
-    from stabilitykit.cli import app
-
-    readme = (ROOT / "README.md").read_text()
-    for command in app.registered_commands:
-        assert command.callback is not None
-        assert f"stabilitykit {command.callback.__name__}" in readme
