@@ -8,13 +8,13 @@ state are not touched.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from stabilitykit.formats import number_format
+from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.report.blocks import Hover
 from stabilitykit.words import number
 
@@ -42,14 +42,17 @@ BACKING: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8
 
 HEADROOM = "cividis"  # little headroom is dark, much is light; made for colour-blind eyes (Nuñez et al., 2018)
 
-_DTYPES: dict[str, tuple[str, Any, str]] = {
-    "float32": (INK, "-", "o"),
-    "float16": (VERMILLION, "--", "s"),
-    "bfloat16": (BLUE, "-.", "^"),
-    "float8_e4m3fn": (GREEN, ":", "D"),
-    "float8_e5m2": (SKY, (0, (5, 1, 1, 1, 1, 1)), "v"),
-    "float64": (PURPLE, (0, (7, 2)), "P"),
-}
+# One for each format, in the registry's order; each differs from the others in all three.
+_LOOKS: tuple[tuple[str, Any, str], ...] = (
+    (PURPLE, (0, (7, 2)), "P"),  # float64
+    (INK, "-", "o"),
+    (BLUE, "-.", "^"),
+    (VERMILLION, "--", "s"),
+    (SKY, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    (GREEN, ":", "D"),  # float8_e4m3fn
+    (ORANGE, (0, (3, 1, 1, 1)), "X"),
+)
+_DTYPES = dict(zip(FORMATS, cycle(_LOOKS), strict=False))
 
 # The first four can be told apart by colour alone by everyone; past them line and marker help.
 _SERIES: tuple[tuple[str, Any, str], ...] = (

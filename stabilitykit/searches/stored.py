@@ -8,7 +8,7 @@ import torch
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder import record
-from stabilitykit.recorder.sites import by_operator
+from stabilitykit.recorder.names import by_operator
 from stabilitykit.records import Record
 from stabilitykit.run.dry_run import find_stored_dtypes
 

@@ -341,15 +341,17 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
     assert local_folder("owner/tiny") == snapshot
     assert local_folder(str(folder)) == folder
     with pytest.raises(
-        MisuseError, match=r"owner/other is no folder .* nothing is fetched .*: hf download owner/other"
+        MisuseError, match=r"owner/other is not a folder .* nothing is downloaded .*: hf download owner/other"
     ):
         local_folder("owner/other")
     for name in ("", "other", "./a/b", "a/b/c", "/nowhere/at"):
-        with pytest.raises(MisuseError, match=r"A model is a folder, or a name on the hub"):
+        with pytest.raises(MisuseError, match=r"is neither a folder nor a Hub name"):
             local_folder(name)
-    with pytest.raises(MisuseError, match=r"cannot be one"):
+    with pytest.raises(MisuseError, match=r"is not a valid Hub name"):
         local_folder("owner/..bad--name")
-    with pytest.raises(MisuseError, match=r"runs a folder, and .*model\.safetensors is a file: leave hf: out"):
+    with pytest.raises(
+        MisuseError, match=r"expects a folder or OWNER/NAME, and .*model\.safetensors is a file\. Without hf:"
+    ):
         local_folder(str(folder / "model.safetensors"))
 
 
@@ -471,7 +473,7 @@ def test_any_family_of_a_folder_is_profiled(tmp_path: Path, stabilitykit: Run) -
     assert found["finite"]
     refused = stabilitykit("profile", str(tmp_path / "qwen"), "--prompt", "Hi")
     assert refused.code == 2
-    assert "with hf: before the folder" in " ".join(refused.err.split())
+    assert f"Run it with transformers instead: hf:{tmp_path / 'qwen'}" in " ".join(refused.err.split())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -61,7 +61,7 @@ def test_every_format_has_a_line_of_its_own(name: str) -> None:
 
 def test_a_dtype_is_known_by_torchs_name_and_no_other() -> None:
     assert dtype_style("torch.float16") == dtype_style("float16")
-    with pytest.raises(MisuseError, match="A number format is one of"):
+    with pytest.raises(MisuseError, match="Unknown number format 'int8'; choose one of: "):
         dtype_style("int8")
 
 
