@@ -43,7 +43,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert (out / "1.txt").read_text() == "FP"
     found = read_document(out / "search.json", Search, "search")
     assert found.finds[0].tokens == (FIRST, SECOND)
-    assert found.command.startswith(f"stabilitykit search {pair} --no-bos --beam 8 --length 3 --out ")
+    assert found.command == (f"stabilitykit search {pair} --no-bos --length 3 --out {out}")
     prompt = ("--prompt", f"@{out / '1.txt'}")
     profile = stabilitykit("profile", str(pair), *prompt, "--no-bos", "--dtype", "float16", "--json")
     document = json.loads(profile.out)
