@@ -70,7 +70,10 @@ def test_misuse_is_one_sentence(stabilitykit: Run, tmp_path: Path) -> None:
     for arguments, said in (
         (("--prompt", "hi", "--format", "float4"), "Unknown number format 'float4'; choose one of: "),
         (("--prompt", ""), "The prompt is empty"),
-        (("--prompt", "hi", "--attention", "eager"), "attention, adapter and trust_remote_code apply to transformers' models only"),
+        (
+            ("--prompt", "hi", "--attention", "eager"),
+            "attention, adapter and trust_remote_code apply to transformers' models only",
+        ),
         (("--prompt", "hi", "--device", "tpu"), "The device 'tpu' cannot be used here"),
     ):
         result = stabilitykit("forecast", RANDOM, *arguments)
