@@ -162,14 +162,14 @@ def test_ids_that_have_no_row_in_the_embedding(folder: Path, tmp_path: Path) -> 
     tokenizer["model"]["vocab"]["H"] = 512
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     model = hf.open_model(str(other))
-    with pytest.raises(CheckpointError, match=r"rows of the embedding; it gave 512 and there are 512 rows"):
+    with pytest.raises(CheckpointError, match=r"gave the id 512, but the embedding has 512 rows"):
         run_case(model, model.tokenizer.encode("Hi"))
 
 
 def test_settings_that_transformers_does_not_sample_with(folder: Path) -> None:
     model = hf.open_model(str(folder))
     for top_p, top_k in ((0.0, 64), (1.5, 64), (-1.0, 64), (float("nan"), 64), (0.95, -1)):
-        with pytest.raises(MisuseError, match=rf"a top_k of at least 0, .*; {top_p} and {top_k} were given"):
+        with pytest.raises(MisuseError, match=rf"a top_k of at least 0 .*; got {top_p} and {top_k}\."):
             run_case(model, [2, 70], sampling=Sampling(top_p=top_p, top_k=top_k))
     for sampling in (Sampling(top_p=1.0, top_k=0), Sampling(temperature=None, top_p=-1.0, top_k=-1)):
         assert run_case(model, [2, 70], sampling=sampling).error is None
@@ -179,7 +179,7 @@ def test_a_folder_without_a_tokenizer_is_told_so(folder: Path, tmp_path: Path) -
     without = copied(folder, tmp_path / "without")
     for path in without.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"comes with its tokenizer, .*without has none that holds tokens"):
+    with pytest.raises(CheckpointError, match=r"without has no tokenizer\.json or tokenizer\.model that holds tokens"):
         hf.open_tokenizer(str(without))
 
 
@@ -267,7 +267,9 @@ def test_weights_that_do_not_fit_are_never_filled_up_in_silence(folder: Path, tm
     ):
         hf.open_model(str(more))
     wide = copied(folder, tmp_path / "wide", intermediate_size=96)
-    message = r"9 tensors .* are of another shape \(model\.layers\.0\.mlp\.down_proj\.weight is \[32, 64\] and not \[32, 96\], "
+    message = (
+        r"9 tensors .* another shape \(model\.layers\.0\.mlp\.down_proj\.weight is \[32, 64\] and not \[32, 96\], "
+    )
     with pytest.raises(CheckpointError, match=message):
         hf.open_model(str(wide))
     none = copied(folder, tmp_path / "none", hidden_size=0)
