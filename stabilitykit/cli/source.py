@@ -11,7 +11,6 @@ from stabilitykit.errors import MisuseError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stabilitykit.checkpoints import GemmaConfig
     from stabilitykit.models.subject import Subject
     from stabilitykit.records import Recording
     from stabilitykit.run.case import Progress
@@ -95,15 +94,7 @@ def open_source(
             "or the name."
         )
 
-    from stabilitykit.models.devices import parse_device
-    from stabilitykit.models.matmul import preferred_matmul
-    from stabilitykit.run import footprint
-
-    def must_stream(config: "GemmaConfig", dtype: str, tokens: int) -> bool:
-        place, kind = parse_device(device), matmul or preferred_matmul(dtype, device)
-        return stream or footprint.must_stream(config, dtype, tokens + more_tokens, matmul=kind, device=place)
-
-    return _gemma(checkpoint, prompt, device, rounding, rescale, must_stream, progress)
+    return _gemma(checkpoint, prompt, device, rounding, rescale, stream or None, more_tokens, matmul, progress)
 
 
 def _gemma(
@@ -112,14 +103,18 @@ def _gemma(
     device: str,
     rounding: RoundingChoice,
     rescale: float,
-    must_stream: "Callable[[GemmaConfig, str, int], bool]",
+    stream: bool | None,
+    more_tokens: int,
+    matmul: str | None,
     progress: "Progress",
 ) -> Source:
     """The kit's own model of a checkpoint."""
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.models.gemma import build
+    from stabilitykit.models.gemma.footprint import footprint
     from stabilitykit.models.gemma.rescale import weight_factor
     from stabilitykit.models.gemma.tokenizer import Tokenizer
+    from stabilitykit.models.matmul import preferred_matmul
     from stabilitykit.models.subject import GemmaSubject
 
     opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
@@ -136,13 +131,16 @@ def _gemma(
         tokens = tokenizer.encode(prompt.text, bos=prompt.bos, special_tokens=prompt.special_tokens)
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> "Subject":
+        products = matmul or preferred_matmul(dtype, device)
+        needs = footprint(opened.config, dtype, len(tokens) + more_tokens, matmul=products, device=device)
         made = build(
             opened,
             dtype=dtype,
             device=device,
             rounding=rounding.value,
             rescale=rescale,
-            stream=must_stream(opened.config, dtype, len(tokens)),
+            stream=stream,
+            beside=needs.cache + needs.activations,
             progress=announce,
         )
         return GemmaSubject(made)
