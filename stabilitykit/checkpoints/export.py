@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,8 +15,7 @@ from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.huggingface import CONFIG
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.checkpoints.vocabulary import serialised
-
-ExportDtype = Literal["float16", "float32"]
+from stabilitykit.choices import ExportDtype
 
 _SHARD = 4_000_000_000  # bytes of weights in one file, and so about as much memory
 _ARCHITECTURES = {1: "GemmaForCausalLM", 2: "Gemma2ForCausalLM", 3: "Gemma3ForCausalLM"}

@@ -24,8 +24,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointProvenance(Provenance):
-    """Of what a command found about the weights in a file: none of these is missing."""
+    """Of what was found about the weights in a file: both are known."""
 
     checkpoint: str
     sha256: str
-    command: str
