@@ -76,7 +76,7 @@ def test_lookups_by_length() -> None:
     assert TWO_RUNS.amax("elsewhere", 1) is None
     assert clean_map().first_broken is None
     for outside in (0, 9):
-        with pytest.raises(ValueError, match="lengths are 1 to 8"):
+        with pytest.raises(ValueError, match="length must be from 1 to 8"):
             TWO_RUNS.span(outside)
 
 

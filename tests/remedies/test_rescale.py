@@ -144,5 +144,8 @@ def test_gamma_is_the_largest_that_leaves_the_margin(
 
 
 def test_where_the_final_norm_would_overflow_there_is_no_gamma() -> None:
-    with pytest.raises(MisuseError, match="final norm, which grows as the other shrinks"):
+    with pytest.raises(
+        MisuseError,
+        match=r"No power-of-two rescale leaves .* the final norm, which grows as the residual stream shrinks",
+    ):
         choose_gamma(-4.0, 3.0, 1.0)
