@@ -55,7 +55,7 @@ def test_peaks_are_those_that_a_recorder_sees(generation: int, context: str, rou
 
 
 @pytest.mark.parametrize("part", ["queries", "values"])
-def test_attention_counts_too(part: str) -> None:
+def test_peaks_inside_attention_count(part: str) -> None:
     """Peaks inside attention, where the batch's heads are one axis with it."""
     opened = small(1)
     name = {"queries": "q_proj", "values": "v_proj"}[part]
@@ -103,7 +103,7 @@ def test_the_recorder_of_a_whole_prompt_sees_the_same_and_the_scores_of_earlier_
     assert 0 < same < len(TOKENS)  # both kinds are there
 
 
-def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     scanner = Scanner(build(small(3)))
     whole = scanner.scan(range(64), [BOS, 270])
     monkeypatch.setattr(scanner, "_rows", 5)
@@ -114,7 +114,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted[-1] == (64, 64)
 
 
-def test_the_model_is_as_it_was() -> None:
+def test_a_scan_leaves_the_model_as_it_was() -> None:
     model = build(small(2))
     tokens = torch.tensor([[BOS, 270, 280]])
     with torch.inference_mode():
