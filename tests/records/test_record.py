@@ -30,7 +30,7 @@ def recording() -> Recording:
     return seen
 
 
-def test_what_is_read_is_what_was_written(recording: Recording, tmp_path: Path) -> None:
+def test_a_recording_is_read_as_it_was_written(recording: Recording, tmp_path: Path) -> None:
     assert recording.first_break() is not None
     assert recording.records[1].softmax is not None
     recording.save(tmp_path / "run.parquet")
@@ -53,7 +53,7 @@ def test_the_frame_has_the_files_columns(recording: Recording, tmp_path: Path) -
     assert recording.frame.loc[0, "broke.kind"] == "overflow"
 
 
-def test_an_empty_recording_is_one_too(tmp_path: Path) -> None:
+def test_an_empty_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Nothing was recorded"), record(Breaks()) as nothing:
         pass
     nothing.save(tmp_path / "empty.parquet")

@@ -23,7 +23,7 @@ def test_a_ranking_is_read_as_it_was_written(tmp_path: Path) -> None:
         ranking()["another"]
 
 
-def test_that_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_ranking_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
     with pytest.raises(MisuseError, match=r"is about another checkpoint: toy .* Choose another folder"):
         results.write_finding(ranking(sha256="cd" * 32))
