@@ -43,8 +43,9 @@ def test_every_public_name_is_there() -> None:
 
 
 def part_of(module: str) -> str:
-    """The folder of the package that a module is in, or "ground"."""
+    """The folder of the package that a module, or a name of the package itself, is in, or "ground"."""
     part = module.split(".")[1]
+    part = stabilitykit._HOMES.get(part, part).split(".")[0]
     return "ground" if (PACKAGE / f"{part}.py").exists() else part
 
 

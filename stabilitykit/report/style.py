@@ -117,9 +117,11 @@ def report_style(**more: Any) -> Iterator[None]:
 def dtype_style(dtype: str) -> dict[str, Any]:
     """Keyword arguments of `axes.plot` for a dtype's line: the same in every figure.
 
-    Raises MisuseError for a dtype that is no number format.
+    Number formats that have no look of their own get one by their turn in FORMATS. Raises MisuseError for a dtype that
+    is no number format.
     """
-    return _line(_DTYPES[number_format(dtype).name])
+    name = number_format(dtype).name
+    return _line(_DTYPES[name]) if name in _DTYPES else series_style(len(_SERIES) + list(FORMATS).index(name))
 
 
 def series_style(index: int) -> dict[str, Any]:
@@ -147,8 +149,8 @@ def limit_line(
     form = number_format(format_name)
     where = math.log2(form.largest) if exponent else form.largest
     draw = axes.axhline if along == "y" else axes.axvline
-    text = f"{form.name} ends at {number(form.largest)}"
-    line = draw(where, color=_DTYPES[form.name][0], linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5)
+    text = f"{form.name} maximum, {number(form.largest)}"
+    line = draw(where, color=dtype_style(form.name)["color"], linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5)
     if in_legend:
         line.set_label(text)
         return

@@ -15,6 +15,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.models.gemma.rescale import weight_factor
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
@@ -22,7 +23,6 @@ from stabilitykit.models.open import check_options
 from stabilitykit.models.subject import GemmaSubject, Subject
 from stabilitykit.models.transformers.library import PREFIX
 from stabilitykit.run.case import Progress, stage
-from stabilitykit.run.footprint import must_stream
 
 SubjectIn = Callable[[str, Callable[[int, int], None]], Subject]
 """The model in a dtype; the second argument is called with how much of it is done, and out of how much."""
@@ -161,18 +161,17 @@ def _from_name(
     config, own = opened.config, Tokenizer(opened.vocabulary)
     tokens = prompt.tokens(own.encode, partial(own.chat, generation=config.generation))
 
-    def streamed(dtype: str) -> bool:
-        place, kind = parse_device(device), matmul or preferred_matmul(dtype, device)
-        return stream or must_stream(config, dtype, len(tokens) + more_tokens, matmul=kind, device=place)
-
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
+        products = matmul or preferred_matmul(dtype, device)
+        needs = footprint(config, dtype, len(tokens) + more_tokens, matmul=products, device=device)
         model = build(
             opened,
             dtype=dtype,
             device=device,
             rounding=rounding,
             rescale=rescale,
-            stream=streamed(dtype),
+            stream=stream or None,
+            beside=needs.cache + needs.activations,
             progress=announce,
         )
         return GemmaSubject(model)

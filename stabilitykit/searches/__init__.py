@@ -1,4 +1,4 @@
-"""The search for prompts that break: the vocabulary, token by token, and short prompts out of its worst tokens."""
+"""The search for prompts that overflow: the vocabulary token by token, then short prompts from its worst tokens."""
 
 from stabilitykit.searches.run import search
 

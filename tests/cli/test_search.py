@@ -81,7 +81,7 @@ def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path
     assert [block.rows[0][0] for block in blocks if isinstance(block, Table) and block.name == "worst-alone"] == ["'P'"]
     other = stabilitykit("search", SPECS[1], "--report", str(sweep))
     assert other.code == 2
-    assert "holds those of" in other.err
+    assert "is about another checkpoint" in other.err
 
 
 def test_one_document_for_scripts_and_room_where_it_was_rescaled(stabilitykit: Run, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_proof_that_its_checker_does_not_accept_is_not_written(broken: Path, t
     with pytest.raises(CheckpointError, match=r"The proof was not accepted by its checker: proof\.json claims"):
         export(opened, past, tmp_path / "new")
     unproved = replace(found, rescaled=rescale(opened, 1.0))
-    with pytest.raises(CheckpointError, match=r"is proved to stay within .* and not within 65,504"):
+    with pytest.raises(CheckpointError, match=r"may reach .*, above the float16 maximum, 65,504"):
         export(opened, unproved, tmp_path / "new")
     with pytest.raises(MisuseError, match="A proof is of weights stored in float16"):
         export(opened, found, tmp_path / "new", "float32")

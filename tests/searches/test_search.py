@@ -139,7 +139,7 @@ def test_where_no_token_is_text_nothing_is_tried() -> None:
         assert shortest(found, bos) == f"{how} <bos> nothing was tried: of the tokens scanned none is text by itself."
 
 
-def test_it_is_read_as_it_was_written() -> None:
+def test_a_search_is_read_as_it_was_written() -> None:
     found = search(random_checkpoint(SPECS[2]), limit=280, length=1)
     assert from_document(Search, json.loads(json.dumps(to_document(found), allow_nan=False))) == found
 
@@ -153,6 +153,6 @@ def test_it_is_read_as_it_was_written() -> None:
         ({"length": 8192}, "length must be at most 8,191, .* got 8,192"),
     ],
 )
-def test_misuse_is_said(options: dict[str, Any], said: str) -> None:
+def test_a_search_that_cannot_be_meant_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(MisuseError, match=said):
         search(random_checkpoint(SPECS[1]), **options)

@@ -24,7 +24,7 @@ from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weigh
 from stabilitykit.choices import Attention, check_choice
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.devices import parse_device, parse_dtype
-from stabilitykit.models.memory import fits
+from stabilitykit.models.memory import must_stream
 from stabilitykit.models.stream import STREAMED, StoredWeight
 from stabilitykit.models.stream import stream as stream_weights
 from stabilitykit.models.transformers.library import PREFIX, explained, imported, quiet
@@ -68,8 +68,9 @@ def open_model(
         _check_window(config.get_text_config(), name)
         how |= {} if attention is None else {"attn_implementation": attention}
         quantised = getattr(config, "quantization_config", None)
-        if stream is None:
-            stream = quantised is None and not fits(_elements(folder) * target.itemsize, place)
+        if stream is None and quantised is not None:
+            stream = False
+        stream = must_stream(stream, _elements(folder) * target.itemsize, place)
         if stream and quantised is not None:
             raise MisuseError(
                 f"Streamed weights are cast as they are read, but those of {name} are quantised, and become what they "
