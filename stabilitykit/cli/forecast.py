@@ -97,7 +97,7 @@ def forecast(
         run = run_case(
             subject,
             source.tokens,
-            kind=preferred_matmul(dtype.value, device),
+            matmul=preferred_matmul(dtype.value, device),
             formats=names,
             redact=redact,
             progress=progress,

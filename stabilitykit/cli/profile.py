@@ -106,8 +106,9 @@ def profile(
     from stabilitykit.diagnosis import document
     from stabilitykit.models.devices import parse_device, parse_dtype
     from stabilitykit.models.matmul import check_matmul
+    from stabilitykit.models.subject import Sampling
     from stabilitykit.recorder.weights import check_weights
-    from stabilitykit.run.case import Sampling, run_dtypes
+    from stabilitykit.run.case import run_dtypes
 
     for name in dtypes:
         parse_dtype(name)
@@ -140,7 +141,7 @@ def profile(
             sampling=Sampling(temperature=temperature or None, top_p=top_p, top_k=top_k, seed=seed),
             level=level.value,
             fused_softmax=not no_fused_softmax,
-            kind=matmul,
+            matmul=matmul,
             redact=redact,
             weights=weights,
             progress=progress,

@@ -110,9 +110,9 @@ def _gemma(
     from stabilitykit.models.gemma import build
     from stabilitykit.models.gemma.footprint import footprint
     from stabilitykit.models.gemma.rescale import weight_factor
+    from stabilitykit.models.gemma.subject import GemmaSubject
     from stabilitykit.models.gemma.tokenizer import Tokenizer
     from stabilitykit.models.matmul import preferred_matmul
-    from stabilitykit.models.subject import GemmaSubject
 
     opened = open_checkpoint(name, progress=lambda done, total: progress("reading weights", done, total))
     tokenizer = Tokenizer(opened.vocabulary)

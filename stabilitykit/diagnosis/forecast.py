@@ -4,9 +4,7 @@ Only tensors that a low-precision run stores in low precision are judged: Gemma 
 every dtype. Which those are is what `Record.stored_dtype` says.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stabilitykit.diagnosis.layers import peak
 from stabilitykit.diagnosis.verdict import place_of, weights_sentence, where
@@ -133,48 +131,6 @@ def overflow_becomes(name: str, *, saturating: bool = False) -> str:
     if saturating and form.bits == 8:
         return f"±{number(form.largest)}"
     return "NaN" if form.all_ones_is_nan else "±inf"
-
-
-def with_stored_dtypes(recording: Recording, low: Recording) -> Recording:
-    """`recording` with the `stored_dtype` of each record, which `low`, a run of the same model in 16 bits, tells.
-
-    Only sites, shapes and dtypes of `low` are read, so one pass without values will do for every step. Records are
-    matched by site, the first of a step with the first of the same name. Where the 16-bit run rounds a result in an
-    operator of its own, as after a softmax in float32, the record that was rounded counts as stored in 16 bits. Fused
-    attention, which runs as its parts where there are no values, is stored as the last part of its shape is. Records
-    that `low` does not have, such as those of the sampler, keep None.
-    """
-    known = {key for key, _ in _numbered(recording)}
-    stored: dict[_Key, str] = {}
-    last: dict[tuple[str, tuple[int, ...]], tuple[_Key, str]] = {}  # in each module, of each shape
-    for key, record in _numbered(low):
-        own = record.module, record.shape
-        if key in known:
-            stored[key] = record.dtype
-        elif record.operator == "cast" and own in last:
-            stored[last[own][0]] = record.dtype
-        last[own] = key, record.dtype
-
-    def told(key: _Key, record: Record) -> str | None:
-        fused = record.operator == _FUSED and last.get((record.module, record.shape))
-        return stored.get(key) or (fused[1] if fused else None)
-
-    return Recording(
-        recording.header,
-        [replace(record, stored_dtype=told(key, record)) for key, record in _numbered(recording)],
-    )
-
-
-_Key = tuple[str, int]
-_FUSED = "scaled_dot_product_attention"
-
-
-def _numbered(recording: Recording) -> Iterator[tuple[_Key, Record]]:
-    """The records of each step, with which one of its site it is there."""
-    seen: Counter[tuple[int, str]] = Counter()
-    for record in recording:
-        yield (record.site, seen[record.step, record.site]), record
-        seen[record.step, record.site] += 1
 
 
 def _is_low(dtype: str) -> bool:

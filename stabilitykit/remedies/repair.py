@@ -8,8 +8,8 @@ from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.machine import machine, versions
-from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.bounds import SiteBound
 from stabilitykit.records.remedies import Ranking, Small

@@ -10,8 +10,9 @@ import torch
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.matmul import matmul
+from stabilitykit.models.subject import Sampling
 from stabilitykit.records import LogitsError
-from stabilitykit.run.case import Sampling, run_case, run_reference
+from stabilitykit.run.case import run_case, run_reference
 from stabilitykit.run.divergence import logits_error
 
 Floats = npt.NDArray[np.float64]
@@ -131,7 +132,7 @@ def test_a_run_is_compared_with_its_reference(checkpoint: Checkpoint, dtype: str
             ours = model(ids)[0]
     reference = run_reference(reference_model, TOKENS)
     assert torch.equal(reference.logits, theirs)
-    run = run_case(model, TOKENS, kind=kind, reference=reference)
+    run = run_case(model, TOKENS, matmul=kind, reference=reference)
     header = run.recording.header
     assert header.logits_error == expected(ours, theirs)
     assert header.logits_error.positions == len(TOKENS)

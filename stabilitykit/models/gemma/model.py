@@ -173,6 +173,15 @@ class Gemma(nn.Module):
         )
 
 
+def blank(config: GemmaConfig, dtype: torch.dtype, rounding: RoundingName = "transformers") -> Gemma:
+    """A model on the meta device, where nothing has a value."""
+    with torch.device("meta"):
+        model = Gemma(config, rounding=rounding)
+    model = model.to(dtype).eval()
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
 class RotaryEmbedding(nn.Module):
     """cos and sin of every position's angles: one table for the local layers, one for the global ones."""
 
