@@ -48,11 +48,12 @@ class Reference:
     logits: Tensor
 
 
-def run_reference(model: Gemma, tokens: Sequence[int]) -> Reference:
+def run_reference(model: Gemma, tokens: Sequence[int], *, left_padding: int = 0) -> Reference:
     """One pass whose tensors are kept for others to be compared with; as much memory as the modules' outputs take."""
+    ids, padding = _padded(GemmaSubject(model), tokens, left_padding)
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode(), record(model, formats=(), keep=tensors):
-        logits = model(torch.tensor([tokens], device=model.device))
+        logits = model(ids, padding=padding)
     return Reference(tensors=tensors, logits=logits[0])
 
 
@@ -95,15 +96,15 @@ def run_case(
     raised.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
+    _check_length(subject, len(tokens), left_padding, new_tokens)
+    ids, padding = _padded(subject, tokens, left_padding)
     how = Continuation(
         new_tokens=new_tokens,
         sampling=sampling or Sampling(),
-        padding=_padding(subject, left_padding, len(tokens)),
+        padding=padding,
         mask=mask,
         every_logit=bool(every_logit or reference),
     )
-    _check_length(subject, len(tokens), left_padding, new_tokens)
-    ids = torch.tensor([[subject.pad] * left_padding + list(tokens)], device=subject.device)
     case = asdict(how.sampling) | {"left_padding": left_padding, **subject.facts, **(facts or {})}
     if new_tokens > 1:
         case["new_tokens"] = new_tokens
@@ -160,9 +161,11 @@ def _check_length(subject: Subject, tokens: int, left_padding: int, new_tokens: 
         )
 
 
-def _padding(subject: Subject, pads: int, tokens: int) -> Tensor | None:
-    """[1, T], True where a real token stands; None where all are."""
-    return torch.arange(pads + tokens, device=subject.device)[None] >= pads if pads else None
+def _padded(subject: Subject, tokens: Sequence[int], left_padding: int) -> tuple[Tensor, Tensor | None]:
+    """Token ids [1, T] after so many pad tokens, and [1, T], True where a real one stands; None where all are."""
+    ids = torch.tensor([[subject.pad] * left_padding + list(tokens)], device=subject.device)
+    real = torch.arange(ids.shape[1], device=subject.device)[None] >= left_padding
+    return ids, real if left_padding else None
 
 
 def run_dtypes(

@@ -175,4 +175,4 @@ def scenario(name: str) -> Scenario:
     try:
         return SCENARIOS[name]
     except KeyError:
-        raise MisuseError(f"A scenario is one of {', '.join(SCENARIOS)}; {name!r} is none of them.") from None
+        raise MisuseError(f"Unknown scenario {name!r}; choose one of: {', '.join(SCENARIOS)}.") from None

@@ -173,6 +173,18 @@ def test_padding_and_recording_change_no_logits(checkpoint: Checkpoint, padding:
     assert run.error is None
 
 
+def test_a_padded_run_is_compared_with_a_padded_reference(checkpoint: Checkpoint) -> None:
+    """In float32 with itself: no difference, of the same tensors, at the pad tokens too."""
+    model = build(checkpoint)
+    reference = run_reference(model, TOKENS, left_padding=3)
+    run = run_case(model, TOKENS, left_padding=3, reference=reference)
+    header = run.recording.header
+    assert header.logits_error == LogitsError(
+        kl_mean=0.0, kl_max=0.0, top1=1.0, compared=3 + len(TOKENS), positions=3 + len(TOKENS)
+    )
+    assert {r.deviation.largest for r in run.recording if r.deviation is not None} == {0.0}
+
+
 def test_nothing_is_left_in_the_model(checkpoint: Checkpoint) -> None:
     model: Gemma = build(checkpoint)
     reference = run_reference(model, TOKENS)

@@ -75,7 +75,7 @@ class Gemma(nn.Module):
     def __init__(self, config: GemmaConfig, *, rounding: RoundingName = "transformers") -> None:
         super().__init__()
         if rounding not in ROUNDINGS:
-            raise MisuseError(f"A rounding is one of {', '.join(ROUNDINGS)}; {rounding!r} is none of them.")
+            raise MisuseError(f"Unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}.")
         self.config = config
         self.rounding = rounding
         self.rescale = 1.0
