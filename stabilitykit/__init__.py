@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stabilitykit.models.gemma import generate as generate
     from stabilitykit.models.gemma import load as load
     from stabilitykit.models.open import open_model as open_model
+    from stabilitykit.models.subject import Sampling as Sampling
     from stabilitykit.recorder import Statistic as Statistic
     from stabilitykit.recorder import Where as Where
     from stabilitykit.recorder import describe as describe
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from stabilitykit.remedies.repair import repair as repair
     from stabilitykit.remedies.verify import verify as verify
     from stabilitykit.remedies.verify import verify_proof as verify_proof
-    from stabilitykit.run.case import Sampling as Sampling
     from stabilitykit.run.forecast import forecast as forecast
     from stabilitykit.run.profile import profile as profile
     from stabilitykit.searches.run import search as search
@@ -46,7 +46,7 @@ _HOMES = {
     "FORMATS": "formats",
     "NumberFormat": "formats",
     "Recording": "records",
-    "Sampling": "run.case",
+    "Sampling": "models.subject",
     "Statistic": "recorder",
     "Where": "recorder",
     "bound": "bounds.examine",

@@ -81,7 +81,7 @@ def profile(
     if not (0 <= temperature < math.inf):
         raise MisuseError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}.")
     from stabilitykit.cli import screen
-    from stabilitykit.run.case import Sampling
+    from stabilitykit.models.subject import Sampling
     from stabilitykit.run.profile import check_empty
     from stabilitykit.run.profile import profile as run
 

@@ -50,11 +50,11 @@ def test_an_eighth_of_the_residual_fits_float16(checkpoint_270m: Checkpoint, sta
 def test_what_people_read(stabilitykit: Run) -> None:
     result = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536")
     assert result.code == 0
-    assert "float16 would break first in" in result.out
+    assert "float16 would overflow first in" in result.out
     assert "bfloat16 would hold every value" in result.out
     assert "What would become of" in result.out
     cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536", "--saturating")
-    assert "float8_e4m3fn would break first" in result.out
+    assert "float8_e4m3fn would overflow first" in result.out
     assert "float8_e4m3fn would cut values off first" in cut.out
     assert ("±448" in cut.out, "±448" in result.out) == (True, False)
 

@@ -20,9 +20,10 @@ from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.stream import STREAMED
+from stabilitykit.models.subject import Continuation, Sampling
 from stabilitykit.models.transformers.library import explained
 from stabilitykit.recorder import record
-from stabilitykit.run.case import Sampling, run_case
+from stabilitykit.run.case import run_case
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPEC = f"random:gemma3-270m?{SHAPE}&window=4&global_every=2"
@@ -124,10 +125,7 @@ def test_text_and_tokens(folder: Path) -> None:
     assert turn[0] == "<bos>"
     assert [tokenizer.piece(token) for token in tokenizer.chat("x", system="y", bos=False)] == turn[1:]
     with pytest.raises(MisuseError, match=r"makes its own masks"):
-        hf.open_model(str(folder)).decode(
-            torch.tensor([ids]), max_new_tokens=1, temperature=None, top_p=1.0, top_k=0, seed=0, padding=None,
-            mask=None, every_logit=True, saw=lambda logits: False,
-        )  # fmt: skip
+        hf.open_model(str(folder)).decode(torch.tensor([ids]), Continuation(every_logit=True), lambda logits: False)
 
 
 def test_control_tokens_in_a_turn_are_text_unless_they_are_meant(folder: Path) -> None:

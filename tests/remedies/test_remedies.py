@@ -16,7 +16,7 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import build
-from stabilitykit.models.subject import GemmaSubject
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.remedies import REMEDIES
