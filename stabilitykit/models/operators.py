@@ -117,18 +117,20 @@ def canonical(func: Any) -> str:
 class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, `operator(traits, args, kwargs)` runs in the place of every operator, and returns its result.
 
-    Composite operators are taken apart, and their parts arrive instead; `given` may change the arguments of one
-    before that. Views run as they are. What `operator` itself runs does not come back to it.
+    Composite operators that `apart` accepts are taken apart, and their parts arrive instead; `given` may change the
+    arguments of one before that. Views run as they are. What `operator` itself runs does not come back to it.
     """
 
     def __init__(
         self,
         operator: Callable[[Traits, tuple[Any, ...], dict[str, Any]], Any],
         *,
+        apart: Callable[[Traits], bool] | None = None,
         given: Callable[[Traits, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._operator = operator
+        self._apart = apart
         self._given = given
 
     @classmethod
@@ -138,7 +140,7 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = traits(func)
-        if kind.composite:
+        if kind.composite and (self._apart is None or self._apart(kind)):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
             with self:
