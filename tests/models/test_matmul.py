@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -212,7 +213,7 @@ def test_a_recording_changes_products_where_it_is_asked_to_and_says_what_was_in_
         pass
 
 
-def test_native_and_wider_products_break_at_the_same_place_and_agree_within_rounding() -> None:
+def test_native_and_wider_products_break_at_the_same_place_and_agree_within_rounding(gguf_270m: Path) -> None:
     """The real model in float16: the same site and token, and before it breaks, logits that differ by rounding."""
     model = load("gemma3-270m", dtype="float16")
     broke = []
