@@ -82,7 +82,7 @@ def test_its_numbers_are_numpys_own() -> None:
     assert (found.amax, found.minimum, found.maximum) == (np.abs(finite).max(), finite.min(), finite.max())
     assert found.mean == pytest.approx(finite.mean(), rel=1e-12)
     assert found.rms == pytest.approx(math.sqrt((finite**2).mean()), rel=1e-12)
-    row, position, channel = np.unravel_index(np.nanargmax(np.abs(array)), array.shape)
+    row, position, channel = map(int, np.unravel_index(np.nanargmax(np.abs(array)), array.shape))
     assert (found.amax_row, found.amax_position, found.amax_channel) == (row, position + 10, channel)
     exponents = np.floor(np.log2(np.abs(finite[finite != 0]))).astype(int)
     for i, count in enumerate(found.exponents):

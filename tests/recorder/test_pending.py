@@ -86,7 +86,7 @@ def no_waits(layers: nn.ModuleList) -> Iterator[None]:
             hook.remove()
 
 
-def run(model: Gemma, **options: object) -> Recording:
+def run(model: Gemma, **options: Any) -> Recording:
     """A prompt with padding, and two more tokens."""
     ids = torch.randint(262, 360, (2, 9), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 9, dtype=torch.bool)
