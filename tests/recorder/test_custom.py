@@ -163,9 +163,9 @@ def test_tensors_made_by_blocks_have_those_that_can_be_joined(
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["amax"], "already has a column 'amax'"),
-        (["softmax"], "already has a column 'softmax'"),
-        (["a", "a"], "Two statistics are called 'a'"),
+        (["amax"], "already have a column 'amax'"),
+        (["softmax"], "already have a column 'softmax'"),
+        (["a", "a"], "Two statistics are named 'a'"),
         (["float16.zero"], "such as 'near_zero'; got 'float16.zero'"),
         ([""], "got ''"),
     ],

@@ -119,7 +119,7 @@ def test_float8(dtype: str) -> None:
         ([1.0], {}, {"masked": [True, False]}, r"boolean and of the array's shape, \[1\]; got torch\.bool, \[2\]"),
         ([1.0], {}, {"masked": [1.0]}, r"got torch\.float32"),
         ([1.0], {}, {"formats": ["int8"]}, "int8"),
-        ([1.0], {}, {"statistics": [Statistic("amax", "", torch.max)]}, "already has a column 'amax'"),
+        ([1.0], {}, {"statistics": [Statistic("amax", "", torch.max)]}, "already have a column 'amax'"),
     ],
 )
 def test_what_cannot_be_described_is_refused_in_a_sentence(array: Any, place: Any, options: Any, said: str) -> None:
