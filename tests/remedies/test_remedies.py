@@ -221,5 +221,5 @@ def test_two_remedies_together_are_in_force_at_once() -> None:
 
 
 def test_what_has_no_layers_is_refused() -> None:
-    with pytest.raises(MisuseError, match="a list called `layers`; Linear has none"), CLAMP.around(nn.Linear(2, 2)):
+    with pytest.raises(MisuseError, match="ModuleList named `layers`; Linear has none"), CLAMP.around(nn.Linear(2, 2)):
         pass
