@@ -134,8 +134,8 @@ def _case_changes(ours: Results, theirs: Results, pairs: Sequence[_Pair]) -> Tab
     return Table(name="against-cases", title="Cases", columns=[*_WHOSE, *_BEFORE_AND_AFTER], rows=rows)
 
 
-_WHOSE = (Column(name="case"), Column(name="dtype"))
-_BEFORE_AND_AFTER = (Column(name="before"), Column(name="now"))
+_WHOSE = (Column("case"), Column("dtype"))
+_BEFORE_AND_AFTER = (Column("before"), Column("now"))
 
 
 def _state(results: Results, case: Case) -> str:
@@ -156,7 +156,7 @@ def _break_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) ->
     return Table(
         name="against-breaks",
         title="First breaks",
-        columns=[*_WHOSE, Column(name="what"), *_BEFORE_AND_AFTER],
+        columns=[*_WHOSE, Column("what"), *_BEFORE_AND_AFTER],
         rows=rows,
     )
 
@@ -218,10 +218,10 @@ def _peak_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -> 
         title="Peaks that moved",
         columns=[
             *_WHOSE,
-            Column(name="where"),
+            Column("where"),
             *_BEFORE_AND_AFTER,
-            Column(name="moved by", unit="ulp"),
-            Column(name="of so many", unit="places", format=grouped),
+            Column("moved by", unit="ulp"),
+            Column("of so many", unit="places", format=grouped),
         ],
         rows=[row for _, row in rows],
         note=f"Places where both reports know the largest finite magnitude, and it moved by more than {MOST_ULP:g} "
@@ -279,7 +279,7 @@ def _logits_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -
     return Table(
         name="against-logits",
         title="Errors of the logits",
-        columns=[*_WHOSE, Column(name="what"), *_BEFORE_AND_AFTER],
+        columns=[*_WHOSE, Column("what"), *_BEFORE_AND_AFTER],
         rows=rows,
         note=f"KL divergence from the reference in nats a token, where it changed by more than {share(LEAST_LOGITS)}; "
         "top-1 agreement as a fraction of positions, where it changed.",
@@ -312,9 +312,9 @@ def _memory_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -
         title="Memory",
         columns=[
             *_WHOSE,
-            Column(name="what"),
-            Column(name="before", unit="bytes", format=size),
-            Column(name="now", unit="bytes", format=size),
+            Column("what"),
+            Column("before", unit="bytes", format=size),
+            Column("now", unit="bytes", format=size),
         ],
         rows=rows,
         note=f"Computed sizes where they changed at all, measured peaks where they changed by more than "

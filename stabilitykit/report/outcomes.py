@@ -146,6 +146,11 @@ def _largest(amax: float | None, spans: Sequence[Span]) -> float | None:
     return max(known, default=None)
 
 
+def least_headroom(found: Sequence[Outcome]) -> float | None:
+    """Of all these cases, each in bits of its own dtype; None where nothing finite is known."""
+    return min((o.headroom for o in found if o.headroom is not None), default=None)
+
+
 Standing = Literal["breaks", "clean", "would break", "would fit", "unknown"]
 
 
