@@ -99,8 +99,8 @@ def test_different_stories_are_told_one_by_one(tmp_path: Path) -> None:
 def test_nothing_breaks(tmp_path: Path) -> None:
     found = made(tmp_path, (lengths_case(), clean_map()), (lengths_case("float32"), clean_map("float32")))
     assert paragraph(found) == (
-        "**Nothing breaks**: float16 (1 case, at least 3.0 bits of headroom) and float32 (1 case, at least 115.0 bits of "
-        "headroom) are clean. What to do: nothing for texts like these; float16 has the least headroom, 3.0 bits."
+        "**Nothing breaks**: float16 (1 case, at least 3.0 bits of headroom) and float32 (1 case, at least 115.0 bits "
+        "of headroom) are clean. What to do: nothing for texts like these; float16 has the least headroom, 3.0 bits."
     )
 
 
