@@ -201,13 +201,13 @@ def _unfinished(results: Results) -> str:
     parts = []
     if failed:
         kinds = sorted({failure.kind for _, failure in failed})
-        parts.append(f"{count(len(failed), 'case')} failed ({listed(kinds)})")
+        parts.append(f"{len(failed):,} failed ({listed(kinds)})")
     if missing:
-        parts.append(f"{count(len(missing), 'case')} {'is' if len(missing) == 1 else 'are'} missing")
+        parts.append(f"{len(missing):,} {'has' if len(missing) == 1 else 'have'} not run")
     if not parts:
         return ""
     dtypes = sorted({str(case.settings.get("dtype")) for case in [*missing, *(case for case, _ in failed)]})
-    return f"Of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}: they are not included."
+    return f"Not included: of {count(len(cases), 'case')}, {listed(parts)} ({listed(dtypes)})."
 
 
 def _table(results: Results, found: Sequence[Outcome]) -> Table:
