@@ -1,6 +1,6 @@
 """What each finished case of a sweep comes to, whether it is one run or a range of lengths.
 
-Everything a verdict needs is here: where it broke, at which lengths, and how much room was left.
+Everything a verdict needs is here: where it broke, at which lengths, and how much headroom was left.
 """
 
 import math

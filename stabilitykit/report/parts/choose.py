@@ -8,7 +8,7 @@ from stabilitykit.formats import NumberFormat
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Section
-from stabilitykit.words import at_token, counted, none_of, place, with_bos
+from stabilitykit.words import at_token, counted, none_finished, place, with_bos
 
 REFERENCE = "float32"
 
@@ -101,7 +101,7 @@ def nothing(key: str, title: str, results: Results, what: str) -> Section:
     if not planned:
         why = "the experiment plans no recorded runs."
     elif planned == failed + waiting:
-        why = f"{none_of(planned, 'planned run')} has finished; {failed} failed."
+        why = f"{none_finished(planned, 'planned run')}; {failed} failed."
     else:
         why = f"no finished run that would be drawn here holds {what}. {missing(results)}"
     return Section(key=key, title=title, opening=f"Nothing can be shown here: {why.strip()}")

@@ -12,7 +12,7 @@ from stabilitykit.report.parts.bars import Part, stacked_bars
 from stabilitykit.report.parts.hardware import dtype_to_choose
 from stabilitykit.report.style import INK, share, size
 from stabilitykit.report.tables import table
-from stabilitykit.words import count, grouped, none_of
+from stabilitykit.words import count, grouped, none_finished
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -51,7 +51,7 @@ def _opening(measured: int, planned: int, judged: bool) -> str:
             f"libraries take is in rows of its own, because it does not grow with the model.{missing}"
         )
     elif planned:
-        text = f"No memory is known: {none_of(planned, 'measurement')} has finished."
+        text = f"No memory is known: {none_finished(planned, 'measurement')}."
     else:
         text = "This experiment measures no memory."
     if judged:

@@ -12,7 +12,7 @@ from stabilitykit.report.outcomes import Outcome, Text, least_headroom, outcomes
 from stabilitykit.report.style import bits
 from stabilitykit.report.tables import table
 from stabilitykit.report.words import at_broken_token, happened, located, short_place
-from stabilitykit.words import code, count, grouped, listed, none_of, number, sentence, with_bos
+from stabilitykit.words import code, count, grouped, listed, none_finished, number, sentence, with_bos
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
 NARROW = 1.0
@@ -26,7 +26,7 @@ def section(results: Results) -> Section:
         opening = "This experiment runs no prompt, so there is nothing to judge."
         return Section(key="verdict", title="Verdict", opening=opening)
     if not found:
-        opening = f"There is no verdict yet: {none_of(len(planned), 'case')} that would run a prompt has finished."
+        opening = f"There is no verdict yet: {none_finished(len(planned), 'case', ' that would run a prompt')}."
         return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
     finished = f"{count(len(found), 'finished case')} of {len(planned):,} {'comes' if len(found) == 1 else 'come'} to"
     return Section(

@@ -97,7 +97,7 @@ def test_where_every_dtype_breaks_none_is_chosen(tmp_path: Path) -> None:
 
 def test_an_empty_sweep_says_what_is_missing(tmp_path: Path) -> None:
     assert made(tmp_path, (memory_case(), None), (run_case(), None)).opening == (
-        "No memory is known: not even the only measurement has finished. No prompt has run to its end either, so "
+        "No memory is known: the only measurement has not finished. No prompt has run to its end either, so "
         "there is no dtype to recommend."
     )
     assert made(tmp_path / "b", (run_case(), clean_run())).opening == (
