@@ -35,7 +35,7 @@ def test_the_report_of_a_sweep_in_which_nothing_finished_says_so_in_every_sectio
     assert tuple(found) == USUAL
     assert (
         "There is no verdict yet: none of 2 cases that would run a prompt has finished.\n\n"
-        "Not included: of 2 cases, 2 have not run (bfloat16 and float16)."
+        "Not included: of 2 cases, 2 have not run, in bfloat16 and float16."
     ) in found["verdict"]
     for key in ("lengths", "chain", "peaks", "heat", "exponents", "softmax", "error", "memory"):
         assert re.search(r"finished", found[key]), key
@@ -56,7 +56,7 @@ def test_the_report_of_a_torn_sweep_says_what_failed_and_what_is_missing(stabili
     )
     result = stabilitykit("report", str(tmp_path))
     assert (result.code, result.err) == (0, "")
-    missing = "Not included: of 4 cases, 1 failed (killed) and 1 has not run (bfloat16)."
+    missing = "Not included: of 4 cases, 1 failed (killed) and 1 has not run, in bfloat16."
     assert missing in " ".join(result.out.split())
     found = sections(text_of(tmp_path))
     assert "What 2 finished cases of 4 come to." in found["verdict"]

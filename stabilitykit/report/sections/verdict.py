@@ -207,7 +207,7 @@ def _unfinished(results: Results) -> str:
     if not parts:
         return ""
     dtypes = sorted({str(case.settings.get("dtype")) for case in [*missing, *(case for case, _ in failed)]})
-    return f"Not included: of {count(len(cases), 'case')}, {listed(parts)} ({listed(dtypes)})."
+    return f"Not included: of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}."
 
 
 def _table(results: Results, found: Sequence[Outcome]) -> Table:

@@ -179,14 +179,14 @@ def test_what_failed_or_is_missing_is_said(tmp_path: Path) -> None:
     )
     text = paragraph(found)
     assert text.startswith("**Nothing that has finished breaks**")
-    assert text.endswith("Not included: of 3 cases, 1 failed (killed) and 1 has not run (bfloat16 and float32).")
+    assert text.endswith("Not included: of 3 cases, 1 failed (killed) and 1 has not run, in bfloat16 and float32.")
     assert [list(row[:3]) for row in table(found).rows] == [["float16", 1, 1], ["bfloat16", 1, 0], ["float32", 1, 0]]
 
 
 def test_an_empty_sweep_has_no_verdict_and_says_so(tmp_path: Path) -> None:
     found = made(tmp_path, (lengths_case(), None), (run_case(), None))
     assert found.opening == "There is no verdict yet: none of 2 cases that would run a prompt has finished."
-    assert paragraph(found) == "Not included: of 2 cases, 2 have not run (float16)."
+    assert paragraph(found) == "Not included: of 2 cases, 2 have not run, in float16."
     assert made(tmp_path / "memory", (memory_case(), None)).opening == (
         "This experiment runs no prompt, so there is nothing to judge."
     )
