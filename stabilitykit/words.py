@@ -73,10 +73,6 @@ def at_token(position: int | None, text: str | None, show: Callable[[str], str] 
     return f", at token {position:,}" + (f" {(show or quoted)(text)}" if text else "")
 
 
-def tokens(amount: int) -> str:
-    return count(amount, "token")
-
-
 def with_bos(bos: bool | None, mark: str = "`") -> str:
     """`with <bos>` or `without <bos>`; nothing where it is not known."""
     return "" if bos is None else f"{'with' if bos else 'without'} {mark}<bos>{mark}"
