@@ -537,11 +537,11 @@ def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
     summary = f"Of {len(promised)} targets {len(promised) - len(missed)} are met."
     if missed:
         summary += " Missed: " + "; ".join(f"{row.what} ({row.measured:.3g} {row.unit})" for row in missed) + "."
-    columns = [Column(name=name) for name in ("what", "measured", "unit", "target", "stretch", "target met", "")]
+    columns = [Column(name) for name in ("what", "measured", "unit", "target", "stretch", "target met", "")]
     table = Table(
         name="overhead",
         title="What was measured",
-        columns=[Column(name=c.name, format=lambda x: f"{x:.3g}") for c in columns],
+        columns=[Column(c.name, format=lambda x: f"{x:.3g}") for c in columns],
         rows=[(r.what, r.measured, r.unit, r.target, r.stretch, r.met, r.detail) for r in rows],
         note="Targets are the most that a figure should be. × bare: as many times the pass that nobody watches.",
     )
@@ -569,7 +569,7 @@ def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
             opening="What the numbers were measured on, and how to measure them again.",
             blocks=[
                 Prose("To make this again: `python experiments/overhead.py`"),
-                Table(name="machine", title="Machine", columns=[Column(name="what"), Column(name="value")], rows=about),
+                Table(name="machine", title="Machine", columns=[Column("what"), Column("value")], rows=about),
             ],
         ),
         *(
@@ -582,7 +582,7 @@ def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
                         Table(
                             name="sites",
                             title=f"{len(sites):,} sites",
-                            columns=[Column(name="order"), Column(name="site")],
+                            columns=[Column("order"), Column("site")],
                             rows=list(enumerate(sites)),
                         )
                     ],

@@ -112,9 +112,9 @@ def test_a_rescaled_checkpoint_leaves_room() -> None:
     assert nearest.value == pytest.approx(1.75 * 50_000 / 4, rel=1e-3)
     assert nearest.headroom == pytest.approx(math.log2(65504 / 21_875), abs=1e-2)
     said = shortest(found, bos=False) or ""
-    assert "nothing that was tried breaks float16" in said
+    assert "no prompt that was tried, up to 4 tokens long, breaks in float16" in said
     assert "'F' 'F' 'F' 'P' (4 tokens)" in said
-    assert "1.58 bits below the format's end at 65,504" in said
+    assert "1.58 bits below the float16 maximum, 65,504" in said
 
 
 def test_bfloat16_does_not_break_where_float16_does() -> None:
