@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from stabilitykit.records import Record, Recording
 
 Small = Callable[..., Gemma]
 LENGTH = 23
-CLOSE = {"rel": 1e-4, "abs": 1e-6}
+CLOSE: dict[str, Any] = {"rel": 1e-4, "abs": 1e-6}
 
 
-def run(model: Gemma, **options: object) -> Recording:
+def run(model: Gemma, **options: Any) -> Recording:
     ids = torch.randint(262, 360, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), record(model, position_peaks=True, **options) as recording:
         model(ids)

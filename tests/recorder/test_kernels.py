@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import overload
 
 import numpy as np
 import pytest
@@ -70,6 +71,10 @@ def no_wait() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(before)
 
 
+@overload
+def on_device(tensor: Tensor) -> Tensor: ...
+@overload
+def on_device(tensor: None) -> None: ...
 def on_device(tensor: Tensor | None) -> Tensor | None:
     """The same values with the same strides; `Tensor.cuda` would make some dense."""
     if tensor is None or DEVICE == "cpu":
@@ -294,7 +299,7 @@ def check_equal_softmax(first: np.ndarray, second: np.ndarray) -> None:
 def check_triton_softmax_agrees(
     cuda_softmax: ModuleType, logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None
 ) -> None:
-    there = [on_device(part) for part in (logits, probabilities)]
+    there = (on_device(logits), on_device(probabilities))
     hidden_there = on_device(hidden)
     with no_wait():
         row = cuda_softmax.tally(*there, head, hidden_there)

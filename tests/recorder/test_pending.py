@@ -8,6 +8,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def no_waits(layers: nn.ModuleList) -> Iterator[None]:
             hook.remove()
 
 
-def run(model: Gemma, **options: object) -> Recording:
+def run(model: Gemma, **options: Any) -> Recording:
     """A prompt with padding, and two more tokens."""
     ids = torch.randint(262, 360, (2, 9), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 9, dtype=torch.bool)
@@ -182,7 +183,7 @@ def test_rows_are_used_in_order_and_tensors_kept_no_longer_than_needed(monkeypat
     references = [weakref.ref(tensor) for tensor in tensors]
     for i, tensor in enumerate(tensors):
         waiting.after(torch.tensor([float(i)], dtype=torch.float64), lambda row: used.append(float(row[0])), [tensor])
-        waiting.do(lambda i=i: used.append(i + 0.5))
+        waiting.do(partial(used.append, i + 0.5))
     assert used == []
     waiting.settle()
     assert used == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
@@ -199,7 +200,7 @@ def test_when_too_much_is_kept_the_oldest_is_waited_for(monkeypatch: pytest.Monk
     waiting = Pending()
     used: list[int] = []
     for i in range(5):
-        waiting.after(torch.zeros(1, dtype=torch.float64), lambda row, i=i: used.append(i), [torch.zeros(10)])
+        waiting.after(torch.full((1,), i, dtype=torch.float64), lambda row: used.append(int(row[0])), [torch.zeros(10)])
     assert used  # 40 bytes each
     waiting.settle()
     assert used == [0, 1, 2, 3, 4]

@@ -85,7 +85,7 @@ def test_weights_quantised_by_bitsandbytes_compute_in_float16_and_break_there(bi
     assert recording.first_break() is None
     assert recording.at("layers.1.mlp.down_proj").dtype == "float16"
     assert recording.at("layers.1.mlp.down_proj").label == "down projection"
-    model.model.layers[1].post_feedforward_layernorm.weight.data.fill_(6e4)
+    model.get_parameter("model.layers.1.post_feedforward_layernorm.weight").data.fill_(6e4)
     with torch.inference_mode(), record(model) as recording:
         model(TOKENS)
     first = recording.first_break()

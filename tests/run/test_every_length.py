@@ -97,7 +97,7 @@ def test_the_real_model_breaks_late_at_the_length_that_bisection_finds(checkpoin
     assert model.tokenizer is not None
     tokens = prompt_tokens(prose, model.tokenizer, bos=False, length=152)
     known: dict[int, bool] = {}
-    head, model.lm_head = model.lm_head, torch.nn.Identity()
+    head, model.lm_head = model.lm_head, torch.nn.Identity()  # type: ignore[assignment]
 
     def breaks(length: int) -> bool:
         if length not in known:

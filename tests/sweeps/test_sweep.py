@@ -177,7 +177,7 @@ def test_sweeps_killed_ten_times_leave_the_records_of_an_undisturbed_one(
     for victim in victims:
         assert records(victim.results) == undisturbed
         assert victim.left_over == []
-        assert victim.results.failed() == victim.results.missing() == []
+        assert (victim.results.failed(), victim.results.missing()) == ([], [])
 
 
 def test_a_finished_sweep_runs_nothing_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
