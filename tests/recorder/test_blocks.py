@@ -80,6 +80,7 @@ def test_a_peak_is_found_in_its_row_position_and_channel(small: Small, monkeypat
         assert found.minimum == pytest.approx(expected.minimum, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [1, 500])
 def test_a_break_in_the_scores_is_one_break_at_its_place(
     small: Small, monkeypatch: pytest.MonkeyPatch, scores: int

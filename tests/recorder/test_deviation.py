@@ -66,6 +66,7 @@ def outputs_of(model: Gemma, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {site: tensor for site, tensor in found.items() if not site.endswith((".self_attn", ".mlp"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_a_run_is_compared_with_what_another_kept(

@@ -63,6 +63,7 @@ def double(tensor: torch.Tensor) -> Floats:
     return tensor.double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [2, 3])
 def test_each_positions_amax_is_that_of_the_elements_it_brings(
@@ -201,6 +202,7 @@ def test_long_scores_have_no_seam_where_blocks_and_threads_meet() -> None:
     assert position_peaks(scores, axes, None).flatten().tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("generation", "level"), [(1, "operators"), (2, "operators"), (3, "operators"), (3, "modules"), (3, "layers")]
 )

@@ -121,6 +121,7 @@ def near(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rescale", [1.0, BREAKS_FLOAT16])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
@@ -137,6 +138,7 @@ def test_a_recording_that_came_late_is_that_which_came_at_once(
     assert (late.first_break() is not None) == (dtype == "float16" and rescale == BREAKS_FLOAT16)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("generation", [1, 2, 3])
 @pytest.mark.parametrize("level", ["operators", "modules", "layers"])
 @pytest.mark.usefixtures("device")

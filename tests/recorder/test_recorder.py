@@ -61,6 +61,7 @@ def test_a_failed_pass_does_not_confuse_the_next_one_in_the_same_block(small: Sm
     assert [r.site for r in recording if r.step == 1] == [*(r.site for r in alone), "outside/mul.0"]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 @pytest.mark.parametrize("level", ["layers", "modules", "operators"])

@@ -43,6 +43,7 @@ def recorded(model: Gemma, context: Sequence[int], token: int) -> tuple[float, s
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rounding", ["transformers", "gemma_pytorch"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("generation", SPECS)
