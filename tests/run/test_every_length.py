@@ -47,6 +47,7 @@ def first_site(model: Gemma, tokens: list[int]) -> str | None:
     return None if first is None else first.site
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rescale", [1.0, 512.0, 2048.0, 8192.0, 32768.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_length_breaks_where_a_direct_run_does(seed: int, rescale: float) -> None:
