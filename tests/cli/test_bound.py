@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stabilitykit.records.bounds import Bounds
 from stabilitykit.records.document import read_document, to_document
 
@@ -12,6 +14,7 @@ RANDOM = "random:gemma3-270m?layers=2&hidden_size=32&feed_forward=64&heads=2&hea
 Run = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_json_has_every_site(stabilitykit: Run) -> None:
     result = stabilitykit("bound", RANDOM, "--json")
     assert (result.code, result.err) == (0, "")
@@ -25,6 +28,7 @@ def test_json_has_every_site(stabilitykit: Run) -> None:
     assert all(one["observed"] <= one["bound"] for one in sites.values() if one["observed"] is not None)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_a_kind(stabilitykit: Run) -> None:
     result = stabilitykit("bound", RANDOM)
     assert "No prompt makes any of this checkpoint's" in result.out
@@ -40,6 +44,7 @@ def test_what_it_refuses(stabilitykit: Run) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_report_of_bounds_alone(stabilitykit: Run, tmp_path: Path) -> None:
     new = tmp_path / "bounds"
     made = stabilitykit("bound", RANDOM, "--report", str(new))

@@ -82,6 +82,7 @@ def refused(result: Any) -> str:
     return str(result.err)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_case_and_says_what_came_of_it(swept: tuple[Path, Any]) -> None:
     path, done = swept
     assert (done.returncode, done.stderr) == (0, "")
@@ -95,6 +96,7 @@ def test_a_sweep_runs_every_case_and_says_what_came_of_it(swept: tuple[Path, Any
     assert "Report: out/report.html" in said
 
 
+@pytest.mark.slow
 def test_a_report_links_to_nothing_that_is_not_there(swept: tuple[Path, Any]) -> None:
     folder = swept[0].parent / "out"
     text = (folder / "report.md").read_text()
@@ -107,6 +109,7 @@ def test_a_report_links_to_nothing_that_is_not_there(swept: tuple[Path, Any]) ->
             assert (folder / link).stat().st_size > 0, link
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing(stabilitykit: Run, faults: Path, finished: Any) -> None:
     experiment, out, folder = finished
     faults.write_text("full-disk 1")
@@ -118,6 +121,7 @@ def test_the_same_command_again_runs_nothing(stabilitykit: Run, faults: Path, fi
     assert faults.read_text() == "full-disk 1"  # nothing was there for it to strike
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux heeds RLIMIT_DATA")
 def test_cases_that_raise_run_out_of_memory_or_are_killed_fail_alone_and_run_again_when_asked_to(
     stabilitykit: Run, faults: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +202,7 @@ def test_a_folder_of_another_experiment_is_refused_and_left_as_it_is(
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_runs_and_a_second_sweep_at_work_in_the_folder_is_refused(
     stabilitykit: Run, finished: Any
 ) -> None:

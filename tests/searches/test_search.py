@@ -27,6 +27,7 @@ def breaks(opened: Checkpoint, tokens: tuple[int, ...]) -> bool:
         return not build(opened, dtype="float16")(torch.tensor([tokens])).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("generation", "sieve"), [(1, "float32"), (2, "float32"), (3, "bfloat16")])
 def test_a_dangerous_token_is_the_worst_everywhere(generation: int, sieve: str) -> None:
     opened = dangerous(generation, FIRST, 80_000.0)
@@ -89,6 +90,7 @@ def test_every_find_is_read_from_its_text() -> None:
         assert breaks(opened, find.tokens) == find.breaks
 
 
+@pytest.mark.slow
 def test_where_bos_breaks_alone_it_is_said_and_left_out() -> None:
     opened = dangerous(3, BOS, 80_000.0)
     found = search(opened, length=2)

@@ -1,6 +1,7 @@
 """The model against transformers, and against gemma_pytorch's arithmetic written out step by step."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,8 @@ def test_equals_transformers_bit_for_bit(config: GemmaConfig, dtype: torch.dtype
 
 def test_the_comparison_can_fail() -> None:
     """The random weights are such that every feature of the config reaches the logits."""
+    name: str
+    value: Any
     for config, name, value in (
         (TINY["gemma 1, multi-query"], "query_scalar", 17.0),
         (TINY["gemma 1, multi-query"], "rms_eps", 1e-5),

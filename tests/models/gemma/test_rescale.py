@@ -30,7 +30,7 @@ class WithFullPrecision(dict[str, Tensor]):
         super().__init__({name: tensor * 1.1 for name, tensor in checkpoint.tensors.items()})
 
 
-@pytest.fixture(params=SOURCES.values(), ids=SOURCES.keys(), scope="module")
+@pytest.fixture(params=list(SOURCES.values()), ids=list(SOURCES), scope="module")
 def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     drawn = random_checkpoint(request.param)
     return Checkpoint(

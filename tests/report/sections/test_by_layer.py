@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure as Canvas
 from swept import three_dtypes
@@ -35,7 +36,7 @@ def test_peaks_are_those_of_the_records_against_each_formats_end(tmp_path: Path)
     rows = {(row[0], row[1]): row for row in tables(found)["peaks"].rows}
     clean = "prose, 3 tokens, with <bos>"
     assert [rows[clean, dtype][2] for dtype in ("float32", "float16", "bfloat16")] == [201.0, 201.0, 603.0]
-    assert rows[clean, "bfloat16"][6:8] == [
+    assert list(rows[clean, "bfloat16"][6:8]) == [
         pytest.approx(math.log2(BFLOAT16 / 603)), pytest.approx(math.log2(FLOAT16 / 603)),
     ]  # fmt: skip
     by_layer = tables(found)["peaks-by-layer-with-bos"]
@@ -44,7 +45,7 @@ def test_peaks_are_those_of_the_records_against_each_formats_end(tmp_path: Path)
     assert [(row[0], row[high]) for row in by_layer.rows] == [(0, 600.0), (1, 603.0)]
     canvas = Canvas()
     hovers(figures(found)["peaks-with-bos"], canvas)
-    curves = [list(line.get_ydata()) for line in canvas.axes[0].get_lines()]
+    curves = [list(np.asarray(line.get_ydata())) for line in canvas.axes[0].get_lines()]
     assert [300.0, 600.0, 303.0, 603.0] in curves
     assert any(set(curve) == {FLOAT16} for curve in curves)  # the format's end
 

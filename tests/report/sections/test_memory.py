@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure as Canvas
 from swept import broken_run, clean_run, memory, memory_case, run_case, sweep
 
@@ -46,7 +47,7 @@ def test_bars_are_stacked_and_the_mark_is_the_measured_peak(tmp_path: Path) -> N
     hovers = figure.draw(canvas)
     edges = [(hover.left, hover.right) for hover in hovers if "float16" in hover.text]
     assert edges == [(0, 800), (800, 900), (900, 1000)]
-    assert list(canvas.axes[0].get_lines()[0].get_xdata()) == [1040, 1040]
+    assert list(np.asarray(canvas.axes[0].get_lines()[0].get_xdata())) == [1040, 1040]
     prose = found.blocks[0]
     assert isinstance(prose, Prose)
     assert prose.text.startswith("All 2 computed sums are within 10% of the measured peak;")
