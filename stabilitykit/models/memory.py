@@ -8,6 +8,7 @@ import torch
 
 _SPARE = 0.1  # of what is free, for libraries, for whatever else runs, and for the system's own cache of files
 
+_MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Of each version of control groups: where its hierarchy is, the files of the limit and of what is in use, and the
@@ -18,10 +19,13 @@ _VERSIONS = (
 )
 
 
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether `needed` bytes can be had on the device, with some to spare; True where nobody can say."""
+def must_stream(asked: bool | None, needed: int, device: torch.device) -> bool:
+    """Whether weights are read as they are needed: as was asked for, or else where `needed` bytes do not fit.
+
+    They fit where the device has them free, with a tenth of that to spare, and where nobody can say what is free.
+    """
     free = available_memory(device)
-    return free is None or needed <= free * (1 - _SPARE)
+    return asked if asked is not None else free is not None and needed > free * (1 - _SPARE)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -42,7 +46,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _available() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = _MEMINFO.read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.checkpoints.mapped import empty_like, give_back, pieces, read_once
-from stabilitykit.models.gemma.model import Embedding, at_least_float32
 
 STREAMED = "streamed: each matrix of weights was in memory only while it was in use"
 """What every report of such a model says, as a note."""
@@ -69,7 +68,7 @@ class StoredWeight:
 def cast(tensor: Tensor, factor: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`tensor` times `factor`, a power of two, in at least float32, rounded once to `dtype`, ties to even."""
     if factor != 1.0:
-        tensor = tensor.to(at_least_float32(tensor.dtype)) * factor
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
     return tensor.to(dtype).to(device)
 
 
@@ -113,7 +112,7 @@ class _Turn:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with _disable_current_modes(), torch.no_grad():  # an observer of operators is not meant to see these
             ids = None
-            if isinstance(module, Embedding | nn.Embedding):
+            if isinstance(module, nn.Embedding) or hasattr(module, "looks_up_rows"):
                 ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             made = self.weight.whole() if ids is None else self.weight.rows(ids)
             self.put(nn.Parameter(made, requires_grad=False))

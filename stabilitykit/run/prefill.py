@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabilitykit.errors import MisuseError, StabilityKitError
+from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.records.sweep import Footprint, Memory, Shortage
-from stabilitykit.run.footprint import footprint
 
 if TYPE_CHECKING:
     import torch

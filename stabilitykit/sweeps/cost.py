@@ -13,11 +13,11 @@ from functools import cache
 import torch
 
 from stabilitykit.checkpoints.config import GemmaConfig
+from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.models.gemma.query_blocks import query_blocks
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.recorder.statistics import measure
 from stabilitykit.records.sweep import Case
-from stabilitykit.run.footprint import footprint
 from stabilitykit.sweeps.axes import is_range
 
 _SECONDS = 0.1  # for which each speed is measured

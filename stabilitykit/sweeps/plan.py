@@ -48,6 +48,8 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
         notes=checkpoint.notes,
         cases=tuple(sorted(cases.values(), key=turn)),
         sections=experiment.sections,
+        own_sections=dict(experiment.own_sections),
+        format=experiment.format,
         versions=versions(),
         machine=machine(place),
     )

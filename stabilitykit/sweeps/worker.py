@@ -20,12 +20,12 @@ import torch
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.config import released
 from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.records.sweep import Case, Failure, Footprint, Results, Shortage
 from stabilitykit.run.case import Reference, Sampling, run_case, run_reference
 from stabilitykit.run.every_length import every_length
-from stabilitykit.run.footprint import footprint
 from stabilitykit.run.prefill import measure, starve
 from stabilitykit.sweeps.plan import case_tokens
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from stabilitykit.checkpoints.config import released
+from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.records.sweep import USUAL, Case
-from stabilitykit.run.footprint import footprint
 from stabilitykit.sweeps.cost import cost
 
 CONFIG = released("gemma3-270m")

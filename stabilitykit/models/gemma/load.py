@@ -13,11 +13,12 @@ from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.mistakes import usual_mistake
 from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.checkpoints.sources import open_checkpoint
+from stabilitykit.choices import RoundingName
 from stabilitykit.errors import CheckpointError
 from stabilitykit.models.devices import parse_device, parse_dtype
-from stabilitykit.models.gemma.model import Gemma, RoundingName
+from stabilitykit.models.gemma.model import Gemma
 from stabilitykit.models.gemma.rescale import check_gamma, rescale_norms, weight_factor
-from stabilitykit.models.memory import fits
+from stabilitykit.models.memory import must_stream
 from stabilitykit.models.stream import STREAMED, StoredWeight, cast
 from stabilitykit.models.stream import stream as stream_weights
 
@@ -30,6 +31,7 @@ def build(
     rounding: RoundingName = "transformers",
     rescale: float = 1.0,
     stream: bool | None = None,
+    beside: int = 0,
     progress: Progress | None = None,
 ) -> Gemma:
     """The checkpoint's model in `dtype` on `device`, for inference: eval mode, no parameter needs a gradient.
@@ -39,8 +41,9 @@ def build(
     need none of it are used as they are, memory-mapped where the checkpoint's are: replace parameters, never write.
 
     With `stream` each matrix is read, scaled and cast by every call that needs it, and dropped after that: the same
-    bits from a model that does not fit. None streams where the weights alone do not fit in the memory that is free.
-    `progress` is called with the bytes of the model that are done and those in all, after each tensor.
+    bits from a model that does not fit. None streams where the weights, and `beside` more bytes for a prompt, do not
+    fit in the memory that is free. `progress` is called with the bytes of the model that are done and those in all,
+    after each tensor.
 
     Raises CheckpointError, listing them, for tensors that are missing, unexpected or of another shape than the
     config says; MisuseError for an unknown dtype or rounding, a device that is not there, or γ no power of two.
@@ -56,8 +59,7 @@ def build(
     misshapen = []
     streamed: dict[str, StoredWeight] = {}
     done, total = 0, sum(map(math.prod, shapes.values())) * target.itemsize
-    if stream is None:
-        stream = not fits(total, place)
+    stream = must_stream(stream, total + beside, place)
     for name, shape in shapes.items():
         tensor = checkpoint.tensors[name]
         if tuple(tensor.shape) != shape:
