@@ -13,10 +13,11 @@ from reference import reference_model
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.config import RELEASED, GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.choices import RoundingName
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.gemma.load import build
-from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm, RoundingName, soft_cap
+from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm, soft_cap
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)

@@ -27,6 +27,7 @@ from swept import (
 
 from stabilitykit.formats import FORMATS, NumberFormat
 from stabilitykit.records import FormatCounts, Recording
+from stabilitykit.records.lengths import LengthMap
 from stabilitykit.records.sweep import Case, Failure, Footprint, Results, Shortage
 from stabilitykit.report.blocks import Figure, Section, Table
 from stabilitykit.report.figures import draw
@@ -66,7 +67,7 @@ def full(folder: Path, **changes: object) -> Results:
     """A sweep in which every section has all that it can show."""
     starved = Shortage(dtype="float32", length=64, device="cpu", needed=1000, room=500, outcome="killed", reason="it")
     released = Footprint(dtype="float16", length=64, device="cuda", weights=10, cache=1, activations=1)
-    pairs = [
+    pairs: list[tuple[Case, Recording | LengthMap | Footprint | Shortage | Failure | None]] = [
         (run_case(), told(layered_run())),
         (run_case("float32"), told(layered_run("float32"))),
         (run_case(bos=False), broken_run()),
