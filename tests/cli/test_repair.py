@@ -43,6 +43,7 @@ def test_a_repair_is_ranked_written_and_verified(stabilitykit: Run, broken: Path
     assert "has changed since it was written" in json.loads(changed.out)["problems"][0]
 
 
+@pytest.mark.slow
 def test_one_document_for_scripts(stabilitykit: Run, broken: Path) -> None:
     made = stabilitykit("repair", str(broken), "--json", "--margin", "3")
     assert (made.code, made.err) == (0, "")
