@@ -29,6 +29,9 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+# Fixtures that mark the tests which use them: the real weights, and kernels in Triton's interpreter.
+MARKED = {"gguf_270m": "weights", "cuda": "slow", "cuda_softmax": "slow"}
+
 _part = pytest.StashKey[tuple[int, int]]()  # cases of tables that run, and that there are
 
 
@@ -41,8 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases = set()
     for item in items:
-        if "gguf_270m" in getattr(item, "fixturenames", ()):  # whichever fixture asks for it
-            item.add_marker("weights")
+        for fixture in MARKED.keys() & set(getattr(item, "fixturenames", ())):  # whichever other fixture asks for it
+            item.add_marker(MARKED[fixture])
         if item.get_closest_marker("table"):
             item.add_marker("slow")
             cases.add(item.nodeid)

@@ -46,6 +46,7 @@ def test_every_tensor_stored_in_16_bits_has_a_bound(generation: int) -> None:
     assert all(one.label == labelled[site] for site, one in bounds.items() if site in labelled)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,6 +108,7 @@ def violations(checkpoint: Checkpoint) -> dict[str, tuple[float, float]]:
     return exceeding(bounds, largest_of_prompts(build(checkpoint))) | exceeding(bounds, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_half_of_an_inequality_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = FUNCTIONS[name]

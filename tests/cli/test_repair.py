@@ -24,6 +24,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_repair_is_ranked_written_and_verified(stabilitykit: Run, broken: Path, tmp_path: Path) -> None:
     out = tmp_path / "repaired"
     made = stabilitykit("repair", str(broken), "--out", str(out))
@@ -43,6 +44,7 @@ def test_a_repair_is_ranked_written_and_verified(stabilitykit: Run, broken: Path
     assert "has changed since it was written" in json.loads(changed.out)["problems"][0]
 
 
+@pytest.mark.slow
 def test_one_document_for_scripts(stabilitykit: Run, broken: Path) -> None:
     made = stabilitykit("repair", str(broken), "--json", "--margin", "3")
     assert (made.code, made.err) == (0, "")
@@ -52,6 +54,7 @@ def test_one_document_for_scripts(stabilitykit: Run, broken: Path) -> None:
     assert not {score["name"]: score["finite"] for score in found["scores"]}["float16"]
 
 
+@pytest.mark.slow
 def test_a_sweeps_report_gets_the_remedies(stabilitykit: Run, broken: Path, tmp_path: Path) -> None:
     new = tmp_path / "alone"
     made = stabilitykit("repair", str(broken), "--report", str(new))
@@ -73,6 +76,7 @@ def test_a_sweeps_report_gets_the_remedies(stabilitykit: Run, broken: Path, tmp_
     assert "is about another checkpoint" in other.err
 
 
+@pytest.mark.slow
 def test_where_nothing_is_broken_nothing_is_changed(stabilitykit: Run) -> None:
     made = stabilitykit("repair", SPECS[3])
     assert made.code == 0

@@ -58,6 +58,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert "exists already; choose a new folder" in again.err
 
 
+@pytest.mark.slow
 def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path: Path) -> None:
     new = tmp_path / "alone"
     made = stabilitykit("search", str(pair), "--limit", "320", "--length", "2", "--report", str(new))
@@ -84,6 +85,7 @@ def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path
     assert "is about another checkpoint" in other.err
 
 
+@pytest.mark.slow
 def test_one_document_for_scripts_and_room_where_it_was_rescaled(stabilitykit: Run, tmp_path: Path) -> None:
     folder = tmp_path / "rescaled"
     folder.mkdir()

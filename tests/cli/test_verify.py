@@ -34,6 +34,7 @@ def proved(root: Path, stabilitykit: Run) -> Path:
     return root / "repaired"
 
 
+@pytest.mark.slow
 def test_it_is_proved_without_the_original(stabilitykit: Run, proved: Path) -> None:
     found = stabilitykit("verify", str(proved), "--proof")
     assert (found.code, found.err) == (0, "")

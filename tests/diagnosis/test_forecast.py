@@ -160,6 +160,7 @@ def test_counts_are_those_of_a_cast_of_every_modules_output(generation: int, res
     assert found.subnormal == ((cast != 0) & (np.abs(cast) < float(info.smallest_normal))).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_float16_breaks_where_a_float32_run_says(generation: int) -> None:
     """Down to the last bit of headroom and past it; where it holds, it holds."""

@@ -46,6 +46,7 @@ def stepped(
     return logits, list(recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_the_same_bits_and_records_the_same(stored: Checkpoint, dtype: str) -> None:
     kind = preferred_matmul(dtype, "cpu")
@@ -54,6 +55,7 @@ def test_logits_are_the_same_bits_and_records_the_same(stored: Checkpoint, dtype
     assert found == records
 
 
+@pytest.mark.slow
 def test_a_rescaled_model_breaks_at_the_same_places(stored: Checkpoint) -> None:
     """Among them weights that overflow when they are cast: they are known by their names."""
     for rescale in (4.0, 2.0**14, 2.0**20):

@@ -351,6 +351,7 @@ def unscreened(a: Any, b: Any, w: Any) -> Any:
     return np.full((2, len(w)), np.inf)
 
 
+@pytest.mark.slow
 def test_no_hidden_state_exceeds_a_bound(
     observed: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def softmax_of(recording: Recording) -> Softmax:
     return found[0].softmax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1 << 24, 2 * 4 * 9 * 2])
 @pytest.mark.parametrize("mask", MASKS)
 def test_recomputed_statistics_are_those_of_the_whole_softmax(
