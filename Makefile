@@ -1,13 +1,18 @@
-# make demo     set up, then find where float16 breaks the real Gemma 3 270M, and write the report
-# make test     set up, then run the tests
-# make lint     set up, then check style and types
-# make install  set up alone: .venv with pinned versions
+# make demo       set up, then find where float16 breaks the real Gemma 3 270M, and write the report
+# make test       set up, then run the tests, but of the long tables a part; TABLES=7 chooses another
+# make test-all   every case of every test
+# make test-fast  those that need neither the real weights nor more than some seconds
+# make lint       set up, then check style and types
+# make install    set up alone: .venv with pinned versions
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test lint wheel clean
+PYTEST ?= $(BIN)/python -m pytest
+TABLES ?= 0
+
+.PHONY: install demo test test-all test-fast lint wheel clean
 
 install: .venv/.installed
 
@@ -15,7 +20,13 @@ demo: install
 	$(BIN)/stabilitykit sweep experiments/float16_break.toml --out reports/demo
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) --table-seed $(TABLES)
+
+test-all: .venv/.installed-dev
+	$(PYTEST) --all
+
+test-fast: .venv/.installed-dev
+	$(PYTEST) -m "not weights and not slow" --table-seed $(TABLES)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

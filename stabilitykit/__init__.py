@@ -1,20 +1,24 @@
-"""Find where, and why, Gemma leaves float16's range.
+"""Find where, and why, a model overflows in float16.
 
     import stabilitykit as sk
 
-    model = sk.load("gemma3-270m", dtype="float16")
-    tokens = model.tokenizer.encode("The capital of France is")
-    with sk.record(model) as recording:
-        logits = model(torch.tensor([tokens]))
+    found = sk.profile("gemma3-270m", "The capital of France is", dtypes=["float16", "float32"])
+    print(sk.verdict(found["float16"], found["float32"]))
+
+    with sk.record(my_model) as recording:  # any torch.nn.Module
+        my_model(my_input)
     print(sk.verdict(recording))
 
 Torch is imported only by the names that need it.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+    from stabilitykit.bounds.examine import bound as bound
     from stabilitykit.checkpoints import open_checkpoint as open_checkpoint
     from stabilitykit.diagnosis import chain as chain
     from stabilitykit.diagnosis import verdict as verdict
@@ -23,30 +27,51 @@ if TYPE_CHECKING:
     from stabilitykit.models.gemma import build as build
     from stabilitykit.models.gemma import generate as generate
     from stabilitykit.models.gemma import load as load
+    from stabilitykit.models.open import open_model as open_model
+    from stabilitykit.models.subject import Sampling as Sampling
     from stabilitykit.recorder import record as record
     from stabilitykit.records import Recording as Recording
+    from stabilitykit.remedies.repair import repair as repair
+    from stabilitykit.remedies.verify import verify as verify
+    from stabilitykit.remedies.verify import verify_proof as verify_proof
+    from stabilitykit.run.forecast import forecast as forecast
+    from stabilitykit.run.profile import profile as profile
+    from stabilitykit.searches.run import search as search
+    from stabilitykit.sweeps.run import sweep as sweep
 
 _HOMES = {
     "FORMATS": "formats",
     "NumberFormat": "formats",
     "Recording": "records",
+    "Sampling": "models.subject",
+    "bound": "bounds.examine",
     "build": "models.gemma",
     "chain": "diagnosis",
+    "forecast": "run.forecast",
     "generate": "models.gemma",
     "load": "models.gemma",
     "open_checkpoint": "checkpoints",
+    "open_model": "models.open",
+    "profile": "run.profile",
     "record": "recorder",
+    "repair": "remedies.repair",
+    "search": "searches.run",
+    "sweep": "sweeps.run",
     "verdict": "diagnosis",
+    "verify": "remedies.verify",
+    "verify_proof": "remedies.verify",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("stabilitykit")
     if name not in _HOMES:
-        raise AttributeError(f"stabilitykit has {', '.join(_HOMES)}; {name!r} is not among them")
+        raise AttributeError(f"module 'stabilitykit' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"stabilitykit.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

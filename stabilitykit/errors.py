@@ -1,29 +1,29 @@
-"""Everything the kit raises on purpose.
+"""The exceptions that the kit raises on purpose.
 
-    StabilityKitError          caught once, by the command line: one sentence, no traceback
-    ├── MisuseError            what was asked for cannot be meant (exit code 2)
-    │   └── CheckpointError    a checkpoint that is missing, damaged, or not what it was taken for
-    └── SamplingError          the probabilities handed to the sampler are not probabilities
+    StabilityKitError          caught once, by the command line: the message, without a traceback
+    ├── MisuseError            an invalid argument or file, or combination of them (exit code 2)
+    │   └── CheckpointError    a checkpoint that is missing, damaged or not supported
+    └── SamplingError          the sampler was given invalid probabilities
 
-A message states the invariant, what came instead, and what to try.
+A message states what is required, what came instead and what to try.
 """
 
 
 class StabilityKitError(Exception):
-    """Base of the kit's own exceptions; `str()` is written for the person who sees it."""
+    """Base of the kit's own exceptions; `str()` is a message for the user."""
 
 
 class MisuseError(StabilityKitError, ValueError):
-    """An argument, a file or a combination of them that cannot be meant."""
+    """An invalid argument or file, or an invalid combination of them."""
 
 
 class CheckpointError(MisuseError):
-    """A checkpoint that is missing, damaged, or not what it was taken for."""
+    """A checkpoint that is missing, damaged or not supported."""
 
 
 class SamplingError(StabilityKitError, RuntimeError):
-    """Probabilities that are no probabilities, found before a GPU asserts on them.
+    """Invalid probabilities, found before a device-side assert.
 
-    On CUDA `torch.multinomial` reports this as a device-side assert that ends the process's
-    context; the sampler looks first and raises this instead. On a CPU torch's own error is raised.
+    On CUDA `torch.multinomial` reports them by a device-side assert, after which the process can no longer use the GPU;
+    the sampler checks first and raises this instead. On a CPU torch's own error is raised.
     """

@@ -1,6 +1,6 @@
-"""Files and folders that are there whole or not at all.
+"""Writes files and folders completely or not at all.
 
-What is written gets its name only at the end, by a rename, so a process that is killed leaves nothing under that name.
+A file gets its name only at the end, by a rename, so a process that is killed leaves nothing under that name.
 """
 
 import json
@@ -17,9 +17,9 @@ from stabilitykit.errors import MisuseError
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, made if need be; it takes the name `path` after the block.
+    """A temporary path in the folder of `path`, which is created if missing; it is renamed to `path` after the block.
 
-    What the block raises is passed on, an OSError of the system too, and nothing is left behind.
+    Whatever the block raises is passed on, an OSError too, and nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
@@ -27,7 +27,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        aside.chmod(0o644)  # mkstemp keeps to its owner what a folder of findings is meant to share
+        aside.chmod(0o644)  # mkstemp creates files that only their owner can read
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -35,15 +35,16 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into, which gets its name when the block ends.
+    """A temporary folder beside `folder` to write into; it is renamed to `folder` after the block.
 
-    Raises MisuseError where it cannot be written. What the block raises is passed on, and nothing is left behind.
+    Raises MisuseError where it cannot be written. Whatever else the block raises is passed on, and nothing is left
+    behind.
     """
     aside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        aside.chmod(0o755)  # mkdtemp keeps to its owner what a folder of findings is meant to share
+        aside.chmod(0o755)  # mkdtemp creates folders that only their owner can open
         yield aside
         aside.rename(folder)
     except OSError as error:
@@ -54,7 +55,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces what is there. Raises MisuseError where the folder cannot be written."""
+    """Replaces an existing file. Raises MisuseError where it cannot be written."""
     try:
         with written_beside(path) as aside:
             aside.write_bytes(content)
@@ -68,9 +69,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, one JSON document. Raises ValueError for NaN and infinities, which JSON has no form of."""
+    """As `write_text`, one JSON document. Raises ValueError for NaN and infinities, which JSON cannot represent."""
     write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
 def cannot_write(path: Path, error: OSError) -> MisuseError:
-    return MisuseError(f"{path} cannot be written ({error.strerror or error}); choose another folder.")
+    return MisuseError(f"Cannot write {path}: {error.strerror or error}. Choose another folder.")

@@ -8,18 +8,22 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from stabilitykit.errors import MisuseError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumberFormat:
-    """A binary format with subnormals, rounded to nearest, ties to even.
+    """A signed binary format with subnormals, rounded to nearest, ties to even.
 
     `precision` counts significand bits, the implicit leading one included. `emax` and `emin` are the
     exponents of the largest and the smallest normal number (IEEE 754 convention, significand in [1, 2)).
-    `all_ones_is_nan` marks formats of the OCP "fn" kind: no infinity, and of the codes with the largest
-    exponent only the one with an all-ones significand is not a number.
+    `high_nans` counts the significands that are NaN at the exponent `emax`: one in OCP's E4M3, none in formats
+    that keep an exponent of their own for what is not finite, or that use every code there for a number.
+    `past_maximum` is what a cast makes of a value past the largest: "inf", "NaN" in formats without infinities,
+    "saturate" in those without NaN too (OCP's 6 and 4 bits). `has_negative_zero` is False where the code of −0 is
+    NaN (the "fnuz" formats).
     """
 
     name: str
@@ -27,13 +31,24 @@ class NumberFormat:
     emax: int
     emin: int
     bits: int
-    all_ones_is_nan: bool = False
+    high_nans: int = 0
+    past_maximum: Literal["inf", "NaN", "saturate"] = "inf"
+    has_negative_zero: bool = True
 
     @property
     def largest(self) -> float:
-        """Largest finite value."""
-        unused = 2 if self.all_ones_is_nan else 1
-        return math.ldexp(2.0**self.precision - unused, self.emax - self.precision + 1)
+        """Largest finite value: the format's maximum."""
+        return math.ldexp(2.0**self.precision - 1 - self.high_nans, self.emax - self.precision + 1)
+
+    @property
+    def has_infinities(self) -> bool:
+        return self.past_maximum == "inf"
+
+    @property
+    def finite_codes(self) -> int:
+        """How many of the 2^bits codes are finite numbers; ±0 are two, where there is a −0."""
+        exponents = self.emax - self.emin + 2  # the subnormals' included
+        return 2 * ((exponents << self.precision - 1) - self.high_nans) - (not self.has_negative_zero)
 
     @property
     def smallest_normal(self) -> float:
@@ -52,20 +67,24 @@ class NumberFormat:
     def overflow_edge(self) -> tuple[float, bool]:
         """The magnitude halfway past `largest`, and whether a value exactly there already overflows.
 
-        Ties go to the even significand. Where every code up to infinity is used the largest
-        significand is odd, so the tie overflows (65,520 in float16); in the "fn" formats it is even,
-        so the tie comes back (464 becomes 448 in float8_e4m3fn).
+        Ties go to the even significand. Where every significand is used the largest is odd, so the tie
+        overflows (65,520 in float16); where the last one is NaN it is even, so the tie comes back (464
+        becomes 448 in float8_e4m3fn).
         """
         if self.precision == 53:  # halfway past the largest double is no double: only infinity is there
             return math.inf, True
         half_ulp = math.ldexp(1.0, self.emax - self.precision)
-        return self.largest + half_ulp, not self.all_ones_is_nan
+        return self.largest + half_ulp, self.high_nans % 2 == 0
 
     def overflows(self, value: float) -> bool:
         """Whether rounding `value` leaves the finite range. Infinities and NaN do; ±0 does not."""
         edge, tie_overflows = self.overflow_edge
         magnitude = abs(value)
         return math.isnan(value) or magnitude > edge or (magnitude == edge and tie_overflows)
+
+    def saturates(self, *, asked: bool = False) -> bool:
+        """Whether a cast makes ±`largest` of what overflows. `asked` to, casts to 8 bits and fewer do."""
+        return self.past_maximum == "saturate" or (asked and self.bits <= 8)
 
     def headroom(self, amax: float) -> float:
         """log2(largest / amax), in bits: negative past the range, inf for amax 0, -inf for inf, NaN for NaN."""
@@ -82,7 +101,9 @@ FLOAT32 = NumberFormat(name="float32", precision=24, emax=127, emin=-126, bits=3
 BFLOAT16 = NumberFormat(name="bfloat16", precision=8, emax=127, emin=-126, bits=16)
 FLOAT16 = NumberFormat(name="float16", precision=11, emax=15, emin=-14, bits=16)
 FLOAT8_E5M2 = NumberFormat(name="float8_e5m2", precision=3, emax=15, emin=-14, bits=8)
-FLOAT8_E4M3FN = NumberFormat(name="float8_e4m3fn", precision=4, emax=8, emin=-6, bits=8, all_ones_is_nan=True)
+FLOAT8_E4M3FN = NumberFormat(
+    name="float8_e4m3fn", precision=4, emax=8, emin=-6, bits=8, high_nans=1, past_maximum="NaN"
+)
 
 FORMATS: dict[str, NumberFormat] = {
     form.name: form for form in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16, FLOAT8_E5M2, FLOAT8_E4M3FN)
@@ -97,4 +118,4 @@ def number_format(name: str) -> NumberFormat:
     try:
         return FORMATS[name.removeprefix("torch.")]
     except KeyError:
-        raise MisuseError(f"A number format is one of {', '.join(FORMATS)}; {name!r} is none of them.") from None
+        raise MisuseError(f"Unknown number format {name!r}; choose one of: {', '.join(FORMATS)}.") from None

@@ -1,6 +1,7 @@
 """How numbers, counts, lists and tokens are written, wherever they are written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 
 def number(value: float | None) -> str:
@@ -44,6 +45,30 @@ def sentence(text: str) -> str:
     """With a capital and a full stop, for what came from elsewhere."""
     text = text.strip()
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+
+
+class Placed(Protocol):
+    """What has a place in a model: a record, a break, a bound."""
+
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def site(self) -> str | None: ...
+
+
+def place(found: Placed) -> str:
+    """`layer 7, residual after MLP`; the site where it has no label."""
+    named = found.label or found.site or ""
+    return named if found.layer is None else f"layer {found.layer}, {named}"
+
+
+def at_token(position: int | None, text: str | None, show: Callable[[str], str] | None = None) -> str:
+    """`, at token 29 '.'`, to follow a place; nothing where the position is not known."""
+    if position is None:
+        return ""
+    return f", at token {position:,}" + (f" {(show or quoted)(text)}" if text else "")
 
 
 def tokens(amount: int) -> str:

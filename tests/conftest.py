@@ -1,6 +1,17 @@
-"""The real Gemma 3 270M, once per session; tests that ask for it are skipped where the `demo` extra is missing."""
+"""The real Gemma 3 270M, once per session, and which tests run.
+
+    pytest                                every test, but of each table a third, which --table-seed chooses
+    pytest --all                          every case of every table; tests named by :: run whole in any case
+    pytest -m "not weights and not slow"  what takes about a minute
+
+A `table` is a slow test of many cases, each of which would find most mistakes. `weights` marks itself: it is on every
+test that asks for the 270M, which is skipped where the `demo` extra is missing.
+"""
 
 import os
+import random
+from collections import defaultdict
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +29,46 @@ if find_spec("triton") and not torch.cuda.is_available():  # Triton looks at thi
 # the same examples in every run of one commit; `pytest --hypothesis-profile=default` looks for new ones
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+TABLE_SHARE = 1 / 3  # of each table, at least one case
+
+_part = pytest.StashKey[tuple[int, int]]()  # cases of tables that run, and that there are
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run every case of every table, not a part of them")
+    parser.addoption("--table-seed", type=int, default=0, help="which part of the tables runs; default: %(default)s")
+
+
+def table_part(cases: Sequence[str], seed: int) -> set[str]:
+    """The cases of one table that run: the same ones for a seed, whatever else is collected."""
+    return set(random.Random(f"{seed} {min(cases)}").sample(sorted(cases), max(1, round(TABLE_SHARE * len(cases)))))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k choose
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tables: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if "gguf_270m" in getattr(item, "fixturenames", ()):  # whichever fixture asks for it
+            item.add_marker("weights")
+        if item.get_closest_marker("table"):
+            tables[item.nodeid.partition("[")[0]].append(item.nodeid)
+    cases = {case for table in tables.values() for case in table}
+    kept = cases
+    if not config.getoption("all") and not any("::" in argument for argument in config.args):
+        seed: int = config.getoption("table_seed")
+        kept = {case for table in tables.values() for case in table_part(table, seed)}
+    config.stash[_part] = len(kept), len(cases)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in cases - kept])
+    items[:] = [item for item in items if item.nodeid not in cases - kept]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    kept, cases = config.stash.get(_part, (0, 0))
+    if kept < cases:
+        seed = config.getoption("table_seed")
+        terminalreporter.write_line(f"Of {cases} cases of tables {kept} ran: --table-seed {seed}; --all runs the rest.")
 
 
 @pytest.fixture(scope="session")

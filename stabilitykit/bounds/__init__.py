@@ -1,4 +1,4 @@
-"""The weights alone -> what no prompt can exceed, and how near hidden states and prompts come."""
+"""From the weights alone to bounds that no prompt can exceed, and how close hidden states and prompts come."""
 
 from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.bounds.examine import examine

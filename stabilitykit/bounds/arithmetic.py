@@ -1,15 +1,15 @@
 """The arithmetic that bounds hold for, and what rounding adds to a bound.
 
-Assumed is what the kit's model does in `rounding="transformers"`, on any device that keeps to it: weights are rounded
-to the dtype first, and bounds are of those; norms and softmax are computed in float32; products are summed in float32,
-in any order, and the sum is rounded once to the dtype; every other operator computes its result in float32 and rounds
-it once. One operation in float32 is allowed a relative error of 2^-23, twice that of rounding to nearest, so that cores
-which cut off digits are covered too. Not covered: sums in float16, and formats that flush subnormals of float32.
+The assumptions are those of the kit's model with `rounding="transformers"`, on any device that follows them: weights
+are rounded to the dtype first, and bounds are for the rounded ones; norms and softmax are computed in float32; products
+are summed in float32, in any order, and the sum is rounded once to the dtype; every other operator computes its result
+in float32 and rounds it once. One operation in float32 may have a relative error of 2^-23, twice that of rounding to
+nearest, which covers cores that truncate. Not covered: sums in float16, and hardware that flushes float32 subnormals.
 
 Rounding x to a format with unit roundoff u and smallest subnormal 2η gives x(1 + δ) + ε with |δ| <= u, |ε| <= η, and
-one of the two is zero. The format is taken to have no end: a bound past its largest value says what would have to be
-stored, and each bound supposes nothing about the other tensors' staying in range. Where all are within the range no
-tensor of any prompt leaves it, by induction over the order of execution.
+one of the two is zero. The format is taken to have no maximum: a bound above it says what would have to be stored, and
+no bound assumes that other tensors stay in range. Where all bounds are within the range, no tensor of any prompt
+overflows, by induction over the order of execution.
 """
 
 import math
@@ -21,13 +21,13 @@ from torch import Tensor
 from stabilitykit.formats import NumberFormat
 
 WIDE = 2.0**-23
-"""Relative error of one operation in float32, twice that of the nearest number."""
+"""Relative error of one operation in float32, twice that of rounding to nearest."""
 
 _OUTWARD = 1 + 1e-9
-"""Above anything that float64 loses while a bound is computed: sums of 10^6 terms lose 1e-10."""
+"""A margin above all that float64 loses while a bound is computed: sums of 10^6 terms lose 1e-10."""
 
 _SHIFT = 2.0**10
-"""Added to a gain, in units of η, so that what rounding subnormals adds becomes part of the ball."""
+"""Added to a gain, in units of η, so that the rounding of subnormals becomes part of the ball."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Arithmetic:
         return cls(unit=form.unit_roundoff, tiny=form.smallest_subnormal / 2)
 
     def stored(self, bound: Tensor, operations: int = 0) -> Tensor:
-        """What `bound` becomes after so many operations in float32 and one rounding: a bound of the stored value."""
+        """A bound on the stored value, after `operations` more float32 operations and one rounding."""
         return (bound * (1 + WIDE) ** operations * (1 + self.unit) + self.tiny) * _OUTWARD
 
     def product_error(self, terms: int) -> float:
@@ -107,5 +107,5 @@ def sum_error(terms: int) -> float:
 
 
 def outward(bound: Tensor) -> Tensor:
-    """`bound`, computed in float64, and a margin above all that float64 lost."""
+    """`bound`, computed in float64, with a margin above all that float64 lost."""
     return bound * _OUTWARD

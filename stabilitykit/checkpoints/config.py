@@ -1,7 +1,7 @@
-"""What distinguishes one Gemma from another, as data, and the released sizes by name."""
+"""What distinguishes one Gemma from another, as data, and the released models by name."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from stabilitykit.errors import CheckpointError, MisuseError
@@ -10,13 +10,8 @@ Generation = Literal[1, 2, 3]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GemmaConfig:
-    """The text decoder of a Gemma of generation 1, 2 or 3.
-
-    Lengths and windows are in tokens, sizes in elements. `None` means the feature is absent. The query
-    scale is `query_scalar ** -0.5`. RoPE frequencies of a kind of layer are divided by its scaling. The
-    head is tied: logits come from the embedding matrix. Raises CheckpointError where sizes contradict.
-    """
+class GemmaSizes:
+    """The part of a config that the shapes of the weights determine; sizes in elements."""
 
     generation: Generation
     layers: int
@@ -26,6 +21,17 @@ class GemmaConfig:
     kv_heads: int
     head_dim: int
     vocabulary: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmaConfig(GemmaSizes):
+    """The text decoder of a Gemma of generation 1, 2 or 3.
+
+    Lengths and windows are in tokens, sizes in elements. `None` means the feature is absent. Queries are scaled by
+    `query_scalar ** -0.5`. RoPE frequencies of global layers are divided by `rope_scaling`. The head is tied: logits
+    come from the embedding matrix. Raises CheckpointError for sizes that contradict each other.
+    """
+
     context: int = 8192
     query_scalar: float = 256.0
     window: int | None = None  # of sliding (local) layers; a query sees itself and window - 1 keys before it
@@ -38,24 +44,21 @@ class GemmaConfig:
     rms_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        sizes = {
-            name: getattr(self, name)
-            for name in ("layers", "hidden_size", "feed_forward", "heads", "kv_heads", "head_dim", "vocabulary")
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise CheckpointError(f"Every size in a config is at least 1; {name} is {size}.")
+        for name in (spec.name for spec in fields(GemmaSizes)):
+            if (size := getattr(self, name)) < 1:
+                raise CheckpointError(f"Every size in a config must be at least 1, got {name} = {size}.")
         ropes = ("rope_base", "rope_base_local", "rope_scaling")
         for name in ("context", "query_scalar", "window", "global_every", *ropes):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise CheckpointError(f"In a config {name} is above zero; this one says {value}.")
+                raise CheckpointError(f"In a config {name} must be positive and finite, got {value}.")
         if self.heads % self.kv_heads:
             raise CheckpointError(
-                f"Query heads share key/value heads evenly; {self.heads} heads cannot share {self.kv_heads}."
+                "The number of attention heads must be a multiple of the number of key/value heads, got "
+                f"{self.heads} and {self.kv_heads}."
             )
         if self.head_dim % 2:
-            raise CheckpointError(f"RoPE turns pairs of channels, so head_dim is even; it is {self.head_dim}.")
+            raise CheckpointError(f"head_dim must be even, as RoPE rotates pairs of channels, got {self.head_dim}.")
 
     @property
     def model_type(self) -> str:
@@ -118,10 +121,8 @@ ALIASES: dict[str, str] = {
 
 
 def released(name: str) -> GemmaConfig:
-    """The config of a released size, by its name or gemma_pytorch's. Raises MisuseError for any other."""
+    """The config of a released model, by its name or gemma_pytorch's. Raises MisuseError for any other name."""
     try:
         return RELEASED[ALIASES.get(name, name)]
     except KeyError:
-        raise MisuseError(
-            f"A released size is one of {', '.join([*RELEASED, *ALIASES])}; {name!r} is none of them."
-        ) from None
+        raise MisuseError(f"Unknown Gemma size {name!r}; choose one of: {', '.join([*RELEASED, *ALIASES])}.") from None

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,13 +15,12 @@ from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.huggingface import CONFIG
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.checkpoints.vocabulary import serialised
-
-ExportDtype = Literal["float16", "float32"]
+from stabilitykit.choices import ExportDtype
 
 _SHARD = 4_000_000_000  # bytes of weights in one file, and so about as much memory
 _ARCHITECTURES = {1: "GemmaForCausalLM", 2: "Gemma2ForCausalLM", 3: "Gemma3ForCausalLM"}
-# What a folder has beside its weights and config, and an export takes over as it is.
-_TAKEN = (
+# Files of a Hugging Face folder that an export copies unchanged.
+_COPIED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -35,10 +34,10 @@ def write_folder(
     source: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Writes the checkpoint into the empty `folder`, weights rounded to `dtype`, and returns the files of weights.
+    """Writes the checkpoint into the empty `folder`, with weights rounded to `dtype`, and returns the weight files.
 
-    Tokenizer and chat template are those of `source`, the Hugging Face folder it was read from; without one they are
-    made from the vocabulary. `progress` is called with the bytes that are written and those in all.
+    Tokenizer and chat template are copied from `source`, the Hugging Face folder it was read from; without one the
+    tokenizer is made from the vocabulary. `progress` is called with the bytes written and the total.
     """
     config = huggingface_config(checkpoint, dtype)
     (folder / CONFIG).write_text(_json(config), encoding="utf-8")
@@ -48,7 +47,7 @@ def write_folder(
 
 
 def huggingface_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """config.json of the text decoder, with the keys that transformers 5 writes and those that 4 reads."""
+    """config.json of the text decoder, with the keys that transformers 5 writes and the ones that 4 reads."""
     config, vocabulary = checkpoint.config, checkpoint.vocabulary
     turn = vocabulary.pieces.index("<end_of_turn>") if "<end_of_turn>" in vocabulary.pieces else None
     made: dict[str, Any] = {
@@ -76,11 +75,11 @@ def huggingface_config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     }
     if config.generation == 1:
         return made
-    kinds = ["full_attention" if config.is_global(layer) else "sliding_attention" for layer in range(config.layers)]
+    types = ["full_attention" if config.is_global(layer) else "sliding_attention" for layer in range(config.layers)]
     made |= {
         "query_pre_attn_scalar": int(config.query_scalar),
         "sliding_window": config.window,
-        "layer_types": kinds,
+        "layer_types": types,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
     }
@@ -109,18 +108,17 @@ def _write_generation(config: dict[str, Any], folder: Path, source: Path | None)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path, source: Path | None) -> None:
-    taken = [name for name in _TAKEN if source is not None and (source / name).is_file()]
-    for name in taken:
-        assert source is not None
-        shutil.copyfile(source / name, folder / name)
-    if taken:
+    copied = [] if source is None else [source / name for name in _COPIED if (source / name).is_file()]
+    for path in copied:
+        shutil.copyfile(path, folder / path.name)
+    if copied:
         return
     vocabulary = checkpoint.vocabulary
     (folder / "tokenizer.model").write_bytes(serialised(vocabulary))
     named = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad, "unk": vocabulary.unk}
     tokens = {f"{name}_token": vocabulary.pieces[index] for name, index in named.items()}
-    told = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **tokens}
-    (folder / "tokenizer_config.json").write_text(_json(told), encoding="utf-8")
+    settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **tokens}
+    (folder / "tokenizer_config.json").write_text(_json(settings), encoding="utf-8")
 
 
 def _write_weights(
@@ -141,7 +139,7 @@ def _write_weights(
             if progress is not None:
                 progress(done, total)
         save_file(held, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors keeps to its owner what a folder is meant to share
+        (folder / file).chmod(0o644)  # safetensors writes files that only their owner can read
         where |= dict.fromkeys(names, file)
         paths.append(folder / file)
     if len(shards) > 1:
@@ -151,7 +149,7 @@ def _write_weights(
 
 
 def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names in their order, as many in each as a file may hold, and at least one."""
+    """The names in order, in groups: as many as one file may hold, but at least one."""
     names: list[str] = []
     held = 0
     for name, size in sizes.items():

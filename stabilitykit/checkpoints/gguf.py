@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 out of a GGUF file, as llama.cpp's converter writes it."""
+"""Gemma 1, 2 and 3 from a GGUF file, as llama.cpp's converter writes it."""
 
 import math
 import os
@@ -19,6 +19,7 @@ from stabilitykit.checkpoints.config import GemmaConfig, Generation
 from stabilitykit.checkpoints.gguf_file import GgufFile, GgufTensor, Value, read_gguf_file
 from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.errors import CheckpointError
+from stabilitykit.words import listed
 
 GENERATIONS: dict[str, Generation] = {"gemma": 1, "gemma2": 2, "gemma3": 3}
 
@@ -63,11 +64,11 @@ _PIECE_TYPES: dict[int, PieceType] = {
 def read_gguf(path: str | Path, *, cache: Path, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint in a GGUF file. Its tensors are dequantised once, into `cache`, and memory-mapped from there.
 
-    GGUF keeps norm gains as 1 + w in float32; subtracting 1 in float32 and adding it again gives back the same gain
-    to the last bit, for every gain from 0.5 up and for every lower one that was computed as 1 + w from a float32 w.
+    GGUF stores norm gains as 1 + w in float32. Subtracting 1 in float32 and adding it again returns the same gain to
+    the last bit, for every gain of at least 0.5 and every lower one that was computed as 1 + w from a float32 w.
 
-    Raises CheckpointError for anything that is not a whole GGUF file of a Gemma with a tied head, MisuseError for a
-    cache without room. `progress` is called with bytes, and only when the cache has to be filled.
+    Raises CheckpointError for anything but a complete GGUF file of a Gemma with a tied head, MisuseError for a cache
+    without enough disk. `progress` is called with bytes, and only when the cache has to be filled.
     """
     path = Path(path)
     file = read_gguf_file(path)
@@ -96,7 +97,7 @@ def read_gguf(path: str | Path, *, cache: Path, progress: Progress | None = None
 
 @dataclass(frozen=True, slots=True)
 class _Metadata:
-    """Metadata by key, of a type that is checked; keys that begin with a dot are the architecture's."""
+    """Metadata by key, with its type checked; keys that begin with a dot are the architecture's."""
 
     file: GgufFile
 
@@ -110,32 +111,32 @@ class _Metadata:
     def text(self, key: str) -> str:
         value = self._needed(key)
         if not isinstance(value, str):
-            raise self.wrong(key, "a text")
+            raise self.wrong(key, "a string")
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero."""
+        """A positive integer."""
         value = self._needed(key, default)
         if not isinstance(value, int) or value < 1:
-            raise self.wrong(key, "a whole number above zero")
+            raise self.wrong(key, "a positive integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """A positive finite number."""
         value = self._needed(key, default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.wrong(key, "a number above zero")
+            raise self.wrong(key, "a positive number")
         return float(value)
 
     def softcap(self, key: str, default: float | None) -> float | None:
-        """A number above zero; None where it is 0 or absent."""
+        """A positive number; None where it is 0, the default where it is absent."""
         if self.get(key) == 0:
             return None
         return default if self.get(key) is None else self.number(key)
 
     def wrong(self, key: str, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.file.path}: {self._full(key)} is {expected}; the file says {self.get(key)!r:.60}. "
+            f"{self.file.path}: {self._full(key)} must be {expected}, got {self.get(key)!r:.60}. "
             "Convert the checkpoint again."
         )
 
@@ -147,34 +148,33 @@ class _Metadata:
         value = default if value is None else value
         if value is None:
             raise CheckpointError(
-                f"{self.file.path}: a Gemma's GGUF file says {self._full(key)}; this one does not. "
-                "Convert the checkpoint again."
+                f"{self.file.path}: the metadata lacks {self._full(key)}. Convert the checkpoint again."
             )
         return value
 
 
 def gemma_config(file: GgufFile) -> GemmaConfig:
-    """The config; what the converter leaves out is filled in as llama.cpp does when it loads.
+    """The config; what the converter leaves out gets llama.cpp's defaults.
 
-    Raises CheckpointError for another architecture and for metadata that is missing or cannot be meant.
+    Raises CheckpointError for another architecture and for missing or invalid metadata.
     """
     metadata = _Metadata(file)
     generation = GENERATIONS.get(metadata.architecture)
     if generation is None:
         raise CheckpointError(
-            f"{metadata.file.path}: the architectures that can be read are {', '.join(GENERATIONS)}; "
-            f"this is {metadata.architecture!r:.60}."
+            f"{metadata.file.path}: unknown architecture {metadata.architecture!r:.60}; supported are "
+            f"{listed(list(GENERATIONS))}."
         )
     layers, hidden = metadata.size(".block_count"), metadata.size(".embedding_length")
     if layers > len(metadata.file.tensors):
         raise CheckpointError(
-            f"{metadata.file.path}: each layer has its tensors; there are {len(metadata.file.tensors)} tensors for "
-            f"{layers} layers. Fetch or convert the file again."
+            f"{metadata.file.path}: the metadata announces {layers} layers, but the file holds only "
+            f"{len(metadata.file.tensors)} tensors. Download or convert it again."
         )
     heads = metadata.size(".attention.head_count")
     head_dim = metadata.size(".attention.key_length", hidden // heads or None)
     if metadata.size(".attention.value_length", head_dim) != head_dim:
-        raise metadata.wrong(".attention.value_length", f"the length of a key, {head_dim}")
+        raise metadata.wrong(".attention.value_length", f"the key length, {head_dim}")
     rope_base = metadata.number(".rope.freq_base", 10_000.0)
 
     # llama.cpp's rule: the 27B of each generation scales queries by hidden/heads, all others by the head size.
@@ -203,7 +203,7 @@ def gemma_config(file: GgufFile) -> GemmaConfig:
     try:
         return GemmaConfig(**fields)
     except CheckpointError as error:
-        raise CheckpointError(f"{file.path}: {error} Fetch or convert the file again.") from None
+        raise CheckpointError(f"{file.path}: {error} Download or convert the file again.") from None
 
 
 def _window(metadata: _Metadata, generation: Generation) -> int | None:
@@ -213,7 +213,7 @@ def _window(metadata: _Metadata, generation: Generation) -> int | None:
 
 
 def _global_every(metadata: _Metadata, generation: Generation, layers: int) -> int:
-    """The distance between global layers, from a number or a list that says of each layer whether it slides."""
+    """The distance between global layers, from a number or a list with one flag per layer, true where it slides."""
     key = ".attention.sliding_window_pattern"
     default = {1: 1, 2: 2, 3: 6}[generation]
     pattern = metadata.get(key)
@@ -223,14 +223,14 @@ def _global_every(metadata: _Metadata, generation: Generation, layers: int) -> i
     for every in range(1, layers + 2):
         if slides == [bool((layer + 1) % every) for layer in range(layers)]:
             return every
-    raise metadata.wrong(key, f"a list of {layers} layers, of which every n-th does not slide")
+    raise metadata.wrong(key, f"a list of {layers} flags, with every n-th layer global")
 
 
 def _rope_scaling(metadata: _Metadata) -> float:
-    kind = ".rope.scaling.type"
-    if metadata.get(kind) not in (None, "none", "linear"):
-        raise metadata.wrong(kind, "'linear' in a Gemma")
-    if metadata.get(kind) == "none":
+    key = ".rope.scaling.type"
+    if metadata.get(key) not in (None, "none", "linear"):
+        raise metadata.wrong(key, "'none' or 'linear'")
+    if metadata.get(key) == "none":
         return 1.0
     return metadata.number(".rope.scaling.factor", metadata.number(".rope.scale_linear", 1.0))
 
@@ -253,20 +253,20 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], names: di
         parts = [f"missing: {some(missing)}"] if missing else []
         parts += [f"unexpected: {some([f'{name!r:.60}' for name in unexpected])}"] if unexpected else []
         raise CheckpointError(
-            f"{file.path}: the tensors are those that the metadata describes; {'; '.join(parts)}. "
-            "Fetch or convert the file again."
+            f"{file.path}: the tensors do not match the metadata; {'; '.join(parts)}. "
+            "Download or convert the file again."
         )
     wrong = [
-        f"{name} is {list(stored[name].shape)} and not {list(shapes[ours])}"
+        f"{name} is {list(stored[name].shape)}, expected {list(shapes[ours])}"
         for ours, name in names.items()
         if stored[name].shape != shapes[ours]
     ]
     if wrong:
-        raise CheckpointError(f"{file.path}: tensors have the shapes that the metadata gives; {some(wrong)}.")
+        raise CheckpointError(f"{file.path}: tensor shapes do not match the metadata: {some(wrong)}.")
     if head is not None and embedding is not None and not _equal(head, embedding):
         raise CheckpointError(
-            f"{file.path}: a Gemma's head is its embedding; {_HEAD} differs from token_embd.weight. "
-            "Models with a head of their own cannot be read."
+            f"{file.path}: {_HEAD} differs from token_embd.weight, but Gemma ties its head to the embedding. "
+            "Models with a separate head are not supported."
         )
 
 
@@ -281,33 +281,35 @@ def _vocabulary(metadata: _Metadata, config: GemmaConfig) -> Vocabulary:
     if not isinstance(pieces, list) or len(pieces) != config.vocabulary:
         count = len(pieces) if isinstance(pieces, list) else 0
         raise CheckpointError(
-            f"{metadata.file.path}: each row of the embedding has its piece in the vocabulary; there are "
-            f"{config.vocabulary} rows and {count} pieces. Fetch or convert the file again."
+            f"{metadata.file.path}: the vocabulary must have one piece per row of the embedding, got {count} pieces "
+            f"for {config.vocabulary} rows. Download or convert the file again."
         )
     scores = _column(metadata, "tokenizer.ggml.scores", len(pieces)).astype(np.float64)
     types = _column(metadata, "tokenizer.ggml.token_type", len(pieces)).tolist()
     if not np.isfinite(scores).all():
         raise metadata.wrong("tokenizer.ggml.scores", "a list of finite numbers")
     if not set(types) <= _PIECE_TYPES.keys():
-        raise metadata.wrong("tokenizer.ggml.token_type", f"a list of {', '.join(map(str, _PIECE_TYPES))}")
-    # SentencePiece writes every space as ▁. The converter undoes that in user-defined pieces alone.
+        raise metadata.wrong(
+            "tokenizer.ggml.token_type", f"a list of piece types ({', '.join(map(str, _PIECE_TYPES))})"
+        )
+    # SentencePiece writes every space as ▁. The converter undoes that in user-defined pieces only.
     pieces = [piece.replace(" ", "▁") for piece in pieces]
     if "" in pieces or len(set(pieces)) < len(pieces):
-        raise metadata.wrong("tokenizer.ggml.tokens", "a list of pieces, each there once and none empty")
+        raise metadata.wrong("tokenizer.ggml.tokens", "a list of unique, non-empty pieces")
     special = {
         "bos": _token(metadata, "tokenizer.ggml.bos_token_id", 2, len(pieces)),
         "eos": _token(metadata, "tokenizer.ggml.eos_token_id", 1, len(pieces)),
         "pad": _token(metadata, "tokenizer.ggml.padding_token_id", 0, len(pieces)),
         "unk": _token(metadata, "tokenizer.ggml.unknown_token_id", 3, len(pieces)),
     }
-    kinds = tuple(_PIECE_TYPES[kind] for kind in types)
-    return Vocabulary(pieces=tuple(pieces), scores=tuple(scores.tolist()), types=kinds, **special)
+    named = tuple(_PIECE_TYPES[code] for code in types)
+    return Vocabulary(pieces=tuple(pieces), scores=tuple(scores.tolist()), types=named, **special)
 
 
 def _column(metadata: _Metadata, key: str, length: int) -> NDArray[Any]:
     values = metadata.get(key)
     if not isinstance(values, np.ndarray) or len(values) != length:
-        raise metadata.wrong(key, f"a list of {length} numbers, one for each piece")
+        raise metadata.wrong(key, f"a list of {length} numbers, one per piece")
     return values
 
 
@@ -316,7 +318,7 @@ def _token(metadata: _Metadata, key: str, default: int, count: int) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or not 0 <= value < count:
-        raise metadata.wrong(key, f"an id below {count}")
+        raise metadata.wrong(key, f"a token id below {count}")
     return value
 
 
@@ -324,26 +326,26 @@ def _dequantised(file: GgufFile, name: str, tensor: GgufTensor) -> Iterator[NDAr
     """The tensor as float32, a few rows at a time, in order."""
 
     def convert(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        with np.errstate(all="ignore"):  # per thread; an infinite scale gives infinite or NaN weights, in silence
+        with np.errstate(all="ignore"):  # per thread; an infinite scale gives infinite or NaN weights without a warning
             return dequantize(rows, tensor.type)
 
     pieces = np.array_split(tensor.rows, max(1, len(tensor.rows) // _ROWS_AT_ONCE))
     threads = os.cpu_count() or 1
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(pieces), threads):  # not all at once: the results would wait in memory
+            for start in range(0, len(pieces), threads):  # not all at once: the results would pile up in memory
                 yield from pool.map(convert, pieces[start : start + threads])
     except NotImplementedError:
         raise CheckpointError(
-            f"{file.path}: a tensor has a type that the gguf package can dequantise; {name} is {tensor.type.name}. "
-            "A newer gguf package may know how, or take a file quantised otherwise."
+            f"{file.path}: the gguf package cannot dequantise {name}, which is stored as {tensor.type.name}. "
+            "Upgrade gguf, or use a file with another quantisation."
         ) from None
 
 
 def _storage(file: GgufFile) -> str:
-    """How the matrices are stored, in the words that every report repeats."""
+    """How the matrices are stored: a note that every report repeats."""
     types = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
-    name = ", ".join(sorted(kind.name for kind in types))
+    name = ", ".join(sorted(one.name for one in types))
     if types <= set(_STORED_EXACTLY):
         return f"weights stored in {name}"
     declared = file.metadata.get("general.file_type")

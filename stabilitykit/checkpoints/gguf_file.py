@@ -1,8 +1,8 @@
 """The GGUF container: typed metadata, then named tensors, in one file that is memory-mapped.
 
 A parser of our own because the `gguf` package's reader makes several objects per vocabulary entry and
-needs 14 s where this one needs a quarter of a second. Every length is checked against what is left of the
-file before it is used, so a damaged file costs one sentence and no memory. Format:
+takes 14 s where this one takes a quarter of a second. Every length is checked against the rest of the file before
+it is used, so that a damaged file ends in one sentence and allocates no memory. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -39,7 +39,7 @@ _SCALARS = {
 }
 
 Value = int | float | str | list[str] | NDArray[Any]
-"""A metadata value. A float32 is given as the shortest decimal that rounds to it: 1e-06, not 9.99999997e-07."""
+"""A metadata value. A float32 becomes the shortest decimal that rounds to it: 1e-06, not 9.99999997e-07."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
-    """What a GGUF file holds, whatever the model."""
+    """The contents of a GGUF file, whatever the model."""
 
     path: Path
     metadata: dict[str, Value]
@@ -61,89 +61,90 @@ class GgufFile:
 
 
 def read_gguf_file(path: Path) -> GgufFile:
-    """Parse the header and map the tensors; no weight is read yet.
+    """Parses the header and maps the tensors; no weight is read yet.
 
-    Raises CheckpointError for a path that cannot be read, a file that is not a little-endian GGUF of version 2 or
-    3, and one that is damaged or cut short anywhere.
+    Raises CheckpointError for a path that cannot be read, a file that is not little-endian GGUF of version 2 or 3, and
+    one that is damaged or truncated anywhere.
     """
     cursor = _Cursor(path, _map(path))
     version, tensor_count, value_count = cursor.unpack(_HEADER)
     if version not in _VERSIONS:
-        if version & 0xFFFF == 0:
-            what = "this one is big-endian: convert the checkpoint anew on a little-endian machine"
-        else:
-            what = f"this one has version {version}: convert the checkpoint anew"
-        raise CheckpointError(f"{path}: GGUF files of versions 2 and 3, little-endian, can be read; {what}.")
+        what = "it is big-endian" if version & 0xFFFF == 0 else f"its version is {version}"
+        raise CheckpointError(
+            f"{path} is not a little-endian GGUF file of version 2 or 3: {what}. Convert the checkpoint again, on a "
+            "little-endian machine."
+        )
 
     metadata: dict[str, Value] = {}
     for _ in range(value_count):
         key = cursor.string()
         if key in metadata:
-            raise cursor.damaged(f"the key {key!r} comes twice")
+            raise cursor.damaged(f"the key {key!r} appears twice")
         metadata[key] = cursor.value(key)
 
-    cursor.place = "the list of tensors"
+    cursor.region = "the list of tensors"
     described = [cursor.tensor() for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise cursor.damaged(f"general.alignment is {alignment!r}")
     start = -(-cursor.offset // alignment) * alignment
-    cursor.place = "the tensors"
+    cursor.region = "the tensors"
     tensors: dict[str, GgufTensor] = {}
-    for name, dimensions, kind, offset in described:
+    for name, dimensions, type_code, offset in described:
         if name in tensors:
-            raise cursor.damaged(f"the tensor {name!r} comes twice")
-        tensors[name] = cursor.stored(name, dimensions, kind, start + offset)
+            raise cursor.damaged(f"the tensor {name!r} appears twice")
+        tensors[name] = cursor.stored(name, dimensions, type_code, start + offset)
     return GgufFile(path=path, metadata=metadata, tensors=tensors)
 
 
 def _map(path: Path) -> mmap.mmap:
     try:
         if path.is_dir():
-            raise CheckpointError(f"A GGUF checkpoint is one file; {path} is a folder: name the .gguf file in it.")
+            raise CheckpointError(f"{path} is a folder; pass the .gguf file in it.")
         with path.open("rb") as file:
             magic = file.read(len(MAGIC))
             if magic == MAGIC:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"A checkpoint is a file that can be read; {path} cannot: {reason}.") from error
+        raise CheckpointError(f"Cannot read the checkpoint {path}: {reason}.") from error
     raise CheckpointError(
-        f"A GGUF file begins with the letters GGUF; {path} begins with {magic!r}: give a checkpoint that was "
+        f"{path} is not a GGUF file: it begins with {magic!r} instead of the letters GGUF. Pass a checkpoint that was "
         "converted to GGUF."
     )
 
 
 _HEADER = struct.Struct("<IQQ")
 _LENGTH = struct.Struct("<Q")
-_KIND = struct.Struct("<I")
+_TYPE = struct.Struct("<I")
+_COUNT = struct.Struct("<I")
 _ARRAY = struct.Struct("<IQ")
-_PLACE = struct.Struct("<IQ")
+_TYPE_AND_OFFSET = struct.Struct("<IQ")
 
 _Described = tuple[str, tuple[int, ...], int, int]
 
 
 class _Cursor:
-    """A position in the file that never passes its end."""
+    """A position in the file that never moves past its end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
         self._data = data
         self._size = len(data)
         self.offset = len(MAGIC)
-        self.place = "its header"
+        self.region = "its header"
 
     def damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._path} is a damaged GGUF file: {what}. Fetch or convert it again.")
+        return CheckpointError(f"{self._path} is a damaged GGUF file: {what}. Download or convert it again.")
 
     def truncated(self) -> CheckpointError:
         return CheckpointError(
-            f"A GGUF file holds all that its header announces; {self._path} ends inside {self.place}, after "
-            f"{self._size:,} bytes: it is damaged or incomplete, so fetch it again."
+            f"{self._path} is a damaged or truncated GGUF file: it ends inside {self.region}, after "
+            f"{self._size:,} bytes. Download it again."
         )
 
     def advance(self, size: int) -> int:
-        """The offset before `size` bytes that are certainly there."""
+        """The current offset, moved on by `size` bytes that are checked to be there."""
         offset = self.offset
         if size > self._size - offset:
             raise self.truncated()
@@ -159,25 +160,25 @@ class _Cursor:
         try:
             return self._data[offset : offset + size].decode()
         except UnicodeDecodeError:
-            raise self.damaged(f"a text in {self.place} is not UTF-8") from None
+            raise self.damaged(f"a string in {self.region} is not UTF-8") from None
 
     def value(self, key: str) -> Value:
-        self.place = f"the metadata, at {key!r}"
-        (kind,) = self.unpack(_KIND)
-        if kind == GGUFValueType.STRING:
+        self.region = f"the metadata, at {key!r}"
+        (code,) = self.unpack(_TYPE)
+        if code == GGUFValueType.STRING:
             return self.string()
-        if kind == GGUFValueType.ARRAY:
-            kind, count = self.unpack(_ARRAY)
-            return self._strings(count) if kind == GGUFValueType.STRING else self._numbers(kind, count)
-        if kind not in _SCALARS:
-            raise self.damaged(f"the value of {key!r} has the unknown type {kind}")
-        (number,) = self.unpack(struct.Struct(_SCALARS[kind]))
-        return float(str(np.float32(number))) if kind == GGUFValueType.FLOAT32 else number
+        if code == GGUFValueType.ARRAY:
+            code, count = self.unpack(_ARRAY)
+            return self._strings(count) if code == GGUFValueType.STRING else self._numbers(code, count)
+        if code not in _SCALARS:
+            raise self.damaged(f"the value of {key!r} has the unknown type {code}")
+        (number,) = self.unpack(struct.Struct(_SCALARS[code]))
+        return float(str(np.float32(number))) if code == GGUFValueType.FLOAT32 else number
 
-    def _numbers(self, kind: int, count: int) -> NDArray[Any]:
-        if kind not in _SCALARS:  # arrays of arrays exist, but no Gemma has one
-            raise self.damaged(f"{self.place} there is an array of type {kind}")
-        dtype = np.dtype(_SCALARS[GGUFValueType(kind)])
+    def _numbers(self, code: int, count: int) -> NDArray[Any]:
+        if code not in _SCALARS:  # arrays of arrays exist, but no Gemma has one
+            raise self.damaged(f"{self.region} is an array of the unsupported type {code}")
+        dtype = np.dtype(_SCALARS[GGUFValueType(code)])
         return np.frombuffer(self._data, dtype, count, self.advance(count * dtype.itemsize))
 
     def _strings(self, count: int) -> list[str]:
@@ -188,19 +189,19 @@ class _Cursor:
     def tensor(self) -> _Described:
         """A tensor's name, shape in torch's order, type and offset from the first tensor."""
         name = self.string()
-        (count,) = self.unpack(_KIND)
+        (count,) = self.unpack(_COUNT)
         if not 1 <= count <= _MOST_DIMENSIONS:
             raise self.damaged(f"the tensor {name!r} has {count} dimensions")
         dimensions = self.unpack(struct.Struct(f"<{count}Q"))
-        return name, dimensions[::-1], *self.unpack(_PLACE)
+        return name, dimensions[::-1], *self.unpack(_TYPE_AND_OFFSET)
 
-    def stored(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+    def stored(self, name: str, shape: tuple[int, ...], code: int, offset: int) -> GgufTensor:
         try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(code)]
         except (ValueError, KeyError):
             raise CheckpointError(
-                f"{self._path}: a tensor has one of the types that the gguf package knows; {name!r} has type {kind}: "
-                "the file is damaged, or needs a newer gguf package."
+                f"{self._path}: the gguf package does not know type {code} of the tensor {name!r}. The file is "
+                "damaged, or needs a newer gguf package."
             ) from None
         if shape[-1] % block or 0 in shape:
             raise self.damaged(f"the tensor {name!r} of shape {list(shape)} does not fill blocks of {block}")
@@ -208,4 +209,4 @@ class _Cursor:
         if offset + rows * row_bytes > self._size:
             raise self.truncated()
         stored = np.frombuffer(self._data, np.uint8, rows * row_bytes, offset)
-        return GgufTensor(shape=shape, type=GGMLQuantizationType(kind), rows=stored.reshape(rows, row_bytes))
+        return GgufTensor(shape=shape, type=GGMLQuantizationType(code), rows=stored.reshape(rows, row_bytes))

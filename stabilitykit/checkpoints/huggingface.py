@@ -16,13 +16,14 @@ from stabilitykit.checkpoints.mapped import equal
 from stabilitykit.checkpoints.pickles import load_pickle
 from stabilitykit.checkpoints.vocabulary import folder_vocabulary
 from stabilitykit.errors import CheckpointError
+from stabilitykit.words import listed
 
 CONFIG = "config.json"
 VISION_NOTE = "only the text part was examined, not what reads images"
 
 _GENERATIONS: dict[str, Generation] = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma3": 3}
 
-# What released config.json files leave out takes the value of transformers' config class of that generation.
+# Keys that released config.json files leave out take the defaults of transformers' config class of that generation.
 _DEFAULTS: dict[Generation, dict[str, Any]] = {
     1: {
         "vocab_size": 256_000, "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
@@ -48,10 +49,10 @@ _VISION = ("vision_tower.", "vision_model.", "multi_modal_projector.")
 
 
 def read_huggingface(folder: Path, *, cache: Path, progress: Progress | None = None) -> Checkpoint:
-    """The Gemma in `folder`. Tensors are memory-mapped in the dtype they are stored in.
+    """The Gemma in `folder`. Tensors are memory-mapped, in the dtype in which they are stored.
 
-    `sha256` is that of the file of weights; of several, that of their digests in the order of their names. Raises
-    CheckpointError, in one sentence, for whatever is missing, damaged or of another architecture.
+    `sha256` is that of the weight file; of several, that of their digests in order of file name. Raises
+    CheckpointError for whatever is missing, damaged or of another architecture.
     """
     raw = _config(folder)
     config, multimodal = gemma_config(raw, folder)
@@ -69,8 +70,8 @@ def read_huggingface(folder: Path, *, cache: Path, progress: Progress | None = N
     embedding = tensors.get("embed_tokens.weight")
     if head is not None and embedding is not None and not equal(head, embedding):
         raise CheckpointError(
-            f"{folder}: a Gemma's logits come from its embedding; this lm_head.weight holds other numbers. Run it as "
-            "transformers does, with hf: before the folder."
+            f"{folder}: lm_head.weight differs from embed_tokens.weight, but Gemma ties its head to the embedding. "
+            f"{_with_transformers(folder)}"
         )
     rows = config.vocabulary if embedding is None else embedding.shape[0]
     notes = (VISION_NOTE,) if (multimodal and seen_vision) or "vision_config" in raw else ()
@@ -85,16 +86,16 @@ def read_huggingface(folder: Path, *, cache: Path, progress: Progress | None = N
 
 
 def gemma_config(raw: Mapping[str, Any], folder: Path) -> tuple[GemmaConfig, bool]:
-    """What config.json says of the text decoder, and whether it is part of a multimodal model.
+    """The text decoder's config in config.json, and whether the decoder is part of a multimodal model.
 
-    Raises CheckpointError for another architecture and for what the kit's model does not compute.
+    Raises CheckpointError for another architecture and for features that the kit's own model lacks.
     """
-    kind = raw.get("model_type")
-    generation = _GENERATIONS.get(str(kind))
+    model_type = raw.get("model_type")
+    generation = _GENERATIONS.get(str(model_type))
     if generation is None:
         raise CheckpointError(
-            f"{folder}: the kit's own model is a Gemma of generation 1, 2 or 3 ({', '.join(_GENERATIONS)}); "
-            f"model_type is {kind!r}. Run it as transformers does, with hf: before the folder."
+            f"{folder}: unknown model_type {model_type!r}; the kit's own model runs {listed(list(_GENERATIONS))}. "
+            f"{_with_transformers(folder)}"
         )
     text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
     given = {**_DEFAULTS[generation], **{key: value for key, value in text.items() if value is not None}}
@@ -104,20 +105,20 @@ def gemma_config(raw: Mapping[str, Any], folder: Path) -> tuple[GemmaConfig, boo
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{folder / CONFIG}: sizes are numbers; one is not: {error}.") from error
+        raise CheckpointError(f"{folder / CONFIG}: sizes must be numbers: {error}.") from error
     return config, text is not raw
 
 
 def _whole(value: Any) -> int:
-    """A whole number, as an int or a text of one; 32.5 and true are none."""
+    """An integer, given as one or as its text. Raises ValueError for 32.5 and true."""
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError(f"{value!r} is no whole number")
+        raise ValueError(f"{value!r} is not an integer")
     return int(value)
 
 
 def _sizes(generation: Generation, text: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> GemmaConfig:
     layers = _whole(given["num_hidden_layers"])
-    window, global_every = _layer_kinds(generation, given, layers, folder)
+    window, global_every = _layer_types(generation, given, layers, folder)
     rope = _rope(given, folder)
     return GemmaConfig(
         generation=generation,
@@ -135,7 +136,7 @@ def _sizes(generation: Generation, text: Mapping[str, Any], given: Mapping[str, 
         rope_base=rope["base"],
         rope_base_local=rope["local"],
         rope_scaling=rope["scaling"],
-        # an explicit null switches a soft-cap off, where a missing key leaves the generation's
+        # an explicit null disables a soft-cap, where a missing key means the generation's default
         attention_softcap=_cap(text, given, "attn_logit_softcapping"),
         logit_softcap=_cap(text, given, "final_logit_softcapping"),
         rms_eps=float(given["rms_norm_eps"]),
@@ -143,29 +144,31 @@ def _sizes(generation: Generation, text: Mapping[str, Any], given: Mapping[str, 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights, safetensors before torch's own, in the order of their names.
+    """The weight files in order of name; safetensors are preferred to torch's own format.
 
-    Raises CheckpointError for a folder without any, and for an index that names a file that is not there.
+    Raises CheckpointError for a folder without any, and for an index that names a missing file.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
             named = _read_json(index).get("weight_map")
             if not isinstance(named, dict):
-                raise CheckpointError(f"{index} says in weight_map which tensor is in which file; it has none.")
+                raise CheckpointError(
+                    f"{index} has no weight_map, so the file of each tensor is unknown. Download it again."
+                )
             files = [folder / name for name in sorted(set(map(str, named.values())))]
             missing = [path.name for path in files if not path.is_file()]
             if missing:
                 raise CheckpointError(
-                    f"{index.name} names {len(files)} files of weights, and of them {', '.join(missing[:3])} "
-                    f"{'is' if len(missing) == 1 else 'are'} not in {folder}. Fetch the rest."
+                    f"{index.name} names {len(files)} weight files, but {listed(missing, 3)} "
+                    f"{'is' if len(missing) == 1 else 'are'} not in {folder}. Download the missing files."
                 )
             return files
         if (folder / f"{stem}.{suffix}").is_file():
             return [folder / f"{stem}.{suffix}"]
     raise CheckpointError(
-        f"A Hugging Face folder holds model.safetensors, or shards and model.safetensors.index.json; {folder} holds "
-        "neither. Was only the config fetched?"
+        f"{folder} holds no weights: expected model.safetensors, or model.safetensors.index.json and its shards. Was "
+        "only the config downloaded?"
     )
 
 
@@ -178,14 +181,14 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is a whole safetensors file; this one is not: {error}. Cut short? Fetch it again."
+            f"{path} cannot be read as safetensors: {error}. It may be truncated; download it again."
         ) from error
 
 
 def files_sha256(files: list[Path], cache: Path, progress: Progress | None = None) -> str:
-    """The digest of one file; of several, that of their digests, as text, in the order given.
+    """The digest of one file; of several, that of their hexadecimal digests in the order given.
 
-    `progress` is called with bytes of all of them, while a file is read whose digest is not remembered.
+    `progress` is called with bytes of all files, while a file is read whose digest is not cached.
     """
     sizes = [path.stat().st_size for path in files]
     digests = []
@@ -202,7 +205,7 @@ def files_sha256(files: list[Path], cache: Path, progress: Progress | None = Non
 
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"A Hugging Face folder holds a {CONFIG}; {folder} has none.")
+        raise CheckpointError(f"{folder} has no {CONFIG}, so it is not a Hugging Face model.")
     return _read_json(folder / CONFIG)
 
 
@@ -210,9 +213,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is JSON; this one cannot be read: {error}. Fetch it again.") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is a JSON object; this one is a {type(raw).__name__}. Fetch it again.")
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(raw).__name__}. Download it again.")
     return raw
 
 
@@ -234,44 +237,47 @@ def _refuse_unknown(generation: Generation, text: Mapping[str, Any], raw: Mappin
     allowed = {"gelu_pytorch_tanh"} | ({"gelu"} if generation == 1 else set())
     odd = {
         f"the activation {activation!r}": activation not in allowed,
-        "biases in attention": bool(text.get("attention_bias")),
-        "attention that looks ahead": bool(text.get("use_bidirectional_attention")),
-        "weights quantised by another library": raw.get("quantization_config") is not None,
+        "attention biases": bool(text.get("attention_bias")),
+        "bidirectional attention": bool(text.get("use_bidirectional_attention")),
+        "quantised weights": raw.get("quantization_config") is not None,
     }
     found = [what for what, here in odd.items() if here]
     if found:
         raise CheckpointError(
-            f"{folder}: the kit's own model does not compute {' or '.join(found)}. Run it as transformers does, with "
-            "hf: before the folder."
+            f"{folder}: the kit's own model does not support {' or '.join(found)}. {_with_transformers(folder)}"
         )
 
 
-def _layer_kinds(generation: Generation, given: Mapping[str, Any], layers: int, folder: Path) -> tuple[int | None, int]:
-    """The window of local layers, and every how many-eth layer is global."""
+def _layer_types(generation: Generation, given: Mapping[str, Any], layers: int, folder: Path) -> tuple[int | None, int]:
+    """The window of local layers [tokens], and n where every n-th layer is global."""
     if generation == 1:
         return None, 1
     window = _whole(given["sliding_window"])
-    kinds = given.get("layer_types")
-    if kinds is None:
+    types = given.get("layer_types")
+    if types is None:
         return window, _whole(given.get("_sliding_window_pattern", given["sliding_window_pattern"]))
-    if len(kinds) != layers:
+    if len(types) != layers:
         raise CheckpointError(
-            f"{folder}: layer_types names each layer's kind; it names {len(kinds)}, and num_hidden_layers is {layers}."
+            f"{folder}: layer_types must have one entry per layer, got {len(types)} for num_hidden_layers = {layers}."
         )
-    is_global = [kind == "full_attention" for kind in kinds]
+    is_global = [one == "full_attention" for one in types]
     if all(is_global):
         return None, 1
     every = is_global.index(True) + 1 if any(is_global) else layers + 1
     if is_global != [(index + 1) % every == 0 for index in range(layers)]:
         raise CheckpointError(
             f"{folder}: in the kit's own model every n-th layer is global and the others slide; layer_types says "
-            "otherwise. Run it as transformers does, with hf: before the folder."
+            f"otherwise. {_with_transformers(folder)}"
         )
     return window, every
 
 
+def _with_transformers(folder: Path) -> str:
+    return f"Run it with transformers instead: hf:{folder}"
+
+
 def _rope(given: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    """The bases of global and local layers' angles and the global layers' divisor, from the old keys or the new."""
+    """RoPE bases of global and local layers and the scaling of global ones, from the old keys or the new."""
     new = given.get("rope_parameters")
     local: Mapping[str, Any] = {}
     if isinstance(new, dict):
@@ -279,11 +285,11 @@ def _rope(given: Mapping[str, Any], folder: Path) -> dict[str, float]:
         local = new.get("sliding_attention", {})
     else:
         full = {"rope_theta": given["rope_theta"], **(given.get("rope_scaling") or {})}
-    kinds = {str(part.get("rope_type", part.get("type", "default"))) for part in (full, local)}
-    if kinds - {"default", "linear"} or float(local.get("factor", 1.0)) != 1.0:
+    types = {str(part.get("rope_type", part.get("type", "default"))) for part in (full, local)}
+    if types - {"default", "linear"} or float(local.get("factor", 1.0)) != 1.0:
         raise CheckpointError(
-            f"{folder}: the kit's own model rotates by plain angles, or divides those of global layers by one factor; "
-            f"this config asks for {', '.join(sorted(kinds))}. Run it as transformers does, with hf: before the folder."
+            f"{folder}: the kit's own model supports plain RoPE, and linear scaling in global layers; this config asks "
+            f"for {', '.join(sorted(types))}. {_with_transformers(folder)}"
         )
     default = 10_000.0
     return {

@@ -1,8 +1,8 @@
 """Reading memory-mapped tensors without keeping them in memory.
 
 A page of a mapped file is resident from the first time it is read, and counts as the process's memory. Reading a few
-rows at a time, and giving their pages back, bounds that by the rows; the file has the pages whenever they are asked
-for again, and the system may keep them in its cache.
+rows at a time, and giving their pages back, limits that to a few rows. The pages can be read from the file again at
+any time, and the system may keep them in its page cache.
 """
 
 import ctypes
@@ -27,24 +27,24 @@ _OF_A_FILE = np.uint64(1 << 61)
 
 
 def pieces(tensor: Tensor, elements: int = PIECE) -> tuple[Tensor, ...]:
-    """Views of consecutive rows that make up the tensor, each of at most `elements` elements or of one row."""
+    """Views of consecutive rows that together are the tensor, each of one row or of at most `elements` elements."""
     if tensor.ndim == 0 or tensor.numel() <= elements:
         return (tensor,)
     return torch.split(tensor, max(1, elements * len(tensor) // tensor.numel()))
 
 
 def read_once(tensor: Tensor) -> Iterator[Tensor]:
-    """`pieces`, the pages of each given back when the next one is asked for."""
+    """`pieces`, each of whose pages are given back when the next one is requested."""
     for piece in pieces(tensor):
         yield piece
         give_back(piece)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype, *, sparse: bool = False) -> Tensor:
-    """A contiguous CPU tensor of this shape, in memory that goes back to the system with it, and not to an allocator.
+    """A contiguous CPU tensor of this shape in memory that returns to the system with it, not to an allocator.
 
-    Allocators keep what is freed, between what is not, for later. Only pages that are written to take memory; with
-    `sparse` few will be, and else large pages save the time of asking for each.
+    Allocators hold on to freed memory. Only pages that are written to become resident: with `sparse` that will be few,
+    and otherwise huge pages save page faults.
     """
     memory = mmap.mmap(-1, max(1, tensor.numel() * dtype.itemsize))
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -62,10 +62,10 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def give_back(tensor: Tensor) -> None:
-    """Lets the system take back the pages that lie within a contiguous CPU tensor, if all of them are a file's.
+    """Lets the system reclaim the pages within a contiguous CPU tensor, if all of them are unchanged pages of a file.
 
-    Values stay what they are: a page that was written to is the process's own and no longer the file's, and where
-    there is one, or anything that is not a mapped file, nothing happens. Neither does it on other systems than Linux.
+    No value changes: where a page was written to, or is not of a mapped file, nothing happens. Nor does it on systems
+    other than Linux.
     """
     if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return

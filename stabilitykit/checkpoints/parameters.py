@@ -1,6 +1,7 @@
-"""The parameters of a Gemma: their names and shapes follow from its config alone."""
+"""The parameters of a Gemma: its config determines their names and shapes."""
 
 from stabilitykit.checkpoints.config import GemmaConfig
+from stabilitykit.words import listed
 
 
 def parameter_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
@@ -34,7 +35,6 @@ def parameter_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def some(items: list[str], shown: int = 6) -> str:
-    """The first few of a long list of names, and how many more there are, for a message."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
+def some(names: list[str]) -> str:
+    """The first six of the names, and how many more there are, for a message."""
+    return listed(names, 6)

@@ -1,4 +1,4 @@
-"""The one way to name a checkpoint, whatever it is stored in."""
+"""How a checkpoint is named, whatever its format."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from stabilitykit.checkpoints.gguf import read_gguf
 from stabilitykit.checkpoints.huggingface import CONFIG, read_huggingface
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
+from stabilitykit.words import listed
 
 _TORCH = (".ckpt", ".pt", ".pth")
 
@@ -19,31 +20,30 @@ _TORCH = (".ckpt", ".pt", ".pth")
 def open_checkpoint(source: str | Path, *, cache: Path | None = None, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint that `source` names: `gemma3-270m`, `random:gemma2-2b?layers=2&seed=0` or a path.
 
-    A path is that of a GGUF file, of gemma_pytorch's `.ckpt`, or of a folder, Hugging Face's or gemma_pytorch's.
+    A path leads to a GGUF file, to gemma_pytorch's `.ckpt`, or to a folder of Hugging Face's or gemma_pytorch's format.
 
-    `cache` is `cache_folder()` unless given; a Path is always a path. `progress` is called with bytes, the first time a
-    file is opened: while the cache is filled, and of folders and `.ckpt` files while their digest is computed.
+    `cache` is `cache_folder()` by default; a Path is never a name. `progress` is called with bytes the first time a
+    file is opened: while the cache is filled, and for folders and `.ckpt` files while their digest is computed.
 
-    Raises MisuseError for a source that cannot be meant, CheckpointError for a checkpoint that cannot be read.
+    Raises MisuseError for a source that names nothing, CheckpointError for a checkpoint that cannot be read.
     """
     cache = cache_folder() if cache is None else cache
     if isinstance(source, str):
-        if not source:
-            raise MisuseError("A checkpoint is a name or a path; this one is empty.")
         if source.startswith("hf:"):
             raise MisuseError(
-                "With hf: a model is run by transformers, which `stabilitykit profile` does; here the kit's own model "
-                f"is run, so give a Gemma's folder: {source.removeprefix('hf:')!r:.60}."
+                "hf: runs a model with transformers, as `stabilitykit profile` does; this runs the kit's own model, so "
+                f"pass a Gemma's folder: {source.removeprefix('hf:')!r:.60}."
             )
         if source.startswith("random:"):
             return random_checkpoint(source)
         if source in RELEASED or source in ALIASES:
             opened = read_gguf(bundled_gguf(source, cache), cache=cache, progress=progress)
             return replace(opened, source=ALIASES.get(source, source))  # its path would name only this machine's cache
-        if Path(source).name == source and Path(source).suffix not in (".gguf", *_TORCH) and not _exists(source):
+        is_name = Path(source).name == source and Path(source).suffix not in (".gguf", *_TORCH)
+        if not source or (is_name and not _exists(source)):
             raise MisuseError(
-                f"A checkpoint is {BUNDLED}, a Hugging Face folder, a .gguf or .ckpt file, or random: and a released "
-                f"size such as random:gemma2-2b?layers=2; {source!r:.60} is none of them."
+                f"Unknown checkpoint {source!r:.60}; pass {BUNDLED}, a Hugging Face folder, a .gguf or .ckpt file, or "
+                "random: and a released size, such as random:gemma2-2b?layers=2."
             )
     path = Path(source)
     if path.suffix in _TORCH:
@@ -61,12 +61,9 @@ def _read_folder(folder: Path, cache: Path, progress: Progress | None) -> Checkp
     files = sorted(path for path in folder.iterdir() if path.suffix in (".gguf", *_TORCH))
     if len(files) == 1:
         return open_checkpoint(files[0], cache=cache, progress=progress)
-    several = (
-        f"it holds {', '.join(path.name for path in files[:3])}; give one of them" if files else "it holds neither"
-    )
+    several = f" It holds {listed([path.name for path in files], 3)}; pass one of them." if files else ""
     raise CheckpointError(
-        f"A folder is a checkpoint by its {CONFIG} (Hugging Face) or {INDEX} (gemma_pytorch); {folder} is "
-        f"none: {several}."
+        f"{folder} is not a checkpoint: it has neither {CONFIG} (Hugging Face) nor {INDEX} (gemma_pytorch).{several}"
     )
 
 

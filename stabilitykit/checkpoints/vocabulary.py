@@ -1,4 +1,4 @@
-"""A vocabulary out of the two files that tokenizers come in."""
+"""A vocabulary from the two files in which tokenizers are stored."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from stabilitykit.checkpoints.checkpoint import PieceType, Vocabulary
 from stabilitykit.errors import CheckpointError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_SPARE = 128  # embeddings are padded to round numbers of rows: 64 more than there are pieces, in Gemma 3
+_SPARE = 128  # embeddings are padded to a round number of rows: by 64 in Gemma 3
 
 
 def folder_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """The vocabulary of `tokenizer.model` or else `tokenizer.json` in `folder`, for an embedding of `rows` rows.
 
-    Rows past the last piece get unused pieces of their own. Raises CheckpointError for a folder with neither file, a
-    file that is no Gemma's, and a vocabulary that does not fit the embedding.
+    Rows beyond the last piece get unused pieces. Raises CheckpointError for a folder with neither file, a file that is
+    not a Gemma's, and a vocabulary that does not fit the embedding.
     """
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.is_file():
@@ -25,19 +25,18 @@ def folder_vocabulary(folder: Path, rows: int) -> Vocabulary:
         found, name = json_vocabulary(fast), fast.name
     else:
         raise CheckpointError(
-            f"A checkpoint comes with its vocabulary, tokenizer.model or tokenizer.json; {folder} has neither. Copy it "
-            "there from where the weights came from."
+            f"{folder} has neither tokenizer.model nor tokenizer.json. Copy it there from where the weights came from."
         )
     return fitted(found, rows, name)
 
 
 def fitted(vocabulary: Vocabulary, rows: int, name: str) -> Vocabulary:
-    """`vocabulary` with one piece for each of the embedding's `rows`. Raises CheckpointError where it cannot be."""
+    """`vocabulary` with one piece for each of the embedding's `rows`. Raises CheckpointError where it does not fit."""
     pieces = len(vocabulary.pieces)
     if not pieces <= rows <= pieces + _SPARE:
         raise CheckpointError(
-            f"A vocabulary has a piece for each row of the embedding; {name} has {pieces:,} and the embedding "
-            f"{rows:,}. The tokenizer of another checkpoint?"
+            f"A vocabulary must have one piece per row of the embedding; {name} has {pieces:,} pieces and the "
+            f"embedding {rows:,} rows. Is it the tokenizer of another checkpoint?"
         )
     spare = rows - pieces
     unused: list[PieceType] = ["unused"] * spare
@@ -53,7 +52,7 @@ def fitted(vocabulary: Vocabulary, rows: int, name: str) -> Vocabulary:
 
 
 def sentencepiece_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a SentencePiece model. Raises CheckpointError for a file that is none, or no Gemma's."""
+    """The vocabulary of a SentencePiece model. Raises CheckpointError for any other file, and any but a Gemma's."""
     import sentencepiece  # noqa: F401  sets up the messages below
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it
@@ -62,12 +61,10 @@ def sentencepiece_vocabulary(path: Path) -> Vocabulary:
     try:
         proto.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as error:
-        raise CheckpointError(f"{path.name} is a SentencePiece model; this one cannot be read: {error}.") from error
+        raise CheckpointError(f"{path.name} cannot be read as a SentencePiece model: {error}.") from error
     trainer = proto.trainer_spec
     if not proto.pieces or trainer.model_type != trainer.BPE or proto.normalizer_spec.add_dummy_prefix:
-        raise CheckpointError(
-            f"A Gemma's tokenizer is SentencePiece BPE without a dummy prefix; {path} is another. Which model is it of?"
-        )
+        raise CheckpointError(f"{path} is not a Gemma's tokenizer: expected SentencePiece BPE without a dummy prefix.")
     names: dict[int, PieceType] = {
         1: "normal", 2: "unknown", 3: "control", 4: "user_defined", 5: "unused", 6: "byte",
     }  # fmt: skip
@@ -83,37 +80,35 @@ def sentencepiece_vocabulary(path: Path) -> Vocabulary:
 
 
 def json_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a fast tokenizer's file: the earlier two pieces are merged, the higher the whole's score.
+    """The vocabulary of a fast tokenizer's file: the earlier two pieces are merged, the higher the result's score.
 
-    Raises CheckpointError for a file that is no JSON or whose model is no BPE with byte fallback.
+    Raises CheckpointError for a file that is not JSON or whose model is not BPE with byte fallback.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         bpe = raw["model"].get("type", "BPE") == "BPE" and raw["model"].get("byte_fallback", False)
         made = _from_json(raw["model"], raw.get("added_tokens", [])) if bpe else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} is a fast tokenizer's JSON; this one cannot be read: {error!r}.") from error
+        raise CheckpointError(f"{path.name} cannot be read as a fast tokenizer's JSON: {error!r}.") from error
     if made is None:
-        raise CheckpointError(
-            f"A Gemma's tokenizer is BPE with byte fallback; {path} is another. Which model is it of?"
-        )
+        raise CheckpointError(f"{path} is not a Gemma's tokenizer: expected BPE with byte fallback.")
     return made
 
 
 def _from_json(model: dict[str, Any], added: list[dict[str, Any]]) -> Vocabulary:
     ids: dict[str, int] = dict(model["vocab"])
     merges = model["merges"]
-    kinds: dict[int, PieceType] = {
+    type_of: dict[int, PieceType] = {
         index: "byte" if _BYTE.fullmatch(piece) else "normal" for piece, index in ids.items()
     }
     for token in added:
         ids[token["content"]] = token["id"]
-        kinds[token["id"]] = "control" if token["special"] else "user_defined"
+        type_of[token["id"]] = "control" if token["special"] else "user_defined"
     size = max(ids.values()) + 1
     pieces = [f"<row {index}>" for index in range(size)]
     types: list[PieceType] = ["unused"] * size
     for piece, index in ids.items():
-        pieces[index], types[index] = piece.replace(" ", "▁"), kinds[index]
+        pieces[index], types[index] = piece.replace(" ", "▁"), type_of[index]
     scores = [-float(len(merges) + 1)] * size
     for rank in reversed(range(len(merges))):
         merge = merges[rank]
@@ -135,11 +130,11 @@ def _from_json(model: dict[str, Any], added: list[dict[str, Any]]) -> Vocabulary
 
 
 def serialised(vocabulary: Vocabulary) -> bytes:
-    """The vocabulary as a SentencePiece model: what a `tokenizer.model` holds."""
+    """The vocabulary as a SentencePiece model: the contents of a `tokenizer.model`."""
     import sentencepiece  # noqa: F401  sets up the messages below
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # protobuf makes it
 
-    proto, kinds = ModelProto(), ModelProto.SentencePiece
+    proto, types = ModelProto(), ModelProto.SentencePiece
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(vocabulary.pieces)
@@ -152,11 +147,11 @@ def serialised(vocabulary: Vocabulary) -> bytes:
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    for index, (piece, score, kind) in enumerate(
+    for index, (piece, score, type_name) in enumerate(
         zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
     ):
-        # SentencePiece wants exactly one unknown piece; Gemma 3's GGUF calls it a control piece.
-        kind = "unknown" if index == vocabulary.unk else kind
-        proto.pieces.add(piece=piece, score=score, type=getattr(kinds, kind.upper()))
+        # SentencePiece needs exactly one unknown piece; Gemma 3's GGUF marks it as a control piece.
+        type_name = "unknown" if index == vocabulary.unk else type_name
+        proto.pieces.add(piece=piece, score=score, type=getattr(types, type_name.upper()))
     made: bytes = proto.SerializeToString()
     return made

@@ -7,17 +7,27 @@ import typer
 
 if TYPE_CHECKING:
     from stabilitykit.checkpoints import Checkpoint
-    from stabilitykit.records.sweep import Results
+    from stabilitykit.records.sweep import Finding
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a sweep, such as reports/float16_break.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a sweep, such as reports/float16_break.", show_default=False)
+    ],
     against: Annotated[
-        Path | None, typer.Option(help="The folder of another sweep: say what changed from it to this one.")
+        Path | None, typer.Option(help="Folder of an earlier sweep: also report what changed since.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Number format to judge values by, such as bfloat16; the experiment's if not given.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Write FOLDER's report.html, report.md, figures and tables anew, and print the verdict."""
-    write(folder, against=against, quiet=False)
+    write(folder, against=against, form=form, quiet=False)
 
 
 def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
@@ -28,41 +38,31 @@ def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
         Results.open(folder).check_checkpoint(checkpoint.source, checkpoint.sha256)
 
 
-def findings(folder: Path, checkpoint: "Checkpoint", *, title: str, section: str, command: str) -> "Results":
-    """The sweep's folder, or a new one that holds no cases and whose report has that section alone."""
+def add_finding(folder: Path, checkpoint: "Checkpoint", found: "Finding", *, title: str, section: str) -> None:
+    """Adds `found` to the sweep in `folder`, or to a new one without cases, and draws the report anew."""
     from stabilitykit.records.sweep import Results
     from stabilitykit.sweeps.plan import plan_without_cases
 
     if (folder / "experiment.json").exists():
-        return Results.open(folder)
-    plan = plan_without_cases(checkpoint, name=folder.name, title=title, command=command, sections=[section])
-    return Results.create(folder, plan)
+        results = Results.open(folder)
+    else:
+        command = found.command or ""
+        plan = plan_without_cases(checkpoint, name=folder.name, title=title, command=command, sections=[section])
+        results = Results.create(folder, plan)
+    results.write_finding(found)
+    write(folder, against=None, quiet=True)
 
 
-def write(folder: Path, *, against: Path | None, quiet: bool) -> None:
+def write(folder: Path, *, against: Path | None, quiet: bool, form: str | None = None) -> None:
     """Draws the report of the sweep in `folder`; unless `quiet`, prints the verdict and where the page is."""
-    import gc
-
     from stabilitykit.cli import screen
-    from stabilitykit.records.sweep import Results
-    from stabilitykit.report.compare import compare
-    from stabilitykit.report.sections import SECTIONS, shown
+    from stabilitykit.report.make import make_report
     from stabilitykit.report.terminal import print_section
-    from stabilitykit.report.write import write_report
 
-    results = Results.open(folder)
-    names = shown(results)
     with screen.progress_bar() as progress:
-        sections = []
-        for done, name in enumerate(names):
-            progress("reading records", done, len(names))
-            sections.append(SECTIONS[name](results))
-        if against is not None:
-            sections.insert(1, compare(results, Results.open(against)))
-        gc.freeze()  # the records, which are many and stay: looking for some to free takes as long as reading them
-        page = write_report(results.plan.title, sections, folder, progress=progress)
+        made = make_report(folder, against=against, form=form, progress=progress)
     if quiet:
         return
-    for section in sections[: 1 if against is None else 2]:
+    for section in made.sections[: 1 if against is None else 2]:
         print_section(section, screen.output)
-    screen.print_note(f"Report: {page}")
+    screen.print_note(f"Report: {made.page}")

@@ -4,24 +4,29 @@ from typing import Annotated
 
 import typer
 
+from stabilitykit.cli import options
 from stabilitykit.errors import MisuseError
 
 
 def reproduce(
-    scenario: Annotated[str, typer.Argument(help="Which failure; --list shows them.")] = "float16-overflow",
+    scenario: Annotated[str, typer.Argument(help="Failure to reproduce; --list shows all.")] = "float16-overflow",
     list_: Annotated[bool, typer.Option("--list", help="List the scenarios.")] = False,
     checkpoint: Annotated[
-        str, typer.Option(help="gemma3-270m (extra: demo), a .gguf file, or random:SIZE?layers=2&seed=0.")
+        str, typer.Option(help="Checkpoint: gemma3-270m (extra: demo), a .gguf file, or random:SIZE?layers=2&seed=0.")
     ] = "gemma3-270m",
-    prompt: Annotated[str, typer.Option(help="The text to run.")] = "The capital of France is",
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    prompt: Annotated[str, typer.Option(help="Text to run.")] = "The capital of France is",
+    device: options.Device = "cpu",
     rescale: Annotated[
-        float, typer.Option(help="Scale the residual stream by this power of two: a large one breaks any checkpoint.")
+        float,
+        typer.Option(
+            help="Rescale γ, a power of two by which to scale the residual stream; a large one makes any checkpoint "
+            "overflow."
+        ),
     ] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    as_json: options.Json = False,
     raise_: Annotated[bool, typer.Option("--raise", help="Raise the error itself, with its traceback.")] = False,
 ) -> None:
-    """Make the failure happen, for real, and show the error and the chain that led to it.
+    """Reproduce a failure, and show its error and the chain that led to it.
 
     Exits 0 when the failure was reproduced, 1 when it was not.
     """
@@ -39,7 +44,7 @@ def reproduce(
             screen.output.print(f"{known.name:22} {known.summary}")
         return
     if not prompt:
-        raise MisuseError("A prompt has at least one character; this one is empty. Write some text.")
+        raise MisuseError("The prompt is empty; write at least one character.")
 
     from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.diagnosis import cause, document

@@ -20,13 +20,11 @@ def summary(found: Sequence[SiteBound]) -> str:
     dtype, limit = found[0].dtype, found[0].limit
     unsafe = unproved(found)
     if not unsafe:
-        return (
-            f"{dtype} holds every tensor of this checkpoint whatever the prompt: none of {len(found):,} can leave it."
-        )
+        return f"No prompt makes any of this checkpoint's {len(found):,} tensors overflow in {dtype}."
     parts = [f"{count:,} {verdict}" for verdict, count in Counter(one.verdict for one in unsafe).most_common()]
     return (
-        f"Of {len(found):,} tensors, {len(found) - len(unsafe):,} stay below {number(limit)}, the end of {dtype}, for "
-        f"every prompt. Of the others: {', '.join(parts)}."
+        f"Of {len(found):,} tensors, {len(found) - len(unsafe):,} stay below the {dtype} maximum, {number(limit)}, for "
+        f"every prompt. The others: {', '.join(parts)}."
     )
 
 

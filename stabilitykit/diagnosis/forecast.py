@@ -98,7 +98,7 @@ def forecast(
         zero=sum(count.zero for _, count in counts),
         closest=peak(judged),
         weights=weights,
-        saturating=saturating and form.bits == 8,
+        saturating=form.saturates(asked=saturating),
     )
 
 
@@ -126,9 +126,9 @@ def prediction(recording: Recording, found: Forecast) -> str:
 def overflow_becomes(name: str, *, saturating: bool = False) -> str:
     """What a cast makes of a value above the format's maximum; only those to 8 bits may saturate."""
     form = number_format(name)
-    if saturating and form.bits == 8:
+    if form.saturates(asked=saturating):
         return f"±{number(form.largest)}"
-    return "NaN" if form.all_ones_is_nan else "±inf"
+    return "±inf" if form.has_infinities else "NaN"
 
 
 def _is_low(dtype: str) -> bool:

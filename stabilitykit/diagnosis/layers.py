@@ -13,8 +13,8 @@ from stabilitykit.records import Record, Recording
 class LayerRow:
     """One layer, or one part outside the layers, over all tensors it stored in the run's dtype.
 
-    `amax` and where it sits (`site`, `label`, `position`, `token`); `headroom` in bits of the run's dtype,
-    `headroom_float16` in float16's; `lost`, `subnormal` and `past_float16` are counts of elements.
+    `amax` and where it is (`site`, `label`, `position`, `token`); `headroom` in bits of the run's dtype. `lost` and
+    `subnormal` count elements, and `past` those that overflow the format asked for.
     Entropies of its softmax are in nats; None where there is no softmax.
     """
 
@@ -26,10 +26,9 @@ class LayerRow:
     position: int | None
     token: str | None
     headroom: float | None
-    headroom_float16: float | None
     lost: int
     subnormal: int
-    past_float16: int
+    past: int
     entropy_min: float | None
     entropy_mean: float | None
 
@@ -40,14 +39,17 @@ _PARTS = {
 }  # fmt: skip
 
 
-def by_layer(recording: Recording) -> list[LayerRow]:
-    """Rows in the order of the layers, over all steps. Tensors computed wider on purpose do not enter sizes."""
+def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
+    """Rows in the order of the layers, over all steps. Tensors computed wider on purpose do not enter sizes.
+
+    `form` names the format whose overflows are counted; where the run kept no counts for it, `past` is 0.
+    """
     parts: dict[str, list[Record]] = {}
     for record in recording:
         part = _part(record)
         if part is not None:
             parts.setdefault(part, []).append(record)
-    return [_row(recording, part, parts[part]) for part in sorted(parts, key=lambda part: _rank(parts[part][0]))]
+    return [_row(recording, part, parts[part], form) for part in sorted(parts, key=lambda part: _rank(parts[part][0]))]
 
 
 def stored(recording: Recording) -> Iterator[Record]:
@@ -80,7 +82,7 @@ def _rank(record: Record) -> int:
     return -1 if _part(record) == "embed" else 1_000_000
 
 
-def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
+def _row(recording: Recording, part: str, records: list[Record], form: str) -> LayerRow:
     dtype = recording.header.dtype
     own = [record for record in records if _is_stored(record, dtype)]
     top = peak(own)
@@ -97,10 +99,9 @@ def _row(recording: Recording, part: str, records: list[Record]) -> LayerRow:
         position=None if top is None else top.amax_position,
         token=None if top is None else top.amax_token_text,
         headroom=None if amax is None else number_format(dtype).headroom(amax),
-        headroom_float16=None if amax is None else number_format("float16").headroom(amax),
         lost=sum(record.lost for record in own),
         subnormal=sum(record.subnormal or 0 for record in own),
-        past_float16=sum(record.formats["float16"].overflow for record in own if "float16" in record.formats),
+        past=sum(record.formats[form].overflow for record in own if form in record.formats),
         entropy_min=min(least) if least else None,
         entropy_mean=sum(mean) / len(mean) if mean else None,
     )

@@ -5,7 +5,7 @@ import math
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.words import counted, number
 
-_FINITE_ANYWAY = "Nothing has to be changed: float16 holds all that was seen"
+_FINITE_ANYWAY = "Nothing has to be changed: all values that were seen fit in float16"
 
 
 def recommendation(ranking: Ranking) -> str:
@@ -14,7 +14,7 @@ def recommendation(ranking: Ranking) -> str:
     if not best.finite:
         return "No remedy keeps the held-out texts finite."
     if ranking.gamma == 1 and carried.finite and not ranking.proved:
-        room = "" if carried.headroom is None else f" and leaves {carried.headroom:.1f} bits of headroom"
+        room = "" if carried.headroom is None else f" with {carried.headroom:.1f} bits of headroom"
         return f"{_FINITE_ANYWAY}{room}."
     said = f"Closest to float32 is {best.name}{_closer(best, ranking)}."
     if best.name == carried.name:
@@ -41,7 +41,7 @@ def how_rescaled(ranking: Ranking) -> str | None:
         if any(beta != 1 for beta in ranking.inner):
             beside = f", with gate · up by {min(ranking.inner):g} to {max(ranking.inner):g} from layer to layer"
         proved = (
-            f" No prompt of any length can make it leave float16's range: that follows from its weights{beside}. "
+            f" No prompt of any length can make it overflow in float16: that follows from its weights{beside}. "
             f"Chosen by what was measured, {ranking.measured.subnormal:,} weights would be subnormal."
         )
     more = ranking.after.subnormal - ranking.before.subnormal, ranking.after.zero - ranking.before.zero

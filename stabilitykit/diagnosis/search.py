@@ -4,7 +4,7 @@ from collections import Counter
 
 from stabilitykit.formats import number_format
 from stabilitykit.records.search import KINDS, Find, Scan, Search, TokenPeak
-from stabilitykit.words import counted, number, quoted
+from stabilitykit.words import counted, number, place, quoted
 
 
 def with_bos(search: Search) -> str | None:
@@ -12,8 +12,8 @@ def with_bos(search: Search) -> str | None:
     if search.bos is None:
         return None
     if search.bos.breaks:
-        return f"With <bos> every prompt breaks, whatever follows: <bos> alone does. {search.bos.sentence}"
-    return f"<bos> alone does not break {search.dtype}: {nearness(search.bos, search.dtype)}."
+        return f"With <bos> every prompt breaks, whatever follows, because <bos> alone does. {search.bos.sentence}"
+    return f"<bos> alone does not break in {search.dtype}: {nearness(search.bos, search.dtype)}."
 
 
 def _bos_breaks(search: Search) -> bool:
@@ -27,15 +27,15 @@ def shortest(search: Search, bos: bool) -> str | None:
     if not finds:
         if (bos and _bos_breaks(search)) or name not in {scan.name for scan in search.scans}:
             return None
-        return f"{how} <bos> nothing was tried: of the tokens scanned none is text by itself."
+        return f"{how} <bos> no prompt was tried: none of the tokens scanned is text by itself."
     best = finds[0]
     if best.breaks:
         return f"{how} <bos> the shortest prompt found to break is {shown(best)}.{_least(search, best)} {best.sentence}"
     most = max(step.length for step in search.steps if step.bos == bos)
     longest = counted(most, "token")
     return (
-        f"{how} <bos> nothing that was tried breaks {search.dtype}, prompts of up to {longest}. Nearest comes "
-        f"{shown(best)}: {nearness(best, search.dtype)}."
+        f"{how} <bos> no prompt that was tried, up to {longest} long, breaks in {search.dtype}. {shown(best)} comes "
+        f"nearest: {nearness(best, search.dtype)}."
     )
 
 
@@ -57,21 +57,15 @@ def shown(find: Find) -> str:
 
 
 def nearness(found: Find | TokenPeak, dtype: str) -> str:
-    """The largest value, where it stands, and how far from the format's end."""
+    """The largest value, where it is, and its headroom."""
     if found.value is None:
-        return f"float32 itself is not finite there, in {place(found)}"
+        return f"even float32 is not finite there, in {place(found)}"
     if found.headroom is None:
         return f"everything is zero, in {place(found)}"
-    side = "below" if found.headroom >= 0 else "past"
-    end = number(number_format(dtype).largest)
-    bits = f"{abs(found.headroom):.2f} bits {side} the format's end at {end}"
-    return f"its largest value is {number(found.value)} in {place(found)}, {bits}"
-
-
-def place(found: Find | TokenPeak) -> str:
-    """`layer 7, residual after MLP`; the site where nobody named it."""
-    layer = "" if found.layer is None else f"layer {found.layer}, "
-    return f"{layer}{found.label or found.site}"
+    side = "below" if found.headroom >= 0 else "above"
+    maximum = f"the {dtype} maximum, {number(number_format(dtype).largest)}"
+    room = f"{abs(found.headroom):.2f} bits {side} {maximum}"
+    return f"its largest value is {number(found.value)} in {place(found)}, {room}"
 
 
 def of_what_kind(scan: Scan) -> str:
@@ -81,8 +75,8 @@ def of_what_kind(scan: Scan) -> str:
     sites = [f"{site} ({count / scan.scanned:.0%})" for site, count in scan.sites[:3] if count >= 0.01 * scan.scanned]
     parts = [f"{KINDS[kind]} ({count})" for kind, count in kinds]
     worst = f"The worst {len(scan.worst)} that are text: {', '.join(parts)}. " if parts else ""
-    own = " <bos> has the position before, which does not count here." if scan.name == "after <bos>" else ""
-    return f"{worst}Peaks stand most often in {', '.join(sites)}.{own}" if told else ""
+    own = " The position of <bos> itself does not count here." if scan.name == "after <bos>" else ""
+    return f"{worst}Most peaks are in {', '.join(sites)}.{own}" if told else ""
 
 
 def how_measured(search: Search) -> str:
@@ -95,11 +89,11 @@ def how_measured(search: Search) -> str:
     sieve = ""
     if fast is not None:
         sieve = (
-            f" A first look was taken in {fast}; the worst {checked:,} of each context were computed again in float32, "
+            f" The first pass ran in {fast}; the worst {checked:,} of each context were computed again in float32, "
             f"which moved them by at most {moved:.2f} bits."
         )
     return (
-        f"For {part} {search.vocabulary:,} tokens the largest value at the token's own position, of all that a "
-        f"{search.dtype} run stores in {search.dtype}, as float32 computes it.{sieve} The logits are left out of that, "
-        "and counted where the recorder confirms: for the tokens and prompts that are shown."
+        f"For {part} {search.vocabulary:,} tokens: the largest value at the token's own position, over all tensors "
+        f"that a {search.dtype} run stores in {search.dtype}, as float32 computes it.{sieve} The logits are not part "
+        "of that; they are for the tokens and prompts shown, which the recorder confirmed."
     )

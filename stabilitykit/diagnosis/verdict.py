@@ -219,8 +219,8 @@ def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
     does nothing.
     """
     form = number_format(stored.dtype)
-    becomes = "NaN" if form.all_ones_is_nan else "infinite"
-    if saturating:
+    becomes = "infinite" if form.has_infinities else "NaN"
+    if form.saturates(asked=saturating):
         becomes = f"±{number(form.largest)}"
     counts = (
         (

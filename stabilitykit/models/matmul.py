@@ -14,20 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.models.operators import OperatorMode, Traits
 
-KINDS = "native, float32-accumulate or float16-accumulate:K"
+KINDS = "native, float32-accumulate, float16-accumulate:K"
 
 _NARROW_SUM = re.compile(r"float16-accumulate:([1-9]\d*)")
 
 _NARROW = (torch.float16, torch.bfloat16)
-_PLAIN = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
-_ADDING = (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default)
 _VECTORS = (torch.ops.aten.mv.default, torch.ops.aten.dot.default)
-_COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)  # of the others
-_PRODUCTS = frozenset((*_PLAIN, *_ADDING, *_VECTORS, *_COMPOSITE))
+_MATRICES = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.baddbmm.default,
+)
 
 BUFFER = 1 << 21
 """Elements of the right operand, a layer's weight, that are widened at once, unless 256 columns are more.
@@ -45,10 +48,10 @@ def blocks(batch: int, inner: int) -> tuple[int, int]:
 
 
 def check_matmul(kind: str) -> str:
-    """`kind` itself. Raises MisuseError for one that is not of `KINDS`, K a positive whole number."""
+    """`kind` itself. Raises MisuseError unless it is one of `KINDS`, with K a positive integer."""
     if kind not in ("native", "float32-accumulate") and not _NARROW_SUM.fullmatch(kind):
         raise MisuseError(
-            f"Matrix products are {KINDS}, which rounds sums to float16 every K terms; {kind!r} is none of them."
+            f"unknown matmul mode {kind!r}; choose one of: {KINDS} (K terms are summed between roundings to float16)"
         )
     return kind
 
@@ -87,28 +90,21 @@ def preferred_matmul(dtype: str, device: str) -> str:
     return "float32-accumulate" if dtype in ("float16", "bfloat16") and device == "cpu" else "native"
 
 
-class _Accumulate(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Accumulate(OperatorMode):  # type: ignore[no-untyped-call]
     def __init__(self, kind: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(self.run)
         self.kind = kind
         terms = _NARROW_SUM.fullmatch(kind)
         self.terms = int(terms[1]) if terms else None
         self.buffers: dict[torch.device, Tensor] = {}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _PRODUCTS:
+    def run(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        func = kind.func
+        if kind.name != "matmul" or func not in (*_VECTORS, *_MATRICES):
             return func(*args, **kwargs)
         dtypes = {argument.dtype for argument in args if isinstance(argument, Tensor)}
         if len(dtypes) != 1 or not dtypes <= set(_NARROW):
             return func(*args, **kwargs)
-        if func in _COMPOSITE:
-            with self:
-                return func.decompose(*args, **kwargs)
         if func in _VECTORS:
             return self.piece(func, (), args[0].float(), args[1], kwargs)
         *added, left, right = args

@@ -1,4 +1,4 @@
-"""Proves from its weights alone that no prompt can break a Gemma in float16, or says which tensor could.
+"""Proves from its weights alone that no prompt makes a Gemma overflow float16, or says which tensor could.
 
     python -m stabilitykit.proof.check FOLDER
 
@@ -116,23 +116,23 @@ def _unlike_its_proof(folder: Path) -> list[str]:
     rest = {key: claimed[key] for key in claimed if key != "digest"}
     canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     if claimed.get("digest") != hashlib.sha256(canonical.encode()).hexdigest():
-        problems.append("proof.json is not as it was written: its digest is another.")
+        problems.append("proof.json was changed after it was written: its digest does not match.")
     hashes, bounds = claimed.get("sha256"), claimed.get("bounds")
     kind = (claimed.get("schema"), claimed.get("dtype"), claimed.get("limit"))
     if kind != (1, "float16", LIMIT) or not (isinstance(hashes, dict) and isinstance(bounds, dict) and bounds):
-        return [*problems, "proof.json has schema 1, dtype float16, limit 65504, sha256 and bounds; this one has not."]
+        return [*problems, "proof.json must have schema 1, dtype float16, limit 65504, sha256 and bounds."]
     files = {path.name for pattern in ("config.json", "*.safetensors", "*.index.json") for path in folder.glob(pattern)}
     if files != set(hashes):
         problems.append(
-            f"proof.json is about {', '.join(sorted(hashes))}; in the folder are {', '.join(sorted(files))}."
+            f"proof.json is about {', '.join(sorted(hashes))}, but the folder holds {', '.join(sorted(files))}."
         )
     for name in sorted(files & set(hashes)):
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != hashes[name]:
-                problems.append(f"{name} has changed since the proof was written: its SHA-256 is another.")
+                problems.append(f"{name} has changed since the proof was written: its SHA-256 does not match.")
     for kind, bound in bounds.items():
         if type(bound) not in (int, float) or not 0 <= bound <= LIMIT:
-            problems.append(f"proof.json claims {bound} for {kind}, which is no number from 0 to 65,504.")
+            problems.append(f"proof.json claims {bound} for {kind}, which is not a number from 0 to 65,504.")
     return problems
 
 
@@ -142,7 +142,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise _RefusedError(f"{path.name} cannot be read: {error}.") from error
     if not isinstance(read, dict):
-        raise _RefusedError(f"{path.name} holds an object of JSON; this one holds something else.")
+        raise _RefusedError(f"{path.name} must hold a JSON object.")
     return read
 
 
@@ -165,11 +165,13 @@ class _Model:
             (not (folder / "adapter_config.json").exists(), "there is no adapter_config.json"),
         ):
             if not holds:
-                raise _RefusedError(f"In a folder that can be proved {must}; in this one it is otherwise.")
+                raise _RefusedError(f"A proof requires that {must}, which does not hold here.")
         sizes = (int(self._number(key, 1, largest, int)) for key, largest in _LARGEST.items())
         self.hidden, self.inner, self.heads, self.kv_heads, self.head, self.layers, self.vocabulary = sizes
         if self.head % 2 or self.heads % self.kv_heads or self.heads * self.head > 8192:
-            raise _RefusedError("Heads have pairs of channels, share keys evenly and have at most 8192 channels.")
+            raise _RefusedError(
+                "The head size must be even, heads share keys evenly, and heads times head size be at most 8192."
+            )
         self._number("rms_norm_eps", 2.0**-100, 2.0**100)
         self.scale = self.head**-0.5
         self.score_cap = self.logit_cap = math.inf
@@ -184,7 +186,9 @@ class _Model:
     def _number(self, key: str, least: float, largest: float, *kinds: type) -> float:
         value: Any = self.config.get(key)
         if type(value) not in (kinds or (int, float)) or not least <= value <= largest:
-            raise _RefusedError(f"{key} in config.json is a number from {least:.3g} to {largest:.3g}; it is {value!r}.")
+            raise _RefusedError(
+                f"{key} in config.json must be a number from {least:.3g} to {largest:.3g}, got {value!r}."
+            )
         return float(value)
 
     def _open(self, folder: Path) -> None:
@@ -211,7 +215,7 @@ class _Model:
         full = f"model.{name}.weight"
         stored = self._slices.get(full)
         if stored is None or stored.get_dtype() != "F16" or tuple(stored.get_shape()) != shape:
-            raise _RefusedError(f"By the config {full} is in float16 and of shape {shape}; in the folder it is not.")
+            raise _RefusedError(f"{full} must be in float16 and of shape {shape}, by the config.")
         self.unread.discard(full)
         read: Array = stored[start : min(start + rows, shape[0])].astype(np.float64)
         if not np.isfinite(read).all():
@@ -260,13 +264,15 @@ class _Proof:
             stream = self._layer(model, f"layers.{layer}.", stream)
             if progress is not None:
                 progress(layer + 1, model.layers)
-        self.place = "the end"
+        self.place = "the head"
         self.hold("norm", root * np.abs(final))
         self.hold("lm_head", logit * max(1.0, 1 / model.logit_cap))
         if model.unread:
-            raise _RefusedError(f"The config knows nothing of {min(model.unread)} and {len(model.unread) - 1} others.")
+            raise _RefusedError(
+                f"The config does not account for {min(model.unread)} and {len(model.unread) - 1} others."
+            )
         return [
-            f"{kind} is proved to stay within {self.bounds[kind]:,.0f} and not within 65,504, in {', '.join(places)}."
+            f"{kind} may reach {self.bounds[kind]:,.0f}, above the float16 maximum, 65,504, in {', '.join(places)}."
             for kind, places in self.over.items()
         ]
 
@@ -441,7 +447,7 @@ def main(arguments: list[str]) -> int:
     checked = check(Path(arguments[0]))
     for kind, bound in checked.bounds.items():
         print(f"{kind:28} {bound:12,.0f}")
-    print(*(checked.problems or ["Proved: no prompt makes a tensor leave float16's range."]), sep="\n")
+    print(*(checked.problems or ["Proved: no prompt makes any tensor overflow float16."]), sep="\n")
     return 1 if checked.problems else 0
 
 

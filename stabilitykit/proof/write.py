@@ -1,6 +1,6 @@
-"""proof.json: what a folder's weights were proved to be bounded by, and the hashes of what was examined.
+"""Writes proof.json: the proved bounds of a folder's weights, and the hashes of the files that they hold for.
 
-`stabilitykit.proof.check` documents the format, and does not share this code.
+`stabilitykit.proof.check` documents the format and shares no code with this file.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ LIMIT = 65_504
 def write_proof(folder: Path, bounds: Mapping[str, float]) -> Path:
     """Writes proof.json into a Hugging Face folder in float16; `bounds` are largest magnitudes by kind of tensor.
 
-    They are written as they are, above the limit too; NaN and infinities raise ValueError, and files that cannot be
-    read or written OSError.
+    Bounds above the limit are written too. Raises ValueError for NaN and infinities, OSError for files that cannot be
+    read or written.
     """
     names = sorted(
         path.name for pattern in ("config.json", "*.safetensors", "*.index.json") for path in folder.glob(pattern)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabilitykit.recorder.judgement import blocks
+from stabilitykit.recorder.masks import blocks
 from stabilitykit.recorder.softmax import SoftmaxTally
 
 FUSED_ATTENTION = "scaled_dot_product_attention"  # the canonical name of all such kernels

@@ -7,7 +7,7 @@ length. Each operator then runs once a block, and its blocks are one record: tha
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from stabilitykit.recorder.axes import Axes
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.records import flat_index, index_at
 
 

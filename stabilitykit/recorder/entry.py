@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
-from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.blocks import Part
+from stabilitykit.recorder.breaks import Finding
 from stabilitykit.recorder.deviation import DeviationTally
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import Edges
 from stabilitykit.recorder.labels import Family, label
 from stabilitykit.recorder.origins import Origin
@@ -69,6 +70,7 @@ class Entry:
     lost_channels: Tensor | None = None  # by channel
     softmax: SoftmaxTally | None = None
     deviation: DeviationTally | None = None
+    extra: dict[str, float | None] = field(default_factory=dict)
     broke: Break | None = None
     broke_on: tuple[Origin | None, ...] = ()
     repeats: int | None = None
@@ -103,6 +105,19 @@ class Entry:
             channels[part.offsets[1] : part.offsets[1] + len(of_part)] = of_part
         self.lost_channels = channels if self.lost_channels is None else self.lost_channels | channels
 
+    def take_break(self, finding: Finding, part: Part | None) -> None:
+        """Why elements were lost, of the tensor or of one more part of it; an earlier part's break comes first."""
+        broke = finding.broke
+        if self.broke is not None:
+            self.broke = replace(self.broke, count=self.broke.count + broke.count)
+            return
+        if part is not None:
+            index = index_at(part.index(flat_index(broke.index, part.shape)), part.whole)
+            broke = replace(broke, index=index, channel=index[-1])
+        position = self.absolute(broke.position)
+        self.broke = replace(broke, position=position, token=self.token(broke.row, position))
+        self.broke_on = finding.origins
+
     @property
     def statistics(self) -> Statistics:
         if self.measured is None:
@@ -135,17 +150,26 @@ class Entry:
         ids = tokens[row or 0] if (row or 0) < len(tokens) else ()
         return ids[position] if position is not None and position < len(ids) else None
 
-    def record(self, order: int, header: Header, *, family: Family | None, site_of: Callable[[Origin], str]) -> Record:
+    def record(
+        self,
+        order: int,
+        header: Header | None = None,
+        *,
+        family: Family | None = None,
+        site_of: Callable[[Origin], str] = lambda origin: origin.name,
+    ) -> Record:
+        """The record, when everything is known. Without a header there are no tokens in it."""
         layer = _LAYER.search(self.module)
         broke = self.broke
+        shows_tokens = header is not None and header.tokens is not None
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
-            broke = replace(broke, operand_sites=sites, token=None if header.tokens is None else broke.token)
+            broke = replace(broke, operand_sites=sites, token=broke.token if shows_tokens else None)
         statistics, shape = self.statistics, self.form.shape
         row = position = channel = token = None
         if statistics.amax_index is not None:
             row, position, channel = self.locate(statistics.amax_index)
-            token = None if header.tokens is None else self.token(row, position)
+            token = self.token(row, position) if shows_tokens else None
         return Record(
             order=order,
             step=self.step.number,
@@ -161,7 +185,7 @@ class Entry:
             amax_position=position,
             amax_channel=channel,
             amax_token=token,
-            amax_token_text=header.text_of(token),
+            amax_token_text=None if header is None else header.text_of(token),
             position_amax=None if self.position_amax is None else tuple(self.position_amax.flatten().tolist()),
             positions=self.positions,
             channels=shape[-1] if shape else None,
@@ -170,4 +194,5 @@ class Entry:
             softmax=None if self.softmax is None else self.softmax.result(),
             deviation=None if self.deviation is None else self.deviation.result(),
             broke=broke,
+            extra=self.extra,
         )

@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stabilitykit.recorder.kernels import device
+from stabilitykit.recorder.kernels.layout import FLOATS
 from stabilitykit.recorder.kernels.softmax_layout import FIELDS, HEAD_FIELDS, Field, empty_row, merged
 from stabilitykit.records import Softmax
 
@@ -63,15 +65,15 @@ class SoftmaxTally:
 def _tally(
     logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None
 ) -> NDArray[np.float64] | Tensor:
-    if logits.device.type == probabilities.device.type == "cpu":
-        from stabilitykit.recorder.kernels import cpu_softmax  # numba, only when something is measured
+    dtypes = {logits.dtype, probabilities.dtype}
+    if logits.device == probabilities.device and dtypes <= FLOATS and (torch.float64 not in dtypes or len(dtypes) == 1):
+        if logits.device.type == "cpu":
+            from stabilitykit.recorder.kernels import cpu_softmax  # numba, only when something is measured
 
-        if cpu_softmax.supports(logits, probabilities):
             return cpu_softmax.tally(logits, probabilities, head, hidden)
-    if device.runs_triton(logits.device) and logits.device == probabilities.device:
-        from stabilitykit.recorder.kernels import cuda_softmax
+        if device.runs_triton(logits.device):
+            from stabilitykit.recorder.kernels import cuda_softmax  # Triton, which other machines may lack
 
-        if cuda_softmax.supports(logits, probabilities):
             return cuda_softmax.tally(logits, probabilities, head, hidden)
     from stabilitykit.recorder.kernels import plain_softmax
 

@@ -12,20 +12,18 @@ from functools import cache, partial
 from itertools import accumulate
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.blocks import Part
 from stabilitykit.recorder.kernels import device, plain
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, edges
 from stabilitykit.recorder.kernels.positions import position_peaks
+from stabilitykit.recorder.tensors import measurable
 from stabilitykit.records import FormatCounts, index_at
 
 Row = NDArray[np.float64]
-
-_MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,10 +189,3 @@ def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None 
         },
         amax_index=index_at(int(index), shape),
     )
-
-
-def measurable(tensor: Tensor) -> Tensor:
-    """The same values in a dtype that has order and bits: complex numbers as pairs, float8 as float32."""
-    if tensor.is_complex():
-        return torch.view_as_real(tensor)
-    return tensor if tensor.dtype in _MEASURED else tensor.float()

@@ -1,11 +1,15 @@
 """The tensors in what operators and modules are given and return."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from stabilitykit.recorder.kernels.layout import FLOATS
 
 # Those whose tensors are looked at, by the name that records have.
 NAMES = {
@@ -72,6 +76,13 @@ def has_elements(tensor: Tensor) -> bool:
     )
 
 
+def measurable(tensor: Tensor) -> Tensor:
+    """The same values in a dtype that has order and bits: complex numbers as pairs, float8 as float32."""
+    if tensor.dtype in FLOATS:
+        return tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor.float()
+
+
 def region(tensor: Tensor) -> tuple[int, int, int]:
     """Which memory, as long as the tensor lives: equal for a tensor and any reshaped view of all of it."""
     elements = tensor.numel()
@@ -87,3 +98,10 @@ def is_here(tensor: Tensor) -> bool:
 def is_view_of(tensor: Tensor, other: Tensor) -> bool:
     """Whether both are of the same storage."""
     return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Around operators of an observer's own, which no operator mode is to see."""
+    with _disable_current_modes(), torch.no_grad():
+        yield

@@ -1,4 +1,4 @@
-"""What no prompt can make a tensor exceed, site by site; written and read without torch."""
+"""Bounds that no prompt can exceed, site by site; written and read without torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Verdict = Literal["safe for every prompt", "reachable by a prompt", "reachable b
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """The largest magnitude of a site, and what made it: words for a place in a prompt, or a hidden state [E]."""
+    """The largest magnitude of a site, and what led to it: a position in a prompt, in words, or a hidden state [E]."""
 
     value: float
     prompt: str | None = None
@@ -24,11 +24,11 @@ class Largest:
 class SiteBound:
     """What is known of the magnitudes at one site, as stored in `dtype`.
 
-    `bound`: no prompt of any length exceeds it; inf where float64 does not hold it. `observed`: the largest in prompts
-    that were run. `found`: the largest that a hidden state makes of this layer's own weights, which is weaker than a
-    prompt: nobody said that a prompt leads to that state. None where nothing was run, and `found` of the residual
-    stream, which is the hidden state itself. `prompt` says where in which prompt the end was passed, and `state` is
-    the vector, entering the layer's norm, that passes it; each only where one does.
+    `bound`: no prompt of any length exceeds it; inf where it overflows float64. `observed`: the largest magnitude in
+    the prompts that were run. `found`: the largest that a hidden state leads to with this layer's weights, which is
+    weaker evidence, as no prompt may lead to that state. Both are None where nothing was run, and `found` for the
+    residual stream, which is the hidden state itself. `prompt` says where in which prompt the dtype overflowed, and
+    `state` is a vector that makes it overflow when it enters the layer's norm; None where there is none.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("limit", "verdict")
@@ -45,7 +45,7 @@ class SiteBound:
 
     @property
     def kind(self) -> str:
-        """The site with `*` for the layer."""
+        """The kind of tensor: the site with `*` for the layer."""
         return re.sub(r"^layers\.\d+", "layers.*", self.site)
 
     @property
@@ -66,22 +66,22 @@ class SiteBound:
 def with_largest(
     bounds: Sequence[SiteBound], field: Literal["found", "observed"], largest: Mapping[str, Largest]
 ) -> list[SiteBound]:
-    """`bounds` with the largest magnitudes by site, of hidden states or of prompts; None where `largest` has none."""
+    """`bounds` with `field` set to the largest magnitude at each site; None where `largest` has none."""
     entered = []
     for one in bounds:
         seen = largest.get(one.site)
         value = None if seen is None else seen.value
-        passes = seen is not None and number_format(one.dtype).overflows(seen.value)
+        overflows = seen is not None and number_format(one.dtype).overflows(seen.value)
         if field == "found":
-            entered.append(replace(one, found=value, state=seen.state if seen is not None and passes else None))
+            entered.append(replace(one, found=value, state=seen.state if seen is not None and overflows else None))
         else:
-            entered.append(replace(one, observed=value, prompt=seen.prompt if seen is not None and passes else None))
+            entered.append(replace(one, observed=value, prompt=seen.prompt if seen is not None and overflows else None))
     return entered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds(CheckpointProvenance):
-    """All of a checkpoint's, in order of execution, and where they come from."""
+    """All bounds of a checkpoint, in order of execution, and their provenance."""
 
     dtype: str
     sites: tuple[SiteBound, ...]

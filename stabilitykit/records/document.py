@@ -16,11 +16,10 @@ _T = TypeVar("_T")
 
 
 def to_document(value: Any) -> Any:
-    """`value` as JSON has it: dataclasses and mappings are objects, tuples are arrays.
+    """`value` as JSON values: dataclasses and mappings become objects, tuples become arrays.
 
-    Properties that a dataclass names in `derived` are written too, for those who read the file; nobody reads them back.
-
-    NaN and infinities, which JSON has no numbers for, are the strings "nan", "inf" and "-inf".
+    Properties that a dataclass names in `derived` are written too, for other readers of the file, and ignored when it
+    is read. NaN and infinities, which JSON cannot represent, become the strings "nan", "inf" and "-inf".
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [*(field.name for field in dataclasses.fields(value)), *_derived(type(value))]
@@ -35,8 +34,8 @@ def to_document(value: Any) -> Any:
 def from_document(kind: type[_T], raw: Any) -> _T:
     """The inverse of `to_document` for a dataclass of type `kind`.
 
-    Fields that are not in `raw` get their defaults. Raises TypeError or ValueError for what is no such document: a
-    field without a default that is missing, one that the dataclass does not have, or a value of another type.
+    Fields that are not in `raw` get their defaults. Raises TypeError or ValueError for any other document: one that
+    lacks a field without a default, has a field that the dataclass does not, or a value of another type.
     """
     value: _T = _read(kind, raw)
     return value
@@ -48,15 +47,15 @@ def write_document(path: Path, value: Any) -> None:
 
 
 def read_document(path: Path, kind: type[_T], what: str) -> _T:
-    """Reads what `write_document` wrote. `what` is what a reader calls it, such as "a search".
+    """Reads what `write_document` wrote. `what` names it in messages, such as "a search".
 
-    Raises MisuseError for a file that holds nothing of this kind, or one of another version.
+    Raises MisuseError for a file that cannot be read as one, or has another schema version.
     """
     (version,) = (field.default for field in dataclasses.fields(kind) if field.name == "schema")  # type: ignore[arg-type]
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != version:
-            raise MisuseError(f"{path} has schema {raw['schema']}, and this version reads {version}.")
+            raise MisuseError(f"{path} has schema {raw['schema']}, but this version reads schema {version}.")
         return from_document(kind, raw)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, MisuseError):
@@ -77,13 +76,13 @@ def _read(hint: Any, raw: Any) -> Any:
         return _read(next(argument for argument in arguments if argument is not NoneType), raw)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(raw, Mapping):
-            raise TypeError(f"{hint.__name__} is an object, not {raw!r}")
+            raise TypeError(f"{hint.__name__} must be an object, got {raw!r}")
         hints = _hints(hint)
         kept = {name: held for name, held in raw.items() if name not in _derived(hint)}
         return hint(**{name: _read(hints[name], held) if name in hints else held for name, held in kept.items()})
     if origin is tuple:
         if not isinstance(raw, list | tuple):
-            raise TypeError(f"a list is needed, not {raw!r}")
+            raise TypeError(f"expected a list, got {raw!r}")
         if Ellipsis in arguments:
             return tuple(_read(arguments[0], held) for held in raw)
         return tuple(_read(argument, held) for argument, held in zip(arguments, raw, strict=True))
@@ -97,7 +96,7 @@ def _read(hint: Any, raw: Any) -> Any:
     if hint is int and isinstance(raw, str):  # a key
         return int(raw)
     if not isinstance(raw, hint):
-        raise TypeError(f"{raw!r} is no {hint.__name__}")
+        raise TypeError(f"expected {hint.__name__}, got {raw!r}")
     return raw
 
 

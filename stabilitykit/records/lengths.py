@@ -1,9 +1,9 @@
-"""What one text does at every length, from as few forward passes as can say it; Parquet in and out, without torch.
+"""What happens to one text at every length, from as few forward passes as possible; Parquet, without torch.
 
-In a causal model the values at a position do not depend on later tokens. So the running maximum of a tensor's
-peaks over positions is its amax at every shorter length, and the first break of the longest run is that of every
-length that holds the broken position. Shorter ones need a run of their own, because a lost position spreads:
-0 · NaN = NaN, masked or not.
+In a causal model the values at a position do not depend on later tokens. So the running maximum of a tensor's peaks
+over positions is its amax at every shorter length, and the first break of the longest run is that of every length that
+includes the broken position. Shorter lengths need their own run, because a lost position spreads: 0 · NaN = NaN, masked
+or not.
 """
 
 import bisect
@@ -23,11 +23,11 @@ from stabilitykit.records.recording import Header
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Neighbouring lengths, `first` to `last` in tokens, at which the same element breaks first, or none does.
+    """Consecutive lengths, `first` to `last` tokens, at which the same element breaks first, or none does.
 
-    `run` is the length of the forward pass that says so. Where `direct`, that pass was of this very length. Where
-    `near`, a value lies so close to the format's limit that kernels of another shape might round it to the other
-    side: such a span says what the pass saw, and is decided only where it is `direct`.
+    `run` is the length of the forward pass that shows it. Where `direct`, that pass had this very length. Where
+    `near`, a value is so close to the format's maximum that kernels of another shape might round it to the other
+    side: such a span reports what the pass saw, and is certain only where it is `direct`.
     """
 
     first: int
@@ -46,7 +46,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """A place where the running maximum of a site's magnitudes grows: from `position` on its amax is `amax`."""
+    """A position at which the running maximum of a site's magnitudes grows: from `position` on its amax is `amax`."""
 
     run: int
     order: int
@@ -59,13 +59,13 @@ class Peak:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A length that was run again directly, and how its peaks compare with those read off the longer run.
+    """A length that was run again directly, and how its peaks compare with those taken from the longer run.
 
-    `site` and `direct_site` are the first breaks by either way, None for none. Differences are in units in the last
-    place of the dtype at the larger of the two. `peak_ulp` is that of the largest peak of all sites; `ulp` the
-    largest of any site's, at `ulp_site`, over `compared` sites, of which `beyond` differ by more than four; `relative`
-    the largest relative difference. `agrees`: the same site, and the largest peak within four ulp. Single sites
-    may differ more, because kernels of another shape sum in another order and later layers amplify that.
+    `site` and `direct_site` are the first breaks in the longer and in the direct run, None for none. Differences are in
+    units in the last place of the dtype, at the larger of the two. `peak_ulp` is that of the largest peak of all sites,
+    `ulp` the largest of any site's, at `ulp_site`, over `compared` sites, of which `beyond` differ by more than four;
+    `relative` is the largest relative difference. `agrees`: the same site, and the largest peak within four ulp. Single
+    sites may differ more, because kernels of another shape sum in another order and later layers amplify that.
     """
 
     length: int
@@ -82,7 +82,7 @@ class Check:
 
 @dataclass(slots=True)
 class LengthMap:
-    """Every length from 1 to the last span's, of one text in one dtype; spans ascend and leave no gap.
+    """Every length from 1 to the last span's, of one text in one dtype; spans ascend without gaps.
 
     Peaks are of the tensors stored in the run's dtype, as in `diagnosis.stored`.
     """
@@ -100,14 +100,14 @@ class LengthMap:
 
     @property
     def first_broken(self) -> int | None:
-        """The least length that breaks; None where none does."""
+        """The shortest length that breaks; None where none does."""
         return next((span.first for span in self.spans if span.broke is not None), None)
 
     def span(self, length: int) -> Span:
-        """The span that holds `length`. Raises ValueError outside 1 to `longest`."""
+        """The span that includes `length`. Raises ValueError outside 1 to `longest`."""
         at = bisect.bisect_right([span.first for span in self.spans], length) - 1
         if not 1 <= length <= self.longest:
-            raise ValueError(f"lengths are 1 to {self.longest}, not {length}")
+            raise ValueError(f"length must be from 1 to {self.longest}, got {length}")
         return self.spans[at]
 
     def sites(self, length: int) -> list[str]:
@@ -139,7 +139,7 @@ class LengthMap:
     def curve(self) -> npt.NDArray[np.float64]:
         """The amax of `peak` at every length, as an array over lengths 1 to `longest`; NaN where none is known.
 
-        The array is kept and cannot be written to.
+        The array is cached and read-only.
         """
         if self._curve is None:
             self._curve = self._find_curve()
@@ -161,7 +161,7 @@ class LengthMap:
 
     @property
     def runs(self) -> int:
-        """How many forward passes say all this; those that only check it are not counted."""
+        """How many forward passes the spans come from; those that only check them are not counted."""
         return len({span.run for span in self.spans})
 
     @property

@@ -15,12 +15,12 @@ _HEADER_KEY = b"stabilitykit"
 
 
 def write_table(path: Path, table: pa.Table, header: dict[str, Any]) -> None:
-    """Writes the table with `header`; the file is there whole or not at all.
+    """Writes the table with `header`; the file is written completely or not at all.
 
     Raises MisuseError if `path` exists or cannot be written.
     """
     if path.exists():
-        raise MisuseError(f"A recording never overwrites a file, and {path} exists; choose another name.")
+        raise MisuseError(f"{path} already exists, and a recording never overwrites a file; choose another name.")
     table = table.replace_schema_metadata({_HEADER_KEY: json.dumps(header, ensure_ascii=False).encode()})
     try:
         with written_beside(path) as aside:
@@ -32,19 +32,19 @@ def write_table(path: Path, table: pa.Table, header: dict[str, Any]) -> None:
 def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     """The table and the header that `write_table` wrote.
 
-    Raises MisuseError for a missing file, one that has no such header, or one of another schema.
+    Raises MisuseError for a missing file, one without such a header, or one with another schema version.
     """
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise MisuseError(f"A recording is a Parquet file, and {path} cannot be read as one: {error}") from None
+        raise MisuseError(f"{path} cannot be read as a recording, which is a Parquet file: {error}") from None
     text = (table.schema.metadata or {}).get(_HEADER_KEY)
     if text is None:
-        raise MisuseError(f"{path} is Parquet, but no recording of stabilitykit's: it has no header.")
+        raise MisuseError(f"{path} is a Parquet file, but not a recording of stabilitykit: it has no header.")
     raw: dict[str, Any] = json.loads(text)
     if raw["schema"] != SCHEMA_VERSION:
         raise MisuseError(
-            f"{path} has schema {raw['schema']} and this version reads {SCHEMA_VERSION}; "
+            f"{path} has schema {raw['schema']}, but this version reads schema {SCHEMA_VERSION}; "
             f"read it with stabilitykit {raw['versions'].get('stabilitykit', 'of its time')}."
         )
     return table, raw

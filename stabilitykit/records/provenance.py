@@ -1,4 +1,4 @@
-"""Where a result comes from: part of every file that is written."""
+"""The provenance of a result: part of every file that is written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What was measured, and what has to be known to do it again.
+    """What was measured, and what is needed to repeat it.
 
-    `checkpoint` is its source and `sha256` the digest of its weights, None for a model that came from no file. `notes`
-    say what else there is to know about the weights. `command` is the command line, None where there was none;
-    `versions` are those of what computes, `machine` is where it ran.
+    `checkpoint` is the source and `sha256` the digest of the weights, None for a model that was not read from a file.
+    `notes` are further facts about the weights. `command` is the command line, None where there was none; `versions`
+    are those of the libraries that compute, `machine` describes the hardware.
     """
 
     checkpoint: str | None
@@ -24,8 +24,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointProvenance(Provenance):
-    """Of what a command found about the weights in a file: none of these is missing."""
+    """The provenance of what was found about the weights in a file, which are known."""
 
     checkpoint: str
     sha256: str
-    command: str

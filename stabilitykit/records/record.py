@@ -1,8 +1,8 @@
 """What one tensor looked like."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 import pyarrow as pa
@@ -150,7 +150,8 @@ class Record:
     `masked` elements are a mask at work (-inf, or the minimum that stands for it) and enter no other count or
     statistic. `exponents[i]` counts the finite non-zero elements with floor(log2|x|) = `exponent_first + i`. `lost_*`
     count what holds a non-finite element.
-    `position_amax` runs over rows, then positions; None unless asked for. `stored_dtype` is the dtype in which a run of
+    `position_amax` runs over rows, then positions; None unless asked for. `extra` are the statistics that a user added,
+    by name: None where one has no value. `stored_dtype` is the dtype in which a run of
     the same model in float16 stores these values, None where nobody found out.
     """
 
@@ -197,6 +198,7 @@ class Record:
     softmax: Softmax | None = None
     deviation: Deviation | None = None
     broke: Break | None = None
+    extra: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def lost(self) -> int:
@@ -222,6 +224,8 @@ class Record:
                     f"{spec.name}.{inner.name}": None if value is None else getattr(value, inner.name)
                     for inner in dataclasses.fields(part)
                 }
+            elif spec.name == "extra":
+                flat |= value
             else:
                 flat[spec.name] = value
         return flat
@@ -234,11 +238,13 @@ class Record:
     @classmethod
     def from_columns(cls, columns: Mapping[str, list[Any]]) -> "list[Record]":
         """The records whose rows have these columns, at least one of which there must be."""
+        known = {spec.name for spec in dataclasses.fields(cls)}
         own: dict[str, list[Any]] = {}
+        extra: dict[str, list[Any]] = {}
         parts: dict[str, dict[str, list[Any]]] = {}
         for column, values in columns.items():
             part, _, name = column.rpartition(".")
-            of_part = parts.setdefault(part, {}) if part else own
+            of_part = parts.setdefault(part, {}) if part else own if name in known else extra
             of_part[name] = [tuple(value) if type(value) is list else value for value in values]
         counts: list[dict[str, FormatCounts]] = [{} for _ in next(iter(own.values()))]
         for part, of_part in parts.items():
@@ -251,7 +257,11 @@ class Record:
                 for formats, count in zip(counts, found, strict=True):
                     if isinstance(count, FormatCounts):
                         formats[part] = count
-        return [cls(**row, formats=formats) for row, formats in zip(_rows(own), counts, strict=True)]
+        extras = _rows(extra) if extra else ({} for _ in counts)
+        return [
+            cls(**row, formats=formats, extra=more)
+            for row, formats, more in zip(_rows(own), counts, extras, strict=True)
+        ]
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -282,20 +292,22 @@ def index_at(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def columns(formats: Sequence[str]) -> list[str]:
-    return [name for name, _ in _column_types(formats)]
+def columns(formats: Sequence[str], statistics: Iterable[str] = ()) -> list[str]:
+    return [name for name, _ in _column_types(formats, statistics)]
 
 
-def schema(formats: Sequence[str]) -> pa.Schema:
-    return pa.schema(list(_column_types(formats)))
+def schema(formats: Sequence[str], statistics: Iterable[str] = ()) -> pa.Schema:
+    return pa.schema(list(_column_types(formats, statistics)))
 
 
-def _column_types(formats: Sequence[str]) -> Iterator[tuple[str, pa.DataType]]:
+def _column_types(formats: Sequence[str], statistics: Iterable[str]) -> Iterator[tuple[str, pa.DataType]]:
     hints = get_type_hints(Record)
     for spec in dataclasses.fields(Record):
         if spec.name == "formats":
             for name in formats:
                 yield from ((f"{name}.{inner.name}", pa.int64()) for inner in dataclasses.fields(FormatCounts))
+        elif spec.name == "extra":
+            yield from ((name, pa.float64()) for name in statistics)
         elif spec.name in _NESTED:
             part = _NESTED[spec.name]
             inner_hints = get_type_hints(part)

@@ -27,9 +27,10 @@ class Header(Provenance):
 
     `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
     redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
-    begin. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched`
-    are elements asked for: site, row-major index, value. `case` is free-form: prompt, rescale, rounding and whatever
-    else was chosen.
+    begin. `statistics` are those that a user added, by name, with their units: each has a column of its own, and is in
+    every record's `extra`. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked
+    at. `watched` are elements asked for: site, row-major index, value. `case` is free-form: prompt, rescale, rounding
+    and whatever else was chosen.
     """
 
     dtype: str
@@ -37,6 +38,7 @@ class Header(Provenance):
     level: Level
     matmul: str
     formats: tuple[str, ...]
+    statistics: Mapping[str, str] = field(default_factory=dict)
     rows: int
     tokens: tuple[tuple[int, ...], ...] | None
     token_texts: dict[int, str] = field(default_factory=dict)
@@ -108,11 +110,13 @@ class Recording:
     @property
     def frame(self) -> pd.DataFrame:
         """One row a record, the columns as in the file."""
-        return pd.DataFrame([record.row() for record in self.records], columns=columns(self.header.formats))
+        names = columns(self.header.formats, self.header.statistics)
+        return pd.DataFrame([record.row() for record in self.records], columns=names)
 
     def save(self, path: str | Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
-        table = pa.Table.from_pylist([record.row() for record in self.records], schema=schema(self.header.formats))
+        types = schema(self.header.formats, self.header.statistics)
+        table = pa.Table.from_pylist([record.row() for record in self.records], schema=types)
         write_table(Path(path), table, dataclasses.asdict(self.header))
 
     @classmethod

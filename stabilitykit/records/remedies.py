@@ -1,4 +1,4 @@
-"""How the remedies of a checkpoint did, side by side; written and read without torch."""
+"""The scores of a checkpoint's remedies, side by side; written and read without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from stabilitykit.records.provenance import CheckpointProvenance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How a remedy did over `positions` tokens. Numbers are None where no position was finite.
+    """A remedy's score over `positions` tokens. Numbers are None where no position was finite.
 
-    `kl` (nats a token: mean, half the width of its 95% interval, 99th percentile, largest) is that of float32's
-    next-token distribution from the remedy's; `top1` the share of positions with the same likeliest token;
-    `perplexity` the relative change of the text's. `headroom` is the least, in bits of the remedy's dtype, over what it
-    stores in the first windows; None where it is not finite. `weights` and `extra` are bytes: of the weights, and of
-    what a window takes beside a plain run's activations. `time` is that of a plain float16 pass, times so much.
-    `exportable`: a folder can carry it, with no code around the model.
+    `kl` is the KL divergence of the remedy's next-token distribution from float32's [nats per token]: mean, half the
+    width of its 95% confidence interval, 99th percentile and maximum. `top1` is the share of positions with the same
+    most likely token, `perplexity` the relative change of the text's perplexity. `headroom` is the least over what the
+    remedy stores in the first windows, in bits of its dtype; None where it is not finite. `weights` and `extra` are
+    bytes: of the weights, and of what a window takes in addition to a plain run. `time` is relative to a plain float16
+    pass. `exportable`: a folder can carry it, without code around the model.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Small:
-    """How many weights float16 stores as subnormals, and how many it loses to zero."""
+    """How many weights float16 stores as subnormals, and how many it rounds to zero."""
 
     subnormal: int
     zero: int
@@ -48,13 +48,12 @@ class Small:
 class Ranking(CheckpointProvenance):
     """`scores` of a checkpoint's remedies, the best first, and how the rescale among them was chosen.
 
-    `peak` is the largest value of the choosing texts that float16 would have to store, as float32 computes it, and
-    `site` where it was; `gamma` the largest power of two that leaves `margin` bits above it, 1 where nothing has to be
-    changed. Where it was `proved`, `gamma` and, by layer, `inner` between `up_proj` and `down_proj` are instead the
-    largest for which no prompt can leave float16's range, and `measured` tells of the weights that `margin` alone asks
-    for. `islands` are the sites that float16 could not hold. `gains_rounded` counts, by norm, gains that float32
-    had to round. `before` and `after` tell of the float16 weights. `carried` is the name of the score of what a folder
-    carries.
+    `peak` is the largest value that float16 would have to store on the choosing texts, as float32 computes it, and
+    `site` where it was. `gamma` is the largest power of two that leaves `margin` bits of headroom, 1 where no rescale
+    is needed. Where it was `proved`, `gamma` and, by layer, `inner` between `up_proj` and `down_proj` are instead the
+    largest for which no prompt can overflow float16, and `measured` counts the small weights that `margin` alone would
+    lead to. `islands` are the sites that overflow float16. `gains_rounded` counts, by norm, gains that float32 had to
+    round. `before` and `after` count small float16 weights. `carried` names the score of what a folder carries.
     """
 
     gamma: float
@@ -82,5 +81,5 @@ class Ranking(CheckpointProvenance):
 
     @property
     def repaired(self) -> Score:
-        """Of the checkpoint that a folder carries."""
+        """The score of what a folder carries."""
         return self[self.carried]

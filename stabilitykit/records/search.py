@@ -1,4 +1,4 @@
-"""What a search for prompts that break has found; written and read without torch."""
+"""The result of a search for prompts that overflow; written and read without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from stabilitykit.records.provenance import CheckpointProvenance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPeak:
-    """The largest magnitude at one token's position, of what the low-precision dtype would have to store.
+    """The largest magnitude at one token's position, over what the low-precision dtype would have to store.
 
-    `value` is a float32 run's, None where it is not finite there; `headroom` in bits of the dtype, negative past its
-    range, None with the value. `site`, `label` and `layer` say where it stands. `kind` is one of `KINDS`. `is_text`:
-    the token can be written in a prompt; others are reached by ids only.
+    `value` is that of a float32 run, None where that is not finite; `headroom` is in bits of the dtype, negative above
+    its maximum, None with the value. `site`, `label` and `layer` say in which tensor it is. `kind` is the token's
+    category, one of `KINDS`. `is_text`: some text tokenizes to the token; others are reachable only as token ids.
     """
 
     token: int
@@ -41,7 +41,7 @@ KINDS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindPeaks:
-    """Of the `count` scanned tokens of a kind the `least` headroom and the `median`, in bits, None as in TokenPeak."""
+    """The `least` and the `median` headroom [bits] of the `count` tokens of a category; None as in TokenPeak."""
 
     kind: str
     count: int
@@ -51,14 +51,14 @@ class KindPeaks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """Every token of the vocabulary, or the first `scanned`, as the next one of `context`.
+    """Every token of the vocabulary, or the first `scanned`, as the next token after `context`.
 
-    `name` is "alone", "after <bos>" or "inside a text". Peaks were computed in `dtype` first, and the best `checked` in
-    float32, which moved those that are finite in both by at most `moved` bits. `bins` holds, by the lower edge of
-    headroom in tenths of a bit, how many tokens there are; `beyond` counts those whose peak leaves the range,
-    `not_finite` those without a finite peak, which are in no bin. `sites` counts in which site the peaks stand, most
-    frequent first. `worst` are the worst of those that are text, and `by_ids` of the others; both as the recorder has
-    them in float32.
+    `name` is "alone", "after <bos>" or "inside a text". Peaks were computed in `dtype` first and the `checked` largest
+    again in float32, which moved those that are finite in both by at most `moved` bits. `bins` is a histogram of
+    headroom: the lower edge in tenths of a bit, and the number of tokens. `beyond` counts tokens whose peak overflows,
+    `not_finite` those without a finite peak, which are in no bin. `sites` counts the sites of the peaks, most frequent
+    first. `worst` are the tokens with the least headroom among those that are text, `by_ids` among the others; both
+    as recorded in float32.
     """
 
     name: str
@@ -80,11 +80,11 @@ class Scan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Find:
-    """A prompt, and how near it comes.
+    """A prompt that was found, and how close it comes to the maximum.
 
-    `tokens` hold `<bos>` where `bos` says so; `text` is what `file` holds, None for what no file can. `value`, at
-    `position`, and `headroom` are those of a float32 run, as in TokenPeak. `breaks`: a run in the dtype itself, with
-    the recorder, was not finite. `sentence` tells of that run.
+    `tokens` include `<bos>` where `bos`; `text` is the contents of `file`, None for tokens that no text leads to.
+    `value`, at `position`, and `headroom` are those of a float32 run, as in TokenPeak. `breaks`: a recorded run in the
+    dtype itself was not finite. `sentence` is the verdict on that run.
     """
 
     tokens: tuple[int, ...]
@@ -107,7 +107,7 @@ class Find:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A length of the extension: of `tried` prompts of `length` tokens the one whose last token came nearest."""
+    """One length: of the `tried` prompts of `length` tokens, the one whose last token has the least headroom."""
 
     bos: bool
     length: int
@@ -119,8 +119,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search(CheckpointProvenance):
-    """Everything that a search found. `bos` is the prompt of `<bos>` alone; `finds` are the nearest prompts, without
-    `<bos>` before with, and of each the best first; `steps` how they grew. `vocabulary` counts tokens.
+    """The result of a search. `bos` is the prompt of `<bos>` alone. `finds` are the prompts found, first those without
+    `<bos>`, and in each group the best first; `steps` tell how they grew. `vocabulary` counts tokens.
     """
 
     dtype: str
@@ -134,6 +134,6 @@ class Search(CheckpointProvenance):
 
     @property
     def breaking(self) -> tuple[Find, ...]:
-        """Those that broke when they ran, the shortest first; `<bos>` alone among them."""
+        """The prompts that broke when they ran, the shortest first; `<bos>` alone is among them."""
         known = self.finds if self.bos is None else (self.bos, *self.finds)
         return tuple(sorted((find for find in known if find.breaks), key=lambda find: len(find.tokens)))

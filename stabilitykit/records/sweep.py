@@ -1,16 +1,16 @@
-"""The folder of a sweep: what was planned, what is done, what failed; read and written without torch.
+"""The folder of a sweep: what is planned, done and failed; read and written without torch.
 
     reports/NAME/
       experiment.json          the plan: every case, the checkpoint, the versions it runs with
       records/CASE.parquet     a finished case: a `Recording`, or a `LengthMap` for a range of lengths
       records/CASE.json        a finished measurement, of memory for example
       records/CASE.failed.json the reason why a case failed
-      remedies.json            how remedies of the checkpoint rank, once `stabilitykit repair --report` has been there
-      bounds.json              what no prompt can exceed, once `stabilitykit bound --report` has
-      search.json              prompts and tokens that come nearest, once `stabilitykit search --report` has been there
+      remedies.json            the ranking of remedies that `stabilitykit repair --report` wrote
+      bounds.json              the bounds that `stabilitykit bound --report` wrote
+      search.json              the prompts and tokens that `stabilitykit search --report` wrote
 
-A file appears under its name only when it is whole. Records hold nothing that differs between two runs of the same
-case, so a sweep that was interrupted and resumed leaves the same ones.
+A file gets its name only when it is complete. Records hold nothing that differs between two runs of the same case, so
+a sweep that was interrupted and resumed leaves the same ones.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records.bounds import Bounds
 from stabilitykit.records.document import from_document, read_document, write_document
 from stabilitykit.records.lengths import LengthMap
@@ -29,9 +30,10 @@ from stabilitykit.records.provenance import CheckpointProvenance
 from stabilitykit.records.recording import Recording
 from stabilitykit.records.remedies import Ranking
 from stabilitykit.records.search import Search
+from stabilitykit.words import counted
 
 Finding = Ranking | Bounds | Search
-"""About a checkpoint, beside what a sweep of it says."""
+"""A command's result about a checkpoint, kept beside a sweep of it."""
 
 _FINDINGS: Mapping[type[Finding], str] = {Ranking: "remedies.json", Bounds: "bounds.json", Search: "search.json"}
 _F = TypeVar("_F", Ranking, Bounds, Search)
@@ -57,12 +59,12 @@ class Case:
 
     @property
     def runs_prompt(self) -> bool:
-        """Whether it runs a text and says what becomes of its values; other cases are of memory alone."""
+        """Whether it runs a text and records its values; other cases measure memory only."""
         return self.kind in ("run", "lengths")
 
     @property
     def id(self) -> str:
-        """Unique among different settings, the same for the same, and fit for a file's name."""
+        """A file name that is the same for equal settings and differs for others."""
         words = [self.kind, *(f"{name}={value}" for name, value in self.settings.items() if name in _IN_NAME)]
         readable = re.sub(r"[^A-Za-z0-9.=-]+", "-", "_".join(words)).strip("-")[:80]
         digest = hashlib.sha256(json.dumps([self.kind, self.settings], sort_keys=True).encode()).hexdigest()
@@ -81,7 +83,7 @@ USUAL: Mapping[str, Any] = {
     "seed": 0,
     "matmul": "auto",
 }
-"""What goes without saying: the values of these settings in most cases."""
+"""The usual values of settings, which are left out of a case's description."""
 
 _IN_NAME = ("model", "prompt", "length", "bos", "dtype", "room", *USUAL)
 
@@ -108,7 +110,7 @@ class Failure:
 class Footprint:
     """Bytes of one prefill of `length` tokens in `dtype` on `device`, computed from the config.
 
-    `weights`, `cache` (keys and values) and `activations`: at most this much is alive at once.
+    `weights`, `cache` (keys and values) and `activations` are each the most that is allocated at once.
     """
 
     dtype: str
@@ -125,10 +127,10 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory(Footprint):
-    """A footprint, and what a fresh process took.
+    """A footprint, and the memory that a fresh process took [bytes].
 
-    `libraries` is what it had resident before it read a checkpoint, `peak` the most it ever had while the model ran;
-    both on the `device`'s own memory where it has one.
+    `libraries` was resident before the process read a checkpoint, `peak` is the most while the model ran; both are of
+    the `device`'s own memory where it has some.
     """
 
     libraries: int
@@ -136,17 +138,17 @@ class Memory(Footprint):
 
     @property
     def error(self) -> float:
-        """(computed - measured) / measured, both without the libraries; positive: too much was computed."""
+        """(computed - measured) / measured, both without the libraries; positive where too much was computed."""
         measured = self.peak - self.libraries
         return (self.computed - measured) / measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage:
-    """What became of one prefill that was allowed `room` bytes for what it needs beside the weights.
+    """The outcome of one prefill that had `room` bytes of free memory for what it needs beside the weights.
 
-    `needed` is computed. `outcome` is how the pass ended: its logits were "finite" or "not finite", it "raised" an
-    error, whose type and first line `reason` holds, or its process was "killed", by the signal that `reason` names.
+    `needed` is computed [bytes]. `outcome`: the logits were "finite" or "not finite", the pass "raised" an error, whose
+    type and first line are in `reason`, or its process was "killed" by the signal that `reason` names.
     """
 
     dtype: str
@@ -160,7 +162,12 @@ class Shortage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(CheckpointProvenance):
-    """An experiment with every case spelled out; `source` is its TOML file's text, `config` the model's sizes."""
+    """An experiment with all its cases; `source` is the text of its TOML file, `config` the model's sizes.
+
+    `sections` are those of its report. `own_sections` are those of them that are Python files of the experiment's own,
+    by path (relative to where the sweep was started, if the experiment was), with their SHA-256. `format` is the number
+    format that the report judges values by.
+    """
 
     name: str
     title: str
@@ -168,10 +175,12 @@ class Plan(CheckpointProvenance):
     config: dict[str, Any]
     cases: tuple[Case, ...]
     sections: tuple[str, ...]
+    own_sections: dict[str, str] = field(default_factory=dict)
+    format: str = "float16"
     schema: int = 1
 
     def differences(self, other: "Plan") -> list[str]:
-        """What keeps the results of two plans from being mixed, in words; empty where nothing does."""
+        """Why the results of two plans must not be mixed, in words; empty where they may be."""
         found = [
             f"{what} was {theirs} and is {ours}"
             for what, ours, theirs in (
@@ -184,7 +193,7 @@ class Plan(CheckpointProvenance):
         ]
         new, old = {case.id for case in self.cases}, {case.id for case in other.cases}
         if new != old:
-            found.append(f"{len(new - old)} cases are new and {len(old - new)} are no longer there")
+            found.append(f"{counted(len(new - old), 'case')} added and {len(old - new)} removed")
         return found
 
 
@@ -200,37 +209,40 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path) -> "Results":
-        """Raises MisuseError where `folder` holds no sweep, or one of another version."""
+        """Raises MisuseError where `folder` holds no sweep, or one with another schema version."""
         path = folder / "experiment.json"
         if not path.is_file():
             raise MisuseError(
-                f"A sweep's folder holds experiment.json, and {folder} holds none. Make one with `stabilitykit sweep`."
+                f"{folder} has no experiment.json, so it is not a sweep's folder. Make one with `stabilitykit sweep`."
             )
         return cls(folder, read_document(path, Plan, "an experiment's plan"))
 
     @classmethod
     def create(cls, folder: Path, plan: Plan) -> "Results":
-        """The folder for this plan, made if need be.
+        """The folder for this plan, created if it does not exist.
 
-        Raises MisuseError where it holds the results of another, saying what differs, or anything else.
+        Raises MisuseError where it holds the results of another plan, saying what differs, or anything else.
         """
         if (folder / "experiment.json").exists():
             found = cls.open(folder)
             differences = plan.differences(found.plan)
             if differences:
                 raise MisuseError(
-                    f"A folder holds the results of one experiment, and {folder} holds those of another: "
-                    f"{'; '.join(differences)}. Choose another folder with --out, or remove this one."
+                    f"{folder} holds the results of another experiment: {'; '.join(differences)}. Choose another "
+                    "folder with --out, or remove this one."
                 )
         elif (folder / "records").exists():
-            raise MisuseError(
-                f"{folder}/records is there without an experiment.json. Choose another folder with --out."
-            )
+            raise MisuseError(f"{folder}/records exists without an experiment.json. Choose another folder with --out.")
         write_document(folder / "experiment.json", plan)
         return cls(folder, plan)
 
+    @property
+    def form(self) -> NumberFormat:
+        """The number format that the report judges values by."""
+        return number_format(self.plan.format)
+
     def path(self, case: Case) -> Path:
-        """Where the case's result is, or will be."""
+        """The file of the case's result, whether it exists yet or not."""
         return self.folder / "records" / f"{case.id}.{'parquet' if case.runs_prompt else 'json'}"
 
     def _failure_path(self, case: Case) -> Path:
@@ -293,21 +305,21 @@ class Results:
 
     @property
     def ranking(self) -> Ranking | None:
-        """How remedies of the checkpoint rank; None where nobody ranked them."""
+        """The ranking of the checkpoint's remedies; None where they were not ranked."""
         return self._finding(Ranking)
 
     @property
     def bounds(self) -> Bounds | None:
-        """What no prompt can make the checkpoint's tensors exceed; None where nobody asked."""
+        """The bounds of the checkpoint's tensors; None where they were not computed."""
         return self._finding(Bounds)
 
     @property
     def search(self) -> Search | None:
-        """What comes nearest to the dtype's end; None where nobody searched."""
+        """The prompts found with the least headroom; None where there was no search."""
         return self._finding(Search)
 
     def write_finding(self, found: Finding) -> None:
-        """Raises MisuseError for that of another checkpoint."""
+        """Raises MisuseError for the result of another checkpoint."""
         self.check_checkpoint(found.checkpoint, found.sha256)
         write_document(self.folder / _FINDINGS[type(found)], found)
         self._found.pop(type(found), None)
@@ -319,11 +331,11 @@ class Results:
         return self._found.get(kind)
 
     def check_checkpoint(self, source: str, sha256: str) -> None:
-        """Raises MisuseError unless this is a sweep of that checkpoint."""
+        """Raises MisuseError unless the sweep is of that checkpoint."""
         if sha256 != self.plan.sha256:
             raise MisuseError(
-                f"A report holds one checkpoint's findings, and {self.folder} holds those of {self.plan.checkpoint} "
-                f"with the SHA-256 {self.plan.sha256[:12]}; {source} has {sha256[:12]}. Choose another folder."
+                f"{self.folder} is about another checkpoint: {self.plan.checkpoint} with the SHA-256 "
+                f"{self.plan.sha256[:12]}, while {source} has {sha256[:12]}. Choose another folder."
             )
 
     def _read(self, case: Case, kind: type[_M]) -> _M:

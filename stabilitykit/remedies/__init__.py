@@ -1,6 +1,6 @@
-"""Changes that keep a Gemma finite in float16, how they rank, and a checkpoint that carries the best one.
+"""Remedies that keep a Gemma finite in float16, their ranking, and a checkpoint that carries the best one.
 
-To add a remedy, write a file here and enter it below; one with a parameter, as `rescaling`, is entered by `repair`.
+To add a remedy, write a file here and enter it below; `repair` enters those with a parameter, such as `rescaling`.
 """
 
 from stabilitykit.remedies.bfloat16 import BFLOAT16

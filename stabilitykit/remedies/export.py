@@ -17,14 +17,15 @@ import jinja2
 import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
-from stabilitykit.checkpoints.export import ExportDtype, write_folder
+from stabilitykit.checkpoints.export import write_folder
+from stabilitykit.choices import ExportDtype
 from stabilitykit.diagnosis.bounds import by_kind
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.files import new_folder, write_json
 from stabilitykit.proof.check import check
 from stabilitykit.proof.write import sha256, write_proof
 from stabilitykit.records.document import to_document
-from stabilitykit.remedies.repair import Repair
+from stabilitykit.remedies.repaired import Repair
 from stabilitykit.remedies.rescale import stored_gains
 
 SCHEMA = 2
@@ -48,11 +49,11 @@ def export(
     """
     check_new(folder)
     if repair.bounds and dtype != "float16":
-        raise MisuseError("A proof is of weights stored in float16; leave --dtype out, or --proved.")
+        raise MisuseError("A proof holds for weights stored in float16 only; leave out either --dtype or --proved.")
     if not repair.ranking.repaired.finite:
         raise MisuseError(
-            "A repaired checkpoint is finite in float16; on the held-out texts this one is not. Ask for a larger "
-            "--margin, or give --prompts with texts like those that it is to run."
+            "The repaired checkpoint is not finite in float16 on the held-out texts, so it is not written. Try a "
+            "larger --margin, or --prompts with texts like those that it has to run."
         )
     after = repair.rescaled.checkpoint
     source = Path(before.source)
@@ -72,22 +73,24 @@ def export(
 def check_new(folder: Path) -> None:
     """Raises MisuseError unless there is nothing where `folder` is to be."""
     if folder.exists():
-        raise MisuseError(f"A repair is written into a new folder, and {folder} is there already; choose another.")
+        raise MisuseError(f"{folder} exists already; choose a new folder for the repaired checkpoint.")
 
 
 def _check(folder: Path) -> None:
     """A proof that its own checker does not accept is not written."""
     problems = check(folder).problems
     if problems:
-        raise CheckpointError(f"What was to be proved is not, by its checker: {' '.join(problems)}")
+        raise CheckpointError(f"The proof was not accepted by its checker: {' '.join(problems)}")
 
 
 def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> None:
     if written.config != wanted.config:
-        raise CheckpointError(f"{written.source}: config.json does not read back as it was written.")
+        raise CheckpointError(f"{written.source}: config.json reads back differently from what was written.")
     for name, tensor in wanted.tensors.items():
         if not torch.equal(written.tensors[name], tensor.to(dtype)):
-            raise CheckpointError(f"{written.source}: {name} does not read back as it was written. A full disk?")
+            raise CheckpointError(
+                f"{written.source}: {name} reads back differently from what was written. Is the disk full?"
+            )
 
 
 def _facts(

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from stabilitykit.checkpoints import GemmaConfig
-from stabilitykit.recorder.operators import traits
-from stabilitykit.recorder.sites import Sites, by_operator, site_path
+from stabilitykit.models.operators import OperatorMode, Traits
+from stabilitykit.recorder.names import Names, by_operator, site_path
 from stabilitykit.recorder.tensors import floating_of_call
 from stabilitykit.records import Record, Recording
 from stabilitykit.remedies.remedy import Remedy
@@ -54,9 +53,7 @@ def float32_islands(islands: Islands, dry: Recording) -> Remedy:
     @contextmanager
     def around(model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
-            mode = _Keeping(model, kept, layout)
-            mode.attach(stack)
-            stack.enter_context(mode)
+            _Keeping(model, kept, layout).attach(stack)
             yield
 
     def extra(config: GemmaConfig, tokens: int) -> int:
@@ -91,59 +88,54 @@ def _layout(dry: Recording) -> _Layout:
     )
 
 
-class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Keeping:
     """Runs the operators of `kept` in float32; what others make of their results is stored as a plain run stores it."""
 
     def __init__(self, model: nn.Module, kept: frozenset[str], layout: _Layout) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.kept = kept
         self.layout = layout
         self.dtype = next(model.parameters()).dtype
         self.low = str(self.dtype).removeprefix("torch.")
-        self.sites = Sites(model)
+        self.names = Names(model)
 
     def attach(self, stack: ExitStack) -> None:
         for name, module in self.model.named_modules():
             made = self.layout.operators.get(site_path(name))
             if made is not None and made not in self.kept and self.layout.dtypes[made] == self.low:
                 stack.callback(module.register_forward_hook(self.narrow).remove)
-        self.sites.attach(stack)  # last, so that what the hooks do still stands in the module that ends
+        self.names.attach(stack)  # last, so that what the hooks do still stands in the module that ends
+        stack.enter_context(OperatorMode(self.run, given=self.given))
 
     def narrow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """What a module returns in its input's dtype, as norms do, would be float32 behind an island."""
         return output.to(self.dtype) if isinstance(output, Tensor) and output.dtype == torch.float32 else None
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
+    def given(self, kind: Traits, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operator gets: those that are not pointwise, such as products, take no operands of two dtypes."""
+        if self.is_mixed(args, kwargs) and not kind.pointwise and not kind.writes_in_place:
+            return self.widened(args, kwargs)
+        return args, kwargs
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        kind = traits(func)
-        operands = [tensor for tensor in floating_of_call(args, kwargs) if tensor.ndim]
-        mixed = {tensor.dtype for tensor in operands} >= {torch.float32, self.dtype}
-        if mixed and not kind.pointwise and not kind.writes_in_place:  # products take no operands of two dtypes
-            args, kwargs = self.widened(args, kwargs)
-        if kind.composite:
-            with self:
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
-        if kind.view:
-            return func(*args, **kwargs)
-        output = func(*args, **kwargs)
-        site = self.sites.of_operator(kind, args, kwargs, output)
+    def run(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mixed = self.is_mixed(args, kwargs)
+        args, kwargs = self.given(kind, args, kwargs)
+        output = kind.func(*args, **kwargs)
+        site = self.names.of_operator(kind, args, kwargs, output)
         if site is None or kind.writes_in_place or not isinstance(output, Tensor):
             return output
         if site in self.kept:
             if output.dtype != self.dtype:
                 return output
             args, kwargs = self.widened(args, kwargs)
-            return self.sites.same(func(*args, **kwargs), output)
+            return self.names.same(kind.func(*args, **kwargs), output)
         if output.dtype == torch.float32 and self.is_low(site, mixed):
-            return self.sites.same(output.to(self.dtype), output)
+            return self.names.same(output.to(self.dtype), output)
         return output
+
+    def is_mixed(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        dtypes = {tensor.dtype for tensor in floating_of_call(args, kwargs) if tensor.ndim}
+        return dtypes >= {torch.float32, self.dtype}
 
     def is_low(self, site: str, mixed: bool) -> bool:
         """Whether a plain run stores it in 16 bits; fused kernels, which a dry run has only as their parts, do."""

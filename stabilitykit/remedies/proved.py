@@ -1,7 +1,7 @@
-"""A rescale chosen from bounds instead of peaks, so that no prompt of any length can leave float16's range.
+"""A rescale chosen from bounds instead of peaks, so that no prompt of any length can overflow float16.
 
-Bounds scale as the tensors do: γ scales whatever a norm reads, 1 / γ the final norm's output, and β of each layer what
-stands between its `up_proj` and `down_proj`. What none of them reaches must fit as it is.
+Bounds scale with the tensors: by γ for whatever a norm reads, by 1 / γ for the final norm's output, and by each layer's
+β for what lies between its `up_proj` and `down_proj`. All other bounds must be within float16's range already.
 """
 
 import math
@@ -16,53 +16,53 @@ from stabilitykit.records.bounds import SiteBound
 from stabilitykit.remedies.rescale import Rescaled, rescale
 from stabilitykit.run.case import Progress
 
-_LEAST = 24  # of γ and β, in powers of two
-_ROOM = 0.95  # of the limit is asked for, so that a checker that is coarser by some percent comes to the same
+_SMALLEST = 2.0**-24  # γ and β
+_SHARE = 0.95  # of the maximum may be used, so that a checker whose bounds are some percent coarser agrees
 
 Reach = Literal["gamma", "inverse", "inner", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proved:
-    """A rescaled checkpoint, and its own bounds, all of them within float16's range, by a twentieth of it."""
+    """A rescaled checkpoint, and its bounds, all at most 95% of the float16 maximum."""
 
     rescaled: Rescaled
     bounds: Sequence[SiteBound]
 
 
 def prove(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Proved:
-    """The rescale with the largest γ and β for which every bound lies within float16's range.
+    """The rescale with the largest γ and β for which every bound is within float16's range.
 
-    Raises MisuseError where there is none, and says which tensor stands in the way and what would help.
+    Raises MisuseError where there is none, and names the tensor that prevents it and the way out.
     """
     gamma, inner = choose_factors(bound_sites(checkpoint, "float16", progress=progress), checkpoint.config)
     rescaled = rescale(checkpoint, gamma, inner)
     bounds = bound_sites(rescaled.checkpoint, "float16", progress=progress)
-    over = [one for one in bounds if not one.bound <= _ROOM * one.limit]
+    over = [one for one in bounds if not one.bound <= _SHARE * one.limit]
     if over:  # what subnormals add does not scale
-        raise MisuseError(_standing_in_the_way(over[0], f"scaled by {gamma:g}"))
+        raise MisuseError(_unprovable(over[0], f"scaled by {gamma:g}"))
     return Proved(rescaled=rescaled, bounds=bounds)
 
 
 def choose_factors(bounds: Sequence[SiteBound], config: GemmaConfig) -> tuple[float, tuple[float, ...]]:
-    """γ, and β by layer, from the bounds of a checkpoint as it is."""
+    """γ, and β by layer, from the bounds of the checkpoint before it is rescaled."""
     by_reach: dict[Reach, list[SiteBound]] = {"gamma": [], "inverse": [], "inner": [], "none": []}
     for one in bounds:
         by_reach[reach(one.kind, config)].append(one)
     for one in by_reach["none"]:
-        if not one.bound <= _ROOM * one.limit:
-            raise MisuseError(_standing_in_the_way(one, "which no power of two between two norms reaches"))
+        if not one.bound <= _SHARE * one.limit:
+            raise MisuseError(_unprovable(one, "which neither γ nor β scales"))
     largest = max(by_reach["gamma"], key=lambda one: one.bound)
     (final,) = by_reach["inverse"]
     gamma = _largest_power(largest)
-    if final.bound / gamma > _ROOM * final.limit:
+    if final.bound / gamma > _SHARE * final.limit:
         table = 2 * config.vocabulary * config.hidden_size
         raise MisuseError(
-            f"A proved repair brings every bound under {_ROOM * final.limit:,.0f}. {largest.site} may reach "
-            f"{largest.bound:,.0f} and needs a factor of {gamma:g}, by whose inverse the final norm grows, "
-            f"from {final.bound:,.0f} to {final.bound / gamma:,.0f}, for the head is the embedding. A head of its own "
-            f"would take it out of the way, for {table / 2**20:,.0f} MiB more. Without --proved a repair goes by what "
-            "was measured."
+            f"No proved repair exists: every bound must be at most {_SHARE * final.limit:,.0f}. {largest.site} may "
+            f"reach {largest.bound:,.0f} and needs γ = {gamma:g}, but the final norm grows by 1 / γ, from "
+            f"{final.bound:,.0f} to {final.bound / gamma:,.0f}, because the head is tied to the embedding. A separate "
+            f"head would avoid that, for {table / 2**20:,.0f} MiB more. Without --proved, a repair is chosen by "
+            "measured values."
         )
     inner = [1.0] * config.layers
     for one in by_reach["inner"]:
@@ -72,7 +72,7 @@ def choose_factors(bounds: Sequence[SiteBound], config: GemmaConfig) -> tuple[fl
 
 
 def reach(kind: str, config: GemmaConfig) -> Reach:
-    """Which factor scales the tensors of a kind, `layers.*.mlp.up_proj` for example, under `rescale`."""
+    """Which factor of `rescale` scales the tensors of this kind, such as `layers.*.mlp.up_proj`."""
     if kind == "norm":
         return "inverse"
     if kind in ("layers.*.mlp.up_proj", "layers.*.mlp/mul.0"):
@@ -87,17 +87,17 @@ def reach(kind: str, config: GemmaConfig) -> Reach:
 
 
 def _largest_power(one: SiteBound) -> float:
-    """The largest power of two up to 1 that brings the bound under the limit; 2^-24 where that is not enough."""
-    if one.bound <= _ROOM * one.limit:
+    """The largest power of two up to 1 that brings the bound within 95% of the maximum, but at least 2^-24."""
+    if one.bound <= _SHARE * one.limit:
         return 1.0
     if not math.isfinite(one.bound):
-        return 2.0**-_LEAST
-    return max(2.0**-_LEAST, 2.0 ** math.floor(math.log2(_ROOM * one.limit / one.bound)))
+        return _SMALLEST
+    return max(_SMALLEST, 2.0 ** math.floor(math.log2(_SHARE * one.limit / one.bound)))
 
 
-def _standing_in_the_way(one: SiteBound, why: str) -> str:
+def _unprovable(one: SiteBound, why: str) -> str:
     label = f" ({one.label})" if one.label else ""
     return (
-        f"A proved repair brings every bound under {_ROOM * one.limit:,.0f}; {one.site}{label}, {why}, may reach "
-        f"{one.bound:,.0f}. Without --proved the repair goes by what was measured."
+        f"No proved repair exists: every bound must be at most {_SHARE * one.limit:,.0f}, and {one.site}{label}, "
+        f"{why}, may reach {one.bound:,.0f}. Without --proved, a repair is chosen by measured values."
     )

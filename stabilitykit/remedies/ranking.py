@@ -1,4 +1,4 @@
-"""Remedies side by side, on texts that chose nothing: finite or not, how far from float32, at what price."""
+"""Remedies side by side, on held-out texts: finite or not, how far from float32, at what cost."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ from stabilitykit.run.case import Progress
 from stabilitykit.run.divergence import Distribution, divergence
 
 _RECORDED = 3  # windows of which the headroom is measured
-_BLOCK = 64  # positions that one mean of an interval is taken over: neighbours are not independent
+_BLOCK = 64  # positions per mean of the confidence interval: neighbours are not independent
 
 
 def rank(
@@ -33,8 +33,8 @@ def rank(
 ) -> list[Score]:
     """The remedies' scores over `windows` of tokens, the best first: finite ones by their mean KL, then the others.
 
-    The first remedy is the plain run by which times are measured. In memory at once are the float32 model and one of
-    each different set of weights; what does not fit is read as it is needed.
+    Times are relative to the first remedy, the plain run. The float32 model and one model for each different set of
+    weights are in memory at once; weights that do not fit are streamed.
     """
     reference = build(checkpoint, device=device)
     models: dict[object, Gemma] = {}
@@ -54,7 +54,7 @@ def rank(
                 progress(f"held-out texts: {run.remedy.name}", done, total)
             done += 1
             run.add(ids, theirs)
-        del theirs  # before there is another
+        del theirs  # before the next one is allocated
     scores = []
     for run in runs:
         if progress is not None:
@@ -65,7 +65,7 @@ def rank(
 
 
 class _Run:
-    """A remedy, the model it is around, and what has been seen of it so far."""
+    """A remedy, the model it runs on, and what was measured so far."""
 
     def __init__(self, remedy: Remedy, model: Gemma) -> None:
         self.remedy = remedy
@@ -134,7 +134,7 @@ class _Run:
 
 
 def _comparable(logits: Tensor) -> Tensor:
-    """Where there is float64 to compare them in, which Apple's GPUs have not."""
+    """The logits on a device that has float64, which Apple's GPUs lack."""
     return logits.cpu() if logits.device.type == "mps" else logits
 
 

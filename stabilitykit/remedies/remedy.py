@@ -1,4 +1,4 @@
-"""What a remedy is: a change to a model, or to its arithmetic, that is to keep it finite in float16."""
+"""A remedy: a change to a model, or to its arithmetic, that is meant to keep it finite in float16."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,12 +13,11 @@ Around = Callable[[nn.Module], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """`dtype` is that in which the weights are stored and the model computes.
+    """`dtype` is the one in which the weights are stored and the model computes.
 
-    `change` makes the checkpoint that is loaded; `around` is in force while the model runs, the kit's own or
-    transformers', and leaves nothing behind. `extra` is how many bytes a pass of so many tokens takes beside those of a
-    plain one. `exportable`: all of it is in the weights and the config, so that a folder
-    can carry it.
+    `change` returns the checkpoint to load. `around` is entered while the model runs, the kit's own or transformers',
+    and leaves no trace. `extra` is how many bytes a pass of so many tokens takes in addition to a plain one's.
+    `exportable`: the weights and the config carry all of it, so that a folder can.
     """
 
     name: str
@@ -30,7 +29,7 @@ class Remedy:
     exportable: bool = True
 
     def __add__(self, other: "Remedy") -> "Remedy":
-        """Both at once: the other's change after this one's, and both around the run, in the other's dtype."""
+        """Both at once: the other's change after this one's, and both around the run in the other's dtype."""
 
         @contextmanager
         def around(model: nn.Module) -> Iterator[None]:

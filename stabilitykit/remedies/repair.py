@@ -2,54 +2,118 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.choices import ExportDtype, check_choice
 from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
+from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import machine, versions
 from stabilitykit.recorder.weights import check_weights
-from stabilitykit.records.bounds import SiteBound
 from stabilitykit.records.remedies import Ranking, Small
 from stabilitykit.remedies import REMEDIES
+from stabilitykit.remedies.export import check_new, export
 from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.proved import prove
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
-from stabilitykit.remedies.rescale import Rescaled, choose_gamma, rescale, rescaling
-from stabilitykit.remedies.texts import Texts
+from stabilitykit.remedies.repaired import Repair
+from stabilitykit.remedies.rescale import Rescaled, choose_gamma, refuse_folder, rescale, rescaling
+from stabilitykit.run import windows
 from stabilitykit.run.case import Progress, run_case, stage
 from stabilitykit.run.dry_run import dry_run
+from stabilitykit.run.source import checkpoint_of, local_path
+from stabilitykit.run.windows import Texts
 
 PLAIN = Remedy(name="float16", summary="Plain float16, as it is.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repair:
-    """The rescaled checkpoint, how it and the other remedies rank, and if it was proved its bounds."""
-
-    rescaled: Rescaled
-    ranking: Ranking
-    bounds: Sequence[SiteBound] = ()
-
-
 def repair(
-    checkpoint: Checkpoint,
-    texts: Texts,
+    checkpoint: str | Path | Checkpoint,
+    texts: Texts | None = None,
     *,
+    prompts: Sequence[str | Path] = (),
+    bos: bool = True,
     margin: float = 1.0,
     proved: bool = False,
+    out: str | Path | None = None,
+    dtype: ExportDtype = "float16",
     device: str = "cpu",
-    command: str = "",
+    command: str | None = None,
     progress: Progress | None = None,
 ) -> Repair:
-    """Chooses γ so that float16 keeps `margin` bits of headroom over `texts.choosing`, and ranks it on the others.
+    """Chooses a rescale γ that keeps a Gemma finite in float16, and ranks it and other remedies on held-out texts.
 
-    With `proved` the checkpoint to be carried is instead the one whose bounds say that no prompt can break it; the
-    measured one is ranked beside it. Raises MisuseError where no γ does, naming the tensor that stands in the way.
+    Everything that a norm reads is scaled by γ, a power of two: float32 logits keep every bit.
+
+    Args:
+        checkpoint: what `open_checkpoint` takes or returned; `hf:NAME` for a folder in the local Hugging Face cache.
+        texts: the windows of tokens that choose γ and those that rank; the kit's own unless given.
+        prompts: more UTF-8 files whose text has to stay finite; they choose γ and rank nothing.
+        bos: `prompts` begin with <bos>.
+        margin: bits of headroom to leave above the largest magnitude seen, at least 0.
+        proved: choose by bounds from the weights instead, so that no prompt of any length overflows.
+        out: a new folder for the repaired checkpoint, which plain transformers loads. It is written only where the
+            result is `finite`.
+        dtype: in which the folder's weights are written, float16 or float32; both run in float16.
+        device: cpu, cuda or mps.
+        command: the command line to name in the result, if there was one.
+        progress: called with (what is being done, how much of it is done, out of how much).
+
+    Returns:
+        A Repair: `ranking` with a score for each remedy, the best first; `finite` says whether the repaired checkpoint
+        is.
+
+    Raises:
+        MisuseError: where no γ leaves the margin, naming the tensor that stands in the way; for a folder that exists
+            already, a family that a rescale would change, a file that cannot be read.
+        CheckpointError: for a checkpoint that is damaged, or is no Gemma 1, 2 or 3.
+
+    >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
+    >>> found = repair(tiny)
+    >>> found.finite, found.ranking.gamma  # with γ = 1 nothing had to be changed
+    (True, 1.0)
+    """
+    check_choice("dtype", dtype, get_args(ExportDtype))
+    if margin < 0:
+        raise MisuseError(f"margin must be at least 0 bits, got {margin:g}.")
+    device = str(parse_device(device))
+    if out is not None:
+        check_new(Path(out))
+    opened = checkpoint_to_repair(checkpoint, progress)
+    if texts is None:
+        texts = windows.texts(opened.config, Tokenizer(opened.vocabulary), [Path(one) for one in prompts], bos=bos)
+    found = _repair(opened, texts, margin, proved, device, command, progress)
+    if out is not None and found.finite:
+        export(opened, found, Path(out), dtype, progress=stage("writing", progress))
+    return found
+
+
+def checkpoint_to_repair(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint:
+    """As `checkpoint_of`, but a family whose function a rescale would change is refused by name."""
+    if not isinstance(checkpoint, Checkpoint):
+        refuse_folder(local_path(checkpoint))
+    return checkpoint_of(checkpoint, progress)
+
+
+def _repair(
+    checkpoint: Checkpoint,
+    texts: Texts,
+    margin: float,
+    proved: bool,
+    device: str,
+    command: str | None,
+    progress: Progress | None,
+) -> Repair:
+    """With `proved` the checkpoint to be carried is the one whose bounds say that no prompt makes it overflow; the
+    measured one is ranked beside it.
     """
     model = build(checkpoint, device=device)
     seen = _look(model, texts.choosing, stage("choosing texts", progress))
@@ -135,9 +199,9 @@ def _choose(
     after = _look(model, windows, stage("checking the choice", progress))
     if FLOAT16.headroom(after.peak) < margin:
         raise MisuseError(
-            f"A rescale reaches what norms read and no more; scaled by {gamma:g} the largest value that float16 has "
-            f"to store is {after.peak:,.0f} in {after.site}, which leaves {FLOAT16.headroom(after.peak):.1f} bits and "
-            f"not {margin:g}. Ask for a smaller --margin, or run it in bfloat16."
+            f"A rescale reduces only what norms read: with γ = {gamma:g} the largest magnitude stored in float16 is "
+            f"{after.peak:,.0f}, in {after.site}, which leaves {FLOAT16.headroom(after.peak):.1f} bits of headroom "
+            f"instead of {margin:g}. Try a smaller --margin, or run it in bfloat16."
         )
     return rescaled
 

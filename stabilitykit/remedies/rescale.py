@@ -1,17 +1,17 @@
-"""One power of two on everything that a norm reads: the same function, farther from float16's end.
+"""Scales everything that a norm reads by a power of two γ: the same function, with more headroom in float16.
 
 RMSNorm ignores the scale of its input, up to eps. `stabilitykit.models.gemma.rescale` holds the recipe and says why
-float32 logits keep every bit; here it is applied to a checkpoint's stored numbers, gains included, so that plain
-transformers runs the result. With γ < 1 the residual stream shrinks by it; the final norm's output grows by 1 / γ, and
-more embedding entries become subnormal in float16.
+float32 logits keep every bit; here it is applied to a checkpoint's weights, gains included, so that plain transformers
+runs the result. With γ < 1 the residual stream shrinks by γ, the final norm's output grows by 1 / γ, and more embedding
+entries become subnormal in float16.
 
-Between `up_proj` and `down_proj` of each layer another power of two β may stand: up_proj × β and down_proj ÷ β leave
-what the layer returns, and gate · up, which no norm has tamed, shrinks by β.
+Each layer may have another power of two β between its `up_proj` and `down_proj`: up_proj × β and down_proj ÷ β leave
+the layer's output unchanged, and gate · up, which no norm limits, shrinks by β.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.checkpoints.checkpoint import LazyTensors
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.rescale import check_gamma, weight_factor
 from stabilitykit.remedies.remedy import Remedy
 
-# Of transformers' families that look alike, why the recipe would change what they compute.
+# Families of transformers that look alike, and why the recipe would change what they compute.
 REFUSED: Mapping[str, str] = {
     "gemma3n": "Gemma 3n gates its per-layer inputs on the raw residual stream, whose scale then matters",
     "gemma4": "Gemma 4 gates per-layer inputs on the raw residual stream, and its norms multiply by w where those of "
@@ -34,9 +35,9 @@ REFUSED: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rescaled:
-    """A checkpoint after rescaling. `rounded` counts, by norm, gains that are not γ times what they were in float32.
+    """A checkpoint after rescaling. `rounded` counts, by norm, the gains that float32 had to round.
 
-    `inner` are β by layer, none where all are 1.
+    `inner` are β by layer, empty where all are 1.
     """
 
     checkpoint: Checkpoint
@@ -48,14 +49,14 @@ class Rescaled:
 def rescale(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) -> Rescaled:
     """`checkpoint` with everything that a norm reads scaled by `gamma`, and eps by γ²; `inner` are β by layer.
 
-    Tensors are scaled when they are asked for, in float32. A gain 1 + w that is to become γ(1 + w) is stored as
-    γ(1 + w) − 1, which float32 may have to round; 1 + w itself is computed as the model does. Raises MisuseError for a
-    γ or β that is no power of two from 2^-24 to 2^24.
+    Tensors are scaled when they are requested, in float32. A gain 1 + w that becomes γ(1 + w) is stored as
+    γ(1 + w) − 1, which float32 may have to round; 1 + w itself is computed as in the model. Raises MisuseError for a
+    γ or β that is not a power of two from 2^-24 to 2^24.
     """
     for factor in (gamma, *inner):
         check_gamma(factor)
     config = replace(checkpoint.config, rms_eps=checkpoint.config.rms_eps * gamma**2)
-    tensors = _Scaled(checkpoint.tensors, checkpoint.config, gamma, inner)
+    tensors = LazyTensors(checkpoint.tensors, lambda name: _scaled(checkpoint, name, gamma, inner))
     rounded = {name: lost for name in tensors if (lost := _rounded(checkpoint, tensors, name, gamma))}
     note = f"rescaled by 2^{round(math.log2(gamma))}"
     if any(beta != 1 for beta in inner):
@@ -65,7 +66,7 @@ def rescale(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) -
 
 
 def matrix_factor(config: GemmaConfig, name: str, gamma: float, inner: Sequence[float] = ()) -> float:
-    """What the parameter `name`, if it is no norm's, is multiplied by."""
+    """The factor of the parameter `name`, unless it is a norm's."""
     factor = weight_factor(config, name, gamma)
     layer, _, projection = name.removeprefix("layers.").removesuffix(".weight").partition(".mlp.")
     if inner and projection == "up_proj":
@@ -76,7 +77,7 @@ def matrix_factor(config: GemmaConfig, name: str, gamma: float, inner: Sequence[
 
 
 def gain_factor(config: GemmaConfig, name: str, gamma: float) -> float:
-    """What the gain 1 + w of the norm with the parameter `name` is multiplied by."""
+    """The factor of the gain 1 + w of the norm whose parameter is `name`."""
     norm = name.removesuffix(".weight")
     if norm == "norm":
         return 1 / gamma
@@ -85,43 +86,26 @@ def gain_factor(config: GemmaConfig, name: str, gamma: float) -> float:
 
 
 def refuse_folder(folder: Path) -> None:
-    """Raises MisuseError for a Hugging Face folder of a family whose function a rescale would change; says why."""
+    """Raises MisuseError, with the reason, for a Hugging Face folder of a family that a rescale would change."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # no such folder: whoever opens the checkpoint says what is wrong with it
+        return  # no such folder: opening the checkpoint says what is wrong with it
     model_type = str(raw.get("model_type")) if isinstance(raw, dict) else ""
     for family, reason in REFUSED.items():
         if model_type.startswith(family):
-            raise MisuseError(
-                f"A rescaled model computes what it did before; {model_type} would not: {reason}. Run it in bfloat16."
-            )
+            raise MisuseError(f"A rescale would change what {model_type} computes: {reason}. Run it in bfloat16.")
 
 
-class _Scaled(Mapping[str, Tensor]):
-    def __init__(
-        self, tensors: Mapping[str, Tensor], config: GemmaConfig, gamma: float, inner: Sequence[float]
-    ) -> None:
-        self._tensors = tensors
-        self._config = config
-        self._gamma = gamma
-        self._inner = inner
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        matrix = matrix_factor(self._config, name, self._gamma, self._inner)
-        gain = gain_factor(self._config, name, self._gamma)
-        if matrix != 1.0:
-            return tensor.float() * matrix
-        if gain != 1.0:
-            return (1.0 + tensor.float()) * gain - 1.0
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _scaled(checkpoint: Checkpoint, name: str, gamma: float, inner: Sequence[float]) -> Tensor:
+    tensor = checkpoint.tensors[name]
+    matrix = matrix_factor(checkpoint.config, name, gamma, inner)
+    gain = gain_factor(checkpoint.config, name, gamma)
+    if matrix != 1.0:
+        return tensor.float() * matrix
+    if gain != 1.0:
+        return (1.0 + tensor.float()) * gain - 1.0
+    return tensor
 
 
 def _rounded(before: Checkpoint, after: Mapping[str, Tensor], name: str, gamma: float) -> int:
@@ -139,7 +123,9 @@ def rescaling(gamma: float, inner: Sequence[float] = ()) -> Remedy:
         "last bit in float32."
     )
     if inner:
-        summary += " So that no prompt can break it, gate · up is smaller by a power of two of each layer's own."
+        summary += (
+            " So that no prompt can make it overflow, each layer's gate · up is scaled down by its own power of two."
+        )
     return Remedy(
         name=f"rescale 2^{exponent}{' proved' if inner else ''}",
         summary=summary,
@@ -148,27 +134,26 @@ def rescaling(gamma: float, inner: Sequence[float] = ()) -> Remedy:
 
 
 def choose_gamma(headroom: float, final_norm: float, margin: float) -> float:
-    """The largest γ ≤ 1 that leaves `margin` bits of headroom, from that of the largest value that γ scales.
+    """The largest power of two γ ≤ 1 that leaves `margin` bits of headroom; `headroom` is that of what γ scales [bits].
 
-    A smaller one would be worse on both other counts: each halving takes a bit from the final norm's output, and makes
-    more weights subnormal in float16. `final_norm` is the headroom of that output. Raises MisuseError where no γ leaves
-    both of them the margin.
+    A smaller γ only costs: each halving takes a bit of headroom from the final norm's output, `final_norm` [bits], and
+    makes more weights subnormal in float16. Raises MisuseError where no γ leaves both of them the margin.
     """
     bits = max(0, math.ceil(margin - headroom))
     if final_norm - bits < margin:
         raise MisuseError(
-            f"A rescale leaves every tensor its margin; with {headroom:.1f} bits of headroom in the residual stream "
-            f"and {final_norm:.1f} in the final norm, which grows as the other shrinks, no power of two leaves both "
-            f"{margin:g}. Ask for a smaller --margin."
+            f"No power-of-two rescale leaves {margin:g} bits of headroom everywhere: the residual stream has "
+            f"{headroom:.1f} bits, and the final norm, which grows as the residual stream shrinks, {final_norm:.1f}. "
+            "Try a smaller --margin."
         )
     return 2.0**-bits
 
 
 def stored_gains(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
-    """How many gains of each norm are rounded where the checkpoint is stored in `dtype`, of norms that have any."""
+    """How many gains of each norm are rounded by storing the checkpoint in `dtype`; norms without any are left out."""
     found = {}
     for name in checkpoint.tensors:
-        if name.endswith("norm.weight"):  # no other is read: a rescaled one is computed when it is asked for
+        if name.endswith("norm.weight"):  # no other is read: a rescaled tensor is computed on request
             tensor = checkpoint.tensors[name]
             lost = int((tensor.float() != tensor.to(dtype).float()).sum())
             if lost:

@@ -8,14 +8,15 @@ from typing import Any
 from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.proof.check import Checked, check
 from stabilitykit.proof.write import sha256
 from stabilitykit.records.document import from_document
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.remedies.export import FACTS, SCHEMA
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
-from stabilitykit.remedies.texts import texts
-from stabilitykit.run.case import Progress
+from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.windows import texts
 
 TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another order
 
@@ -29,14 +30,34 @@ class Verified:
     problems: tuple[str, ...]
 
 
-def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
-    """Opens the source and the folder again, and repeats the comparison on the same held-out texts.
+def verify(folder: str | Path, *, progress: Progress | None = None) -> Verified:
+    """Checks a repaired checkpoint's files against their hashes, and its logits against those of the original.
 
-    Raises MisuseError for a folder that holds no repair; CheckpointError for a source that is another one now.
+    The original is opened again, and the comparison repeated on the same held-out texts.
+
+    Args:
+        folder: what `repair(..., out=folder)` wrote.
+        progress: called with (what is being done, how much of it is done, out of how much).
+
+    Returns:
+        Verified: `problems` are sentences, none where everything is as it was written.
+
+    Raises:
+        MisuseError: for a folder that holds no repair.
+        CheckpointError: for an original that is not the one it was.
+
+    >>> import tempfile
+    >>> from stabilitykit import repair
+    >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     found = repair(tiny, out=f"{parent}/repaired")
+    ...     verify(f"{parent}/repaired").problems
+    ()
     """
+    folder = Path(folder)
     facts = read_facts(folder)
     problems = [
-        f"{name} has changed since it was written: its SHA-256 is another"
+        f"{name} has changed since it was written: its SHA-256 differs"
         for name, wanted in facts["weights_sha256"].items()
         if not (folder / name).is_file() or sha256(folder / name) != wanted
     ]
@@ -44,8 +65,8 @@ def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
     before, after = open_checkpoint(ranking.checkpoint), open_checkpoint(folder)
     if before.sha256 != ranking.sha256:
         raise CheckpointError(
-            f"{folder} was made from {ranking.checkpoint} with the SHA-256 {ranking.sha256[:12]}; what is there now "
-            f"has {before.sha256[:12]}. Bring the original back."
+            f"{folder} was made from {ranking.checkpoint} with SHA-256 {ranking.sha256[:12]}, which now has "
+            f"{before.sha256[:12]}. Bring the original back."
         )
     if after.config.rms_eps != facts["rms_norm_eps"]["after"]:
         problems.append(f"rms_norm_eps is {after.config.rms_eps:g} and was {facts['rms_norm_eps']['after']:g}")
@@ -60,14 +81,43 @@ def verify(folder: Path, *, progress: Progress | None = None) -> Verified:
     return Verified(score=score, promised=promised, problems=tuple(problems))
 
 
+def verify_proof(folder: str | Path, *, progress: Progress | None = None) -> Checked:
+    """Proves from the weights in `folder` alone that no prompt makes a tensor overflow in float16.
+
+    Nothing runs, and no original is needed: bounds are computed by code that shares nothing with what chose them.
+
+    Args:
+        folder: what `repair(..., proved=True, out=folder)` wrote.
+        progress: as in `verify`.
+
+    Returns:
+        Checked: `problems` are sentences, none where it is proved; `bounds` are magnitudes by kind of tensor.
+
+    Raises:
+        MisuseError: for a folder without proof.json.
+
+    >>> import tempfile
+    >>> from stabilitykit import repair
+    >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     found = repair(tiny, proved=True, out=f"{parent}/repaired")
+    ...     proof = verify_proof(f"{parent}/repaired")
+    >>> proof.problems, proof.bounds["residual"] < 65504
+    ((), True)
+    """
+    if not (Path(folder) / "proof.json").is_file():
+        raise MisuseError(f"{folder} has no proof.json. Write one with `stabilitykit repair --proved --out`.")
+    return check(Path(folder), progress=stage("proving layers", progress))
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """What repair.json says. Raises MisuseError where there is none, or one of another version."""
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise MisuseError(
-            f"A repaired checkpoint's folder holds {FACTS}, and {folder} holds none that can be read. Make one with "
-            "`stabilitykit repair --out`."
+            f"{folder} has no {FACTS} that can be read, so it is no repaired checkpoint. Make one with `stabilitykit "
+            "repair --out`."
         ) from None
     if facts.get("schema") != SCHEMA:
         raise MisuseError(f"{folder / FACTS} has schema {facts.get('schema')}, and this version reads {SCHEMA}.")

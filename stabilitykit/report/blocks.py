@@ -4,8 +4,8 @@ A section is a function of a sweep's results; Markdown, HTML, CSV and the termin
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -15,12 +15,17 @@ Cell = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True)
 class Prose:
-    """A paragraph. `code` between backticks, **bold** between pairs of stars; nothing else is markup."""
+    """A paragraph. `code` between backticks, **bold** between pairs of stars; nothing else is markup.
+
+    A terminal shows a `tone`: green for good, red for bad, dim for a note on what is shown.
+    """
 
     text: str
+    _: KW_ONLY
+    tone: Literal["plain", "good", "bad", "note"] = "plain"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column's heading, its unit (bits, tokens, bytes, dB; empty for none) and how its numbers are written.
 
@@ -28,19 +33,24 @@ class Column:
     """
 
     name: str
+    _: KW_ONLY
     unit: str = ""
     format: Callable[[float], str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows under columns. `name` is the CSV file's, unique in a report. A cell that is None is shown as a dash."""
+    """Rows under columns. `name` is the CSV file's, unique in a report. A cell that is None is shown as a dash.
+
+    `alarming` are the numbers of the rows, from 0, in which something overflows or is lost: red on a terminal.
+    """
 
     name: str
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
+    alarming: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

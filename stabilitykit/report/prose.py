@@ -30,5 +30,10 @@ def spans(text: str) -> Iterator[Span]:
             yield Span(piece, bold)
 
 
+def plain(text: str) -> str:
+    """Text from elsewhere without what would be markup: tokens may be stars and backticks."""
+    return text.replace("`", "'").replace("**", "∗∗")
+
+
 def _last(pieces: list[str], wanted: str) -> int:
     return len(pieces) - 1 - pieces[::-1].index(wanted)

@@ -8,13 +8,13 @@ state are not touched.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from stabilitykit.formats import number_format
+from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.report.blocks import Hover
 from stabilitykit.words import number
 
@@ -42,14 +42,17 @@ BACKING: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8
 
 HEADROOM = "cividis"  # little headroom is dark, much is light; made for colour-blind eyes (Nuñez et al., 2018)
 
-_DTYPES: dict[str, tuple[str, Any, str]] = {
-    "float32": (INK, "-", "o"),
-    "float16": (VERMILLION, "--", "s"),
-    "bfloat16": (BLUE, "-.", "^"),
-    "float8_e4m3fn": (GREEN, ":", "D"),
-    "float8_e5m2": (SKY, (0, (5, 1, 1, 1, 1, 1)), "v"),
-    "float64": (PURPLE, (0, (7, 2)), "P"),
-}
+# One for each format, in the registry's order; each differs from the others in all three.
+_LOOKS: tuple[tuple[str, Any, str], ...] = (
+    (PURPLE, (0, (7, 2)), "P"),  # float64
+    (INK, "-", "o"),
+    (BLUE, "-.", "^"),
+    (VERMILLION, "--", "s"),
+    (SKY, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    (GREEN, ":", "D"),  # float8_e4m3fn
+    (ORANGE, (0, (3, 1, 1, 1)), "X"),
+)
+_DTYPES = dict(zip(FORMATS, cycle(_LOOKS), strict=False))
 
 # The first four can be told apart by colour alone by everyone; past them line and marker help.
 _SERIES: tuple[tuple[str, Any, str], ...] = (
@@ -114,9 +117,11 @@ def report_style(**more: Any) -> Iterator[None]:
 def dtype_style(dtype: str) -> dict[str, Any]:
     """Keyword arguments of `axes.plot` for a dtype's line: the same in every figure.
 
-    Raises MisuseError for a dtype that is no number format.
+    Number formats that have no look of their own get one by their turn in FORMATS. Raises MisuseError for a dtype that
+    is no number format.
     """
-    return _line(_DTYPES[number_format(dtype).name])
+    name = number_format(dtype).name
+    return _line(_DTYPES[name]) if name in _DTYPES else series_style(len(_SERIES) + list(FORMATS).index(name))
 
 
 def series_style(index: int) -> dict[str, Any]:
@@ -144,8 +149,8 @@ def limit_line(
     form = number_format(format_name)
     where = math.log2(form.largest) if exponent else form.largest
     draw = axes.axhline if along == "y" else axes.axvline
-    text = f"{form.name} ends at {number(form.largest)}"
-    line = draw(where, color=_DTYPES[form.name][0], linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5)
+    text = f"{form.name} maximum, {number(form.largest)}"
+    line = draw(where, color=dtype_style(form.name)["color"], linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5)
     if in_legend:
         line.set_label(text)
         return

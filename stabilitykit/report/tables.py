@@ -3,11 +3,41 @@
 import csv
 import io
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from stabilitykit.report.blocks import Cell, Column, Table
 from stabilitykit.words import number
 
+_T = TypeVar("_T")
+
 SHORT = 40  # rows that a reader of plain text will scroll past; longer tables go on in their CSV file
+
+
+def table(
+    name: str,
+    title: str,
+    items: Iterable[_T],
+    columns: Sequence[tuple[Column, Callable[[_T], Cell]]],
+    *,
+    note: str = "",
+    alarming: Callable[[_T], bool] | None = None,
+) -> Table:
+    """A row for each item, a column for each pair of a heading and what it shows of the item."""
+    items = list(items)
+    return Table(
+        name=name,
+        title=title,
+        columns=[column for column, _ in columns],
+        rows=[[cell(item) for _, cell in columns] for item in items],
+        note=note,
+        alarming=frozenset(row for row, item in enumerate(items) if alarming is not None and alarming(item)),
+    )
+
+
+def some(value: float) -> str:
+    """A column's format for counts of which most are zero: a dash for zero."""
+    return f"{value:,.0f}" if value else "–"
 
 
 def heading(column: Column) -> str:

@@ -1,10 +1,10 @@
 """Sentences about where and how something broke."""
 
 from stabilitykit.records.lengths import Span
-from stabilitykit.words import code, listed, number, quoted
+from stabilitykit.words import at_token, code, listed, number, quoted
 
 
-def place(span: Span) -> str:
+def located(span: Span) -> str:
     """Where it broke: the layer, the name for people, the site."""
     layer = [] if span.layer is None else [f"layer {span.layer}"]
     named = [f"{span.label} ({code(span.site)})" if span.label else code(span.site)]
@@ -17,26 +17,25 @@ def short_place(span: Span) -> str:
     return where if span.token_text is None else f"{where}, {code(quoted(span.token_text))}"
 
 
-def at_token(span: Span) -> str:
+def at_broken_token(span: Span) -> str:
     """`, at token 29 '.'`, with the comma; nothing where the position is not known."""
     position = None if span.broke is None else span.broke.position
-    if position is None:
-        return ""
-    return f", at token {position:,}" + ("" if span.token_text is None else f" {code(quoted(span.token_text))}")
+    return at_token(position, span.token_text, show=lambda text: code(quoted(text)))
 
 
 def happened(span: Span, dtype: str) -> str:
     """What broke, with its numbers; to follow a place and a colon."""
     assert span.broke is not None
     broke = span.broke
+    maximum = f"the {dtype} maximum, {number(broke.limit)}"
     match broke.kind:
         case "overflow" if broke.value is None:
-            return f"the value is past {number(broke.limit)}, where {dtype} ends"
+            return f"the value exceeds {maximum}"
         case "overflow":
-            return f"the value is {number(broke.value)}, and {dtype} ends at {number(broke.limit)}"
+            return f"{number(broke.value)} exceeds {maximum}"
         case "reduction":
             fits = "the result fits" if broke.value is None else f"the result, {number(broke.value)}, fits"
-            return f"{fits}, but a partial sum on the way to it passes {number(broke.limit)}, where {dtype} ends"
+            return f"{fits}, but a partial sum on the way to it exceeds {maximum}"
         case "invalid":
             return f"the result is NaN although every operand is finite ({span.operator or 'an invalid operation'})"
         case "division-by-zero":
@@ -47,4 +46,4 @@ def happened(span: Span, dtype: str) -> str:
             source = listed([code(site) for site in broke.operand_sites], most=2) or f"an operand ({broke.kind})"
             return f"{source} was not finite to begin with"
         case "unresolved":
-            return f"inf or NaN where {dtype} ends at {number(broke.limit)}; only recorded operators show how"
+            return f"inf or NaN; {maximum}. Only a recording of operators shows how it arose"

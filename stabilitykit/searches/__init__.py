@@ -1,5 +1,5 @@
-"""The search for prompts that break: the vocabulary, token by token, and short prompts out of its worst tokens."""
+"""The search for prompts that overflow: the vocabulary token by token, then short prompts from its worst tokens."""
 
-from stabilitykit.searches.run import Options, search
+from stabilitykit.searches.run import search
 
-__all__ = ["Options", "search"]
+__all__ = ["search"]

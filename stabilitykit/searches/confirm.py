@@ -1,4 +1,4 @@
-"""A prompt, really run: its largest value in float32, and what becomes of it in the dtype itself."""
+"""Runs a prompt: its largest value in float32, and what happens to it in the dtype itself."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -24,15 +24,15 @@ class PromptRecorder:
 
     def __init__(self, wide: Gemma) -> None:
         self._wide = wide
-        self._stored: dict[int, frozenset[str]] = {}  # by length, the sites that a float16 run stores in 16 bits
+        self._stored: dict[int, frozenset[str]] = {}  # by prompt length, the sites that a float16 run stores in 16 bits
 
     def peaks(self, tokens: Sequence[int]) -> list[Peak]:
-        """For each position what a scan finds there; inf at all of them where `wide` itself is not finite."""
+        """The peak at each position, as a scan would find it; inf at all of them where `wide` itself is not finite."""
         (found,) = self.peaks_of([tokens])
         return found
 
     def peaks_of(self, prompts: Sequence[Sequence[int]]) -> list[list[Peak]]:
-        """The same for each of several prompts of one length, which run side by side."""
+        """The same for each of several prompts of one length, which run as one batch."""
         rows, length = len(prompts), len(prompts[0])
         with torch.inference_mode(), record(self._wide, formats=(), position_peaks=True) as recording:
             self._wide(torch.tensor(prompts, device=self._wide.device))
@@ -46,17 +46,17 @@ class PromptRecorder:
             (made.position_amax or (), _place(made))
             for made in recording
             if made.site in self._stored[length] and len(made.position_amax or ()) == rows * length
-        ]  # which leaves out the cosines and sines that all rows share
+        ]  # the length leaves out the cosines and sines that all rows share
         return [[_largest(stored, row * length + position) for position in range(length)] for row in range(rows)]
 
 
-def _largest(stored: Iterable[tuple[Sequence[float], Place]], place: int) -> Peak:
-    value, where = max(((amax[place], where) for amax, where in stored), key=lambda pair: pair[0])
-    return Peak(value, where)
+def _largest(stored: Iterable[tuple[Sequence[float], Place]], index: int) -> Peak:
+    value, place = max(((amax[index], place) for amax, place in stored), key=lambda pair: pair[0])
+    return Peak(value, place)
 
 
 def confirm(wide: PromptRecorder, low: Gemma, tokens: Sequence[int], *, bos: bool, text: str | None) -> Find:
-    """What `tokens` come to in float32, and whether `low`, the same model in the dtype, is finite throughout."""
+    """The largest value of `tokens` in float32, and whether `low`, the same model in the dtype, stays finite."""
     peaks = wide.peaks(tokens)
     position, peak = max(enumerate(peaks), key=lambda pair: pair[1].value)
     dtype = str(low.dtype).removeprefix("torch.")
@@ -88,7 +88,7 @@ def finite(value: float) -> float | None:
 
 
 def headroom(value: float, dtype: str) -> float | None:
-    """In bits; None of a value that is not finite, and of zero."""
+    """In bits; None for a value that is not finite, and for zero."""
     return number_format(dtype).headroom(value) if math.isfinite(value) and value else None
 
 

@@ -1,4 +1,4 @@
-"""A context's keys and values, computed once and shared by every sequence that continues it by one token."""
+"""The keys and values of a context, computed once and shared by all sequences that continue it by one token."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from stabilitykit.models.gemma.kv_cache import KVCache
 
 
 class SharedContext(KVCache):
-    """A cache that holds `tokens`, whatever continues them: what a pass adds is seen by that pass alone."""
+    """A cache that holds `tokens` whatever continues them: only the pass that adds keys and values sees them."""
 
     def __init__(self, model: Gemma, tokens: Sequence[int]) -> None:
         super().__init__(model.config, batch=1, length=len(tokens), dtype=model.dtype, device=model.device)

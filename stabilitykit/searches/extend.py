@@ -1,14 +1,15 @@
-"""From the worst tokens to prompts: one token more at a time, the nearest few kept."""
+"""Beam search from the worst tokens to prompts: one more token at a time, keeping those with the least headroom."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from stabilitykit.searches.scan import Count, Peak, Scanner
 
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """A prompt; the peak of its newest token, and the largest of all, which no token that follows can change."""
+    """A prompt, the peak of its newest token, and the largest of all its peaks, which no later token can change."""
 
     tokens: tuple[int, ...]
     newest: Peak
@@ -25,13 +26,13 @@ def extend(
     is_prompt: Callable[[tuple[int, ...]], bool],
     progress: Callable[[int], Count] | None = None,
 ) -> Iterator[list[Grown]]:
-    """For each number of tokens up to `length` the `beam` prompts whose newest token has the largest peak, best first.
+    """For each number of tokens up to `length`, the `beam` prompts whose newest token has the largest peak, best first.
 
-    They grow from `starts`, of one length and all of them, by each of `candidates`. The newest token decides, for what
-    came before is the same in every prompt with that beginning. `is_prompt` says which are worth keeping; it ends where
-    none are. `progress` is asked for a counter of each length.
+    They grow from `starts`, all of one length, by each of `candidates`. Only the newest token is compared, since
+    everything before it is the same in every prompt with that beginning. `is_prompt` says which prompts to keep; the
+    search ends where there are none. `progress` returns a counter for each length.
     """
-    kept = sorted(starts, key=_newest, reverse=True)
+    kept = sorted(starts, key=_newest_peak, reverse=True)
     if kept:
         yield kept
     while kept and len(kept[0].tokens) < length:
@@ -45,20 +46,11 @@ def extend(
             ]
             if count is not None:
                 count(len(grown), len(kept) * len(candidates))
-        kept = _first(sorted(grown, key=_newest, reverse=True), is_prompt, beam)
+        ranked = sorted(grown, key=_newest_peak, reverse=True)
+        kept = list(islice((one for one in ranked if is_prompt(one.tokens)), beam))
         if kept:
             yield kept
 
 
-def _newest(grown: Grown) -> float:
+def _newest_peak(grown: Grown) -> float:
     return grown.newest.value
-
-
-def _first(ranked: Sequence[Grown], is_prompt: Callable[[tuple[int, ...]], bool], amount: int) -> list[Grown]:
-    found: list[Grown] = []
-    for one in ranked:
-        if len(found) == amount:
-            break
-        if is_prompt(one.tokens):
-            found.append(one)
-    return found

@@ -1,4 +1,4 @@
-"""What kind of thing a token is, from its piece."""
+"""The category of a token, from its piece."""
 
 import unicodedata
 
@@ -6,7 +6,7 @@ from stabilitykit.checkpoints.checkpoint import Vocabulary
 
 
 def kind_of(vocabulary: Vocabulary, token: int) -> str:
-    """One of `stabilitykit.records.search.KINDS`. A space before a word or a sign is part of it."""
+    """One of `stabilitykit.records.search.KINDS`. A space before a word or a sign belongs to it."""
     known = vocabulary.types[token]
     piece = vocabulary.pieces[token].replace("▁", " ")
     if known == "unused" or piece.startswith("<unused"):

@@ -5,12 +5,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.choices import LowDtype, check_choice
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
+from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import machine, versions
@@ -18,6 +21,7 @@ from stabilitykit.records.search import Find, Search, Step
 from stabilitykit.run.case import Progress
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
+from stabilitykit.run.source import checkpoint_of
 from stabilitykit.searches.confirm import PromptRecorder, confirm, finite, headroom
 from stabilitykit.searches.extend import Grown, extend
 from stabilitykit.searches.kinds import kind_of
@@ -35,42 +39,94 @@ _PATIENCE = 2  # lengths without a smaller headroom after which a prompt is no l
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """`bos`: only prompts with it, or only those without; None for both, but where `<bos>` alone breaks for those
-    without. `limit` tokens of the vocabulary are scanned, all for None. `sieve` is the dtype of the first look, None
-    for the fastest that is good enough.
+class _Options:
+    """What `search` was asked for."""
+
+    dtype: str
+    bos: bool | None
+    limit: int | None
+    beam: int
+    length: int
+    sieve: str | None
+    device: str
+
+
+def search(
+    checkpoint: str | Path | Checkpoint,
+    *,
+    dtype: LowDtype = "float16",
+    bos: bool | None = None,
+    limit: int | None = None,
+    beam: int = 8,
+    length: int = 12,
+    sieve: str | None = None,
+    device: str = "cpu",
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Search:
+    """Looks for the shortest prompt that overflows, or comes nearest to it, and for the most dangerous tokens.
+
+    Each token of the vocabulary is scanned alone, after <bos> and inside a text. The worst ones are then put together,
+    one more at a time, until a prompt overflows. Every prompt that is said to overflow was run in `dtype`.
+
+    Args:
+        checkpoint: what `open_checkpoint` takes or returned; `hf:NAME` for a folder in the local Hugging Face cache.
+        dtype: to search for overflows in: float16 or bfloat16.
+        bos: True for prompts with <bos> only, False for those without; None for both, or without only where <bos>
+            alone overflows.
+        limit: scan the first so many entries of the vocabulary; None for all.
+        beam: prompts kept and extended at each length.
+        length: of the longest prompt, in tokens, <bos> not counted.
+        sieve: the dtype of the first look at every token; None for the fastest that is good enough.
+        device: cpu, cuda or mps.
+        command: the command line to name in the result, if there was one.
+        progress: called with (what is being done, how much of it is done, out of how much).
+
+    Returns:
+        A Search: `breaking` are the prompts that overflowed, the shortest first; `finds` the nearest ones with their
+        headroom in bits; `scans` the worst tokens.
+
+    Raises:
+        MisuseError: for an unknown dtype or device, a limit, beam or length below 1, a length beyond the context.
+        CheckpointError: for a checkpoint that is damaged, or is no Gemma 1, 2 or 3.
+
+    >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
+    >>> found = search(tiny, bos=False, limit=300, length=1)
+    >>> found.breaking, [scan.name for scan in found.scans]
+    ((), ['alone', 'inside a text'])
+    >>> found.finds[0].headroom > 8  # bits
+    True
     """
-
-    dtype: str = "float16"
-    bos: bool | None = None
-    limit: int | None = None
-    beam: int = 8
-    length: int = 12
-    sieve: str | None = None
-    device: str = "cpu"
-
-
-def search(checkpoint: Checkpoint, options: Options, *, command: str = "", progress: Progress | None = None) -> Search:
-    """Raises MisuseError for a limit, a beam or a length below 1, and a length beyond the model's context."""
     began = time.monotonic()
-    _check(checkpoint, options)
-    run = _Run(checkpoint, options, progress)
-    bos = run.bos_alone()
-    scanned = {name: run.scan(name) for name in _contexts(options.bos)}
+    check_choice("dtype", dtype, get_args(LowDtype))
+    opened = checkpoint_of(checkpoint, progress)
+    options = _Options(
+        dtype=dtype,
+        bos=bos,
+        limit=limit,
+        beam=beam,
+        length=length,
+        sieve=sieve,
+        device=str(parse_device(device)),
+    )
+    _check(opened, options)
+    run = _Run(opened, options, progress)
+    alone = run.bos_alone()
+    scanned = {name: run.scan(name) for name in _contexts(bos)}
     steps: list[Step] = []
     finds: list[Find] = []
-    for with_bos in _choices(options.bos, bos):
+    for with_bos in _choices(bos, alone):
         more, found = run.grow(with_bos, scanned)
         steps += more
         finds += found
     return Search(
-        checkpoint=checkpoint.source,
-        sha256=checkpoint.sha256,
-        notes=checkpoint.notes,
+        checkpoint=opened.source,
+        sha256=opened.sha256,
+        notes=opened.notes,
         command=command,
-        dtype=options.dtype,
-        vocabulary=checkpoint.config.vocabulary,
-        bos=bos,
+        dtype=dtype,
+        vocabulary=opened.config.vocabulary,
+        bos=alone,
         scans=tuple(one.scan for one in scanned.values()),
         steps=tuple(steps),
         finds=tuple(replace(find, file=f"{number}.txt") for number, find in enumerate(finds, start=1)),
@@ -90,23 +146,22 @@ def _choices(bos: bool | None, alone: Find | None) -> list[bool]:
     return [False] if alone is not None and alone.breaks else [False, True]
 
 
-def _check(checkpoint: Checkpoint, options: Options) -> None:
+def _check(checkpoint: Checkpoint, options: _Options) -> None:
     for name in ("limit", "beam", "length"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise MisuseError(f"--{name} is at least 1; {value} is not.")
+            raise MisuseError(f"{name} must be at least 1, got {value}.")
     longest = checkpoint.config.context - 1
     if options.length > longest:
         raise MisuseError(
-            f"A prompt fits the model's context: --length is at most {longest:,} here, and {options.length:,} was "
-            "asked for."
+            f"length must be at most {longest:,}, so that prompts fit the model's context; got {options.length:,}."
         )
 
 
 class _Run:
     """The models of one search, and its steps."""
 
-    def __init__(self, checkpoint: Checkpoint, options: Options, progress: Progress | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: _Options, progress: Progress | None) -> None:
         self.options = options
         self.progress = progress
         self.vocabulary = checkpoint.vocabulary

@@ -1,7 +1,7 @@
-"""Many tokens, each as the next one of the same context: the largest magnitude that each brings.
+"""Many tokens, each as the next one after the same context: the largest magnitude at each.
 
-That is of what the token's own pass stores, as in decoding. A prompt that is read at once stores the scores of earlier
-queries with its key too, before a mask hides them: a recorder, which confirms, counts these.
+It is over what the token's own pass stores, as in decoding. A prefill stores the scores of earlier queries with the
+token's key too, before the mask hides them; the recorder that confirms a prompt counts those.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from stabilitykit.searches.peaks import RowPeaks
 from stabilitykit.searches.stored import Place, stored_places
 
 Count = Callable[[int, int], None]
-"""Called with how many are done, and how many there are."""
+"""Called with the number done and the total."""
 
-_ROWS = 512  # on a CPU: enough to hide what each operator costs, and a layer's tensors stay in its caches
+_ROWS = 512  # on a CPU: enough to hide the overhead per operator, while a layer's tensors stay in the caches
 _ROWS_ON_A_DEVICE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The largest magnitude at a token's position, as the scanned model computes it, and where; inf for NaN too."""
+    """The largest magnitude at a token's position, as the scanned model computes it, and its tensor; inf for NaN."""
 
     value: float
     place: Place
 
 
 class Scanner:
-    """One model and the tensors of it that count; each scan is one position for each candidate."""
+    """One model and those of its tensors that count; a scan runs one position for each candidate."""
 
     def __init__(self, model: Gemma) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class Scanner:
         self._rows = _ROWS if model.device.type == "cpu" else _ROWS_ON_A_DEVICE
 
     def scan(self, candidates: Sequence[int], context: Sequence[int] = (), progress: Count | None = None) -> list[Peak]:
-        """For each of `candidates` what stands at its position when it follows `context`, in their order."""
+        """The peak of each of `candidates` when it follows `context`, in their order."""
         cache = SharedContext(self.model, context) if context else None
         found: list[Peak] = []
         handle = self.model.lm_head.register_forward_pre_hook(_stop)
@@ -61,7 +61,7 @@ class Scanner:
         return [Peak(value, place) for value, place in zip(*self._peaks.found(), strict=True)]
 
 
-class _BodyEnded(Exception):  # noqa: N818  no error: the logits are not wanted
+class _BodyEnded(Exception):  # noqa: N818  not an error: the logits are not needed
     """Ends a pass before the head."""
 
 

@@ -1,4 +1,4 @@
-"""Which operators make what a low-precision run stores in low precision, and what to call it."""
+"""Which operators return what a low-precision run stores in low precision, and how their tensors are named."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
-from stabilitykit.recorder.sites import by_operator
+from stabilitykit.recorder.names import by_operator
 from stabilitykit.records import Record
 from stabilitykit.run.dry_run import find_stored_dtypes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A tensor as a recording names it: its site, what people call it, and the layer it stands in, if any."""
+    """A tensor as a recording names it: its site, its label, and its layer, if any."""
 
     site: str
     label: str | None
@@ -23,10 +23,10 @@ class Place:
 
 
 def stored_places(model: Gemma) -> Mapping[str, Place]:
-    """By operator, named as `recorder.sites` does, the tensors that a float16 run of `model` stores in 16 bits.
+    """The tensors that a float16 run of `model` stores in 16 bits, by operator, named as in `recorder.sites`.
 
-    Two kinds are left out. Logits, for which the head would cost as much as all layers of a small model; a recorder
-    counts them where it confirms. And scores with the mask added to them: they are those from before it, or hidden.
+    Logits are left out, since the head costs as much as all layers of a small model; the recorder that confirms a
+    prompt counts them. Scores with the mask added are left out too: they equal those before it, or are masked.
     """
     with torch.inference_mode(), record(model, formats=()) as recording:
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))

@@ -1,4 +1,4 @@
-"""Which tokens a prompt's file can hold: those that come back from their own text."""
+"""Which tokens a prompt's file can hold: those that their own text tokenizes to."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from stabilitykit.models.gemma.tokenizer import Tokenizer
 
 
 def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str | None:
-    """The text that is read as `tokens`, without `<bos>`; None where there is none.
+    """The text that tokenizes to `tokens`, without `<bos>`; None where there is none.
 
-    Text is read as a prompt's file is: control tokens in it are letters, bytes have to be UTF-8, and a carriage return
-    would become a newline.
+    Text is read as from a prompt's file: control tokens in it are plain characters, bytes must be UTF-8, and a carriage
+    return would become a newline.
     """
     text = tokenizer.decode(tokens)
     if not text or "\r" in text:

@@ -1,4 +1,4 @@
-"""A scan of the vocabulary, told: the worst tokens confirmed in float32, and how all of them are distributed."""
+"""A scan of the vocabulary: the worst tokens, confirmed in float32, and the distribution of all of them."""
 
 import math
 import statistics
@@ -19,12 +19,12 @@ from stabilitykit.searches.scan import Peak, Scanner
 from stabilitykit.searches.text import text_of
 
 CHECKED = 512  # tokens of each scan that are computed in float32 too
-SHOWN = 20  # of each kind of reachability, confirmed by a recorded run each
+SHOWN = 20  # tokens that are text, and as many that are not, each confirmed by a recorded run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scanned:
-    """`peaks` of each token, in float32 for the best `CHECKED`; `order` ranks those, the worst first."""
+    """`peaks` of each token, in float32 for the `CHECKED` largest; `order` ranks those, the largest first."""
 
     scan: Scan
     peaks: Sequence[Peak]
@@ -32,9 +32,7 @@ class Scanned:
 
 
 class VocabularyScanner:
-    """`sieve` and `wide` run the same model, in a fast dtype and in float32; they may be one. `dtype` is that whose
-    end counts.
-    """
+    """`sieve` and `wide` run the same model, in a fast dtype and in float32; they may be one. Headroom is `dtype`'s."""
 
     def __init__(self, sieve: Scanner, wide: Scanner, vocabulary: Vocabulary, tokenizer: Tokenizer, dtype: str) -> None:
         self._sieve, self._wide, self._recorder = sieve, wide, PromptRecorder(wide.model)
@@ -65,11 +63,11 @@ class VocabularyScanner:
                 confirmed |= {token: found[-1] for token, found in zip(tokens, recorded, strict=True)}
         kinds = [kind_of(self._vocabulary, token) for token in range(limit)]
 
-        def told(tokens: Iterable[int]) -> tuple[TokenPeak, ...]:
+        def confirmed_peaks(tokens: Iterable[int]) -> tuple[TokenPeak, ...]:
             ranked = sorted(tokens, key=lambda token: -confirmed[token].value)
-            return tuple(self._told(token, kinds[token], confirmed[token], is_text[token]) for token in ranked)
+            return tuple(self._token_peak(token, kinds[token], confirmed[token], is_text[token]) for token in ranked)
 
-        rooms = [headroom(peak.value, self._dtype) for peak in peaks]
+        headrooms = [headroom(peak.value, self._dtype) for peak in peaks]
         scan = Scan(
             name=name,
             context=tuple(context),
@@ -78,18 +76,18 @@ class VocabularyScanner:
             dtype=str(self._sieve.model.dtype).removeprefix("torch."),
             checked=len(order),
             moved=moved,
-            bins=tuple(sorted(Counter(math.floor(10 * room) for room in rooms if room is not None).items())),
+            bins=tuple(sorted(Counter(math.floor(10 * bits) for bits in headrooms if bits is not None).items())),
             beyond=sum(number_format(self._dtype).overflows(peak.value) for peak in peaks),
             not_finite=sum(finite(peak.value) is None for peak in peaks),
             sites=tuple(Counter(peak.place.site for peak in peaks).most_common()),
-            kinds=_by_kind(kinds, rooms),
-            worst=told(worst),
-            by_ids=told(by_ids),
+            kinds=_by_kind(kinds, headrooms),
+            worst=confirmed_peaks(worst),
+            by_ids=confirmed_peaks(by_ids),
             seconds=time.monotonic() - began,
         )
         return Scanned(scan=scan, peaks=peaks, order=order)
 
-    def _told(self, token: int, kind: str, peak: Peak, is_text: bool) -> TokenPeak:
+    def _token_peak(self, token: int, kind: str, peak: Peak, is_text: bool) -> TokenPeak:
         return TokenPeak(
             token=token,
             text=self._tokenizer.piece(token),
@@ -103,14 +101,14 @@ class VocabularyScanner:
         )
 
 
-def _by_kind(kinds: Sequence[str], rooms: Sequence[float | None]) -> tuple[KindPeaks, ...]:
-    """In the order of `KINDS`, those that occur."""
+def _by_kind(kinds: Sequence[str], headrooms: Sequence[float | None]) -> tuple[KindPeaks, ...]:
+    """In the order of `KINDS`, the categories that occur."""
     grouped: Mapping[str, list[float | None]] = {kind: [] for kind in KINDS}
-    for kind, room in zip(kinds, rooms, strict=True):
-        grouped[kind].append(room)
+    for kind, bits in zip(kinds, headrooms, strict=True):
+        grouped[kind].append(bits)
     found = []
     for kind, members in grouped.items():
-        known = [room for room in members if room is not None]
+        known = [bits for bits in members if bits is not None]
         if members:
             least, median = (min(known), statistics.median(known)) if known else (None, None)
             found.append(KindPeaks(kind=kind, count=len(members), least=least, median=median))
@@ -118,5 +116,5 @@ def _by_kind(kinds: Sequence[str], rooms: Sequence[float | None]) -> tuple[KindP
 
 
 def _bits(one: float, other: float) -> float:
-    """How far apart two magnitudes are; 0 where one of them is zero or not finite."""
+    """The distance of two magnitudes in bits; 0 where one of them is zero or not finite."""
     return math.log2(one / other) if 0 < one < math.inf and 0 < other < math.inf else 0.0

@@ -25,17 +25,20 @@ model = "gemma-7b"
 length = [128, 8192]
 
 [report]
-sections = ["verdict", "lengths"]    # the usual ones if left out
+sections = ["verdict", "lengths", "own.py"]    # the usual ones if left out; own.py is a file beside this one
+format = "float16"                             # the number format that values are judged by
 """
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.formats import FORMATS
 from stabilitykit.sweeps.axes import FOOTPRINT, GRID, MEMORY, SHORTAGE, Axis
 
 TABLES: Mapping[str, Mapping[str, Axis]] = {
@@ -51,7 +54,10 @@ _TOP = {"title", "checkpoint", "device", "lengths", "report", *TABLES}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """A file that has been read. `tables` hold, by name, axes and their values: every axis, not yet multiplied."""
+    """A file that has been read. `tables` hold, by name, axes and their values: every axis, not yet multiplied.
+
+    `own_sections` are those sections that are Python files beside the experiment, by path, with their SHA-256.
+    """
 
     path: Path
     source: str
@@ -61,6 +67,8 @@ class Experiment:
     tables: Mapping[str, tuple[dict[str, list[Any]], ...]]
     checks: tuple[int, ...]
     sections: tuple[str, ...]
+    own_sections: Mapping[str, str] = field(default_factory=dict)
+    format: str = "float16"
 
     def fail(self, what: str, key: str = "", table: str = "", number: int = 0) -> NoReturn:
         """Raises MisuseError: the line of `key` in the `number`-th such table, and what is wrong there."""
@@ -101,7 +109,7 @@ class _Reader:
         tables = {name: self._tables(raw, name) for name in TABLES}
         if not any(tables.values()):
             self.fail("An experiment has at least one [[grid]] of axes; this one has none")
-        lengths, report = self._table(raw, "lengths", {"checks"}), self._table(raw, "report", {"sections"})
+        lengths, report = self._table(raw, "lengths", {"checks"}), self._table(raw, "report", {"sections", "format"})
         for name, axes in TABLES.items():
             for number, table in enumerate(tables[name]):
                 self._known(table, set(axes), name, number)
@@ -116,6 +124,7 @@ class _Reader:
         checks = lengths.get("checks", [])
         if not isinstance(checks, list) or not all(type(n) is int and n >= 1 for n in checks):
             self.fail(f"checks are numbers of tokens, from 1 on; {checks!r} are not", "checks", "lengths")
+        names = self._sections(report.get("sections", []), sections)
         return Experiment(
             path=self.blank.path,
             source=self.blank.source,
@@ -128,18 +137,34 @@ class _Reader:
                 for name, own in tables.items()
             },
             checks=tuple(checks),
-            sections=self._sections(report.get("sections", []), sections),
+            sections=tuple(names),
+            own_sections={name: digest for name, digest in names.items() if digest},
+            format=self._format(report.get("format", self.blank.format)),
         )
 
-    def _sections(self, names: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    def _sections(self, names: Any, allowed: Sequence[str]) -> dict[str, str]:
+        """By name, in order, the SHA-256 of each that is a file beside the experiment; empty for those of the kit."""
         if not isinstance(names, list):
             self.fail(f"sections are a list of names; {names!r} is none", "sections", "report")
+        found = {}
         for name in names:
-            if not isinstance(name, str) or (allowed and name not in allowed):
-                self.fail(
-                    f"A report's section is one of {', '.join(allowed)}; {name!r} is none of them", "sections", "report"
-                )
-        return tuple(dict.fromkeys(names))
+            if isinstance(name, str) and name.endswith(".py"):
+                path = self.blank.path.parent / name
+                try:
+                    found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+                except OSError as error:
+                    self.fail(f"cannot read the section {name}: {error}", "sections", "report")
+            elif isinstance(name, str) and (not allowed or name in allowed):
+                found[name] = ""
+            else:
+                choices = f"{', '.join(allowed)}, or a Python file beside the experiment"
+                self.fail(f"unknown section {name!r}; choose one of: {choices}", "sections", "report")
+        return found
+
+    def _format(self, name: Any) -> str:
+        if name not in list(FORMATS):
+            self.fail(f"unknown number format {name!r}; choose one of: {', '.join(FORMATS)}", "format", "report")
+        return str(name)
 
     def _tables(self, raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
         tables = raw.get(name, [])

@@ -45,6 +45,8 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
         cases=tuple(sorted(cases.values(), key=turn)),
         sections=experiment.sections,
         **provenance_of(checkpoint, command, place),
+        own_sections=dict(experiment.own_sections),
+        format=experiment.format,
     )
 
 

@@ -112,7 +112,7 @@ def test_a_gemma_pytorch_checkpoint_comes_back(generation: int, shards: int, tmp
     assert set(opened.tensors) == set(checkpoint.tensors)
     for name, tensor in checkpoint.tensors.items():
         assert torch.equal(opened.tensors[name], tensor), name
-    assert "sizes read off the tensors" in opened.notes[0]
+    assert "sizes inferred from the tensors" in opened.notes[0]
     assert (opened.config.layers, opened.config.heads, opened.config.kv_heads) == (3, 4, 2)
 
 

@@ -69,15 +69,18 @@ def test_any_number_of_the_config_can_be_changed() -> None:
 @pytest.mark.parametrize(
     ("query", "sentence"),
     [
-        ("depth=2", r"After `\?` a random checkpoint takes seed, layers, hidden_size, .*; 'depth' is none of them"),
-        ("layers", "layers of a random checkpoint is an integer above zero; '' is not"),
-        ("layers=2.5", "layers of a random checkpoint is an integer above zero; '2.5' is not"),
-        ("layers=0", "layers of a random checkpoint is an integer above zero; '0' is not"),
-        ("layers=none", "layers of a random checkpoint is an integer above zero; 'none' is not"),
-        ("rope_base=nan", "rope_base of a random checkpoint is a finite number above zero; 'nan' is not"),
-        ("rope_base=-1", "rope_base of a random checkpoint is a finite number above zero; '-1' is not"),
-        ("seed=x", "seed of a random checkpoint is an integer; 'x' is not"),
-        ("generation=2", "'generation' is none of them"),
+        (
+            "depth=2",
+            "Unknown key 'depth' in a random checkpoint; choose one of: seed, layers, hidden_size, .*, rms_eps\\.$",
+        ),
+        ("layers", "layers of a random checkpoint must be a positive integer, got ''"),
+        ("layers=2.5", "layers of a random checkpoint must be a positive integer, got '2.5'"),
+        ("layers=0", "layers of a random checkpoint must be a positive integer, got '0'"),
+        ("layers=none", "layers of a random checkpoint must be a positive integer, got 'none'"),
+        ("rope_base=nan", "rope_base of a random checkpoint must be a positive number, got 'nan'"),
+        ("rope_base=-1", "rope_base of a random checkpoint must be a positive number, got '-1'"),
+        ("seed=x", "seed of a random checkpoint must be an integer, got 'x'"),
+        ("generation=2", "Unknown key 'generation' in a random checkpoint"),
     ],
 )
 def test_what_cannot_be_meant_is_said(query: str, sentence: str) -> None:
@@ -87,5 +90,5 @@ def test_what_cannot_be_meant_is_said(query: str, sentence: str) -> None:
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
     assert len(random_checkpoint("random:270m?vocabulary=263").vocabulary.pieces) == 263
-    with pytest.raises(CheckpointError, match=r"at least 263 pieces.*; 262 were asked for"):
+    with pytest.raises(CheckpointError, match=r"at least 263 pieces.*, got 262"):
         random_checkpoint("random:270m?vocabulary=262")

@@ -53,4 +53,4 @@ def test_a_report_of_bounds_alone(stabilitykit: Run, tmp_path: Path) -> None:
     assert {one.site for one in read.sites} >= {"layers.1.mlp.down_proj", "lm_head"}
     other = stabilitykit("bound", RANDOM + "&seed=7", "--report", str(new))
     assert other.code == 2
-    assert "holds those of" in other.err
+    assert "is about another checkpoint" in other.err

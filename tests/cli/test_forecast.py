@@ -68,7 +68,7 @@ def test_a_prompt_can_be_kept_out(stabilitykit: Run) -> None:
 
 def test_misuse_is_one_sentence(stabilitykit: Run, tmp_path: Path) -> None:
     for arguments, said in (
-        (("--prompt", "hi", "--format", "float4"), "A number format is one of"),
+        (("--prompt", "hi", "--format", "float4"), "Unknown number format 'float4'; choose one of: "),
         (("--prompt", ""), "A prompt has at least one character"),
         (("--prompt", "hi", "--attention", "eager"), "--attention and --adapter are for transformers' models"),
         (("--prompt", "hi", "--device", "tpu"), "The device 'tpu' cannot be used here"),

@@ -69,7 +69,7 @@ def test_a_sweeps_report_gets_the_remedies(stabilitykit: Run, broken: Path, tmp_
     assert "| rescale 2^-" in (sweep / "report.md").read_text()
     other = stabilitykit("repair", SPECS[1], "--report", str(sweep))
     assert other.code == 2
-    assert "holds those of" in other.err
+    assert "is about another checkpoint" in other.err
 
 
 def test_where_nothing_is_broken_nothing_is_changed(stabilitykit: Run) -> None:
@@ -92,10 +92,10 @@ def test_misuse_is_one_sentence(stabilitykit: Run, broken: Path, tmp_path: Path)
     for arguments, said in (
         (("repair", "hf:nobody/nothing"), "nobody/nothing"),
         (("repair", str(broken), "--device", "abacus"), "cannot be used here"),
-        (("repair", str(broken), "--out", str(tmp_path)), "is there already; choose another"),
+        (("repair", str(broken), "--out", str(tmp_path)), "exists already; choose a new folder"),
         (("repair", str(broken), "--prompts", str(tmp_path / "none.txt")), "none.txt"),
         (("repair", str(broken), "--margin", "30"), "Ask for a smaller --margin"),
-        (("verify", str(tmp_path)), "holds repair.json"),
+        (("verify", str(tmp_path)), "has no repair.json"),
     ):
         result = stabilitykit(*arguments)
         assert result.code == 2, arguments

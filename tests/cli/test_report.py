@@ -104,7 +104,7 @@ def test_a_folder_that_holds_no_sweep_is_refused(
     result = stabilitykit("report", *arguments)
     assert (result.code, result.out) == (2, "")
     assert result.err == (
-        "stabilitykit: A sweep's folder holds experiment.json, and none holds none. Make one with `stabilitykit "
+        "stabilitykit: none has no experiment.json, so it is not a sweep's folder. Make one with `stabilitykit "
         "sweep`.\n"
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["sweep", "experiment.json"]

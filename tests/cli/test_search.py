@@ -55,7 +55,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert [case["settings"]["tokens"] for case in planned["cases"]] == [2]
     again = stabilitykit("search", str(pair), "--out", str(out))
     assert again.code == 2
-    assert "is there already; choose another" in again.err
+    assert "exists already; choose a new folder" in again.err
 
 
 def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path
     assert [block.rows[0][0] for block in blocks if isinstance(block, Table) and block.name == "worst-alone"] == ["'P'"]
     other = stabilitykit("search", SPECS[1], "--report", str(sweep))
     assert other.code == 2
-    assert "holds those of" in other.err
+    assert "is about another checkpoint" in other.err
 
 
 def test_one_document_for_scripts_and_room_where_it_was_rescaled(stabilitykit: Run, tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_misuse_is_one_sentence(stabilitykit: Run, pair: Path, tmp_path: Path) -
         (("search", "hf:nobody/nothing"), "nobody/nothing"),
         (("search", str(tmp_path / "none")), "none"),
         (("search", str(pair), "--device", "abacus"), "cannot be used here"),
-        (("search", str(pair), "--limit", "0"), "--limit is at least 1; 0 is not"),
-        (("search", str(pair), "--beam", "-2"), "--beam is at least 1; -2 is not"),
-        (("search", str(pair), "--length", "99999"), "--length is at most 8,191 here"),
-        (("search", str(pair), "--out", str(tmp_path)), "is there already; choose another"),
+        (("search", str(pair), "--limit", "0"), "limit must be at least 1, got 0"),
+        (("search", str(pair), "--beam", "-2"), "beam must be at least 1, got -2"),
+        (("search", str(pair), "--length", "99999"), "length must be at most 8,191"),
+        (("search", str(pair), "--out", str(tmp_path)), "exists already; choose a new folder"),
     ):
         result = stabilitykit(*arguments)
         assert result.code == 2, arguments

@@ -181,8 +181,8 @@ def test_cases_that_raise_run_out_of_memory_or_are_killed_fail_alone_and_run_aga
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
-        ("rescale=1.0", "4 cases are new and 4 are no longer there"),
-        ("length=4", "0 cases are new and 2 are no longer there"),
+        ("rescale=1.0", "4 cases added and 4 removed"),
+        ("length=4", "0 cases added and 2 removed"),
         (f"checkpoint={TINY}&seed=1", r"the checkpoint was random:\S+&seed=0 and is random:\S+&seed=1; .* SHA-256 was"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_folder_of_another_experiment_is_refused_and_left_as_it_is(
     before = contents(folder)
     said = refused(stabilitykit("sweep", experiment, "--out", out, "--set", override))
     assert re.search(differs, said)
-    assert f"{out} holds those of another" in said
+    assert f"{out} holds the results of another experiment" in said
     assert "--out" in said
     assert contents(folder) == before
 

@@ -234,7 +234,7 @@ def test_layers_are_judged_by_what_is_stored_in_the_dtype() -> None:
         ("norm", None, 12),
     ]
     layer = rows[1]
-    assert (layer.headroom, layer.subnormal, layer.past_float16) == (1.0, 3, 5)
+    assert (layer.headroom, layer.subnormal, layer.past) == (1.0, 3, 5)
     assert (layer.entropy_min, layer.entropy_mean) == (0.1, 1.5)
     # In a float32 run the squares in a norm have the run's dtype too: what a float16 run stores, a dry run found out.
     wide = replace(HEADER, dtype="float32")

@@ -96,7 +96,7 @@ def test_what_cannot_be_forecast_is_refused() -> None:
     run = Recording(HEADER, [made(0, "layers.0", 1.0)])
     with pytest.raises(MisuseError, match="no counts for bfloat16, only for float16, float8_e4m3fn"):
         forecast(run, "bfloat16")
-    with pytest.raises(MisuseError, match="number format is one of"):
+    with pytest.raises(MisuseError, match="Unknown number format 'float4'; choose one of: "):
         forecast(run, "float4")
     with pytest.raises(MisuseError, match="this recording does not say"):
         forecast(Recording(HEADER, [made(0, "layers.0", 1.0, stored_dtype=None)]), "float16")

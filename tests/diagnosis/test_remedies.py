@@ -22,7 +22,7 @@ def test_the_best_and_what_a_folder_carries() -> None:
 def test_nothing_to_change_and_nothing_that_helps() -> None:
     fine = ranking(score("float16", 1e-5), gamma=1.0, carried="float16")
     assert recommendation(fine) == (
-        "Nothing has to be changed: float16 holds all that was seen and leaves 1.5 bits of headroom."
+        "Nothing has to be changed: all values that were seen fit in float16 with 1.5 bits of headroom."
     )
     assert how_rescaled(fine) is None
     assert recommendation(ranking(score("rescale 2^-2", None))) == "No remedy keeps the held-out texts finite."

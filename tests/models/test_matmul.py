@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -208,11 +209,11 @@ def test_a_recording_changes_products_where_it_is_asked_to_and_says_what_was_in_
     assert torch.equal(found, expected)
     assert inside.header.matmul == asked.header.matmul == kind
     assert _get_current_dispatch_mode_stack() == []
-    with pytest.raises(MisuseError, match="none of them"), record(model, matmul="float8"):
+    with pytest.raises(MisuseError, match="unknown matmul mode 'float8'"), record(model, matmul="float8"):
         pass
 
 
-def test_native_and_wider_products_break_at_the_same_place_and_agree_within_rounding() -> None:
+def test_native_and_wider_products_break_at_the_same_place_and_agree_within_rounding(gguf_270m: Path) -> None:
     """The real model in float16: the same site and token, and before it breaks, logits that differ by rounding."""
     model = load("gemma3-270m", dtype="float16")
     broke = []
@@ -262,7 +263,7 @@ def test_what_is_preferred_is_wider_only_for_16_bits_on_a_cpu() -> None:
 
 def test_an_unknown_kind_is_told_the_known_ones() -> None:
     for kind in ("fast", "float16-accumulate", "float16-accumulate:0", "float16-accumulate:-4"):
-        with pytest.raises(MisuseError, match=f"float32-accumulate or float16-accumulate:K.*{kind!r}"), matmul(kind):
+        with pytest.raises(MisuseError, match=f"{kind!r}; choose one of: native, float32-accumulate"), matmul(kind):
             pass
 
 

@@ -339,28 +339,109 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
     assert local_folder("owner/tiny") == snapshot
     assert local_folder(str(folder)) == folder
     with pytest.raises(
-        MisuseError, match=r"owner/other is no folder .* nothing is fetched .*: hf download owner/other"
+        MisuseError, match=r"owner/other is not a folder .* nothing is downloaded .*: hf download owner/other"
     ):
         local_folder("owner/other")
     for name in ("", "other", "./a/b", "a/b/c", "/nowhere/at"):
-        with pytest.raises(MisuseError, match=r"A model is a folder, or a name on the hub"):
+        with pytest.raises(MisuseError, match=r"is neither a folder nor a Hub name"):
             local_folder(name)
-    with pytest.raises(MisuseError, match=r"cannot be one"):
+    with pytest.raises(MisuseError, match=r"is not a valid Hub name"):
         local_folder("owner/..bad--name")
-    with pytest.raises(MisuseError, match=r"runs a folder, and .*model\.safetensors is a file: leave hf: out"):
+    with pytest.raises(
+        MisuseError, match=r"expects a folder or OWNER/NAME, and .*model\.safetensors is a file\. Without hf:"
+    ):
         local_folder(str(folder / "model.safetensors"))
 
 
 def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:
     for arguments, message in (
         ((f"hf:{folder}", "--rescale", "2"), "--rounding and --rescale are the kit's own model's"),
-        ((str(folder), "--attention", "sdpa"), "--attention and --adapter are for transformers' models"),
+        (
+            (str(folder), "--attention", "sdpa"),
+            "--attention, --adapter and --trust-remote-code are for transformers' models",
+        ),
+        ((str(folder), "--trust-remote-code"), "write hf: before the folder or the name"),
         (("hf:owner/nothing",), "hf download owner/nothing"),
     ):
         refused = stabilitykit("profile", *arguments, "--prompt", "a")
         assert refused.code == 2
         assert message in " ".join(refused.err.split())
         assert "Traceback" not in refused.err
+
+
+CONFIG_CODE = """
+from pathlib import Path
+from transformers import Gemma3TextConfig
+Path({marker!r}).touch()
+class OwnConfig(Gemma3TextConfig):
+    model_type = "own"
+"""
+MODEL_CODE = """
+from transformers import Gemma3ForCausalLM
+from .own_config import OwnConfig
+class OwnModel(Gemma3ForCausalLM):
+    config_class = OwnConfig
+"""
+TOKENIZER_CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code_of_its_own(folder: Path, to: Path, part: str, marker: Path) -> Path:
+    """A copy whose model, or whose tokenizer, is defined by code in the folder that touches `marker` when it runs."""
+    if part == "model":
+        auto_map = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+        made = copied(folder, to, model_type="own", auto_map=auto_map)
+        (made / "own_config.py").write_text(CONFIG_CODE.format(marker=str(marker)))
+        (made / "own_model.py").write_text(MODEL_CODE)
+        return made
+    made = copied(folder, to)
+    (made / "own_tokenizer.py").write_text(TOKENIZER_CODE.format(marker=str(marker)))
+    path = made / "tokenizer_config.json"
+    code = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"model_type": "own"}))  # a type with a tokenizer: no code
+    return made
+
+
+@pytest.mark.parametrize(("command", "part"), [("profile", "model"), ("forecast", "tokenizer")])
+def test_code_in_a_folder_runs_only_where_it_was_asked_for(
+    command: str, part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, with a "y" waiting for whoever should ask."""
+    marker = tmp_path / "ran"
+    made = with_code_of_its_own(folder, tmp_path / "own", part, marker)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # where transformers copies the code to
+    call = [sys.executable, "-m", "stabilitykit", command, f"hf:{made}", "--prompt", "a"]
+    refused = subprocess.run(call, input="y\n" * 5, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "brings Python code of its own, which was not run. If you trust its author, run it with" in refused.stderr
+    assert refused.stdout == ""
+    assert not marker.exists()
+    trusted = subprocess.run([*call, "--trust-remote-code"], input="", capture_output=True, text=True, check=False)
+    assert marker.exists()
+    if part == "model":
+        assert (trusted.returncode, trusted.stderr) == (0, "")
+
+
+def test_streaming_a_model_of_its_own_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker = tmp_path / "ran"
+    made = with_code_of_its_own(folder, tmp_path / "own", "model", marker)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = (
+        "import sys, stabilitykit.models.transformers as hf\n"
+        "print(type(hf.open_model(sys.argv[1], stream=True, trust_remote_code=sys.argv[2] == 'True').module).__name__)"
+    )
+    for trust in (False, True):
+        call = [sys.executable, "-c", code, str(made), str(trust)]
+        ran = subprocess.run(call, input="y\n" * 5, capture_output=True, text=True, check=False)
+        assert (ran.returncode == 0, marker.exists()) == (trust, trust)
+    assert ran.stdout == "OwnModel\n"
 
 
 @pytest.mark.parametrize("prefix", ["", "hf:"])
@@ -390,7 +471,7 @@ def test_any_family_of_a_folder_is_profiled(tmp_path: Path, stabilitykit: Run) -
     assert found["finite"]
     refused = stabilitykit("profile", str(tmp_path / "qwen"), "--prompt", "Hi")
     assert refused.code == 2
-    assert "with hf: before the folder" in " ".join(refused.err.split())
+    assert f"Run it with transformers instead: hf:{tmp_path / 'qwen'}" in " ".join(refused.err.split())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

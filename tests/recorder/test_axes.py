@@ -2,7 +2,7 @@
 
 import pytest
 
-from stabilitykit.recorder.axes import axes_of
+from stabilitykit.recorder.kernels.axes import axes_of
 
 ROWS, LENGTH = 2, 5
 

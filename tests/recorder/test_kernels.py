@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stabilitykit.formats import FORMATS
 from stabilitykit.recorder.kernels import cpu, cpu_softmax, device, machine, plain, plain_softmax, softmax_layout
 from stabilitykit.recorder.kernels.layout import Field, edges
 
-FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+KNOWN = tuple(FORMATS)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 INTEGERS[torch.float64] = torch.int64
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 65504.0, -65520.0, 2.0**-25, 2.0**-149, 464.0, 1e300, 5e-324]
@@ -78,7 +79,7 @@ def on_device(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_rows_agree(tensor: Tensor, hidden: Tensor | None = None, limit: float = math.inf) -> None:
-    against = edges(tensor.dtype, FORMATS)
+    against = edges(tensor.dtype, KNOWN)
     first, second = cpu.tally(tensor, against, hidden, limit), plain.tally(tensor, against, hidden, limit).numpy()
     check_equal(first, second)
 
@@ -86,7 +87,7 @@ def check_rows_agree(tensor: Tensor, hidden: Tensor | None = None, limit: float 
 def check_triton_agrees(
     cuda: ModuleType, tensor: Tensor, hidden: Tensor | None = None, limit: float = math.inf
 ) -> np.ndarray:
-    against = edges(tensor.dtype, FORMATS)
+    against = edges(tensor.dtype, KNOWN)
     there, hidden_there = on_device(tensor), on_device(hidden)
     with no_wait():
         row = cuda.tally(there, against, hidden_there, limit)
@@ -197,7 +198,7 @@ def test_one_value_throughout_in_triton(cuda: ModuleType, dtype: torch.dtype, va
 @pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
 def test_triton_counts_from_each_code_on_and_each_exponent(cuda: ModuleType, dtype: torch.dtype) -> None:
     """The numbers next to each edge and each power of two, on either side: an edge off by one changes a count."""
-    against = edges(dtype, FORMATS)
+    against = edges(dtype, KNOWN)
     powers = 2.0 ** np.arange(against.lowest, against.lowest + against.bins, dtype=np.float64)
     integer = INTEGERS[against.wide]
     codes = torch.cat((torch.tensor(against.codes.tolist()), torch.tensor(powers).to(against.wide).view(integer)))
@@ -233,9 +234,9 @@ def test_one_value_throughout(dtype: torch.dtype, value: float) -> None:
 
 def test_without_torchs_threads_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
-    shared = cpu.tally(tensor, edges(tensor.dtype, FORMATS))
+    shared = cpu.tally(tensor, edges(tensor.dtype, KNOWN))
     monkeypatch.setattr(machine, "_torch_threads", lambda: None)
-    check_equal(cpu.tally(tensor, edges(tensor.dtype, FORMATS)), shared)
+    check_equal(cpu.tally(tensor, edges(tensor.dtype, KNOWN)), shared)
 
 
 def test_fewer_threads_than_asked_for_do_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +267,7 @@ def test_numbers_of_one_sign(dtype: torch.dtype, sign: int, zeros: tuple[int, ..
 @pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)
 def test_numbers_about_each_edge(dtype: torch.dtype) -> None:
     """Each edge is met in a block of its own, among numbers on either side of it."""
-    against = edges(dtype, FORMATS)
+    against = edges(dtype, KNOWN)
     integers = INTEGERS[against.wide]
     codes = torch.from_numpy(against.codes).to(integers)
     tensor = torch.cat([(code + torch.arange(-2048, 2048, dtype=integers)).abs() for code in codes]).view(against.wide)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.recorder import record
-from stabilitykit.recorder.axes import Axes
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import edges
 from stabilitykit.recorder.kernels.positions import position_peaks
 from stabilitykit.recorder.statistics import tally, tally_by_position

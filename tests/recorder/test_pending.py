@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stabilitykit.models.gemma import Gemma, KVCache
-from stabilitykit.recorder import origins, pending, record, recorder, softmax
+from stabilitykit.recorder import custom, observe, origins, pending, record, session, softmax
 from stabilitykit.recorder.kernels import plain, plain_softmax
 from stabilitykit.recorder.pending import Pending
 from stabilitykit.records import Record, Recording
@@ -40,9 +40,9 @@ class Late:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (origins, recorder):
+    for module in (custom, observe, origins, session):
         monkeypatch.setattr(module, "is_here", lambda tensor: False)
-    monkeypatch.setattr(recorder, "tally", plain.tally)
+    monkeypatch.setattr(observe, "tally", plain.tally)
     monkeypatch.setattr(softmax, "_tally", plain_softmax.tally)
     monkeypatch.setattr(pending, "transfer", Late)
 

@@ -25,7 +25,7 @@ def test_a_verdict_says_what_is_known() -> None:
     assert [one.kind for one in SITES][:3] == ["embed_tokens", "layers.*.mlp.down_proj", "layers.*"]
 
 
-def test_they_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_bounds_are_read_as_they_were_written(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
     assert results.bounds is None
     results.write_finding(bounds())
@@ -37,7 +37,7 @@ def test_they_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", json.dumps({"schema": 1}), json.dumps({"schema": 9})])
-def test_what_holds_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_holds_no_bounds_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "bounds.json").write_text(text)
     with pytest.raises(MisuseError, match=r"cannot be read as bounds|has schema 9"):
         read_document(tmp_path / "bounds.json", Bounds, "bounds")

@@ -68,7 +68,7 @@ def test_the_curve_of_many_sites_agrees_with_single_lookups() -> None:
         assert largest[1] == curve[length - 1]
 
 
-def test_lookups_by_length() -> None:
+def test_a_length_map_is_looked_up_by_length() -> None:
     assert (TWO_RUNS.longest, TWO_RUNS.first_broken, TWO_RUNS.runs) == (8, 5, 2)
     assert (TWO_RUNS.span(4).run, TWO_RUNS.span(5).run) == (4, 8)
     assert (TWO_RUNS.sites(4), TWO_RUNS.sites(5)) == (["a", "b"], ["a"])
@@ -76,11 +76,11 @@ def test_lookups_by_length() -> None:
     assert TWO_RUNS.amax("elsewhere", 1) is None
     assert clean_map().first_broken is None
     for outside in (0, 9):
-        with pytest.raises(ValueError, match="lengths are 1 to 8"):
+        with pytest.raises(ValueError, match="length must be from 1 to 8"):
             TWO_RUNS.span(outside)
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_a_length_map_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     made = broken_map(checks=(check(), replace(check(), ulp=math.inf)))
     made.save(tmp_path / "a.parquet")
     loaded = LengthMap.load(tmp_path / "a.parquet")

@@ -30,7 +30,7 @@ def recording() -> Recording:
     return seen
 
 
-def test_what_is_read_is_what_was_written(recording: Recording, tmp_path: Path) -> None:
+def test_a_recording_is_read_as_it_was_written(recording: Recording, tmp_path: Path) -> None:
     assert recording.first_break() is not None
     assert recording.records[1].softmax is not None
     recording.save(tmp_path / "run.parquet")
@@ -42,7 +42,7 @@ def test_what_is_read_is_what_was_written(recording: Recording, tmp_path: Path) 
 def test_a_path_may_be_a_text(recording: Recording, tmp_path: Path) -> None:
     recording.save(str(tmp_path / "new" / "run.parquet"))
     assert Recording.load(str(tmp_path / "new" / "run.parquet")).header == recording.header
-    with pytest.raises(MisuseError, match="cannot be read as one"):
+    with pytest.raises(MisuseError, match="cannot be read as a recording"):
         Recording.load(str(tmp_path / "nowhere.parquet"))
 
 
@@ -53,7 +53,7 @@ def test_the_frame_has_the_files_columns(recording: Recording, tmp_path: Path) -
     assert recording.frame.loc[0, "broke.kind"] == "overflow"
 
 
-def test_an_empty_recording_is_one_too(tmp_path: Path) -> None:
+def test_an_empty_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Nothing was recorded"), record(Breaks()) as nothing:
         pass
     nothing.save(tmp_path / "empty.parquet")
@@ -72,13 +72,13 @@ def test_nothing_is_overwritten_and_nothing_is_left_beside(recording: Recording,
 
 
 def test_other_files_are_refused_in_a_sentence(recording: Recording, tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match="cannot be read as one"):
+    with pytest.raises(MisuseError, match="cannot be read as a recording"):
         Recording.load(tmp_path / "nowhere.parquet")
     (tmp_path / "text.parquet").write_text("no Parquet")
-    with pytest.raises(MisuseError, match="cannot be read as one"):
+    with pytest.raises(MisuseError, match="cannot be read as a recording"):
         Recording.load(tmp_path / "text.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(MisuseError, match="no recording of stabilitykit's"):
+    with pytest.raises(MisuseError, match="not a recording of stabilitykit"):
         Recording.load(tmp_path / "other.parquet")
     header = {"schema": SCHEMA_VERSION + 1, "versions": {"stabilitykit": "9.9"}}
     table = pa.table({"a": [1]}).replace_schema_metadata({b"stabilitykit": json.dumps(header).encode()})

@@ -23,9 +23,9 @@ def test_a_ranking_is_read_as_it_was_written(tmp_path: Path) -> None:
         ranking()["another"]
 
 
-def test_that_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_ranking_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     results = sweep(tmp_path / "reports", [])
-    with pytest.raises(MisuseError, match=r"holds those of toy .* Choose another folder"):
+    with pytest.raises(MisuseError, match=r"is about another checkpoint: toy .* Choose another folder"):
         results.write_finding(ranking(sha256="cd" * 32))
     assert results.ranking is None
 
@@ -34,7 +34,7 @@ def test_that_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_ranking_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "remedies.json"
     path.write_text(text)
-    with pytest.raises(MisuseError, match=r"cannot be read as a ranking|has schema 7, and this version reads 1"):
+    with pytest.raises(MisuseError, match=r"cannot be read as a ranking|has schema 7, but this version reads schema 1"):
         read_document(path, Ranking, "a ranking")
 
 

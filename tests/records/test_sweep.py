@@ -73,7 +73,7 @@ def test_memory_is_compared_without_the_libraries() -> None:
         ({"sha256": "cd" * 32}, "the checkpoint's SHA-256 was abababababab and is cdcdcdcdcdcd"),
         ({"versions": {"torch": "3.0"}}, "torch was 2.9 and is 3.0"),
         ({"machine": {"cores": 4}}, "cores was 2 and is 4"),
-        ({"cases": (run_case("float32"),)}, "1 cases are new and 1 are no longer there"),
+        ({"cases": (run_case("float32"),)}, "1 case added and 1 removed"),
     ],
 )
 def test_another_experiment_never_mixes_with_what_is_there(
@@ -90,7 +90,7 @@ def test_another_experiment_never_mixes_with_what_is_there(
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match="holds none"):
+    with pytest.raises(MisuseError, match=r"has no experiment\.json"):
         Results.open(tmp_path)
     (tmp_path / "records").mkdir()
     with pytest.raises(MisuseError, match=r"without an experiment\.json"):

@@ -24,10 +24,10 @@ from stabilitykit.remedies import export as repairs
 from stabilitykit.remedies.export import export
 from stabilitykit.remedies.repair import repair
 from stabilitykit.remedies.rescale import rescale
-from stabilitykit.remedies.texts import texts
 from stabilitykit.remedies.verify import verify
 from stabilitykit.run.divergence import logits_error
 from stabilitykit.run.prompts import parse_prompt, tokens
+from stabilitykit.run.windows import texts
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_repair_verifies_until_something_changes(repaired: Path, tmp_path: Pat
     weights["model.layers.1.mlp.gate_proj.weight"] *= -1
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
     first, second = verify(changed).problems
-    assert first == "model.safetensors has changed since it was written: its SHA-256 is another"
+    assert first == "model.safetensors has changed since it was written: its SHA-256 differs"
     assert second.startswith("its mean KL to float32 is")
     config = json.loads((repaired / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
     changed = shutil.copytree(repaired, tmp_path / "eps")
@@ -100,7 +100,7 @@ def test_nothing_is_overwritten_or_left_half_written(
 ) -> None:
     opened = open_checkpoint(broken)
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
-    with pytest.raises(MisuseError, match="is there already"):
+    with pytest.raises(MisuseError, match="exists already"):
         export(opened, found, repaired)
 
     def full(*_: Any, **__: Any) -> None:
@@ -127,10 +127,10 @@ def test_a_proof_that_its_checker_does_not_accept_is_not_written(broken: Path, t
     held_out = texts(opened.config, Tokenizer(opened.vocabulary))
     found = repair(opened, replace(held_out, held_out=held_out.held_out[:1]), proved=True)
     past = replace(found, bounds=[replace(one, bound=1e6) for one in found.bounds])
-    with pytest.raises(CheckpointError, match=r"What was to be proved is not, by its checker: proof\.json claims"):
+    with pytest.raises(CheckpointError, match=r"The proof was not accepted by its checker: proof\.json claims"):
         export(opened, past, tmp_path / "new")
     unproved = replace(found, rescaled=rescale(opened, 1.0))
-    with pytest.raises(CheckpointError, match=r"is proved to stay within .* and not within 65,504"):
+    with pytest.raises(CheckpointError, match=r"may reach .*, above the float16 maximum, 65,504"):
         export(opened, unproved, tmp_path / "new")
     with pytest.raises(MisuseError, match="A proof is of weights stored in float16"):
         export(opened, found, tmp_path / "new", "float32")
@@ -143,7 +143,7 @@ def test_what_does_not_read_back_is_not_kept(broken: Path, tmp_path: Path, monke
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
     other = rescale(opened, 0.5).checkpoint
     monkeypatch.setattr(repairs, "open_checkpoint", lambda _: replace(other, config=found.rescaled.checkpoint.config))
-    with pytest.raises(CheckpointError, match="does not read back as it was written"):
+    with pytest.raises(CheckpointError, match="reads back differently from what was written"):
         export(opened, found, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 

@@ -87,11 +87,13 @@ def test_every_bound_moves_as_it_is_said_to(generation: int) -> None:
 
 def test_what_stands_in_the_way_is_named() -> None:
     values = planted(small(3), {"layers.2.self_attn.v_proj.weight": 2.0**16})
-    with pytest.raises(MisuseError, match=r"layers\.2\.self_attn\.v_proj \(value projection\), which no power of two"):
+    with pytest.raises(
+        MisuseError, match=r"layers\.2\.self_attn\.v_proj \(value projection\), which neither γ nor β scales"
+    ):
         prove(values)
     opened = small(3, breaking(3))
     gain, rows = (opened.tensors[f"{name}.weight"].clone() for name in ("norm", "embed_tokens"))
     gain[0], rows[:, 0] = 4000.0, 0.0  # a channel that no logit hears
     final = replace(opened, tensors={**opened.tensors, "norm.weight": gain, "embed_tokens.weight": rows})
-    with pytest.raises(MisuseError, match=r"by whose inverse the final norm grows, from .* A head of its own"):
+    with pytest.raises(MisuseError, match=r"the final norm grows by 1 / γ, from .* A separate head would avoid that"):
         prove(final)

@@ -15,7 +15,7 @@ from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.repair import PLAIN, repair
 from stabilitykit.remedies.rescale import rescale, rescaling
-from stabilitykit.remedies.texts import Texts
+from stabilitykit.run.windows import Texts
 
 
 def windows(count: int = 3, length: int = 70) -> list[list[int]]:

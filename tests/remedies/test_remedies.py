@@ -181,21 +181,43 @@ def test_no_island_changes_no_bit() -> None:
             assert torch.equal(run(model), plain)
 
 
-def test_a_clamped_sum_ends_at_the_formats_end() -> None:
-    model = build(small(3, breaking(3)), dtype="float16")
+@pytest.mark.parametrize("generation", [1, 2, 3])
+def test_the_sum_that_overflows_is_clamped_to_the_maximum(generation: int) -> None:
+    model = build(small(generation, breaking(generation)), dtype="float16")
+    with torch.inference_mode(), record(model) as plain:
+        model(TOKENS)
     with torch.inference_mode(), CLAMP.around(model), record(model) as recording:
         model(TOKENS)
-    sums = [r for r in recording if r.site.endswith("/add.0") and r.site.count(".") == 1]
-    assert sums
-    assert recording.first_break() is None or recording.first_break().site not in {r.site for r in sums}  # type: ignore[union-attr]
+    broken = plain.first_break()
+    assert broken is not None
+    assert broken.operator == "add"
+    (clamped,) = (r for r in recording if r.site == broken.site)
+    assert (clamped.amax, clamped.lost) == (65504.0, 0)
+    assert recording.first_break() is None
 
 
-def test_both_are_both() -> None:
+def test_two_remedies_together_are_in_force_at_once() -> None:
+    """The rescale halves the residual stream, and its sums are float32."""
     both = rescaling(0.5) + FLOAT32_RESIDUAL
     assert both.name == "rescale 2^-1 + float32 residual"
     assert both.change(small(3)).notes[-1] == "rescaled by 2^-1"
     assert not both.exportable
     assert both.extra(small(3).config, 100) == 100 * 32 * 2
+
+    def residual_sums(remedy: Remedy) -> dict[str, tuple[str, float | None]]:
+        changed = remedy.change(small(3))
+        model = build(changed, dtype="float16")
+        with torch.inference_mode(), remedy.around(model), record(model) as recording:
+            model(TOKENS)
+        sites = [f"layers.{index}{ending}" for index in range(3) for ending in ("/add.0", "")]
+        return {r.site: (r.dtype, r.amax) for r in recording if r.site in sites}
+
+    found, plain = residual_sums(both), residual_sums(FLOAT32_RESIDUAL)
+    assert found.keys() == plain.keys()
+    assert len(found) == 6
+    for site, (dtype, amax) in found.items():
+        assert dtype == "float32"
+        assert amax == pytest.approx((plain[site][1] or 0.0) / 2, rel=2.0**-9), site
 
 
 def test_what_has_no_layers_is_refused() -> None:

@@ -43,7 +43,7 @@ def test_float32_logits_keep_every_bit(generation: int, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("generation", [1, 2, 3])
-def test_so_they_do_in_plain_transformers(tmp_path: Path, generation: int) -> None:
+def test_float32_logits_keep_every_bit_in_plain_transformers(tmp_path: Path, generation: int) -> None:
     before = small(generation)
     after = rescale(before, 0.125).checkpoint
     assert torch.equal(plain(before, tmp_path / "before"), plain(after, tmp_path / "after"))
@@ -122,7 +122,7 @@ def test_eps_and_notes_say_what_was_done() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.1875, 0.0, -0.5, 2.0**25, math.nan])
-def test_only_powers_of_two(gamma: float) -> None:
+def test_a_rescale_is_by_a_power_of_two(gamma: float) -> None:
     with pytest.raises(MisuseError, match="power of two"):
         rescale(small(3), gamma)
 
@@ -144,5 +144,8 @@ def test_gamma_is_the_largest_that_leaves_the_margin(
 
 
 def test_where_the_final_norm_would_overflow_there_is_no_gamma() -> None:
-    with pytest.raises(MisuseError, match="final norm, which grows as the other shrinks"):
+    with pytest.raises(
+        MisuseError,
+        match=r"No power-of-two rescale leaves .* the final norm, which grows as the residual stream shrinks",
+    ):
         choose_gamma(-4.0, 3.0, 1.0)

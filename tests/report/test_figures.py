@@ -50,7 +50,7 @@ def test_text_stays_text(lines: Figure, kind: str) -> None:
     drawing = draw(lines)
     root = ElementTree.fromstring(drawing.svg) if kind == "svg" else parsed(drawing.inline)
     words = {"".join(text.itertext()).strip() for text in root.iter(f"{SVG}text")}
-    assert {"layer", "amax", "float16", "bfloat16", "float16 ends at 65,504", "10⁵"} <= words
+    assert {"layer", "amax", "float16", "bfloat16", "float16 maximum, 65,504", "10⁵"} <= words
 
 
 def test_an_inline_figure_is_an_image_with_a_description(lines: Figure) -> None:

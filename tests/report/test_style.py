@@ -61,7 +61,7 @@ def test_every_format_has_a_line_of_its_own(name: str) -> None:
 
 def test_a_dtype_is_known_by_torchs_name_and_no_other() -> None:
     assert dtype_style("torch.float16") == dtype_style("float16")
-    with pytest.raises(MisuseError, match="A number format is one of"):
+    with pytest.raises(MisuseError, match="Unknown number format 'int8'; choose one of: "):
         dtype_style("int8")
 
 
@@ -78,7 +78,7 @@ def test_a_limit_line_is_at_the_formats_largest_value(along: str) -> None:
         limit_line(axes, "float8_e4m3fn", along=along, exponent=True)  # type: ignore[arg-type]
     places = [set(line.get_ydata() if along == "y" else line.get_xdata()) for line in axes.lines]
     assert places == [{65504.0}, {np.log2(448)}]
-    assert [text.get_text() for text in axes.texts] == ["float16 ends at 65,504", "float8_e4m3fn ends at 448"]
+    assert [text.get_text() for text in axes.texts] == ["float16 maximum, 65,504", "float8_e4m3fn maximum, 448"]
 
 
 def test_a_heat_map_marks_broken_missing_and_past_the_limit(headroom: np.ndarray) -> None:

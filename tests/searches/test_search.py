@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.records.document import from_document, to_document
 from stabilitykit.records.search import Search
 from stabilitykit.remedies.rescale import rescale
-from stabilitykit.searches import Options, search
+from stabilitykit.searches import search
 
 
 def breaks(opened: Checkpoint, tokens: tuple[int, ...]) -> bool:
@@ -29,7 +30,7 @@ def breaks(opened: Checkpoint, tokens: tuple[int, ...]) -> bool:
 @pytest.mark.parametrize(("generation", "sieve"), [(1, "float32"), (2, "float32"), (3, "bfloat16")])
 def test_a_dangerous_token_is_the_worst_everywhere(generation: int, sieve: str) -> None:
     opened = dangerous(generation, FIRST, 80_000.0)
-    found = search(opened, Options(sieve=sieve))
+    found = search(opened, sieve=sieve)
     assert [scan.name for scan in found.scans] == ["alone", "after <bos>", "inside a text"]
     for scan in found.scans:
         worst, *others = scan.worst
@@ -55,7 +56,7 @@ def test_a_dangerous_token_is_the_worst_everywhere(generation: int, sieve: str) 
 
 def test_two_tokens_that_break_only_together_are_found() -> None:
     opened = dangerous_pair()
-    found = search(opened, Options(bos=False))
+    found = search(opened, bos=False)
     assert [step.length for step in found.steps] == [1, 2]
     find = found.finds[0]
     assert find.tokens == (FIRST, SECOND)
@@ -78,7 +79,7 @@ def test_two_tokens_that_break_only_together_are_found() -> None:
 
 def test_every_find_is_read_from_its_text() -> None:
     opened = dangerous_pair()
-    found = search(opened, Options(length=3))
+    found = search(opened, length=3)
     tokenizer = Tokenizer(opened.vocabulary)
     assert {find.bos for find in found.finds} == {False, True}
     for number, find in enumerate(found.finds, start=1):
@@ -90,21 +91,21 @@ def test_every_find_is_read_from_its_text() -> None:
 
 def test_where_bos_breaks_alone_it_is_said_and_left_out() -> None:
     opened = dangerous(3, BOS, 80_000.0)
-    found = search(opened, Options(length=2))
+    found = search(opened, length=2)
     assert found.bos is not None
     assert found.bos.breaks
     assert found.breaking[0] == found.bos
     assert (with_bos(found) or "").startswith("With <bos> every prompt breaks, whatever follows: <bos> alone does.")
     assert not any(find.bos or find.breaks for find in found.finds)
     assert found.scans[0].by_ids[0].token == BOS
-    asked = search(opened, Options(bos=True, limit=300))
+    asked = search(opened, bos=True, limit=300)
     assert asked.finds == ()
     assert [scan.name for scan in asked.scans] == ["after <bos>"]
 
 
 def test_a_rescaled_checkpoint_leaves_room() -> None:
     opened = rescale(dangerous_pair(), 0.25).checkpoint
-    found = search(opened, Options(bos=False, length=4))
+    found = search(opened, bos=False, length=4)
     assert found.breaking == ()
     nearest = found.finds[0]
     assert nearest.tokens == (FIRST, FIRST, FIRST, SECOND)  # attention is even: three quarters and not half
@@ -117,41 +118,41 @@ def test_a_rescaled_checkpoint_leaves_room() -> None:
 
 
 def test_bfloat16_does_not_break_where_float16_does() -> None:
-    found = search(dangerous(2, FIRST, 80_000.0), Options(dtype="bfloat16", bos=False, limit=320, length=1))
+    found = search(dangerous(2, FIRST, 80_000.0), dtype="bfloat16", bos=False, limit=320, length=1)
     assert found.breaking == ()
     assert found.finds[0].tokens == (FIRST,)
     assert found.finds[0].headroom == pytest.approx(111.7, abs=0.1)
 
 
 def test_a_limit_is_told() -> None:
-    found = search(random_checkpoint(SPECS[1]), Options(bos=False, limit=270, length=1))
+    found = search(random_checkpoint(SPECS[1]), bos=False, limit=270, length=1)
     assert {scan.scanned for scan in found.scans} == {270}
     assert {find.tokens[0] for find in found.finds} <= set(range(270))
     assert "For the first 270 of 512 tokens" in how_measured(found)
 
 
 def test_where_no_token_is_text_nothing_is_tried() -> None:
-    found = search(random_checkpoint(SPECS[1]), Options(limit=4))
+    found = search(random_checkpoint(SPECS[1]), limit=4)
     assert (found.finds, found.steps) == ((), ())
     assert all(len(scan.by_ids) == 4 and not scan.worst for scan in found.scans)
     for bos, how in ((False, "Without"), (True, "With")):
         assert shortest(found, bos) == f"{how} <bos> nothing was tried: of the tokens scanned none is text by itself."
 
 
-def test_it_is_read_as_it_was_written() -> None:
-    found = search(random_checkpoint(SPECS[2]), Options(limit=280, length=1))
+def test_a_search_is_read_as_it_was_written() -> None:
+    found = search(random_checkpoint(SPECS[2]), limit=280, length=1)
     assert from_document(Search, json.loads(json.dumps(to_document(found), allow_nan=False))) == found
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Options(beam=0), "--beam is at least 1; 0 is not"),
-        (Options(length=0), "--length is at least 1; 0 is not"),
-        (Options(limit=-1), "--limit is at least 1; -1 is not"),
-        (Options(length=8192), "--length is at most 8,191 here, and 8,192 was asked for"),
+        ({"beam": 0}, "beam must be at least 1, got 0"),
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"limit": -1}, "limit must be at least 1, got -1"),
+        ({"length": 8192}, "length must be at most 8,191, .* got 8,192"),
     ],
 )
-def test_misuse_is_said(options: Options, said: str) -> None:
+def test_a_search_that_cannot_be_meant_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(MisuseError, match=said):
-        search(random_checkpoint(SPECS[1]), options)
+        search(random_checkpoint(SPECS[1]), **options)

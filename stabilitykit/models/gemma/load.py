@@ -13,9 +13,10 @@ from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.mistakes import usual_mistake
 from stabilitykit.checkpoints.parameters import parameter_shapes, some
 from stabilitykit.checkpoints.sources import open_checkpoint
+from stabilitykit.choices import RoundingName
 from stabilitykit.errors import CheckpointError
 from stabilitykit.models.devices import parse_device, parse_dtype
-from stabilitykit.models.gemma.model import Gemma, RoundingName
+from stabilitykit.models.gemma.model import Gemma
 from stabilitykit.models.gemma.rescale import check_gamma, rescale_norms, weight_factor
 from stabilitykit.models.memory import must_stream
 from stabilitykit.models.stream import STREAMED, StoredWeight, cast

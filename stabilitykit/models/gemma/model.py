@@ -11,13 +11,14 @@ Modules carry Hugging Face's paths without the leading `model.`, and every opera
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabilitykit.checkpoints.config import GemmaConfig
+from stabilitykit.choices import RoundingName
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.gemma.mask import AttentionMask
@@ -27,8 +28,6 @@ from stabilitykit.models.gemma.sampler import Sampler
 if TYPE_CHECKING:
     from stabilitykit.checkpoints.checkpoint import Vocabulary
     from stabilitykit.models.gemma.tokenizer import Tokenizer
-
-RoundingName = Literal["transformers", "gemma_pytorch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,12 +350,14 @@ class RMSNorm(nn.Module):
         return (normed * gain).to(x.dtype)
 
 
-class Embedding(nn.Embedding):
+class Embedding(nn.Module):
     """Rows of the vocabulary times sqrt(hidden), itself rounded to the dtype first (55.4256 is 55.5 in bfloat16)."""
 
+    looks_up_rows = True  # of its weight: no others have to be read where it is streamed
+
     def __init__(self, config: GemmaConfig) -> None:
-        weight = torch.empty(config.vocabulary, config.hidden_size)
-        super().__init__(config.vocabulary, config.hidden_size, _weight=weight)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocabulary, config.hidden_size))
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
         self.normalizer = config.hidden_size**0.5

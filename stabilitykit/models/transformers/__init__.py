@@ -9,6 +9,9 @@ from stabilitykit.models.transformers.load import (
 from stabilitykit.models.transformers.load import (
     stored_tensors as stored_tensors,
 )
+from stabilitykit.models.transformers.model import (
+    HuggingFaceModel as HuggingFaceModel,
+)
 from stabilitykit.models.transformers.tokenizer import (
     HuggingFaceTokenizer as HuggingFaceTokenizer,
 )

@@ -49,6 +49,11 @@ def explained(name: str, what: str = "a folder that transformers can load") -> I
     except MisuseError:
         raise
     except Exception as error:  # transformers, safetensors, peft and the hub's library each raise their own
+        if "trust_remote_code" in str(error):  # the argument by which transformers asks for leave
+            raise MisuseError(
+                f"{name} brings Python code of its own, which was not run. If you trust its author, run it with "
+                "--trust-remote-code (in Python, trust_remote_code=True)."
+            ) from None
         said = repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
         reason = textwrap.shorten(said, 300, placeholder=" ...")
         raise CheckpointError(f"{name} is {what}; this one it cannot: {reason.removesuffix('.')}.") from error

@@ -41,6 +41,7 @@ def open_model(
     attention: str | None = None,
     adapter: str | Path | None = None,
     stream: bool | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> HuggingFaceModel:
     """The model in the folder `name`, or of that name on the hub if it lies in the local cache, ready to run.
@@ -48,12 +49,13 @@ def open_model(
     `attention` is transformers' choice unless given. `adapter` is the folder of a LoRA or another adapter that peft
     reads. Weights that are quantised stay so and compute in `dtype`. With `stream` each matrix is read by every call
     that needs it, as `stabilitykit.models.stream` does; None streams where the weights do not fit in the memory that is
-    free. An adapter's own weights stay. `progress` is called with bytes while the files' digest is computed, the first
-    time they are opened.
+    free. An adapter's own weights stay. Python code that the folder brings runs only with `trust_remote_code`; without
+    it nothing is asked, and a folder that needs its code is refused. `progress` is called with bytes while the files'
+    digest is computed, the first time they are opened.
 
-    Raises MisuseError for a missing extra, a name that is nowhere, an unknown attention or dtype, and for quantised
-    weights that are to be streamed; CheckpointError, with the library's reason, for a folder that cannot be loaded, and
-    for weights that do not fit the model.
+    Raises MisuseError for a missing extra, a name that is nowhere, a folder that needs its own code, an unknown
+    attention or dtype, and for quantised weights that are to be streamed; CheckpointError, with the library's reason,
+    for a folder that cannot be loaded, and for weights that do not fit the model.
     """
     if attention is not None and attention not in get_args(Attention):
         raise MisuseError(f"An attention is one of {', '.join(get_args(Attention))}; {attention!r} is none of them.")
@@ -61,7 +63,8 @@ def open_model(
     folder = local_folder(name)
     transformers = imported()
     with quiet(transformers), explained(name):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        trust = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on the terminal
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         _check_window(config.get_text_config(), name)
         how = {} if attention is None else {"attn_implementation": attention}
         quantised = getattr(config, "quantization_config", None)
@@ -74,7 +77,7 @@ def open_model(
                 "library makes of them while it loads. Leave --stream out."
             )
         if stream:
-            model, loading = _streamed(transformers, folder, config, target, place, how)
+            model, loading = _streamed(transformers, folder, config, target, place, how, trust)
         else:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -83,6 +86,7 @@ def open_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 **how,
+                **trust,
             )
     missing, unexpected = (sorted(map(str, loading.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected"))
     reshaped = [
@@ -108,7 +112,7 @@ def open_model(
         notes.append(f"weights quantised by {getattr(method, 'value', method)}, computing in {str(target)[6:]}")
     if stream:
         notes.append(STREAMED)
-    tokenizer = open_tokenizer(name)
+    tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
     if str(config.model_type).startswith("gemma") and not tokenizer.begins:
         notes.append("the folder's tokenizer puts no <bos> before a text, where a released Gemma's does")
     facts = {"implementation": "transformers", "attention": model.config._attn_implementation}
@@ -144,7 +148,13 @@ def _elements(folder: Path) -> int:
 
 
 def _streamed(
-    transformers: Any, folder: Path, config: Any, dtype: torch.dtype, device: torch.device, how: Mapping[str, str]
+    transformers: Any,
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    how: Mapping[str, str],
+    trust: Mapping[str, bool],
 ) -> tuple[Any, dict[str, Any]]:
     """The model, its matrices read from the folder's files as it runs, and what transformers says of its loading.
 
@@ -160,7 +170,7 @@ def _streamed(
     }
     placeholders = {name: torch.full((), torch.nan, dtype=dtype).expand(stored[name].shape) for name in weights}
     with torch.device("meta"):
-        blank = transformers.AutoModelForCausalLM.from_config(config, **how)
+        blank = transformers.AutoModelForCausalLM.from_config(config, **how, **trust)
     shapes = {tensor.shape for tensor in stored.values()}
     _refuse_made(folder, [name for name, one in blank.named_parameters() if one.ndim > 2 and one.shape not in shapes])
     model, loading = type(blank).from_pretrained(

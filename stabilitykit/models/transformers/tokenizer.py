@@ -101,12 +101,17 @@ class HuggingFaceTokenizer:
         return next((int(token) for token in known if token is not None), 0)
 
 
-def open_tokenizer(name: str) -> HuggingFaceTokenizer:
-    """The tokenizer in the folder `name`, or of that name in the local cache; raises as `open_model` does."""
+def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> HuggingFaceTokenizer:
+    """The tokenizer in the folder `name`, or of that name in the local cache.
+
+    Code in the folder runs only with `trust_remote_code`. Raises as `open_model` does.
+    """
     folder = local_folder(name)
     transformers = imported()
     with quiet(transformers), explained(name):
-        loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     if len(loaded) <= len(loaded.all_special_ids):  # transformers makes up an empty one where there is no file
         raise CheckpointError(
             f"A model comes with its tokenizer, tokenizer.json or tokenizer.model; {folder} has none that holds "

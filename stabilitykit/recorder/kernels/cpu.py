@@ -18,8 +18,8 @@ from numba import carray, cfunc, njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabilitykit.recorder.axes import Axes
 from stabilitykit.recorder.kernels import plain
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field
 from stabilitykit.recorder.kernels.machine import (
     FASTER,
@@ -58,12 +58,8 @@ _STRIDES, _HIDDEN_STRIDES = OUTER + 1, 2 * (OUTER + 1)
 _MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = map(int, Field)
 
 
-def supports(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> NDArray[np.float64]:
-    """A row as in `layout`, of a tensor that this kernel supports, with any strides.
+    """A row as in `layout`, of a tensor on the CPU, of a dtype of `FLOATS`, with any strides.
 
     An element is masked where `hidden`, boolean and of the tensor's shape, is True and it is not above `limit`.
     """

@@ -45,16 +45,6 @@ _STORED = {torch.float16: np.int16, torch.bfloat16: np.int16, torch.float32: np.
 _SPAN = 64  # elements that are looked at together for one that is not zero
 
 
-def supports(logits: Tensor, probabilities: Tensor) -> bool:
-    """Whether both are on the CPU, in one of torch's four floats; float64 only with itself."""
-    dtypes = {logits.dtype, probabilities.dtype}
-    return (
-        logits.device.type == probabilities.device.type == "cpu"
-        and dtypes <= _STORED.keys()
-        and (torch.float64 not in dtypes or len(dtypes) == 1)
-    )
-
-
 def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> NDArray[np.float64]:
     """A row of `softmax_layout`, of tensors of one shape whose last dimension the softmax runs over."""
     shape = logits.shape

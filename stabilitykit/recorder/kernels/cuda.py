@@ -34,12 +34,8 @@ _LARGE, _SMALL = tl.constexpr(2.0**500), tl.constexpr(2.0**-500)  # beyond these
 _UP, _DOWN = tl.constexpr(2.0**600), tl.constexpr(2.0**-600)
 
 
-def supports(tensor: Tensor) -> bool:
-    return tensor.dtype in device.FLOATS and device.runs_triton(tensor.device)
-
-
 def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> Tensor:
-    """A row as in `layout`, float64 on the tensor's device, of a tensor that this kernel supports, with any strides.
+    """A row as in `layout`, float64 on the tensor's device, of a tensor of a dtype of `FLOATS`, with any strides.
 
     An element is masked where `hidden`, boolean and of the tensor's shape, is True and it is not above `limit`; NaN
     never is. Of equal magnitudes INDEX is that of the first in row-major order, 0 if no element is finite. −0 counts as

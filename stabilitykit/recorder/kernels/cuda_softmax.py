@@ -26,17 +26,6 @@ _FIELDS, _HEAD_FIELDS = tl.constexpr(FIELDS), tl.constexpr(HEAD_FIELDS)
 _PARTS = tl.constexpr(256)  # rows that the second kernel reads together
 
 
-def supports(logits: Tensor, probabilities: Tensor) -> bool:
-    """Whether both are on one device that Triton runs on, in one of torch's four floats; float64 only with itself."""
-    dtypes = {logits.dtype, probabilities.dtype}
-    return (
-        logits.device == probabilities.device
-        and dtypes <= set(device.FLOATS)
-        and (torch.float64 not in dtypes or len(dtypes) == 1)
-        and device.runs_triton(logits.device)
-    )
-
-
 def tally(logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None) -> Tensor:
     """A row of `softmax_layout`, float64 on the tensors' device, of tensors that this kernel supports.
 

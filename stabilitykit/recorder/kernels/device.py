@@ -14,8 +14,6 @@ from torch import Tensor
 
 from stabilitykit.recorder.kernels.places import OUTER, joined
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 _LEAST_CAPABILITY = (8, 0)  # what Triton supports
 _PROGRAMS = 3  # for each multiprocessor, as many as its registers have room for
 _INTERPRETED = 3  # programs on a CPU, where Triton's interpreter runs one after the other

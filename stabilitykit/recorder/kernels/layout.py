@@ -42,6 +42,9 @@ class Field(IntEnum):
 
 FIELDS = len(Field)
 
+FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+"""The dtypes that kernels read; other floating and complex tensors are brought into one of them."""
+
 _CODES = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -78,7 +81,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @lru_cache(maxsize=64)
 def edges(dtype: torch.dtype, formats: tuple[str, ...]) -> Edges:
-    """For tensors of a dtype that torch computes in: float16, bfloat16, float32 or float64."""
+    """For tensors of a dtype of `FLOATS`."""
     own, counted = number_format(str(dtype)), number_format(str(wide(dtype)))
     lowest = counted.emin - counted.precision + 1
     bins = counted.emax - lowest + 1

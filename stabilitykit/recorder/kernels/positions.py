@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabilitykit.recorder.axes import Axes
+from stabilitykit.recorder.kernels.axes import Axes
 
 _BLOCK = 512  # positions
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Section
-from stabilitykit.words import none_of, quoted
+from stabilitykit.words import at_token, counted, none_of, place, with_bos
 
 REFERENCE = "float32"
 
@@ -81,7 +81,9 @@ def missing(results: Results) -> str:
     if not failed and not waiting:
         return ""
     have = "has" if waiting == 1 else "have"
-    return f"Of {count(planned, 'planned run')}, {failed} failed and {waiting} {have} not finished; they are not shown."
+    return (
+        f"Of {counted(planned, 'planned run')}, {failed} failed and {waiting} {have} not finished. They are left out."
+    )
 
 
 def nothing(key: str, title: str, results: Results, what: str) -> Section:
@@ -114,35 +116,18 @@ def intact(recording: Recording) -> Iterator[Record]:
             yield record
 
 
-def place(record: Record) -> str:
-    """layer 7, residual after MLP"""
-    named = record.label or record.site
-    return named if record.layer is None else f"layer {record.layer}, {named}"
-
-
-def token_at(position: int | None, text: str | None) -> str:
-    """, at token 0 '<bos>'; empty where the position is not known."""
-    if position is None:
-        return ""
-    return f", at token {position}" + (f" {quoted(text)}" if text else "")
-
-
 def break_sentence(recording: Recording) -> str | None:
     """float16 breaks in layer 7, residual after MLP, at token 0 '<bos>'; None where nothing broke."""
     first = recording.first_break()
     if first is None or first.broke is None:
         return None
-    where = token_at(first.broke.position, recording.header.text_of(first.broke.token))
+    where = at_token(first.broke.position, recording.header.text_of(first.broke.token))
     return f"{recording.header.dtype} breaks in {place(first)}{where}"
 
 
 def breaks(group: Group) -> list[str]:
     """`break_sentence` of the runs that broke."""
     return [sentence for run in group.runs.values() if (sentence := break_sentence(run)) is not None]
-
-
-def count(number: int, one: str) -> str:
-    return f"{number:,} {one if number == 1 else one + 's'}"
 
 
 def tokens_in(recording: Recording) -> int:
@@ -169,7 +154,7 @@ def _slug(settings: dict[str, Any]) -> str:
 
 
 def _name(settings: dict[str, Any], runs: dict[str, Recording], varied: Sequence[str]) -> str:
-    words = [str(settings.get("prompt", "the prompt")), count(tokens_in(next(iter(runs.values()))), "token")]
+    words = [str(settings.get("prompt", "the prompt")), counted(tokens_in(next(iter(runs.values()))), "token")]
     if settings.get("bos") is not None:
-        words.append("with <bos>" if settings["bos"] else "without <bos>")
+        words.append(with_bos(settings["bos"], mark=""))
     return ", ".join(words + [f"{name} {settings.get(name)}" for name in varied])

@@ -1,13 +1,16 @@
-"""The sections of a report, in its order. To add one, write a file here and enter it below."""
+"""The sections of a report, in its order. To add one, write a file here and enter it below.
+
+An experiment may bring sections of its own, as files beside it: see `own_section`.
+"""
 
 from collections.abc import Callable
 
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Section
+from stabilitykit.report.own_section import own_section
 from stabilitykit.report.sections import (
     bounds,
     chain,
-    claims,
     error,
     exponents,
     forecast,
@@ -37,15 +40,21 @@ SECTIONS: dict[str, Callable[[Results], Section]] = {
     "remedies": remedies.section,
     "bounds": bounds.section,
     "provenance": provenance.section,
-    "claims": claims.section,
 }
 """By the names that an experiment file knows them by."""
 
 _FOUND_SINCE = ("search", "remedies", "bounds")
 """What commands of their own find out about a checkpoint."""
 
-USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name not in ("claims", *_FOUND_SINCE))
+USUAL: tuple[str, ...] = tuple(name for name in SECTIONS if name not in _FOUND_SINCE)
 """What a report shows if the experiment does not say."""
+
+
+def section(results: Results, name: str) -> Section:
+    """The section of that name, or of the experiment's own file; raises MisuseError as `own_section` does."""
+    if name in results.plan.own_sections:
+        return own_section(results.plan, name)(results)
+    return SECTIONS[name](results)
 
 
 def shown(results: Results) -> list[str]:
@@ -57,4 +66,4 @@ def shown(results: Results) -> list[str]:
     return names[:end] + more + names[end:]
 
 
-__all__ = ["SECTIONS", "USUAL", "shown"]
+__all__ = ["SECTIONS", "USUAL", "section", "shown"]

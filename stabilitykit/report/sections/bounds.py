@@ -1,15 +1,17 @@
 """What no prompt can make a tensor exceed, beside what hidden states and texts made of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary
+from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary, unproved
+from stabilitykit.formats import FLOAT16
 from stabilitykit.records.bounds import Bounds, SiteBound
 from stabilitykit.records.sweep import Results
-from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts.lines import layer_axis
 from stabilitykit.report.style import limit_line, magnitude_axis, series_style
+from stabilitykit.report.tables import table
 from stabilitykit.words import code, number
 
 if TYPE_CHECKING:
@@ -20,11 +22,11 @@ if TYPE_CHECKING:
 KEY, TITLE = "bounds", "Bounds for every prompt"
 
 OPENING = (
-    "What a sweep says holds for the prompts it ran. The weights alone say more: behind an RMSNorm no vector is longer "
-    "than sqrt(d) times its gain, whatever the prompt, and from there on every tensor has a bound. Bounds include what "
-    "rounding adds, where norms and softmax are computed in float32 and products are summed in float32 and rounded "
-    "once. Found is the largest that a search over hidden states made: it says how far a bound may be from the truth, "
-    "not that a prompt leads there. Observed is the largest in three texts."
+    "The results of a sweep hold for the prompts that it ran. Bounds follow from the weights alone and hold for every "
+    "prompt: behind an RMSNorm no vector is longer than sqrt(d) times its gain, and every later tensor inherits a "
+    "bound from that. They include rounding, with norms and softmax computed in float32, and products summed in "
+    "float32 and rounded once. Found is the largest value that a search over hidden states reached: it shows how tight "
+    "a bound may be, not that a prompt leads there. Observed is the largest value in three texts."
 )
 
 METHOD = (
@@ -52,56 +54,71 @@ def section(results: Results) -> Section:
     bounds = results.bounds
     if bounds is None:
         command = code(f"stabilitykit bound {results.plan.checkpoint} --report FOLDER")
-        opening = f"No bounds were computed. {command}, with this report's folder, adds them here."
+        opening = f"No bounds have been computed. {command}, with this report's folder, adds them here."
         return Section(key=KEY, title=TITLE, opening=opening)
-    rows = folded(by_kind(bounds.sites))
-    blocks: list[Block] = [Prose(summary(bounds.sites)), _figure(bounds, rows), _kinds(rows, bounds.dtype)]
-    blocks += [Prose(text) for text in METHOD]
-    blocks.append(_sites(bounds))
+    added: list[Block] = [*map(Prose, METHOD), _sites(bounds)]
     if bounds.command:
-        blocks.append(Prose(f"To compute them again: {code(bounds.command)}"))
-    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=blocks)
+        added.append(Prose(f"To compute them again: {code(bounds.command)}"))
+    said, kinds = blocks(bounds.sites)
+    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=[said, _figure(bounds), kinds, *added])
 
 
-def _kinds(rows: Sequence[KindRow], dtype: str) -> Table:
-    def row(one: KindRow) -> list[Cell]:
-        share = one.verdict if one.share == one.sites else f"{one.verdict}, {one.share} of {one.sites}"
-        name = one.worst.label or one.worst.kind
-        return [name, share, one.worst.bound, one.worst.layer, one.found, one.ratio, one.observed]
-
-    return Table(
-        name="bounds-by-kind",
-        title=f"By kind of tensor, as stored in {dtype}, which ends at {number(rows[0].worst.limit)}",
-        columns=[
-            Column(name="tensor"),
-            Column(name="verdict"),
-            Column(name="bound", format=number),
-            Column(name="in layer"),
-            Column(name="found", format=number),
-            Column(name="bound ÷ found", format=lambda value: f"{value:.2f}"),
-            Column(name="observed", format=number),
+def blocks(found: Sequence[SiteBound]) -> tuple[Prose, Table]:
+    """All sites in a sentence, and a row for each kind of tensor."""
+    rows = by_kind(found)
+    kept = folded(rows)
+    kinds = table(
+        "bounds-by-kind",
+        f"Bounds by kind of tensor, as stored in {found[0].dtype} (maximum {number(found[0].limit)})",
+        kept,
+        [
+            (Column("tensor"), lambda row: row.worst.label or row.worst.kind),
+            (Column("verdict"), _verdict),
+            (Column("bound", format=number), lambda row: row.worst.bound),
+            (Column("in layer"), lambda row: row.worst.layer),
+            (Column("found", format=number), lambda row: row.found),
+            (Column("bound ÷ found", format=lambda value: f"{value:.2f}"), lambda row: row.ratio),
+            (Column("observed", format=number), lambda row: row.observed),
         ],
-        rows=[row(one) for one in rows],
-        note="Bound ÷ found is that of the layer where they are closest. Left out are operators whose bound is that of "
-        "another row within 2%, and the tables of cos and sin.",
+        note="Bound: no prompt of any length exceeds it, rounding included. Found: the largest value that a search "
+        "over hidden states entering a layer's norm reached; no prompt is known that leads there. Bound ÷ found: in "
+        "the layer where they are closest. Observed: in three texts, in float32. Kinds of operators are left out whose "
+        f"bound is within 2% of another row's, and the tables of cos and sin: {len(rows) - len(kept)}.",
+        alarming=lambda row: row.verdict.startswith("reachable"),
+    )
+    return Prose(summary(found), tone="bad" if unproved(found) else "good"), kinds
+
+
+def _verdict(row: KindRow) -> str:
+    return row.verdict if row.share == row.sites else f"{row.verdict}, {row.share} of {row.sites}"
+
+
+def proof(bounds: Mapping[str, float]) -> Table:
+    """What a checker proved: the bound of the worst layer of each kind of tensor."""
+    return table(
+        "proof",
+        f"Proved bounds for every prompt (float16 maximum {number(FLOAT16.largest)})",
+        bounds.items(),
+        [(Column("tensor"), lambda pair: pair[0]), (Column("bound", format=number), lambda pair: pair[1])],
+        alarming=lambda pair: pair[1] > FLOAT16.largest,
     )
 
 
 def _sites(bounds: Bounds) -> Table:
-    return Table(
-        name="bounds",
-        title="Every tensor",
-        columns=[
-            Column(name="site"),
-            Column(name="bound", format=number),
-            Column(name="found", format=number),
-            Column(name="observed", format=number),
-            Column(name="verdict"),
-            Column(name="by"),
+    return table(
+        "bounds",
+        "Every tensor",
+        bounds.sites,
+        [
+            (Column("site"), lambda one: one.site),
+            (Column("bound", format=number), lambda one: one.bound),
+            (Column("found", format=number), lambda one: one.found),
+            (Column("observed", format=number), lambda one: one.observed),
+            (Column("verdict"), lambda one: one.verdict),
+            (Column("by"), _by),
         ],
-        rows=[[one.site, one.bound, one.found, one.observed, one.verdict, _by(one)] for one in bounds.sites],
-        note="A dash: no hidden state or text was tried, or none counts. Texts are the beginnings of the kit's prose, "
-        "code and scripts; hidden states are in bounds.json, as `state`.",
+        note="A dash: no hidden state or text was tried, or none counts. The texts are the beginnings of the kit's "
+        "prose, code and scripts; hidden states are in bounds.json, as `state`.",
     )
 
 
@@ -109,7 +126,8 @@ def _by(one: SiteBound) -> str | None:
     return one.prompt or (None if one.state is None else "a state, in bounds.json")
 
 
-def _figure(bounds: Bounds, rows: Sequence[KindRow]) -> Figure:
+def _figure(bounds: Bounds) -> Figure:
+    rows = folded(by_kind(bounds.sites))
     layered = sorted((row for row in rows if row.worst.layer is not None), key=lambda row: -row.worst.bound)
     kinds = [row.worst.kind for row in layered[:_PANELS]]
     panels = {kind: [one for one in bounds.sites if one.kind == kind] for kind in kinds}
@@ -117,8 +135,8 @@ def _figure(bounds: Bounds, rows: Sequence[KindRow]) -> Figure:
     return Figure(
         name="bounds-by-layer",
         title="Bound, found and observed by layer",
-        caption="The kinds with the largest bounds. The dotted line is the format's end: what stays below it is safe "
-        "for every prompt.",
+        caption="The kinds with the largest bounds. The dotted line is the format's maximum: a tensor whose bound "
+        "stays below it does not overflow, whatever the prompt.",
         alt="; ".join(
             f"{sites[0].label or kind}: bound {number(max(one.bound for one in sites))}"
             for kind, sites in panels.items()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis import chain, verdict
@@ -10,8 +11,8 @@ from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names
 from stabilitykit.report.style import BACKING, INK, series_style
+from stabilitykit.report.tables import table
 from stabilitykit.words import code, with_bos
-from stabilitykit.words import grouped as count
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -31,14 +32,14 @@ def section(results: Results) -> Section:
     told = " ".join([code(Names(results.plan.cases)(case)), *([bos] if bos else []), "in", recording.header.dtype])
     others = "" if len(broken) == 1 else f" It is the first of {len(broken):,} runs that broke."
     layers = _layers(recording)
-    blocks: list[Block] = [Prose(verdict(recording, results.reference(case))), _table(recording)]
+    blocks: list[Block] = [Prose(verdict(recording, results.reference(case))), spread(recording)]
     if layers:
         blocks.append(_figure(recording, layers))
     return Section(
         key="chain",
         title=TITLE,
-        opening=f"What became of the first value that was not finite, site by site, in {told}.{others} Where infinity "
-        "turns into NaN depends on the prompt; once attention has read a NaN, it is in every token, the earlier ones "
+        opening=f"What became of the first value that was not finite, site by site, in {told}.{others} Where inf turns "
+        "into NaN depends on the prompt, and once attention has read a NaN, it is in every token, the earlier ones "
         "too, so what is lost late says nothing about the cause.",
         blocks=blocks,
     )
@@ -59,36 +60,21 @@ def _nothing(results: Results, runs: Sequence[tuple[Case, Recording]]) -> str:
     return f"None of the {len(runs):,} runs that were recorded in full broke: there is no chain to follow."
 
 
-def _table(recording: Recording) -> Table:
-    return Table(
-        name="chain",
-        title="The chain",
-        columns=[
-            Column(name="event"),
-            Column(name="layer"),
-            Column(name="site"),
-            Column(name="what"),
-            Column(name="operator"),
-            Column(name="inf", unit="elements", format=count),
-            Column(name="NaN", unit="elements", format=count),
-            Column(name="tokens lost", format=count),
-            Column(name="channels lost", format=count),
-            Column(name="how"),
+def spread(recording: Recording) -> Table:
+    """The chain; neighbouring links of which the same is said, such as those of many layers, are one row."""
+    together = [list(group) for _, group in groupby(chain(recording), key=lambda link: (link.event, link.text))]
+    return table(
+        "chain",
+        "How it spread",
+        together,
+        [
+            (Column("event"), lambda links: links[0].event),
+            (Column("site"), lambda links: " … ".join(dict.fromkeys(str(link.site) for link in (links[0], links[-1])))),
+            (Column("what"), lambda links: links[0].label),
+            (Column("operator"), lambda links: links[0].operator),
+            (Column("how"), lambda links: links[0].text),
         ],
-        rows=[
-            [
-                link.event,
-                link.layer,
-                link.site,
-                link.label,
-                link.operator,
-                *((link.infinite, link.nan) if link.elements else (None, None)),
-                *((link.lost_positions, link.lost_channels) if link.elements else (None, None)),
-                link.text,
-            ]
-            for link in chain(recording)
-        ],
-        note="A token or a channel is lost where any element of it is not finite.",
+        note="A token or a channel is lost where any of its elements is inf or NaN.",
     )
 
 

@@ -14,7 +14,7 @@ from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.sections.peaks import Panels
 from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
-from stabilitykit.words import number
+from stabilitykit.words import counted, number, place
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -24,10 +24,9 @@ KEY, TITLE = "error", "Error against float32"
 
 OPENING = (
     "How far each dtype is from the same prompt in float32: inside the model as SQNR, the power of the signal over "
-    "that "
-    "of the error, where 6 dB are one bit and more is better; at its end as what the error does to the next token's "
-    "distribution. SQNR speaks of the elements that hold the power, so where a few massive ones do, all others may be "
-    "far off and it does not show; and a run that broke is compared only up to its break."
+    "that of the error, where 6 dB are one bit and more is better; at its end as what the error does to the next "
+    "token's distribution. SQNR speaks of the elements that hold the power, so where a few massive ones do, all others "
+    "may be far off and it does not show; and a run that broke is compared only up to its break."
 )
 
 _RESIDUAL = "residual stream"
@@ -74,9 +73,8 @@ def _sentences(group: Group) -> Iterator[str]:
         elif error is not None and error.kl_mean is not None and error.top1 is not None:
             yield (
                 f"{dtype}'s next-token distribution is {number(error.kl_mean)} nats of KL from float32's on average "
-                f"and "
-                f"{number(error.kl_max)} at most, with the same likeliest token at {share(error.top1)} of "
-                f"{choose.count(error.compared, 'position')}."
+                f"and {number(error.kl_max)} at most, with the same likeliest token at {share(error.top1)} of "
+                f"{counted(error.compared, 'position')}."
             )
         else:
             yield f"no logits of the {dtype} run could be compared."
@@ -92,7 +90,7 @@ def _panels(group: Group) -> Panels:
     for dtype, recording in group.low.items():
         records = list(choose.intact(recording))
         halves = [places.at(records, label) for label in places.RESIDUAL]
-        residual = [_point(layer + place / 2, r) for place, half in enumerate(halves) for layer, r in half.items()]
+        residual = [_point(layer + turn / 2, r) for turn, half in enumerate(halves) for layer, r in half.items()]
         found[_RESIDUAL][dtype] = sorted(filter(None, residual), key=lambda point: point.x)
         labels = places.sublayers(recording)
         for name in _SUBLAYERS:
@@ -107,7 +105,7 @@ def _point(x: float, record: Record) -> Point | None:
         return None
     ulp = "" if record.deviation.largest_ulp is None else f", largest error {number(record.deviation.largest_ulp)} ulp"
     value = f"{decibel(sqnr)} dB" if math.isfinite(sqnr) else "no error"
-    return Point(x=x, y=sqnr, text=f"{value} in {choose.place(record)}{ulp}")
+    return Point(x=x, y=sqnr, text=f"{value} in {place(record)}{ulp}")
 
 
 def _once(dtype: str) -> float:
@@ -144,8 +142,8 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     layers = math.floor(max(p.x for panel in panels.values() for points in panel.values() for p in points)) + 1
     grid = figure.add_gridspec(1, len(shown), width_ratios=[1.6 if name == _RESIDUAL else 1 for name in shown])
     parts: dict[str, Axes] = {}
-    for place, name in enumerate(shown):
-        axes = figure.add_subplot(grid[place], sharey=parts[shown[0]] if place else None)
+    for turn, name in enumerate(shown):
+        axes = figure.add_subplot(grid[turn], sharey=parts[shown[0]] if turn else None)
         parts[name] = axes
         lines.plot(axes, panels[name])
         for dtype in group.low:
@@ -153,7 +151,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
                 axes.axhline(_once(dtype), color=dtype_style(dtype)["color"], linewidth=1.0, linestyle=(0, (1, 1.5)))
         lines.layer_axis(axes, layers)
         axes.set_title(name)
-        axes.tick_params(labelleft=place == 0)
+        axes.tick_params(labelleft=turn == 0)
     parts[shown[0]].set_ylabel("SQNR [dB]")
     lines.legend(figure)
     return [
@@ -179,8 +177,7 @@ def _logits_figure(groups: Sequence[Group]) -> Figure:
         title="KL divergence of the next-token distribution from float32's",
         caption=(
             "Filled: the mean over positions; hollow: the largest. A run that broke has none. Values of 0 or below, "
-            "which "
-            "rounding can leave, are at the left edge."
+            "which rounding can leave, are at the left edge."
         ),
         alt=f"Points on a logarithmic scale, in nats. {'; '.join(said)}.",
         draw=functools.partial(_draw_logits, rows=rows),
@@ -202,8 +199,7 @@ def _draw_logits(figure: "matplotlib.figure.Figure", rows: Sequence[tuple[Group,
         axes.plot(most, row, **look, fillstyle="none")
         text = (
             f"{dtype}: KL {number(error.kl_mean)} nats on average, {number(error.kl_max)} at most; same likeliest "
-            f"token "
-            f"at {share(error.top1 or 0.0)} of {choose.count(error.compared, 'position')}"
+            f"token at {share(error.top1 or 0.0)} of {counted(error.compared, 'position')}"
         )
         hovers.append((row, text))
     axes.set_xlim(edge, max(values, default=1e-6) * 3)
@@ -260,8 +256,7 @@ def _table(groups: Sequence[Group]) -> Table:
         rows=[_row(group, dtype) for group in groups for dtype in group.low],
         note=(
             "A run that broke, or was not compared, has no errors. Where few positions were compared, the share of "
-            "equal "
-            "tokens is coarse."
+            "equal tokens is coarse."
         ),
     )
 
@@ -279,5 +274,5 @@ def _row(group: Group, dtype: str) -> list[Cell]:
         None if error is None else error.top1,
         None if error is None else error.compared,
         None if error is None else error.positions,
-        None if first is None else choose.place(first),
+        None if first is None else place(first),
     ]

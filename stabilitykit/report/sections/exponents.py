@@ -13,7 +13,7 @@ from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose
 from stabilitykit.report.parts import choose, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import BLUE, FAINT, INK, VERMILLION, dtype_style, magnitude_axis, share
-from stabilitykit.words import number
+from stabilitykit.words import counted, number, place
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -61,7 +61,7 @@ def _sentences(group: Group, worst: Sequence[Record]) -> Iterator[str]:
     if not found:
         yield "float16's exact counts were not asked for."
         return
-    past = [f"{counts.overflow:,} of {r.elements:,} in {choose.place(r)}" for r, counts in found if counts.overflow]
+    past = [f"{counts.overflow:,} of {r.elements:,} in {place(r)}" for r, counts in found if counts.overflow]
     if past:
         yield f"float16 would overflow in {'; '.join(past)}."
     else:
@@ -83,12 +83,11 @@ def _figure(group: Group, worst: Sequence[Record]) -> Figure:
         caption=(
             "A bar at e counts the elements with magnitudes from 2^e to 2^(e+1); zeros have no bar. Shaded behind the "
             "bars is float16's range; below, that of each format: solid or shaded where normal, hatched where "
-            "subnormal. A "
-            "format's last bin may hold values past its largest."
+            "subnormal. A format's last bin may hold values past its largest."
         ),
         alt=(
             f"{len(worst)} histograms over powers of two. The largest magnitude is {number(first.amax)}, in "
-            f"{choose.place(first)}; float16 ends at {number(FLOAT16.largest)}, in the bin 2^{FLOAT16.emax}."
+            f"{place(first)}; float16 ends at {number(FLOAT16.largest)}, in the bin 2^{FLOAT16.emax}."
         ),
         draw=functools.partial(_draw, worst=worst, formats=_formats(group)),
         size=(8.0, 1.5 + 1.9 * rows),
@@ -113,7 +112,7 @@ def _draw(figure: "matplotlib.figure.Figure", worst: Sequence[Record], formats: 
         magnitude_axis(axes)
         axes.set_xlim(low, high)
         axes.set_ylim(0.6, tallest * 2)
-        axes.set_title(choose.place(record).replace(", ", ",\n", 1), fontsize=8)
+        axes.set_title(place(record).replace(", ", ",\n", 1), fontsize=8)
         axes.tick_params(labelleft=index % columns == 0)
         if index % columns == 0:
             axes.set_ylabel("elements")
@@ -131,20 +130,20 @@ def _bars(axes: "Axes", record: Record) -> Iterator[Hover]:
     number_of_axes = len(axes.get_figure(root=True).axes) - 1  # type: ignore[union-attr]
     axes.axvspan(FLOAT16.emin - 0.5, FLOAT16.emax + 0.5, color=FAINT, alpha=0.6, linewidth=0, zorder=0)
     axes.axvspan(_lowest(FLOAT16) - 0.5, FLOAT16.emin - 0.5, fill=False, hatch="//", edgecolor=FAINT, zorder=0)
-    for index, counted in enumerate(record.exponents):
-        if counted:
+    for index, amount in enumerate(record.exponents):
+        if amount:
             exponent = record.exponent_first + index
             past = exponent > FLOAT16.emax
             axes.bar(
                 exponent,
-                counted,
+                amount,
                 width=0.9,
                 facecolor=VERMILLION if past else BLUE,
                 edgecolor=INK,
                 linewidth=0.3,
                 hatch="xxxx" if past else None,
             )
-            text = f"2^{exponent} to 2^{exponent + 1}: {counted:,} of {choose.count(record.elements, 'element')}"
+            text = f"2^{exponent} to 2^{exponent + 1}: {amount:,} of {counted(record.elements, 'element')}"
             yield Hover(
                 left=exponent - 0.5, right=exponent + 0.5, bottom=bottom, top=top, text=text, axes=number_of_axes
             )

@@ -14,7 +14,7 @@ from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Sect
 from stabilitykit.report.parts import choose, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import bits, heat_map
-from stabilitykit.words import number
+from stabilitykit.words import at_token, counted, number, place
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -68,20 +68,20 @@ def _sentences(group: Group) -> Iterator[str]:
     yield f"**{group.name}**:"
     top = peak(inside)
     if top is not None and top.amax is not None:
-        where = choose.token_at(top.amax_position, top.amax_token_text)
+        where = at_token(top.amax_position, top.amax_token_text)
         yield (
             f"the least headroom in the {widest.header.dtype} run is {bits(FLOAT16.headroom(top.amax))} bits, in "
-            f"{choose.place(top)}{where}."
+            f"{place(top)}{where}."
         )
     yield (
-        f"{len(past)} of {choose.count(len(inside), 'tensor')} in the layers hold a value that float16 cannot."
+        f"{len(past)} of {counted(len(inside), 'tensor')} in the layers hold a value that float16 cannot."
         if past
-        else f"No finite value of the {choose.count(len(inside), 'tensor')} in the layers is past float16's range."
+        else f"No finite value of the {counted(len(inside), 'tensor')} in the layers is past float16's range."
     )
     outside = peak(r for r in stored(widest) if r.layer is None and r.step == 0)
     if outside is not None and outside.amax is not None:
         room = bits(FLOAT16.headroom(outside.amax))
-        yield f"Outside the layers the least headroom is {room} bits, in {choose.place(outside)}."
+        yield f"Outside the layers the least headroom is {room} bits, in {place(outside)}."
     for dtype, recording in group.runs.items():
         if recording is not widest and recording.first_break() is None:
             apart = _apart(_cells(widest), _cells(recording))
@@ -177,11 +177,11 @@ def _draw_sites(figure: "matplotlib.figure.Figure", cells: Cells) -> Sequence[Ho
 
 def _said(record: Record) -> str:
     if record.lost:
-        return f"{choose.place(record)}: {record.lost:,} of {record.elements:,} elements are inf or NaN"
+        return f"{place(record)}: {record.lost:,} of {record.elements:,} elements are inf or NaN"
     if record.amax is None:
-        return f"{choose.place(record)}: no element that a mask leaves"
-    where = choose.token_at(record.amax_position, record.amax_token_text)
-    return f"{choose.place(record)}: {bits(_headroom(record))} bits, largest {number(record.amax)}{where}"
+        return f"{place(record)}: no element that a mask leaves"
+    where = at_token(record.amax_position, record.amax_token_text)
+    return f"{place(record)}: {bits(_headroom(record))} bits, largest {number(record.amax)}{where}"
 
 
 def _table(group: Group, cells: Cells) -> Table:
@@ -258,7 +258,7 @@ def _position_map(group: Group, residual: Mapping[int, Record]) -> Figure:
             + (f" A cell is the least headroom among {width} neighbouring positions." if width > 1 else "")
         ),
         alt=(
-            f"A heat map of {len(rows)} layers over {choose.count(residual[layer].positions or 0, 'position')}. The "
+            f"A heat map of {len(rows)} layers over {counted(residual[layer].positions or 0, 'position')}. The "
             f"least headroom is {bits(FLOAT16.headroom(top.amax))} bits, after layer {layer}{_where(recording, top)}."
         ),
         draw=functools.partial(_draw_positions, recording=recording, rows=rows),
@@ -294,4 +294,4 @@ def _draw_positions(
 def _where(recording: Recording, part: _Bin) -> str:
     tokens = recording.header.tokens
     text = None if tokens is None else recording.header.text_of(tokens[part.row][part.position])
-    return choose.token_at(part.position, text)
+    return at_token(part.position, text)

@@ -14,7 +14,7 @@ from stabilitykit.report.parts import choose, lines, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import bits, dtype_style, limit_line, magnitude_axis
-from stabilitykit.words import number
+from stabilitykit.words import at_token, number, place
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -54,7 +54,7 @@ def _sentences(group: Group) -> Iterator[str]:
         side = "below" if room >= 0 else "past"
         yield (
             f"in {group.widest.header.dtype} the residual stream reaches {number(top.amax)} "
-            f"({choose.place(top)}{choose.token_at(top.amax_position, top.amax_token_text)}), {bits(abs(room))} bits "
+            f"({place(top)}{at_token(top.amax_position, top.amax_token_text)}), {bits(abs(room))} bits "
             f"{side} float16's largest value."
         )
     yield from (f"{sentence}." for sentence in choose.breaks(group))
@@ -65,8 +65,8 @@ def _panels(group: Group) -> Panels:
     found: Panels = {name: {} for name in (_RESIDUAL, *_SUBLAYERS, _OUTSIDE)}
     for dtype, recording in group.runs.items():
         records = list(choose.intact(recording))
-        half = places.at(records, places.AFTER_ATTENTION), places.at(records, places.AFTER_MLP)
-        residual = [_point(layer + place / 2, r) for place in (0, 1) for layer, r in half[place].items()]
+        halves = places.at(records, places.AFTER_ATTENTION), places.at(records, places.AFTER_MLP)
+        residual = [_point(layer + half / 2, r) for half in (0, 1) for layer, r in halves[half].items()]
         found[_RESIDUAL][dtype] = sorted(filter(None, residual), key=lambda point: point.x)
         for name, label in places.sublayers(recording).items():
             found[name][dtype] = list(filter(None, (_point(x, r) for x, r in places.at(records, label).items())))
@@ -78,8 +78,8 @@ def _panels(group: Group) -> Panels:
 def _point(x: float, record: Record) -> Point | None:
     if not record.amax:
         return None  # nothing finite, or nothing but zeros, which no logarithmic scale has
-    where = choose.token_at(record.amax_position, record.amax_token_text)
-    return Point(x=x, y=record.amax, text=f"{number(record.amax)} in {choose.place(record)}{where}")
+    where = at_token(record.amax_position, record.amax_token_text)
+    return Point(x=x, y=record.amax, text=f"{number(record.amax)} in {place(record)}{where}")
 
 
 def _breaks(group: Group) -> Panels:
@@ -95,7 +95,7 @@ def _breaks(group: Group) -> Panels:
             value = abs(first.broke.value) if first.broke.value is not None else math.nan
             height = value if math.isfinite(value) else first.broke.limit
             x = first.layer + (0.5 if first.label == places.AFTER_MLP else 0.0)
-            text = f"{number(first.broke.value)} in {choose.place(first)}, past {number(first.broke.limit)}"
+            text = f"{number(first.broke.value)} in {place(first)}, past {number(first.broke.limit)}"
             found.setdefault(panel, {})[f"{dtype} breaks"] = [Point(x=x, y=height, text=text)]
     return found
 
@@ -155,8 +155,8 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     main = figure.add_subplot(grid[0, :9])
     axes = {_RESIDUAL: main, _OUTSIDE: figure.add_subplot(grid[0, 9:], sharey=main)}
     width = 12 // max(len(shown), 1)
-    for place, name in enumerate(shown):
-        axes[name] = figure.add_subplot(grid[1, place * width : (place + 1) * width], sharey=main)
+    for turn, name in enumerate(shown):
+        axes[name] = figure.add_subplot(grid[1, turn * width : (turn + 1) * width], sharey=main)
 
     magnitude_axis(main)
     heights = [p.y for part in (panels, breaks) for panel in part.values() for points in panel.values() for p in points]
@@ -248,11 +248,11 @@ def _run_row(group: Group, dtype: str) -> list[Cell]:
         group.name,
         dtype,
         amax,
-        None if top is None else choose.place(top),
+        None if top is None else place(top),
         None if top is None else top.amax_position,
         None if top is None else top.amax_token_text,
         None if amax is None else number_format(dtype).headroom(amax),
         None if amax is None else FLOAT16.headroom(amax),
         None if norm is None else norm.amax,
-        None if first is None else choose.place(first),
+        None if first is None else place(first),
     ]

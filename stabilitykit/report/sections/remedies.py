@@ -1,5 +1,6 @@
 """What keeps the checkpoint finite in float16, side by side."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -7,8 +8,9 @@ from typing import TYPE_CHECKING
 from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.records.sweep import Results
-from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import INK, bits, series_style, share, size
+from stabilitykit.report.tables import table
 from stabilitykit.words import code
 
 if TYPE_CHECKING:
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 KEY, TITLE = "remedies", "Remedies"
 
 OPENING = (
-    "Each remedy on texts that chose nothing of it, against the same tokens in float32. KL is that of float32's "
-    "next-token distribution from the remedy's, in nats a token; its interval is over means of 64 neighbouring tokens."
+    "Each remedy on texts that were not used to choose it, against the same tokens in float32. KL is the divergence of "
+    "the remedy's next-token distribution from float32's, in nats a token; its interval is over means of 64 "
+    "neighbouring tokens. Other texts may rank remedies that lie close together differently."
 )
 
 
@@ -27,67 +30,81 @@ def section(results: Results) -> Section:
     ranking = results.ranking
     if ranking is None:
         command = code(f"stabilitykit repair {results.plan.checkpoint} --report FOLDER")
-        opening = f"No remedies were ranked. {command}, with this report's folder, ranks them and adds them here."
+        opening = f"No remedies have been ranked. {command}, with this report's folder, ranks them and adds them here."
         return Section(key=KEY, title=TITLE, opening=opening)
-    best = outlier(ranking.repaired)
-    said = [recommendation(ranking), how_rescaled(ranking), best]
-    blocks: list[Block] = [Prose(" ".join(text for text in said if text is not None))]
+    found = blocks(ranking)
     drawn = [score for score in ranking.scores if score.finite and score.kl_mean and score.kl_p99]
     if drawn:
-        blocks.append(_figure(drawn))
-    blocks.append(_table(ranking))
-    blocks += [Prose(f"**{score.name}**: {score.summary}") for score in ranking.scores]
+        found.append(_figure(drawn))
     if ranking.islands:
-        blocks.append(_islands(ranking))
+        found.append(_islands(ranking))
     if ranking.command:
-        blocks.append(Prose(f"To rank them again: {code(ranking.command)}"))
-    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=blocks)
+        found.append(Prose(f"To rank them again: {code(ranking.command)}"))
+    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=found)
 
 
-def _table(ranking: Ranking) -> Table:
-    return Table(
-        name="remedies",
-        title=f"Remedies over {ranking.scores[0].positions:,} held-out tokens, best first",
-        columns=[
-            Column(name="remedy"),
-            Column(name="finite"),
-            Column(name="a folder can carry it"),
-            Column(name="mean KL", format=_short),
-            Column(name="± 95%", format=_short),
-            Column(name="99th percentile", format=_short),
-            Column(name="largest", format=_short),
-            Column(name="same likeliest token", format=share),
-            Column(name="perplexity", format=lambda value: f"{100 * value:+.3f}%"),
-            Column(name="least headroom", unit="bits", format=bits),
-            Column(name="weights", unit="bytes", format=size),
-            Column(name="extra", unit="bytes", format=size),
-            Column(name="time ÷ float16", format=lambda value: f"{value:.2f}"),
+def blocks(ranking: Ranking) -> list[Block]:
+    """Which remedy to take, and what a rescale does; the remedies, best first."""
+    more = [text for text in (how_rescaled(ranking), outlier(ranking.repaired)) if text is not None]
+    taken = Prose(recommendation(ranking), tone="good" if ranking.repaired.finite else "bad")
+    return [taken, *([Prose(" ".join(more))] if more else []), *of_scores(ranking.scores)]
+
+
+def of_scores(scores: Sequence[Score]) -> list[Block]:
+    """The remedies in figures, then what each of them does."""
+    measured = table(
+        "remedies",
+        f"Against float32, over {scores[0].positions:,} held-out tokens",
+        scores,
+        [
+            (Column("remedy"), lambda one: one.name),
+            (Column("mean KL", format=_short), lambda one: one.kl_mean if one.finite else None),
+            (Column("±", format=_short), lambda one: one.kl_interval if one.finite else None),
+            (Column("99%", format=_short), lambda one: one.kl_p99 if one.finite else None),
+            (Column("largest", format=_short), lambda one: one.kl_max if one.finite else None),
+            (Column("top-1", format=share), lambda one: one.top1 if one.finite else None),
+            (
+                Column("perplexity", format=lambda value: f"{100 * value:+.3f}%"),
+                lambda one: one.perplexity if one.finite else None,
+            ),
+            (Column("headroom", unit="bits", format=bits), lambda one: one.headroom if one.finite else None),
+            (Column("weights", unit="bytes", format=size), lambda one: one.weights),
+            (Column("extra", unit="bytes", format=size), lambda one: one.extra),
+            (Column("time", format=lambda value: f"{value:.2f}×"), lambda one: one.time),
         ],
-        rows=[_row(score) for score in ranking.scores],
-        note="A dash: not finite. Extra is what a window of tokens takes beside a plain run. Times are one machine's, "
-        "and of the kit's own code around the model.",
+        note="KL: mean, half the width of its 95% interval, 99th percentile, largest. Top-1: positions with "
+        "float32's likeliest token. Headroom: bits between the largest value stored and the dtype's maximum. Extra: "
+        "what a window of tokens takes on top of a plain run. Time: against plain float16, on one machine and with the "
+        "kit's own code around the model. A dash: not finite.",
+        alarming=lambda one: not one.finite,
     )
-
-
-def _row(score: Score) -> list[Cell]:
-    found: list[Cell] = [score.kl_mean, score.kl_interval, score.kl_p99, score.kl_max]
-    found += [score.top1, score.perplexity, score.headroom]
-    known = found if score.finite else [None] * len(found)
-    return [score.name, score.finite, score.exportable, *known, score.weights, score.extra, score.time]
+    said = table(
+        "remedies-explained",
+        "What each remedy does",
+        scores,
+        [
+            (Column("remedy"), lambda one: one.name),
+            (Column("a folder can carry it"), lambda one: one.exportable),
+            (Column("what it does"), lambda one: one.summary),
+        ],
+        note="What no folder of weights can carry needs code around the model.",
+    )
+    return [measured, said]
 
 
 def _islands(ranking: Ranking) -> Table:
-    return Table(
-        name="islands",
-        title="What float16 cannot hold on the choosing texts",
-        columns=[Column(name="tensor")],
-        rows=[[site] for site in ranking.islands],
-        note="Each alone breaks float16, and all together kept in float32 leave nothing that does.",
+    return table(
+        "islands",
+        "Tensors that overflow float16 in the texts that the islands were chosen from",
+        ranking.islands,
+        [(Column("tensor"), lambda site: site)],
+        note="Each of them alone makes float16 overflow; with all of them kept in float32 nothing overflows.",
     )
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}"
+    """4.8e-5"""
+    return re.sub(r"e([-+])0?", r"e\1", f"{value:.1e}") if value else "0"
 
 
 def _figure(scores: Sequence[Score]) -> Figure:
@@ -95,8 +112,8 @@ def _figure(scores: Sequence[Score]) -> Figure:
         name="kl-and-memory",
         title="KL to float32, and memory",
         caption="Filled: the mean over all tokens, with its 95% interval; hollow: the 99th percentile. Beside the name "
-        "is the memory of the weights and of what a window of tokens takes beside a plain run: all remedies take that "
-        "of 16 bits, so that they differ in the other direction alone. Not drawn: what is not finite.",
+        "is the memory of the weights and of what a window of tokens takes on top of a plain run. Not drawn: remedies "
+        "that are not finite.",
         alt="; ".join(f"{one.name}: mean {one.kl_mean:.2g}, {size(one.weights + one.extra)}" for one in scores),
         draw=partial(_draw, scores=scores),
         size=(8.0, 1.1 + 0.34 * len(scores)),

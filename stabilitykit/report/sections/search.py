@@ -1,17 +1,18 @@
-"""Which tokens and short prompts come nearest to the format's end, and why."""
+"""Which tokens and short prompts come nearest to the format's maximum, and why."""
 
 import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.search import how_measured, of_what_kind, place, shortest, shown, with_bos
+from stabilitykit.diagnosis.search import how_measured, of_what_kind, shortest, shown, with_bos
 from stabilitykit.records.search import KINDS, Scan, Search, TokenPeak
 from stabilitykit.records.sweep import Results
-from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.prose import plain
 from stabilitykit.report.style import INK, VERMILLION, bits, series_style
-from stabilitykit.words import code, quoted
-from stabilitykit.words import grouped as count
+from stabilitykit.report.tables import table
+from stabilitykit.words import code, number, place, quoted
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 KEY, TITLE = "search", "Dangerous tokens and prompts"
 
 OPENING = (
-    "The largest value at a token's own position, over all tensors that are stored in the dtype. A search finds what "
-    "breaks; that it found nothing proves nothing, for it tries few of the prompts there are."
+    "The largest value at a token's own position, over all tensors that are stored in the dtype. A search shows what "
+    "overflows; that it found nothing proves nothing, because it tries few of the prompts there are."
 )
 
 
@@ -29,119 +30,128 @@ def section(results: Results) -> Section:
     search = results.search
     if search is None:
         command = code(f"stabilitykit search {results.plan.checkpoint} --report FOLDER")
-        opening = f"Nobody searched. {command}, with this report's folder, looks for prompts that break and adds them."
+        opening = f"No search has been run for this checkpoint. {command}, with this report's folder, adds one here."
         return Section(key=KEY, title=TITLE, opening=opening)
-    said = [with_bos(search), shortest(search, False), shortest(search, True)]
-    blocks: list[Block] = [Prose(_plain(text)) for text in said if text is not None]
-    if search.finds:
-        blocks += [_finds(search), _steps(search)]
+    found = blocks(search)
     if any(scan.bins for scan in search.scans):
-        blocks.append(_figure(search))
-    for scan in search.scans:
-        blocks += [_worst(scan), Prose(_plain(of_what_kind(scan)))]
-    blocks.append(_kinds(search))
-    if any(scan.by_ids for scan in search.scans):
-        blocks.append(_by_ids(search))
-    blocks.append(Prose(how_measured(search)))
+        found.append(_figure(search))
+    found.append(_kinds(search))
     if search.command:
-        blocks.append(Prose(f"To search again: {code(search.command)}"))
-    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=blocks)
+        found.append(Prose(f"To search again: {code(search.command)}"))
+    return Section(key=KEY, title=TITLE, opening=OPENING, blocks=found)
 
 
-def _plain(text: str) -> str:
-    """Without what would be markup: tokens may be stars and backticks."""
-    return text.replace("`", "'").replace("**", "∗∗")
+def blocks(search: Search) -> list[Block]:
+    """What overflows, or comes nearest; the prompts and how they grew; the worst tokens of each context."""
+    breaks = {find.bos for find in search.breaking}
+    said = ((True, with_bos(search)), (False, shortest(search, False)), (True, shortest(search, True)))
+    found: list[Block] = [
+        Prose(plain(text), tone="bad" if bos in breaks else "good") for bos, text in said if text is not None
+    ]
+    if search.finds:
+        found += [_finds(search), _steps(search)]
+    for scan in search.scans:
+        found += [_worst(scan), Prose(plain(of_what_kind(scan)), tone="note")]
+    if any(scan.by_ids for scan in search.scans):
+        found.append(_by_ids(search))
+    return [*found, Prose(plain(how_measured(search)), tone="note")]
 
 
-_PEAK = [
-    Column(name="largest", format=count),
-    Column(name="headroom", unit="bits", format=bits),
-    Column(name="in"),
-]
-
-
-def _peak(peak: TokenPeak) -> list[Cell]:
-    return [peak.value, peak.headroom, place(peak)]
+_VALUE, _HEADROOM = Column("largest", format=number), Column("headroom", unit="bits", format=bits)
 
 
 def _worst(scan: Scan) -> Table:
     text = f", which is {quoted(scan.context_text)}" if scan.context_text else ""
-    return Table(
-        name=f"worst-{_slug(scan)}",
-        title=f"The worst {len(scan.worst)} tokens {scan.name}",
-        columns=[Column(name="token"), Column(name="id"), Column(name="what it is"), *_PEAK],
-        rows=[[quoted(peak.text), peak.token, peak.kind, *_peak(peak)] for peak in scan.worst],
-        note=f"Of {scan.scanned:,} tokens{text}; {scan.beyond:,} would leave the range. Those that a text can hold.",
+    return table(
+        f"worst-{_slug(scan)}",
+        f"The worst {len(scan.worst)} tokens {scan.name}",
+        scan.worst,
+        [
+            (Column("token"), lambda peak: quoted(peak.text)),
+            (Column("id"), lambda peak: peak.token),
+            (Column("what it is"), lambda peak: peak.kind),
+            (_VALUE, lambda peak: peak.value),
+            (_HEADROOM, lambda peak: peak.headroom),
+            (Column("in"), place),
+        ],
+        note=f"Of {scan.scanned:,} tokens{plain(text)}; {scan.beyond:,} would overflow. Those that a text can hold.",
+        alarming=_overflows,
     )
 
 
+def _overflows(peak: TokenPeak) -> bool:
+    return peak.value is None or (peak.headroom is not None and peak.headroom < 0)
+
+
 def _by_ids(search: Search) -> Table:
-    return Table(
-        name="by-ids",
-        title="Tokens that no text is read as",
-        columns=[Column(name="where"), Column(name="token"), Column(name="id"), Column(name="what it is"), *_PEAK],
-        rows=[
-            [scan.name, quoted(peak.text), peak.token, peak.kind, *_peak(peak)]
-            for scan in search.scans
-            for peak in scan.by_ids
+    return table(
+        "by-ids",
+        "Reachable only as raw token ids: no text tokenizes to them",
+        [(scan.name, peak) for scan in search.scans for peak in scan.by_ids],
+        [
+            (Column("where"), lambda pair: pair[0]),
+            (Column("token"), lambda pair: quoted(pair[1].text)),
+            (Column("id"), lambda pair: pair[1].token),
+            (Column("what it is"), lambda pair: pair[1].kind),
+            (_VALUE, lambda pair: pair[1].value),
+            (_HEADROOM, lambda pair: pair[1].headroom),
+            (Column("in"), lambda pair: place(pair[1])),
         ],
-        note="A prompt of text never holds them. Whoever hands ids to the model can, and chat templates do.",
+        note="A caller that passes ids to the model can use them, and chat templates do.",
+        alarming=lambda pair: _overflows(pair[1]),
     )
 
 
 def _kinds(search: Search) -> Table:
-    return Table(
-        name="token-kinds",
-        title="Headroom by kind of token",
-        columns=[
-            Column(name="where"),
-            Column(name="kind"),
-            Column(name="tokens", format=count),
-            Column(name="least headroom", unit="bits", format=bits),
-            Column(name="median", unit="bits", format=bits),
-        ],
-        rows=[
-            [scan.name, KINDS[kind.kind], kind.count, kind.least, kind.median]
-            for scan in search.scans
-            for kind in scan.kinds
+    return table(
+        "token-kinds",
+        "Headroom by kind of token",
+        [(scan.name, kind) for scan in search.scans for kind in scan.kinds],
+        [
+            (Column("where"), lambda pair: pair[0]),
+            (Column("kind"), lambda pair: KINDS[pair[1].kind]),
+            (Column("tokens"), lambda pair: pair[1].count),
+            (Column("least headroom", unit="bits", format=bits), lambda pair: pair[1].least),
+            (Column("median", unit="bits", format=bits), lambda pair: pair[1].median),
         ],
     )
 
 
 def _finds(search: Search) -> Table:
-    return Table(
-        name="finds",
-        title="Prompts",
-        columns=[
-            Column(name="prompt"),
-            Column(name="<bos>"),
-            Column(name="breaks"),
-            *_PEAK,
-            Column(name="at token"),
-            Column(name="breaks in"),
+    return table(
+        "finds",
+        "Prompts found",
+        search.finds,
+        [
+            (Column("file"), lambda one: one.file or None),
+            (Column("prompt"), shown),
+            (Column("<bos>"), lambda one: one.bos),
+            (Column("breaks"), lambda one: one.breaks),
+            (_VALUE, lambda one: one.value),
+            (_HEADROOM, lambda one: one.headroom),
+            (Column("in"), place),
+            (Column("at token"), lambda one: one.position),
+            (Column("breaks in"), lambda one: one.broken_site),
         ],
-        rows=[
-            [shown(one), one.bos, one.breaks, one.value, one.headroom, place(one), one.position, one.broken_site]
-            for one in search.finds
-        ],
-        note=f"Values are float32's; whether it breaks was seen in {search.dtype} itself.",
+        note=f"Values are float32's; whether a prompt breaks was observed in {search.dtype} itself.",
+        alarming=lambda one: one.breaks,
     )
 
 
 def _steps(search: Search) -> Table:
-    return Table(
-        name="prompt-steps",
-        title="How prompts grew",
-        columns=[
-            Column(name="<bos>"),
-            Column(name="length", unit="tokens"),
-            Column(name="tried", format=count),
-            Column(name="nearest"),
-            Column(name="largest", format=count),
-            Column(name="headroom", unit="bits", format=bits),
+    return table(
+        "prompt-steps",
+        "How prompts grew: the nearest of each length",
+        search.steps,
+        [
+            (Column("<bos>"), lambda one: one.bos),
+            (Column("length", unit="tokens"), lambda one: one.length),
+            (Column("tried"), lambda one: one.tried),
+            (_VALUE, lambda one: one.value),
+            (_HEADROOM, lambda one: one.headroom),
+            (Column("prompt"), lambda one: quoted(one.text)),
         ],
-        rows=[[one.bos, one.length, one.tried, quoted(one.text), one.value, one.headroom] for one in search.steps],
-        note="Of each length the prompt whose last token came nearest; the best few of each were drawn out.",
+        note="The best few prompts of each length were extended by another token.",
     )
 
 
@@ -156,7 +166,7 @@ def _figure(search: Search) -> Figure:
         name="headroom-over-the-vocabulary",
         title="Headroom over the vocabulary",
         caption=f"How many tokens leave how much headroom in {search.dtype}, in steps of a tenth of a bit. Left of the "
-        "line the range has ended.",
+        "line a token overflows.",
         alt=f"A histogram for each context. {least}.",
         draw=partial(_draw, scans=scans, dtype=search.dtype),
         size=(8.0, 3.8),
@@ -166,12 +176,12 @@ def _figure(search: Search) -> Figure:
 def _draw(figure: "matplotlib.figure.Figure", scans: Sequence[Scan], dtype: str) -> list[Hover]:
     axes = figure.subplots()
     hovers = []
-    for number, scan in enumerate(scans):
+    for index, scan in enumerate(scans):
         first, last = scan.bins[0][0], scan.bins[-1][0]
         known = dict(scan.bins)
         edges = [edge / 10 for edge in range(first, last + 2)]
         counts = [known.get(edge, 0) for edge in range(first, last + 1)]
-        look = series_style(number)
+        look = series_style(index)
         axes.stairs(counts, edges, color=look["color"], linestyle=look["linestyle"], linewidth=1.6, label=scan.name)
         for edge, amount in scan.bins:
             text = f"{scan.name}: {amount:,} tokens with {edge / 10:g} to {(edge + 1) / 10:g} bits"
@@ -180,7 +190,7 @@ def _draw(figure: "matplotlib.figure.Figure", scans: Sequence[Scan], dtype: str)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     axes.axvline(0, color=VERMILLION, linewidth=1.0, linestyle=(0, (1, 1.5)))
-    axes.annotate(f"{dtype} ends", xy=(0, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4),
+    axes.annotate(f"{dtype} maximum", xy=(0, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4),
                   textcoords="offset points", ha="right", va="top", rotation=90, fontsize=7.5, color=INK)  # fmt: skip
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -0.1), math.ceil(10 * right) / 10)

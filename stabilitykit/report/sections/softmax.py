@@ -13,7 +13,7 @@ from stabilitykit.report.parts import choose, lines
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import heat_map, share
-from stabilitykit.words import number
+from stabilitykit.words import counted, number
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -150,7 +150,7 @@ def _figure(group: Group) -> Figure:
             + (f" A line ends where its run broke: {'; '.join(broken)}." if broken else "")
         ),
         alt=(
-            f"A heat map of entropy over {len(found)} layers and {choose.count(heads, 'head')}, {spread}; beside it "
+            f"A heat map of entropy over {len(found)} layers and {counted(heads, 'head')}, {spread}; beside it "
             f"lines over layers for {', '.join(group.runs)}."
         ),
         draw=functools.partial(_draw, group=group),
@@ -225,9 +225,8 @@ def _table(groups: Sequence[Group]) -> Table:
         ],
         rows=[_row(group, dtype) for group in groups for dtype in group.runs if _attention(group.runs[dtype])],
         note=(
-            "Over the layers before a run's first break; NaN rows are counted in all layers. Entropies are means "
-            "over a "
-            "head's queries. A share is of one layer's unmasked probabilities, rounded to the dtype."
+            "Over the layers before a run's first break; NaN rows are counted in all layers. Entropies are means over "
+            "a head's queries. A share is of one layer's unmasked probabilities, rounded to the dtype."
         ),
     )
 

@@ -9,7 +9,7 @@ from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
 from stabilitykit.report.style import bits
-from stabilitykit.report.words import at_token, happened, place, short_place
+from stabilitykit.report.words import at_broken_token, happened, located, short_place
 from stabilitykit.words import code, count, grouped, listed, none_of, sentence, with_bos
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
@@ -59,7 +59,7 @@ def _breaks(found: Sequence[Outcome], dtype: str) -> Iterator[str]:
     own = list(texts([o for o in found if o.dtype == dtype]))
     first_text = min((text for text in own if text.broken), key=lambda text: text.broken[0].first)
     first = first_text.broken[0]
-    yield f"**{dtype} breaks first in {place(first)}{at_token(first)}**: {happened(first, dtype)}."
+    yield f"**{dtype} breaks first in {located(first)}{at_broken_token(first)}**: {happened(first, dtype)}."
     order = (True, False, None)
     for bos, group in groupby(sorted(own, key=lambda text: order.index(text.bos)), key=lambda text: text.bos):
         yield _group(bos, list(group))

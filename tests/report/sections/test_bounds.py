@@ -20,9 +20,9 @@ def test_without_any_it_says_how_to_compute_them(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_each_kind_and_each_tensor(tmp_path: Path) -> None:
-    results = sweep(tmp_path / "reports", [], sections=("claims",))
+    results = sweep(tmp_path / "reports", [], sections=("memory",))
     results.write_finding(bounds())
-    assert shown(results) == ["claims", "bounds"]
+    assert shown(results) == ["memory", "bounds"]
     found = section_of.section(results)
     tables = {block.name: block for block in found.blocks if isinstance(block, Table)}
     rows = {row[0]: list(row) for row in tables["bounds-by-kind"].rows}
@@ -36,15 +36,15 @@ def test_what_is_known_of_each_kind_and_each_tensor(tmp_path: Path) -> None:
     assert "`stabilitykit bound toy`" in said
     (figure,) = [block for block in found.blocks if isinstance(block, Figure)]
     (drawing,) = draw_all([figure])
-    assert "float16 ends at 65,504" in drawing.svg
+    assert "float16 maximum, 65,504" in drawing.svg
     assert "layer 1: bound 80,000, found 60,000, observed 20, open" in drawing.inline
 
 
 def test_the_sentence_counts() -> None:
     assert summary(bounds().sites) == (
-        "Of 6 tensors, 2 stay below 65,504, the end of float16, for every prompt. Of the others: 2 open, 1 reachable "
-        "by a hidden state, 1 reachable by a prompt."
+        "Of 6 tensors, 2 stay below the float16 maximum, 65,504, for every prompt. The others: 2 open, 1 reachable by "
+        "a hidden state, 1 reachable by a prompt."
     )
     safe = [one for one in bounds().sites if one.bound < 65504]
-    assert summary(safe) == "float16 holds every tensor of this checkpoint whatever the prompt: none of 2 can leave it."
+    assert summary(safe) == "No prompt makes any of this checkpoint's 2 tensors overflow in float16."
     assert by_kind(bounds().sites)[1].worst.layer == 1

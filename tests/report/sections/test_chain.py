@@ -26,12 +26,12 @@ def test_the_first_broken_run_in_float16_is_followed_to_its_error(tmp_path: Path
     assert isinstance(prose, Prose)
     assert "The float32 run has 68,123 there." in prose.text
     assert isinstance(table, Table)
-    assert [(row[0], row[1], row[5], row[6]) for row in table.rows] == [
-        ("break", 0, 1, 0),
-        ("first NaN", 1, 0, 12),
-        ("layer", 1, 0, 12),
-        ("logits", None, 0, 12),
-        ("error", None, None, None),
+    assert [list(row) for row in table.rows] == [
+        ["break", "layers.0", "residual after MLP", "add", "overflow: 1 element lost at position 0 '<bos>'"],
+        ["first NaN", "layers.1", None, "add", "inf - inf makes 12 NaN"],
+        ["layer", "layers.1", None, "add", "12 NaN, in 3 of 3 tokens and 4 of 4 channels"],
+        ["logits", "lm_head", None, "matmul", "every logit is NaN"],
+        ["error", "sampler", None, None, "no `probabilities`"],
     ]
     assert isinstance(figure, Figure)
     assert figure.alt.endswith("The first loss in a layer's output is in layer 0; from layer 1 on everything is lost.")

@@ -28,10 +28,10 @@ def test_each_run_and_format_is_a_row(tmp_path: Path) -> None:
     found = forecast.section(sweep(tmp_path / "reports", pairs))
     (table,) = [block for block in found.blocks if isinstance(block, Table)]
     assert [tuple(row) for row in table.rows] == [
-        ("prose, 3 tokens, with <bos>", "float16", None, None, None, 0, 3 / 36, 1 / 36,
-         pytest.approx(math.log2(65504 / 16376)), "layer 1, layers.1"),
-        ("prose, 3 tokens, without <bos>", "float16", "layer 1, layers.1", " a", 2, 2, 3 / 36, 1 / 36,
-         pytest.approx(math.log2(65504 / 70000)), "layer 1, layers.1"),
+        ("prose, 3 tokens, with <bos>", "float16", 0, "±inf", 3 / 36, 1 / 36,
+         pytest.approx(math.log2(65504 / 16376)), None, None, None, "layer 1, layers.1"),
+        ("prose, 3 tokens, without <bos>", "float16", 2, "±inf", 3 / 36, 1 / 36,
+         pytest.approx(math.log2(65504 / 70000)), "layer 1, layers.1", " a", 2, "layer 1, layers.1"),
     ]  # fmt: skip
     said = [block.text for block in found.blocks if isinstance(block, Prose)]
     assert "float16 would hold every value" in said[0]

@@ -10,7 +10,11 @@ from swept import broken_map, broken_run, clean_map, clean_run, lengths_case, me
 from stabilitykit.records.sweep import Case, Footprint, Results, Shortage
 from stabilitykit.report.blocks import Figure, Table
 from stabilitykit.report.figures import draw
-from stabilitykit.report.sections.claims import section
+from stabilitykit.report.own_section import load
+from stabilitykit.sweeps.file import read_experiment
+
+CLAIMS = Path(__file__).parents[2] / "experiments" / "claims"
+section = load(CLAIMS / "section.py").section
 
 ALL = (
     "fixed answer",
@@ -143,3 +147,9 @@ def test_every_figure_can_be_drawn_under_a_name_of_its_own(tmp_path: Path) -> No
     assert len(set(names)) == len(names)
     for figure in (block for block in blocks if isinstance(block, Figure)):
         assert draw(figure).svg.startswith("<?xml")
+
+
+def test_the_experiment_brings_this_section_along() -> None:
+    read = read_experiment(CLAIMS / "claims.toml")
+    assert read.sections[0] == str(CLAIMS / "section.py")
+    assert list(read.own_sections) == [read.sections[0]]

@@ -7,8 +7,8 @@ from remedied import small
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.remedies.texts import HELD_OUT, KINDS, WINDOW, texts
 from stabilitykit.run.prompts import parse_prompt, tokens
+from stabilitykit.run.windows import HELD_OUT, KINDS, WINDOW, texts
 
 OPENED = small(3)
 TOKENIZER = Tokenizer(OPENED.vocabulary)

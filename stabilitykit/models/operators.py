@@ -1,16 +1,18 @@
 """What kind of thing an ATen operator does, under one name whatever the grad mode.
 
 Under `inference_mode` composite operators reach a dispatch mode whole (`linear`, `softmax.int`), under
-`no_grad` as their parts (`mm`, `_softmax`). The mode takes composites apart itself, and the names here join
-the rest, so a site is called the same either way.
+`no_grad` as their parts (`mm`, `_softmax`). `OperatorMode` takes composites apart, and the names here join the
+rest, so an operator is called the same either way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _SAME = {
     "mm": "matmul",
@@ -53,7 +55,7 @@ CONTRACTIONS = frozenset({"matmul"})
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the recorder asks about an operator, found once."""
+    """What there is to know about an operator, found once."""
 
     name: str  # the canonical one
     composite: bool  # takes itself apart into others
@@ -110,6 +112,42 @@ def _traits(func: Any) -> Traits:
 def canonical(func: Any) -> str:
     """`aten.add_.Tensor` and `aten.add.Tensor` are "add"; `mm`, `bmm` and `addmm` are "matmul"."""
     return traits(func).name
+
+
+class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside the block, `operator(traits, args, kwargs)` runs in the place of every operator, and returns its result.
+
+    Composite operators are taken apart, and their parts arrive instead; `given` may change the arguments of one
+    before that. Views run as they are. What `operator` itself runs does not come back to it.
+    """
+
+    def __init__(
+        self,
+        operator: Callable[[Traits, tuple[Any, ...], dict[str, Any]], Any],
+        *,
+        given: Callable[[Traits, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._operator = operator
+        self._given = given
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = traits(func)
+        if kind.composite:
+            if self._given is not None:
+                args, kwargs = self._given(kind, args, kwargs)
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        if kind.view:
+            return func(*args, **kwargs)
+        return self._operator(kind, args, kwargs)
 
 
 def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:

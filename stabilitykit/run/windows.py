@@ -41,8 +41,7 @@ def texts(config: GemmaConfig, tokenizer: Tokenizer, files: Sequence[Path] = (),
         found = tokens(prompt, tokenizer, bos=bos, length=None)
         if len(found) > config.context:
             raise MisuseError(
-                f"A prompt fits the model's context of {config.context:,} tokens; {file} has {len(found):,}: "
-                "shorten it."
+                f"{file} has {len(found):,} tokens, and the model's context holds {config.context:,}; shorten it."
             )
         choosing.append(tuple(found))
     return Texts(choosing=tuple(choosing), held_out=tuple(held_out))

@@ -1,4 +1,4 @@
-"""The claims of a widely read deployment guide, each judged by the cases of a sweep: `experiments/claims.toml`.
+"""The claims of a widely read deployment guide, each judged by the cases of the sweep in `claims.toml`.
 
 The guide's origin is google/gemma_pytorch, issue 26. A claim that the finished cases cannot decide is left open, with
 what would decide it.
@@ -13,12 +13,13 @@ from typing import Literal
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, texts
-from stabilitykit.report.sections.claim_figures import OF_SHORTAGE, SHARE, bars, largest_values, tally
 from stabilitykit.report.sections.lengths import break_map
 from stabilitykit.report.sections.memory import footprint_figure
 from stabilitykit.report.style import share, size
-from stabilitykit.report.words import at_token, happened, place
+from stabilitykit.report.words import at_broken_token, happened, located
 from stabilitykit.words import code, count, grouped, listed, quoted, with_bos
+
+from .figures import OF_SHORTAGE, SHARE, bars, largest_values, tally
 
 Verdict = Literal["holds", "does not hold", "cannot be decided here"]
 
@@ -172,8 +173,8 @@ def _cause_float16(evidence: Evidence) -> Claim:
         first = min(broken, key=lambda o: o.first.first if o.first else 0).first
         assert first is not None
         why = (
-            f"{len(broken):,} of {count(len(low), 'float16 case')} {_break(broken)}, first in {place(first)}"
-            f"{at_token(first)}: {happened(first, 'float16')}. The same texts in wider formats: "
+            f"{len(broken):,} of {count(len(low), 'float16 case')} {_break(broken)}, first in {located(first)}"
+            f"{at_broken_token(first)}: {happened(first, 'float16')}. The same texts in wider formats: "
             f"{sum(o.first is not None for o in wide):,} of {len(wide):,} break."
         )
     return Claim(

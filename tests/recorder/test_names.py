@@ -1,4 +1,6 @@
-"""`Sites` tells of every operator the name that its record has, on every family and in every way to run it."""
+"""An observer that measures nothing has for every operator the name that its record has, on every family and in every
+way to run it.
+"""
 
 from contextlib import ExitStack
 from typing import Any
@@ -8,47 +10,34 @@ import torch
 from families import FAMILIES, family_model
 from remedied import SPECS
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabilitykit.models.gemma import load
+from stabilitykit.models.operators import OperatorMode, Traits
 from stabilitykit.recorder import record
-from stabilitykit.recorder.operators import traits
-from stabilitykit.recorder.sites import Sites, by_operator
+from stabilitykit.recorder.names import Names, by_operator
 
 TOKENS = torch.tensor([[2, 70, 71, 72, 73, 74, 75]])
 
 
-class Naming(TorchDispatchMode):
-    """Runs a model as it is, and writes down the name and the shape of what each operator makes."""
+def named(model: nn.Module, tokens: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """The name and the shape of what each operator makes."""
+    names = Names(model)
+    seen: list[tuple[str, tuple[int, ...]]] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.sites = Sites(model)
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, kind = kwargs or {}, traits(func)
-        if kind.composite:
-            with self:
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
-        output = func(*args, **kwargs)
-        if not kind.view:
-            name = self.sites.of_operator(kind, args, kwargs, output)
-            if name is not None:
-                made = output if isinstance(output, Tensor) else output[0]
-                self.seen.append((name, tuple((torch.view_as_real(made) if made.is_complex() else made).shape)))
+    def run(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = kind.func(*args, **kwargs)
+        name = names.of_operator(kind, args, kwargs, output)
+        if name is not None:
+            made = output if isinstance(output, Tensor) else output[0]
+            seen.append((name, tuple((torch.view_as_real(made) if made.is_complex() else made).shape)))
         return output
 
-
-def named(model: nn.Module, tokens: Tensor) -> list[tuple[str, tuple[int, ...]]]:
     with torch.inference_mode(), ExitStack() as stack:
-        mode = Naming(model)
-        mode.sites.attach(stack)
-        stack.enter_context(mode)
+        names.attach(stack)
+        stack.enter_context(OperatorMode(run))
         model(tokens)
-    return mode.seen
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return seen
 
 
 def recorded(model: nn.Module, tokens: Tensor) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,79 @@
+"""The options that several commands have, each said once; and the command line itself."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stabilitykit.choices import Attention, RoundingName
+
+LocalCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME for a "
+        "model in the local Hugging Face cache.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or gemma_pytorch's .ckpt file, "
+        "random:SIZE?layers=2&seed=0, or hf:FOLDER or hf:NAME to run transformers' own code (extra: hf).",
+        show_default=False,
+    ),
+]
+Prompt = Annotated[str, typer.Option(help="Text to run, or @FILE to read it from a UTF-8 file.", show_default=False)]
+NoBos = Annotated[bool, typer.Option("--no-bos", help="Start the prompt without <bos>.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Wrap the prompt in Gemma's turn template, or in that of an hf: tokenizer.")
+]
+Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda or mps.")]
+Rounding = Annotated[
+    RoundingName, typer.Option(help="Implementation whose rounding points the kit's own model reproduces.")
+]
+Rescale = Annotated[
+    float,
+    typer.Option(
+        help="Rescale γ, a power of two by which to scale the residual stream; float32 logits keep every bit."
+    ),
+]
+AttentionName = Annotated[
+    Attention | None,
+    typer.Option("--attention", help="Attention of hf: models; transformers' own choice if not given."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that an hf: folder brings; it never runs without this option."
+    ),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read each weight matrix when it is used; done anyway where the model does not fit in the free memory.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Redact = Annotated[bool, typer.Option("--redact", help="Keep the prompt and its tokens out of all output.")]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of a sweep, whose report gets a section on the result; or a new folder for a report of its own."
+    ),
+]
+
+
+def command_line() -> str:
+    """What the user typed, to be typed again."""
+    return shlex.join(["stabilitykit", *sys.argv[1:]])
+
+
+def prompt_text(prompt: str) -> str:
+    """What --prompt stands for. Raises MisuseError for an @FILE that cannot be read as UTF-8."""
+    from stabilitykit.run.prompts import read_text
+
+    return read_text(Path(prompt[1:])) if prompt.startswith("@") else prompt

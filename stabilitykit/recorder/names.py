@@ -1,0 +1,227 @@
+"""What a place in the forward pass is called: by the module that is running, the operator, and which of its name.
+
+`Names` follows a model by hooks and knows of each operator's result its name and where its values come from. The
+recorder and lighter observers share it, so that a name means the same to both.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from stabilitykit.models.operators import Traits, moves
+from stabilitykit.recorder.blocks import QueryBlock
+from stabilitykit.recorder.masks import Operand, blocks, narrowest
+from stabilitykit.recorder.origins import Origin, Origins, hidden
+from stabilitykit.recorder.tensors import aside, floating, floating_of_call, is_view_of, measurable
+from stabilitykit.records import Record, Recording
+
+OUTSIDE = "outside"  # where operators stand that no part of the model runs
+
+_WRAPPERS = re.compile(r"^(base_model\.(model\.)?)?(model\.)?")  # of peft, and of others' models with a head
+
+
+def site_path(name: str) -> str:
+    """A module's or parameter's path as sites have it: without what wraps the text model it belongs to."""
+    name = _WRAPPERS.sub("", f"{name}.")
+    return name.removesuffix(".")
+
+
+@dataclass(slots=True)
+class Frame:
+    """A module that is being executed, with the arguments it was given.
+
+    `numbers` count its operators by name. `block` is what it computes of its attention now, `numbers_before` what they
+    were when it began with the first one, `of_blocks` the numbers of the entries that its blocks share, by site. A
+    recorder that sees no operators keeps the `inputs`; `first_entry` is how many entries it had before.
+    """
+
+    path: str
+    module: nn.Module | None
+    by_blocks: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    first_entry: int = 0
+    inputs: list[Operand] | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
+    block: QueryBlock | None = None
+    numbers_before: dict[str, int] | None = None
+    of_blocks: dict[str, int] | None = None
+
+    def site(self, operator: str) -> str:
+        """The name of the operator that runs now, which is counted."""
+        if self.by_blocks:
+            block = self.module.query_block  # type: ignore[union-attr]
+            if block is not self.block:
+                self._turn_to(block)  # type: ignore[arg-type]
+        number = self.numbers.get(operator, 0)
+        self.numbers[operator] = number + 1
+        return f"{self.path}/{operator}.{number}"
+
+    def _turn_to(self, block: QueryBlock | None) -> None:
+        """Operators have the same numbers in every block, and go on from there after the last one."""
+        if block is not None:
+            if self.block is None or self.numbers_before is None:
+                self.numbers_before, self.of_blocks = dict(self.numbers), {}
+            self.numbers = dict(self.numbers_before)
+        self.block = block
+
+
+def by_operator(recording: Recording) -> Iterator[tuple[str, Record]]:
+    """The records of a first step that operators made, under the operators' own names: what a module returns is
+    recorded under the module's.
+    """
+    ran: dict[str, Counter[str]] = {}  # by module, the operators of its present run
+    returned: set[str] = set()  # modules whose output has been seen, so that they may run again
+    for record in recording:
+        module, operator = record.module, record.operator
+        if record.step > 0 or operator is None or record.site.endswith("]"):
+            continue
+        numbers = ran.setdefault(module, Counter())
+        own = "/" in record.site
+        if module in returned and (not own or record.site != f"{module}/{operator}.{numbers[operator]}"):
+            numbers.clear()  # it runs again
+            returned.remove(module)
+        yield record.site if own else f"{module}/{operator}.{numbers[operator]}", record
+        numbers[operator] += 1
+        if not own:
+            returned.add(module)
+
+
+class Names:
+    """Follows the modules of `model` that run, and where the values of every tensor come from.
+
+    `masks`: where values are moved, it is followed which of them a mask hides. `later` does what has to wait for
+    statistics that are still on their way from a device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        masks: bool = False,
+        later: Callable[[Callable[[], None]], None] = lambda action: action(),
+    ) -> None:
+        self.frames = [Frame(OUTSIDE, None)]
+        self.origins = Origins(
+            weights=lambda: ((site_path(name), tensor) for name, tensor in model.named_parameters()),
+            constants=((site_path(name), tensor) for name, tensor in model.named_buffers()),
+        )
+        self._modules = [(site_path(name), module) for name, module in model.named_modules()]
+        self._masks = masks
+        self._later = later
+
+    def attach(
+        self,
+        stack: ExitStack,
+        *,
+        only: Callable[[str], bool] = lambda path: True,
+        entered: Callable[[Frame], None] | None = None,
+        left: Callable[[Frame, Any], None] | None = None,
+    ) -> None:
+        """Follows the modules whose paths `only` accepts, until the end of `stack`.
+
+        `entered` is called when one begins, `left` when it has ended, with what it returns: None if it raised.
+        """
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.frames[-1].module is module:  # else never entered: somebody else's hook raised before ours
+                frame = self.frames.pop()
+                if left is not None:
+                    left(frame, output)
+
+        def entering(path: str, by_blocks: bool) -> Callable[..., None]:
+            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs)
+                self.frames.append(frame)
+                if entered is not None:
+                    entered(frame)
+
+            return enter
+
+        for path, module in self._modules:
+            if only(path):
+                enter = entering(path, hasattr(type(module), "query_block"))
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+
+    def of_operator(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> str | None:
+        """The name of what an operator that is no view has just made; None of what no record tells: values that were
+        only moved, and constants.
+        """
+        outputs = floating(output)
+        if not outputs:
+            return None
+        operands = [Operand(tensor, self.origins.of(tensor)) for tensor in floating_of_call(args, kwargs)]
+        site = self.of_result(kind, operands, outputs)
+        if site is not None:
+            made = Origin("computed", site)
+            for tensor in outputs:
+                self.origins.remember(tensor, made)
+        return site
+
+    def of_result(self, kind: Traits, operands: Sequence[Operand], outputs: Sequence[Tensor]) -> str | None:
+        """As `of_operator`, of floating operands and at least one result; the origin of what has a name is left to the
+        caller to remember.
+        """
+        if moves(kind, operands[-1].tensor if operands else None, outputs[0]):
+            self._move(kind, operands, outputs)
+            return None
+        if not kind.factory:
+            for operand in operands:
+                if operand.origin.kind != "constant":
+                    return self.frames[-1].site(kind.name)
+        for tensor in outputs:
+            self.origins.remember(tensor, Origin("constant", kind.name))
+        return None
+
+    def same(self, tensor: Tensor, other: Tensor) -> Tensor:
+        """`tensor`, whose values come from where those of `other` do."""
+        self.origins.remember(tensor, self.origins.of(other))
+        return tensor
+
+    def also_lost(self, origin: Origin, others: Sequence[Origin]) -> None:
+        """What one of `others` lost, `origin` has lost too."""
+
+        def tell() -> None:
+            origin.lost = origin.lost or any(other.lost for other in others)
+
+        self._later(tell)
+
+    def _move(self, kind: Traits, operands: Sequence[Operand], outputs: Sequence[Tensor]) -> None:
+        """A move's output has its operand's origin, or a constant's where nothing floating went in."""
+        origins = [operand.origin for operand in operands]
+        if kind.writes_in_place:
+            if any(origin.kind != "constant" for origin in origins):
+                # blocks that are put together are the record that they share
+                entry = origins[-1].entry if self.frames[-1].block is not None else None
+                for tensor in outputs:
+                    origin = Origin("computed", origins[-1].name if entry is not None else kind.name, entry)
+                    self.also_lost(origin, origins)
+                    self.origins.remember(tensor, origin)
+            return
+        hides = False
+        if self._masks and any(origin.may_hide for origin in origins):
+            with aside():
+                hides = any(operand.hides() is not None for operand in operands)
+        for tensor in outputs:
+            if operands and is_view_of(tensor, operands[0].tensor):
+                continue  # a view shares its memory's origin
+            if not origins or kind.name in ("lift", "lift_fresh"):
+                origin = Origin("constant", kind.name)
+            elif all(other is origins[0] for other in origins):
+                origin = origins[0]
+            else:
+                origin = Origin("computed", kind.name)
+                self.also_lost(origin, origins)
+            if hides:  # elements moved, and the mask with them
+                with aside():
+                    where = blocks(measurable(tensor), narrowest(tensor, operands))
+                    moved = hidden(where, tensor.stride())
+                moved_from, origin = origin, replace(origin, masked=moved, hidden=None)
+                self.also_lost(origin, [moved_from])
+            self.origins.remember(tensor, origin)

@@ -1,0 +1,237 @@
+"""`record(model)`: forward hooks on every module and, between them, every operator, as one list of records.
+
+    with record(model) as recording:
+        logits = model(tokens)
+    recording.first_break()
+
+The hooks know where the program is; the operator mode sees what no module returns: residual adds, attention
+scores, gate · up. A tensor is measured the moment it exists, because the next operator may write over it.
+Nothing is changed: the model computes the same bits with and without a recorder, and no hook outlives the
+block. On a device nothing waits: what was counted there crosses to the host while the pass goes on.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import cache
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.formats import number_format
+from stabilitykit.models import matmul as products
+from stabilitykit.models.machine import machine, versions
+from stabilitykit.recorder.custom import Statistic
+from stabilitykit.recorder.labels import family_of
+from stabilitykit.recorder.names import OUTSIDE
+from stabilitykit.recorder.observe import DEFAULT_FORMATS, Options
+from stabilitykit.recorder.origins import Origin
+from stabilitykit.recorder.session import Session, StopAtBreak
+from stabilitykit.records import Header, Level, Record, Recording
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    *,
+    level: Level = "operators",
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    statistics: Sequence[Statistic] = (),
+    position_peaks: bool = False,
+    fused_softmax: bool = True,
+    stop_at_break: bool = False,
+    keep: dict[str, Tensor] | None = None,
+    against: Mapping[str, Tensor] | None = None,
+    matmul: str | None = None,
+    watch: Sequence[tuple[str, int]] = (),
+    token_text: Callable[[int], str] | None = None,
+    redact: bool = False,
+    case: Mapping[str, Any] | None = None,
+) -> Iterator[Recording]:
+    """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
+
+    `level`: "layers" sees the outputs of the decoder layers and the model's direct children, "modules" those of
+    every module, "operators" every operator too. `formats`: those for which exact counts are kept. `statistics` are
+    added to those of every record, each with a column of its own: see `Statistic`. `position_peaks` keeps each
+    position's amax. `fused_softmax`: a fused attention kernel runs as it is and keeps no probabilities, so its softmax
+    statistics are recomputed in float32 from the queries and keys it was given. `stop_at_break` ends the block at the
+    first break, whatever follows in it.
+
+    `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
+    handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
+    computes 16-bit matrix products in the block as `stabilitykit.models.matmul` does; without it arithmetic stays as
+    it is. The header says which was in force.
+
+    On the meta device nothing is computed: such a recording says which tensors there would be, of what shape and in
+    which dtype, and counts all their elements as masked.
+
+    `watch` names single elements, by site and row-major index, whose values the header keeps as `watched`.
+    `token_text` gives a token id's text; a model with a `tokenizer` that has `piece` needs none. `redact` keeps
+    tokens out of the recording. `case` goes into the header as it is.
+
+    Each call of `model`, or of a module in it that holds the layers, is a step; what runs between two of them, such as
+    a sampler, belongs to the first and has sites that begin with "outside". The tokens are the argument named
+    `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
+    the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
+
+    Raises MisuseError for what is not a module, for an unknown level, format or matmul mode, for statistics whose names
+    are taken, and for a model or a module of it that went through `torch.compile`. Warns at the end of a block in which
+    no part of the model was called, or in which a statistic failed.
+    """
+    _check(model, level, formats, matmul)
+    options = Options(
+        level=level,
+        formats=tuple(formats),
+        position_peaks=position_peaks,
+        fused_softmax=fused_softmax,
+        stop_at_break=stop_at_break,
+        keep=keep,
+        against=against or {},
+        watch=watch,
+        statistics=statistics,
+    )
+    session = Session(model, options)
+    recording = Recording(_header(model, session, case or {}))
+    error: str | None = None
+    try:
+        with ExitStack() as stack:
+            if matmul is not None:
+                stack.enter_context(products.matmul(matmul))
+            recording.header = replace(recording.header, matmul=products.matmul_in_force())
+            if "torch._dynamo" in sys.modules:  # else nothing can have been compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            session.attach(stack)
+            yield recording
+    except StopAtBreak:
+        pass
+    except Exception as raised:
+        error = str(raised)
+        raise
+    finally:
+        _finish(model, session, recording, token_text, redact=redact, error=error)
+    for failure in session.observer.custom.failures():
+        warnings.warn(failure, stacklevel=3)
+    if all(entry.module == OUTSIDE for entry in session.observer.entries):
+        warnings.warn(
+            "Nothing was recorded: the model was not called inside the block. Call the module that was passed to "
+            "record(), or a part of it.",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside a recorded block: operators of an observer's own, which are none of the model's."""
+    with _disable_current_modes():
+        yield
+
+
+def _check(model: nn.Module, level: str, formats: Sequence[str], matmul: str | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise MisuseError(
+            f"record() expects a torch.nn.Module, got {type(model).__name__}. If it wraps a model, pass the module "
+            "inside it."
+        )
+    if level not in get_args(Level):
+        raise MisuseError(f"unknown level {level!r}; choose one of: {', '.join(get_args(Level))}")
+    for name in formats:
+        number_format(name)
+    if matmul is not None:
+        products.check_matmul(matmul)
+    if any("_orig_mod" in m._modules or m.__dict__.get("_compiled_call_impl") is not None for m in model.modules()):
+        raise MisuseError(
+            "record() cannot see inside a compiled model. Pass the model from before torch.compile, which keeps it as "
+            "`_orig_mod`, or load it again if model.compile() was called."
+        )
+
+
+def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Header:
+    parameter = next(model.parameters(), torch.empty(0))
+    return Header(
+        checkpoint=getattr(model, "source", None),
+        sha256=getattr(model, "sha256", None),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=str(parameter.device),
+        level=session.options.level,
+        matmul="native",
+        formats=session.options.formats,
+        statistics=session.observer.custom.units,
+        rows=0,
+        tokens=None,
+        notes=tuple(getattr(model, "notes", ())),
+        case=dict(case),
+        versions=_versions(),
+        machine=machine(str(parameter.device)) | {"threads": torch.get_num_threads()},
+    )
+
+
+def _finish(
+    model: nn.Module,
+    session: Session,
+    recording: Recording,
+    piece: Callable[[int], str] | None,
+    *,
+    redact: bool,
+    error: str | None,
+) -> None:
+    """Waits for what is on its way, and completes the recording."""
+    observer = session.observer
+    watched: list[tuple[str, int, float]] = []
+    with suppress(RuntimeError):  # a device that failed has nothing more to say; what it said before is kept
+        observer.settle()
+        watched += [(site, index, float(element)) for site, index, element in observer.watched]
+    step = observer.step
+    tokens = None if redact or not step.tokens else tuple(map(tuple, step.tokens))
+    if tokens is not None and piece is None:
+        piece = getattr(getattr(model, "tokenizer", None), "piece", None)
+    texts = {} if tokens is None or piece is None else _texts(sorted(session.seen), piece)
+    header = recording.header = replace(
+        recording.header,
+        dtype=session.autocast or recording.header.dtype,
+        watched=tuple(watched),
+        rows=step.rows or 0,
+        tokens=tokens,
+        token_texts=texts,
+        starts=tuple(session.starts),
+        notes=(*recording.header.notes, *observer.custom.failures()),
+        error=error,
+    )
+    recording.records = lambda: _records(model, session, header)
+    session.names.origins.forget()
+    session.names.frames.clear()
+
+
+def _records(model: nn.Module, session: Session, header: Header) -> list[Record]:
+    entries, family = session.observer.entries, family_of(model)
+
+    def site_of(origin: Origin) -> str:
+        return origin.name if origin.entry is None else entries[origin.entry].site
+
+    whole = [entry for entry in entries if entry.row is not None]
+    again = {
+        id(entry)
+        for entry in whole
+        if entry.repeats is not None and entry.statistics == entries[entry.repeats].statistics
+    }
+    kept = (entry for entry in whole if id(entry) not in again)
+    return [entry.record(order, header, family=family, site_of=site_of) for order, entry in enumerate(kept)]
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return versions() | {"numpy": np.__version__}
+
+
+def _texts(tokens: Sequence[int], piece: Callable[[int], str]) -> dict[int, str]:
+    """Ids without a text stay so: this runs while an exception may be on its way, and must not replace it."""
+    texts = {}
+    for token in tokens:
+        with suppress(Exception):
+            texts[token] = piece(token)
+    return texts

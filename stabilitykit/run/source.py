@@ -1,0 +1,231 @@
+"""What a run needs of a checkpoint, whoever runs it: a prompt's tokens, a model in each dtype, the stored weights."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from torch import Tensor
+
+from stabilitykit.checkpoints import Checkpoint, open_checkpoint
+from stabilitykit.checkpoints.hub import local_folder
+from stabilitykit.choices import Attention, RoundingName
+from stabilitykit.errors import MisuseError
+from stabilitykit.models import transformers as hf
+from stabilitykit.models.devices import parse_device
+from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.footprint import footprint
+from stabilitykit.models.gemma.rescale import weight_factor
+from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.gemma.tokenizer import Tokenizer
+from stabilitykit.models.matmul import preferred_matmul
+from stabilitykit.models.open import check_options
+from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers.library import PREFIX
+from stabilitykit.run.case import Progress, stage
+
+SubjectIn = Callable[[str, Callable[[int, int], None]], Subject]
+"""The model in a dtype; the second argument is called with how much of it is done, and out of how much."""
+
+
+class ModelOptions(TypedDict, total=False):
+    """How a checkpoint becomes a model; `open_model` says what each means."""
+
+    device: str
+    rounding: RoundingName
+    rescale: float
+    attention: Attention | None
+    adapter: str | Path | None
+    trust_remote_code: bool
+    stream: bool
+
+
+class SourceOptions(ModelOptions, total=False):
+    """How a prompt becomes tokens, too; `profile` says what each means."""
+
+    bos: bool
+    chat: bool
+    system: str | None
+    special_tokens: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A prompt's `tokens` and what a token says; the model in a dtype; `tensors` are the weights as stored.
+
+    `bytes` is their size. `dtypes` are those to run in unless others are asked for.
+    """
+
+    tokens: list[int]
+    piece: Callable[[int], str]
+    subject_in: SubjectIn
+    tensors: Iterable[tuple[str, Tensor]]
+    bytes: int
+    dtypes: tuple[str, ...] = ("float16",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    text: str
+    bos: bool
+    chat: bool
+    system: str | None
+    special_tokens: bool
+
+    def tokens(self, encode: Callable[..., list[int]], turn: Callable[..., list[int]]) -> list[int]:
+        how = {"bos": self.bos, "special_tokens": self.special_tokens}
+        return turn(self.text, system=self.system, **how) if self.chat else encode(self.text, **how)
+
+
+def checkpoint_of(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint:
+    """The checkpoint for the kit's own model; `hf:` names a folder too, which it computes as transformers does."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    place = local_path(checkpoint) if str(checkpoint).startswith(PREFIX) else checkpoint
+    return open_checkpoint(place, progress=stage("reading weights", progress))
+
+
+def local_path(checkpoint: str | Path) -> Path:
+    """The path that a name stands for, `hf:` names being looked up in the local Hugging Face cache."""
+    name = str(checkpoint)
+    return local_folder(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(name)
+
+
+def open_source(
+    checkpoint: str | Path | Gemma | Subject,
+    prompt: str,
+    *,
+    matmul: str | None = None,
+    more_tokens: int = 0,
+    progress: Progress | None = None,
+    bos: bool = True,
+    chat: bool = False,
+    system: str | None = None,
+    special_tokens: bool = False,
+    **how: Unpack[ModelOptions],
+) -> Source:
+    """The kit's own model of a checkpoint, transformers' where its name begins with hf:, or one that is open already.
+
+    Weights are streamed where `stream` says so, or where a run of `more_tokens` beyond the prompt would not fit.
+    """
+    if not prompt:
+        raise MisuseError("The prompt is empty; write at least one character.")
+    text = _Prompt(text=prompt, bos=bos, chat=chat, system=system, special_tokens=special_tokens)
+    if system is not None and not chat:
+        raise MisuseError("A system text is part of the turn template; add --chat (in Python, chat=True).")
+    if not isinstance(checkpoint, str | Path):
+        if how:
+            raise MisuseError(f"A model that is open keeps the {', '.join(how)} it was opened with; leave them out.")
+        return _opened(GemmaSubject(checkpoint) if isinstance(checkpoint, Gemma) else checkpoint, text)
+    parse_device(how.get("device", "cpu"))
+    return _from_name(checkpoint, text, matmul, more_tokens, progress, **how)
+
+
+def _from_name(
+    checkpoint: str | Path,
+    prompt: _Prompt,
+    matmul: str | None,
+    more_tokens: int,
+    progress: Progress | None,
+    *,
+    device: str = "cpu",
+    rounding: RoundingName = "transformers",
+    rescale: float = 1.0,
+    attention: Attention | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    stream: bool = False,
+) -> Source:
+    check_options(checkpoint, rounding, rescale, attention, adapter, trust_remote_code)
+    name = str(checkpoint)
+    if name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
+        tokenizer = hf.open_tokenizer(name, trust_remote_code=trust_remote_code)
+        return Source(
+            tokens=prompt.tokens(tokenizer.encode, tokenizer.chat),
+            piece=tokenizer.piece,
+            subject_in=lambda dtype, announce: hf.open_model(
+                name,
+                dtype=dtype,
+                device=device,
+                attention=attention,
+                adapter=adapter,
+                stream=stream or None,
+                trust_remote_code=trust_remote_code,
+                progress=announce,
+            ),
+            tensors=hf.stored_tensors(name),
+            bytes=hf.stored_bytes(name),
+        )
+    opened = checkpoint_of(checkpoint, progress)
+    config, own = opened.config, Tokenizer(opened.vocabulary)
+    tokens = prompt.tokens(own.encode, partial(own.chat, generation=config.generation))
+
+    def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
+        products = matmul or preferred_matmul(dtype, device)
+        needs = footprint(config, dtype, len(tokens) + more_tokens, matmul=products, device=device)
+        model = build(
+            opened,
+            dtype=dtype,
+            device=device,
+            rounding=rounding,
+            rescale=rescale,
+            stream=stream or None,
+            beside=needs.cache + needs.activations,
+            progress=announce,
+        )
+        return GemmaSubject(model)
+
+    def scaled(name: str, tensor: Tensor) -> Tensor:
+        factor = weight_factor(config, name, rescale)
+        return tensor if factor == 1 else tensor * factor
+
+    return Source(
+        tokens=tokens,
+        piece=own.piece,
+        subject_in=subject_in,
+        tensors=((name, scaled(name, tensor)) for name, tensor in opened.tensors.items()),
+        bytes=sum(tensor.nbytes for tensor in opened.tensors.values()),
+    )
+
+
+def _opened(subject: Subject, prompt: _Prompt) -> Source:
+    """Of a model that is open: it runs in its own dtype."""
+    if isinstance(subject, GemmaSubject):
+        tokenizer = subject.module.tokenizer
+        if tokenizer is None:
+            raise MisuseError("A prompt is read by the model's tokenizer, and this model was built without one.")
+        tokens = prompt.tokens(tokenizer.encode, partial(tokenizer.chat, generation=subject.module.config.generation))
+    elif isinstance(subject, hf.HuggingFaceModel):
+        tokens = prompt.tokens(subject.tokenizer.encode, subject.tokenizer.chat)
+    else:
+        raise MisuseError(f"Expected a checkpoint's name or a model from open_model(), got {type(subject).__name__}.")
+    parameters = dict(subject.module.named_parameters())
+    own = str(next(one.dtype for one in parameters.values() if one.is_floating_point())).removeprefix("torch.")
+
+    def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
+        if dtype != own:
+            raise MisuseError(f"The open model runs in {own}, not {dtype}; pass its checkpoint's name for others.")
+        return subject
+
+    return Source(
+        tokens=tokens,
+        piece=subject.piece,
+        subject_in=subject_in,
+        tensors=parameters.items(),
+        bytes=sum(one.nbytes for one in parameters.values()),
+        dtypes=(own,),
+    )
+
+
+def counting(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """To be called with the bytes of weights that were checked since the last call."""
+    done, announce = 0, stage("checking weights", progress)
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        announce(done, total)
+
+    return count
