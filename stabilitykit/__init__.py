@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from stabilitykit.models.gemma import load as load
     from stabilitykit.models.open import open_model as open_model
     from stabilitykit.models.subject import Sampling as Sampling
+    from stabilitykit.recorder import Statistic as Statistic
+    from stabilitykit.recorder import Where as Where
+    from stabilitykit.recorder import describe as describe
     from stabilitykit.recorder import record as record
     from stabilitykit.records import Recording as Recording
     from stabilitykit.remedies.repair import repair as repair
@@ -44,9 +47,12 @@ _HOMES = {
     "NumberFormat": "formats",
     "Recording": "records",
     "Sampling": "models.subject",
+    "Statistic": "recorder",
+    "Where": "recorder",
     "bound": "bounds.examine",
     "build": "models.gemma",
     "chain": "diagnosis",
+    "describe": "recorder",
     "forecast": "run.forecast",
     "generate": "models.gemma",
     "load": "models.gemma",

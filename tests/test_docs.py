@@ -165,6 +165,7 @@ def run(command: str, folder: Path) -> str:
 RUN = [page for page in PAGES if any(info.endswith(" run") for info, _ in blocks(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_examples_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -331,6 +332,13 @@ def test_the_listing_in_the_architecture_is_the_tree() -> None:
     assert real == told, "the lines are right, their order is not"
 
 
+def test_the_floors_are_drawn_as_they_are() -> None:
+    drawn = next(body for _, body in blocks(DOCS / "ARCHITECTURE.md") if body.startswith("cli "))
+    ground = {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    real = [floor if floor != {"ground"} else ground for floor in reversed(FLOORS)]
+    assert [set(line.partition("  ")[0].split()) for line in drawn.splitlines()] == real
+
+
 def test_the_listing_leaves_no_file_out() -> None:
     named = len([line for line in listing().splitlines() if line.split()[0].endswith(".py")])
     folders = len([line for line in listing().splitlines() if line.split()[0].endswith("/")])
@@ -353,12 +361,14 @@ def test_every_report_is_in_the_index_with_its_figure(name: str) -> None:
     assert (REPORTS / figure[1]).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_every_report_that_keeps_its_plan_can_be_drawn_again(name: str, tmp_path: Path) -> None:
     shutil.copytree(REPORTS / name, tmp_path / name)
     for drawn in ("report.md", "report.html"):
         (tmp_path / name / drawn).unlink()
-    assert "Report:" in run(f"stabilitykit report {name}", tmp_path)
+    where_sweeps_are_started = ROOT
+    assert "Report:" in run(f"stabilitykit report {shlex.quote(str(tmp_path / name))}", where_sweeps_are_started)
     title = json.loads((REPORTS / name / "experiment.json").read_text())["title"]
     assert (tmp_path / name / "report.md").read_text().startswith(f"# {title}\n")
 

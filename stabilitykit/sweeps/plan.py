@@ -44,9 +44,9 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
         config=asdict(checkpoint.config),
         cases=tuple(sorted(cases.values(), key=turn)),
         sections=experiment.sections,
-        **provenance_of(checkpoint, command, place),
         own_sections=dict(experiment.own_sections),
         format=experiment.format,
+        **provenance_of(checkpoint, command, place),
     )
 
 

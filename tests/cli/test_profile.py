@@ -192,7 +192,7 @@ BAD_CHECKPOINTS = {
     "nowhere.gguf": "nowhere.gguf",
     "gemma9-1b": "gemma9-1b",
     "gemma2-2b": "only",
-    "random:gemma5": "one of gemma-2b",
+    "random:gemma5": "choose one of: gemma-2b",
     "random:gemma-2b?colour=3": "colour",
 }
 

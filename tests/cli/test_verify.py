@@ -29,7 +29,7 @@ def proved(root: Path, stabilitykit: Run) -> Path:
         write_folder(small(3, breaking(3)), root / "gemma", "float32")
         made = stabilitykit("repair", str(root / "gemma"), "--proved", "--out", str(root / "repaired"))
         assert (made.code, made.err) == (0, "")
-        assert "No prompt of any length can make it leave float16's range" in " ".join(made.out.split())
+        assert "No prompt of any length can make it overflow in float16" in " ".join(made.out.split())
         shutil.rmtree(root / "gemma")
     return root / "repaired"
 
@@ -37,7 +37,7 @@ def proved(root: Path, stabilitykit: Run) -> Path:
 def test_it_is_proved_without_the_original(stabilitykit: Run, proved: Path) -> None:
     found = stabilitykit("verify", str(proved), "--proof")
     assert (found.code, found.err) == (0, "")
-    assert "Proved: no prompt makes a tensor leave float16's range." in found.out
+    assert "Proved: no prompt makes a tensor overflow in float16." in found.out
     assert "gate · up" in found.out
     document = json.loads(stabilitykit("verify", str(proved), "--proof", "--json").out)
     assert document["proved"] is True

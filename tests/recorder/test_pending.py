@@ -5,9 +5,11 @@ somebody waits for them, and nothing can be looked at in between.
 """
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stabilitykit.models.gemma import Gemma, KVCache
-from stabilitykit.recorder import custom, observe, origins, pending, record, session, softmax
+from stabilitykit.recorder import Statistic, custom, observe, origins, pending, record, session, softmax
 from stabilitykit.recorder.kernels import plain, plain_softmax
 from stabilitykit.recorder.pending import Pending
 from stabilitykit.records import Record, Recording
@@ -85,7 +87,7 @@ def no_waits(layers: nn.ModuleList) -> Iterator[None]:
             hook.remove()
 
 
-def run(model: Gemma, **options: object) -> Recording:
+def run(model: Gemma, **options: Any) -> Recording:
     """A prompt with padding, and two more tokens."""
     ids = torch.randint(262, 360, (2, 9), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 9, dtype=torch.bool)
@@ -120,6 +122,7 @@ def near(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rescale", [1.0, BREAKS_FLOAT16])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
@@ -136,6 +139,7 @@ def test_a_recording_that_came_late_is_that_which_came_at_once(
     assert (late.first_break() is not None) == (dtype == "float16" and rescale == BREAKS_FLOAT16)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("generation", [1, 2, 3])
 @pytest.mark.parametrize("level", ["operators", "modules", "layers"])
 @pytest.mark.usefixtures("device")
@@ -147,6 +151,21 @@ def test_nothing_waits_from_the_first_layer_to_the_last(small: Small, generation
         recording = run(model, level=level, watch=[(site, 3)])
     assert recording.first_break() is not None
     assert len(recording.header.watched) == 3  # in each step
+
+
+@pytest.mark.usefixtures("device")
+def test_a_users_statistics_wait_for_nothing_and_are_there_in_the_end(small: Small) -> None:
+    model = small(3, "float16", BREAKS_FLOAT16)
+    peak = Statistic("peak", "magnitude", lambda x: x.abs().nan_to_num(0.0, math.inf).max())
+    run(model, statistics=[peak])  # what is looked up once on the host
+    with no_waits(model.layers):
+        recording = run(model, statistics=[peak])
+    assert recording.first_break() is not None
+    seen = [made for made in recording if made.amax is not None]
+    assert len(seen) > 300
+    assert [made.extra["peak"] for made in seen] == [
+        math.inf if made.positive_inf or made.negative_inf else made.amax for made in seen
+    ]
 
 
 def test_that_a_wait_would_be_seen(small: Small) -> None:
@@ -182,7 +201,7 @@ def test_rows_are_used_in_order_and_tensors_kept_no_longer_than_needed(monkeypat
     references = [weakref.ref(tensor) for tensor in tensors]
     for i, tensor in enumerate(tensors):
         waiting.after(torch.tensor([float(i)], dtype=torch.float64), lambda row: used.append(float(row[0])), [tensor])
-        waiting.do(lambda i=i: used.append(i + 0.5))
+        waiting.do(partial(used.append, i + 0.5))
     assert used == []
     waiting.settle()
     assert used == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
@@ -199,7 +218,7 @@ def test_when_too_much_is_kept_the_oldest_is_waited_for(monkeypatch: pytest.Monk
     waiting = Pending()
     used: list[int] = []
     for i in range(5):
-        waiting.after(torch.zeros(1, dtype=torch.float64), lambda row, i=i: used.append(i), [torch.zeros(10)])
+        waiting.after(torch.full((1,), i, dtype=torch.float64), lambda row: used.append(int(row[0])), [torch.zeros(10)])
     assert used  # 40 bytes each
     waiting.settle()
     assert used == [0, 1, 2, 3, 4]

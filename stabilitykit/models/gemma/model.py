@@ -350,14 +350,12 @@ class RMSNorm(nn.Module):
         return (normed * gain).to(x.dtype)
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """Rows of the vocabulary times sqrt(hidden), itself rounded to the dtype first (55.4256 is 55.5 in bfloat16)."""
 
-    looks_up_rows = True  # of its weight: no others have to be read where it is streamed
-
     def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocabulary, config.hidden_size))
+        weight = torch.empty(config.vocabulary, config.hidden_size)
+        super().__init__(config.vocabulary, config.hidden_size, _weight=weight)
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
         self.normalizer = config.hidden_size**0.5

@@ -78,18 +78,20 @@ class HuggingFaceModel:
         """
         sampling = how.sampling
         if how.mask is not None or how.every_logit:
-            raise MisuseError("transformers' generate makes its own masks and the last logits alone; ask for neither.")
+            raise MisuseError(
+                "transformers' generate() makes its own masks and only the last logits; leave out mask and every_logit."
+            )
         drawn = bool(sampling.temperature)
         if drawn and not (0 < sampling.top_p <= 1 and sampling.top_k >= 0):
             raise MisuseError(
-                "transformers samples with a top_p above 0 and up to 1 and a top_k of at least 0, which keeps every "
-                f"token; {sampling.top_p} and {sampling.top_k} were given."
+                "transformers needs a top_p above 0 and at most 1, and a top_k of at least 0 (0 keeps every token); "
+                f"got {sampling.top_p} and {sampling.top_k}."
             )
         rows = self.causal.get_input_embeddings().weight.shape[0]
         if int(ids.max()) >= rows:
             raise CheckpointError(
-                f"{self.source}: a tokenizer's ids are rows of the embedding; it gave {int(ids.max()):,} and there are "
-                f"{rows:,} rows. The tokenizer of another checkpoint?"
+                f"{self.source}: the tokenizer gave the id {int(ids.max()):,}, but the embedding has {rows:,} rows. Is "
+                "it another checkpoint's tokenizer?"
             )
         from transformers import GenerationConfig, StoppingCriteriaList
 
