@@ -93,7 +93,9 @@ def test_misshapen_tensors(checkpoint: Checkpoint) -> None:
     tensors = dict(checkpoint.tensors)
     tensors["layers.1.mlp.up_proj.weight"] = torch.zeros(96, 63)
     tensors["norm.weight"] = torch.zeros(1)  # would broadcast
-    message = r"layers.1.mlp.up_proj.weight is \[96, 63\] and not \[96, 64\], norm.weight is \[1\] and not \[64\]"
+    message = (
+        r"layers.1.mlp.up_proj.weight is \[96, 63\] instead of \[96, 64\] and norm.weight is \[1\] instead of \[64\]"
+    )
     with pytest.raises(CheckpointError, match=message):
         build(replace(checkpoint, tensors=tensors))
 
