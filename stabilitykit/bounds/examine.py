@@ -11,7 +11,7 @@ from stabilitykit.choices import BoundDtype, check_choice
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.machine import machine, versions
+from stabilitykit.models.machine import provenance_of
 from stabilitykit.records.bounds import Bounds, Largest, SiteBound, with_largest
 from stabilitykit.run.case import Progress, run_case, stage
 from stabilitykit.run.source import checkpoint_of
@@ -54,14 +54,9 @@ def bound(
     opened = checkpoint_of(checkpoint, progress)
     prompts = texts(opened.config, Tokenizer(opened.vocabulary)).choosing
     return Bounds(
-        checkpoint=opened.source,
-        sha256=opened.sha256,
-        notes=opened.notes,
-        command=command,
         dtype=dtype,
         sites=tuple(examine(opened, prompts, dtype, progress=progress)),
-        versions=versions(),
-        machine=machine("cpu"),
+        **provenance_of(opened, command, "cpu"),
     )
 
 

@@ -17,7 +17,7 @@ from stabilitykit.checkpoints.cache import Progress, cached_tensors, file_sha256
 from stabilitykit.checkpoints.checkpoint import Checkpoint, PieceType, Vocabulary
 from stabilitykit.checkpoints.config import GemmaConfig, Generation
 from stabilitykit.checkpoints.gguf_file import GgufFile, GgufTensor, Value, read_gguf_file
-from stabilitykit.checkpoints.parameters import parameter_shapes, some
+from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import CheckpointError
 from stabilitykit.words import listed
 
@@ -250,8 +250,8 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], names: di
     missing = [name for name in names.values() if name not in stored]
     unexpected = [name for name in stored if name not in names.values()]
     if missing or unexpected:
-        parts = [f"missing: {some(missing)}"] if missing else []
-        parts += [f"unexpected: {some([f'{name!r:.60}' for name in unexpected])}"] if unexpected else []
+        parts = [f"missing: {listed(missing, 6)}"] if missing else []
+        parts += [f"unexpected: {listed([f'{name!r:.60}' for name in unexpected], 6)}"] if unexpected else []
         raise CheckpointError(
             f"{file.path}: the tensors do not match the metadata; {'; '.join(parts)}. "
             "Download or convert the file again."
@@ -262,7 +262,7 @@ def _check_tensors(file: GgufFile, shapes: dict[str, tuple[int, ...]], names: di
         if stored[name].shape != shapes[ours]
     ]
     if wrong:
-        raise CheckpointError(f"{file.path}: tensor shapes do not match the metadata: {some(wrong)}.")
+        raise CheckpointError(f"{file.path}: tensor shapes do not match the metadata: {listed(wrong, 6)}.")
     if head is not None and embedding is not None and not _equal(head, embedding):
         raise CheckpointError(
             f"{file.path}: {_HEAD} differs from token_embd.weight, but Gemma ties its head to the embedding. "

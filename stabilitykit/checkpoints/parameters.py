@@ -1,7 +1,6 @@
 """The parameters of a Gemma: its config determines their names and shapes."""
 
 from stabilitykit.checkpoints.config import GemmaConfig
-from stabilitykit.words import listed
 
 
 def parameter_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
@@ -33,8 +32,3 @@ def parameter_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (hidden,)
     return shapes
-
-
-def some(names: list[str]) -> str:
-    """The first six of the names, and how many more there are, for a message."""
-    return listed(names, 6)

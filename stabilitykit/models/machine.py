@@ -31,12 +31,12 @@ class Origin(TypedDict):
     checkpoint: str
     sha256: str
     notes: tuple[str, ...]
-    command: str
+    command: str | None
     versions: dict[str, str]
     machine: dict[str, Any]
 
 
-def provenance_of(checkpoint: Checkpoint, command: str, device: str) -> Origin:
+def provenance_of(checkpoint: Checkpoint, command: str | None, device: str) -> Origin:
     """Where what `command` finds about `checkpoint` on `device` comes from, here and now."""
     return Origin(
         checkpoint=checkpoint.source,

@@ -40,8 +40,8 @@ class Continuation:
 class Subject(Protocol):
     """A model to record. `module` is what is recorded, `layers` are its decoder layers, `context` counts tokens.
 
-    `facts` say what was chosen about it. Where it comes from the recorder reads off `module`: `source`, `sha256` and
-    `notes`, as in a Checkpoint.
+    `source`, `sha256` and `notes` say where it comes from, as in a Checkpoint; `module` has them too, for a recorder to
+    read. `facts` say what was chosen about it.
     """
 
     @property
@@ -54,6 +54,12 @@ class Subject(Protocol):
     def context(self) -> int: ...
     @property
     def pad(self) -> int: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     @property
     def facts(self) -> dict[str, Any]: ...
 

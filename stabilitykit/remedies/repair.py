@@ -14,7 +14,7 @@ from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.machine import machine, versions
+from stabilitykit.models.machine import provenance_of
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.remedies import Ranking, Small
 from stabilitykit.remedies import REMEDIES
@@ -135,10 +135,6 @@ def _repair(
         remedies.append(carried)
     scores = rank(checkpoint, remedies, texts.held_out, device=device, progress=progress)
     ranking = Ranking(
-        checkpoint=checkpoint.source,
-        sha256=checkpoint.sha256,
-        notes=checkpoint.notes,
-        command=command,
         gamma=rescaled.gamma,
         margin=margin,
         peak=seen.peak,
@@ -149,8 +145,7 @@ def _repair(
         after=_small(rescaled.checkpoint),
         carried=carried.name,
         scores=tuple(scores),
-        versions=versions(),
-        machine=machine(device),
+        **provenance_of(checkpoint, command, device),
         inner=rescaled.inner,
         measured=None if proof is None else _small(measured.checkpoint),
     )

@@ -16,7 +16,7 @@ from stabilitykit.formats import number_format
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.machine import machine, versions
+from stabilitykit.models.machine import provenance_of
 from stabilitykit.records.search import Find, Search, Step
 from stabilitykit.run.case import Progress
 from stabilitykit.run.prompts import parse_prompt
@@ -120,10 +120,6 @@ def search(
         steps += more
         finds += found
     return Search(
-        checkpoint=opened.source,
-        sha256=opened.sha256,
-        notes=opened.notes,
-        command=command,
         dtype=dtype,
         vocabulary=opened.config.vocabulary,
         bos=alone,
@@ -131,8 +127,7 @@ def search(
         steps=tuple(steps),
         finds=tuple(replace(find, file=f"{number}.txt") for number, find in enumerate(finds, start=1)),
         seconds=time.monotonic() - began,
-        versions=versions(),
-        machine=machine(options.device),
+        **provenance_of(opened, command, options.device),
     )
 
 

@@ -166,7 +166,7 @@ def test_chat_wraps_the_prompt_in_turns(checkpoint_270m: Checkpoint, stabilityki
 
 
 BAD = {
-    "unknown dtype": (("--dtype", "float12"), "one of float32, bfloat16, float16, float64; 'float12' is none"),
+    "unknown dtype": (("--dtype", "float12"), "Unknown dtype 'float12'; choose one of: float32, bfloat16, "),
     "unknown device": (("--device", "tpu9"), "'tpu9' cannot be used here"),
     "empty prompt": (("--prompt", ""), "at least one character"),
     "too long": (("--prompt", "a" * 64), "context of 64 tokens; this has 65"),

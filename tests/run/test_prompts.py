@@ -173,7 +173,7 @@ def test_an_unknown_prompt_lists_what_is_allowed(name: str, tmp_path: Path) -> N
     with pytest.raises(MisuseError) as caught:
         parse_prompt(name, tmp_path)
     message = str(caught.value)
-    assert f"{name!r} is none of them" in message
+    assert f"Unknown prompt {name!r}; choose one of: " in message
     assert '"@FILE"' in message
     for kind_name, kind in KINDS.items():
         assert (f'"{kind_name}"' in message) is (kind.alone is not None)

@@ -11,7 +11,7 @@ from torch import nn
 from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.mistakes import usual_mistake
-from stabilitykit.checkpoints.parameters import parameter_shapes, some
+from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.choices import RoundingName
 from stabilitykit.errors import CheckpointError
@@ -21,6 +21,7 @@ from stabilitykit.models.gemma.rescale import check_gamma, rescale_norms, weight
 from stabilitykit.models.memory import must_stream
 from stabilitykit.models.stream import STREAMED, StoredWeight, cast
 from stabilitykit.models.stream import stream as stream_weights
+from stabilitykit.words import listed
 
 
 def build(
@@ -63,7 +64,7 @@ def build(
     for name, shape in shapes.items():
         tensor = checkpoint.tensors[name]
         if tuple(tensor.shape) != shape:
-            misshapen.append(f"{name} is {list(tensor.shape)} and not {list(shape)}")
+            misshapen.append(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
             continue
         path, _, leaf = name.rpartition(".")
         factor = weight_factor(checkpoint.config, name, rescale)
@@ -77,7 +78,7 @@ def build(
         if progress is not None:
             progress(done, total)
     if misshapen:
-        raise CheckpointError(f"{checkpoint.source}: tensors have the shapes that the config gives; {some(misshapen)}.")
+        raise CheckpointError(f"{checkpoint.source}: tensor shapes do not match the config: {listed(misshapen, 6)}.")
 
     model.lm_head.weight = model.embed_tokens.weight
     if stream:
@@ -115,8 +116,8 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) 
     missing = [name for name in shapes if name not in checkpoint.tensors]
     unexpected = [name for name in checkpoint.tensors if name not in shapes]
     if missing or unexpected:
-        parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
-        parts += [f"{len(unexpected)} unexpected ({some(unexpected)})"] if unexpected else []
+        parts = [f"{len(missing)} missing ({listed(missing, 6)})"] if missing else []
+        parts += [f"{len(unexpected)} unexpected ({listed(unexpected, 6)})"] if unexpected else []
         raise CheckpointError(
             f"{checkpoint.source}: tensors are those that the config gives; {' and '.join(parts)}. "
             f"{usual_mistake(missing, unexpected)}"

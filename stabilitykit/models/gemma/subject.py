@@ -35,6 +35,18 @@ class GemmaSubject:
         return 0 if self.module.vocabulary is None else self.module.vocabulary.pad
 
     @property
+    def source(self) -> str:
+        return self.module.source
+
+    @property
+    def sha256(self) -> str:
+        return self.module.sha256
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.module.notes
+
+    @property
     def facts(self) -> dict[str, Any]:
         return {"rounding": self.module.rounding, "rescale": self.module.rescale}
 

@@ -30,7 +30,7 @@ from stabilitykit.models.stream import stream as stream_weights
 from stabilitykit.models.transformers.library import PREFIX, explained, imported, quiet
 from stabilitykit.models.transformers.model import HuggingFaceModel
 from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer, open_tokenizer
-from stabilitykit.words import counted
+from stabilitykit.words import counted, listed
 
 
 def open_model(
@@ -121,7 +121,7 @@ def _check_loading(name: str, loading: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{name}: {counted(len(lacking), 'tensor')} that the config asks for "
             f"{'is' if len(lacking) == 1 else 'are'} {'missing' if missing else 'of another shape'} "
-            f"({_first(lacking)}), and would be filled with random numbers. Is the config another model's, or the "
+            f"({listed(lacking, 3)}), and would be filled with random numbers. Is the config another model's, or the "
             "folder an adapter's?"
         )
 
@@ -134,7 +134,7 @@ def _notes(config: Any, tokenizer: HuggingFaceTokenizer, loading: Mapping[str, A
     unexpected = sorted(map(str, loading.get("unexpected_keys", ())))
     if unexpected:
         have = "1 tensor in the folder has" if len(unexpected) == 1 else f"{len(unexpected)} tensors in the folder have"
-        notes.append(f"{have} no place in the model ({_first(unexpected)})")
+        notes.append(f"{have} no place in the model ({listed(unexpected, 3)})")
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -215,10 +215,6 @@ def _refuse_made(folder: Path, made: Sequence[str]) -> None:
             f"{folder.name} out of several while it loads them ({made[0]}, ...). Leave out --stream; they have to "
             "fit in memory."
         )
-
-
-def _first(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join([*names[:shown], *(["..."] if len(names) > shown else [])])
 
 
 def _check_window(config: Any, name: str) -> None:

@@ -93,14 +93,16 @@ def test_misshapen_tensors(checkpoint: Checkpoint) -> None:
     tensors = dict(checkpoint.tensors)
     tensors["layers.1.mlp.up_proj.weight"] = torch.zeros(96, 63)
     tensors["norm.weight"] = torch.zeros(1)  # would broadcast
-    message = r"layers.1.mlp.up_proj.weight is \[96, 63\] and not \[96, 64\], norm.weight is \[1\] and not \[64\]"
+    message = (
+        r"layers.1.mlp.up_proj.weight is \[96, 63\] instead of \[96, 64\] and norm.weight is \[1\] instead of \[64\]"
+    )
     with pytest.raises(CheckpointError, match=message):
         build(replace(checkpoint, tensors=tensors))
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "half", "int8", torch.int64], ids=str)
 def test_unknown_dtype(checkpoint: Checkpoint, dtype: str) -> None:
-    with pytest.raises(MisuseError, match=r"one of float32, bfloat16, float16, float64; '.*' is none of them"):
+    with pytest.raises(MisuseError, match=r"Unknown dtype '.*'; choose one of: float32, bfloat16, float16, float64"):
         build(checkpoint, dtype=dtype)
 
 

@@ -291,7 +291,7 @@ def test_masks_of_both_references(dtype: torch.dtype) -> None:
 
 
 def test_unknown_rounding_is_refused() -> None:
-    with pytest.raises(MisuseError, match="one of transformers, gemma_pytorch; 'jax' is none of them"):
+    with pytest.raises(MisuseError, match="Unknown rounding 'jax'; choose one of: transformers, gemma_pytorch"):
         Gemma(TINY["gemma 3"], rounding="jax")  # type: ignore[arg-type]
 
 
