@@ -44,6 +44,6 @@ def happened(span: Span, dtype: str) -> str:
             return "every key of a row is masked, and its softmax is 0 / 0"
         case "weight" | "input":
             source = listed([code(site) for site in broke.operand_sites], most=2) or f"an operand ({broke.kind})"
-            return f"{source} was not finite to begin with"
+            return f"{source} {'were' if len(broke.operand_sites) > 1 else 'was'} not finite to begin with"
         case "unresolved":
             return f"inf or NaN; {maximum}. Only a recording of operators shows how it arose"

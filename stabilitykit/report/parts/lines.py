@@ -1,11 +1,13 @@
 """Lines over layers, one for each dtype, and what they say under the pointer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stabilitykit.records import Record, Recording
 from stabilitykit.report.blocks import Hover
+from stabilitykit.report.parts import choose, places
 from stabilitykit.report.style import dtype_style
 
 if TYPE_CHECKING:
@@ -21,6 +23,29 @@ class Point:
     x: float
     y: float
     text: str
+
+
+Panels = dict[str, dict[str, list[Point]]]
+"""By the name of a panel and by dtype."""
+
+RESIDUAL = "residual stream"
+
+
+def panels(
+    runs: Mapping[str, Recording], sublayers: Sequence[str], point: Callable[[float, Record], Point | None]
+) -> Panels:
+    """The residual stream and `sublayers`, a point a record, from before each run's first break."""
+    found: Panels = {name: {} for name in (RESIDUAL, *sublayers)}
+    for dtype, recording in runs.items():
+        records = list(choose.intact(recording))
+        halves = [places.at(records, label) for label in places.RESIDUAL]
+        residual = [point(layer + turn / 2, r) for turn, half in enumerate(halves) for layer, r in half.items()]
+        found[RESIDUAL][dtype] = sorted(filter(None, residual), key=lambda point: point.x)
+        labels = places.sublayers(recording)
+        for name in sublayers:
+            at = sorted(places.at(records, labels[name]).items())
+            found[name][dtype] = [made for layer, record in at if (made := point(layer, record)) is not None]
+    return found
 
 
 def plot(axes: "Axes", lines: Mapping[str, Sequence[Point]], *, joined: bool = True) -> None:

@@ -12,8 +12,7 @@ from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts import choose, lines, places
 from stabilitykit.report.parts.choose import Group
-from stabilitykit.report.parts.lines import Point
-from stabilitykit.report.sections.peaks import Panels
+from stabilitykit.report.parts.lines import RESIDUAL, Panels, Point
 from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
 from stabilitykit.report.tables import table
 from stabilitykit.words import counted, number, place
@@ -31,7 +30,6 @@ OPENING = (
     "may be far off and it does not show; and a run that broke is compared only up to its break."
 )
 
-_RESIDUAL = "residual stream"
 _SUBLAYERS = (places.ATTENTION_ADDS, places.MLP_ADDS)
 _PER_BIT = 20 * math.log10(2)  # dB
 
@@ -87,18 +85,8 @@ def _sqnr(record: Record) -> float | None:
 
 
 def _panels(group: Group) -> Panels:
-    """By panel and dtype the SQNR by layer, from before the run's first break."""
-    found: Panels = {name: {} for name in (_RESIDUAL, *_SUBLAYERS)}
-    for dtype, recording in group.low.items():
-        records = list(choose.intact(recording))
-        halves = [places.at(records, label) for label in places.RESIDUAL]
-        residual = [_point(layer + turn / 2, r) for turn, half in enumerate(halves) for layer, r in half.items()]
-        found[_RESIDUAL][dtype] = sorted(filter(None, residual), key=lambda point: point.x)
-        labels = places.sublayers(recording)
-        for name in _SUBLAYERS:
-            points = (_point(layer, record) for layer, record in sorted(places.at(records, labels[name]).items()))
-            found[name][dtype] = list(filter(None, points))
-    return found
+    """By panel and dtype the SQNR by layer."""
+    return lines.panels(group.low, _SUBLAYERS, _point)
 
 
 def _point(x: float, record: Record) -> Point | None:
@@ -119,7 +107,7 @@ def _figure(group: Group) -> Figure:
     panels, broken = _panels(group), choose.breaks(group)
     last = [
         f"{dtype} ends at {decibel(points[-1].y)} dB in the residual stream"
-        for dtype, points in panels[_RESIDUAL].items()
+        for dtype, points in panels[RESIDUAL].items()
         if points and math.isfinite(points[-1].y)
     ]
     shown = [dtype for dtype in group.low if any(panel[dtype] for panel in panels.values())]
@@ -142,7 +130,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     panels = _panels(group)
     shown = [name for name in panels if any(panels[name].values())]
     layers = math.floor(max(p.x for panel in panels.values() for points in panel.values() for p in points)) + 1
-    grid = figure.add_gridspec(1, len(shown), width_ratios=[1.6 if name == _RESIDUAL else 1 for name in shown])
+    grid = figure.add_gridspec(1, len(shown), width_ratios=[1.6 if name == RESIDUAL else 1 for name in shown])
     parts: dict[str, Axes] = {}
     for turn, name in enumerate(shown):
         axes = figure.add_subplot(grid[turn], sharey=parts[shown[0]] if turn else None)
@@ -159,7 +147,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     return [
         hover
         for name, axes in parts.items()
-        for hover in lines.hovers(axes, panels[name], step=0.5 if name == _RESIDUAL else 1.0)
+        for hover in lines.hovers(axes, panels[name], step=0.5 if name == RESIDUAL else 1.0)
     ]
 
 
@@ -221,10 +209,10 @@ def _by_layer(group: Group) -> Table:
         if points
     }
     layers = sorted({math.floor(x) for found in values.values() for x in found})
-    shift = {_RESIDUAL: 0.5}
+    shift = {RESIDUAL: 0.5}
     columns: list[tuple[Column, Callable[[int], Cell]]] = [(Column("layer"), lambda layer: layer)]
     for (name, dtype), found in values.items():
-        heading = f"{places.AFTER_MLP if name == _RESIDUAL else name}, {dtype}"
+        heading = f"{places.AFTER_MLP if name == RESIDUAL else name}, {dtype}"
         of = functools.partial(_at, found, shift.get(name, 0.0))
         columns.append((Column(heading, unit="dB", format=decibel), of))
     return table(

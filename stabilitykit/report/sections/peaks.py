@@ -13,15 +13,13 @@ from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts import choose, lines, places
 from stabilitykit.report.parts.choose import Group
-from stabilitykit.report.parts.lines import Point
+from stabilitykit.report.parts.lines import RESIDUAL, Panels, Point
 from stabilitykit.report.style import bits, dtype_style, limit_line, magnitude_axis
 from stabilitykit.report.tables import table
 from stabilitykit.words import at_token, number, place
 
 if TYPE_CHECKING:
     import matplotlib.figure
-
-Panels = dict[str, dict[str, list[Point]]]
 
 KEY, TITLE = "peaks", "Peaks by layer"
 
@@ -31,7 +29,7 @@ OPENING = (
     "peak is one element, which says nothing of the size of all others."
 )
 
-_RESIDUAL, _OUTSIDE = "residual stream", "outside"
+_OUTSIDE = "outside"
 _SUBLAYERS = (places.ATTENTION_ADDS, places.MLP_ADDS, places.GATE_UP, places.SCORES)
 _TOO_CLOSE = 2.0  # two limits within this factor are one line to the eye
 
@@ -64,14 +62,9 @@ def _sentences(group: Group) -> Iterator[str]:
 
 def _panels(group: Group) -> Panels:
     """By panel and dtype the peaks from before the run's first break."""
-    found: Panels = {name: {} for name in (_RESIDUAL, *_SUBLAYERS, _OUTSIDE)}
+    found = lines.panels(group.runs, _SUBLAYERS, _point) | {_OUTSIDE: {}}
     for dtype, recording in group.runs.items():
         records = list(choose.intact(recording))
-        halves = places.at(records, places.AFTER_ATTENTION), places.at(records, places.AFTER_MLP)
-        residual = [_point(layer + half / 2, r) for half in (0, 1) for layer, r in halves[half].items()]
-        found[_RESIDUAL][dtype] = sorted(filter(None, residual), key=lambda point: point.x)
-        for name, label in places.sublayers(recording).items():
-            found[name][dtype] = list(filter(None, (_point(x, r) for x, r in places.at(records, label).items())))
         ends = ((x, r) for x, label in enumerate(places.OUTSIDE) for r in records if r.label == label)
         found[_OUTSIDE][dtype] = list(filter(None, (_point(x, r) for x, r in ends)))
     return found
@@ -92,7 +85,7 @@ def _breaks(group: Group) -> Panels:
         if first is None or first.broke is None or first.layer is None:
             continue
         names = {label: name for name, label in places.sublayers(recording).items()}
-        panel = _RESIDUAL if first.label in places.RESIDUAL else names.get(first.label or "")
+        panel = RESIDUAL if first.label in places.RESIDUAL else names.get(first.label or "")
         if panel is not None:
             value = abs(first.broke.value) if first.broke.value is not None else math.nan
             height = value if math.isfinite(value) else first.broke.limit
@@ -123,7 +116,7 @@ def _layers(group: Group) -> int:
 
 def _figure(group: Group) -> Figure:
     panels, broken = _panels(group), choose.breaks(group)
-    peaks = {dtype: max((point.y for point in points), default=0.0) for dtype, points in panels[_RESIDUAL].items()}
+    peaks = {dtype: max((point.y for point in points), default=0.0) for dtype, points in panels[RESIDUAL].items()}
     _, left = _limits(group)
     beyond = "; ".join(f"{name}, {number(number_format(name).largest)}" for name in left)
     absent = [name for name in _SUBLAYERS if not any(panels[name].values())]
@@ -155,7 +148,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     shown = [name for name in _SUBLAYERS if any(panels[name].values())]
     grid = figure.add_gridspec(2 if shown else 1, 12, height_ratios=[3, 2] if shown else None)
     main = figure.add_subplot(grid[0, :9])
-    axes = {_RESIDUAL: main, _OUTSIDE: figure.add_subplot(grid[0, 9:], sharey=main)}
+    axes = {RESIDUAL: main, _OUTSIDE: figure.add_subplot(grid[0, 9:], sharey=main)}
     width = 12 // max(len(shown), 1)
     for turn, name in enumerate(shown):
         axes[name] = figure.add_subplot(grid[1, turn * width : (turn + 1) * width], sharey=main)
@@ -176,7 +169,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
             else:
                 line = {"color": dtype_style(limit)["color"], "linestyle": (0, (1, 1.5)), "linewidth": 1.0}
                 part.axhline(number_format(limit).largest, **line)
-        first = name in (_RESIDUAL, *shown[:1])
+        first = name in (RESIDUAL, *shown[:1])
         part.tick_params(labelleft=first)
         part.set_ylabel("largest magnitude" if first else "")
         part.set_title(name)
@@ -189,7 +182,7 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     return [
         hover
         for name, part in axes.items()
-        for hover in lines.hovers(part, panels[name], breaks.get(name, {}), step=0.5 if name == _RESIDUAL else 1.0)
+        for hover in lines.hovers(part, panels[name], breaks.get(name, {}), step=0.5 if name == RESIDUAL else 1.0)
     ]
 
 

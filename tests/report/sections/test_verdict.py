@@ -137,7 +137,7 @@ def test_another_low_precision_may_be_the_one_that_breaks(tmp_path: Path) -> Non
 def test_a_break_that_is_not_of_range_is_not_cured_by_a_wider_format(tmp_path: Path) -> None:
     runs = [(run_case(dtype), broken_run(dtype, kind="weight")) for dtype in ("float16", "float32")]
     text = paragraph(made(tmp_path, *runs))
-    assert "was not finite to begin with" in text
+    assert "were not finite to begin with" in text
     assert "What to do: Check how the checkpoint was written and cast; no number format helps." in text
     assert "power of two" not in text
 
