@@ -88,7 +88,7 @@ def test_other_files_are_refused_in_a_sentence(recording: Recording, tmp_path: P
 
 
 def test_a_site_that_was_not_recorded_is_told_its_neighbours(recording: Recording) -> None:
-    with pytest.raises(MisuseError, match=r"'layers\.3/mul\.0' in step 0 was not"):
+    with pytest.raises(MisuseError, match=r"no record of site 'layers\.3/mul\.0' in step 0; similar sites: /mul\.0"):
         recording.at("layers.3/mul.0")
 
 
