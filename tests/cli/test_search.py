@@ -72,7 +72,7 @@ def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path
     sweep = tmp_path / "sweep"
     assert stabilitykit("sweep", str(experiment), "--out", str(sweep), "--no-report").code == 0
     results = Results.open(sweep)
-    assert SECTIONS["search"](results).opening.startswith("Nobody searched.")
+    assert SECTIONS["search"](results).opening.startswith("No search has been run for this checkpoint.")
     found = Results.open(new).search
     assert found is not None
     results.write_finding(found)
