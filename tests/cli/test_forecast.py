@@ -1,7 +1,6 @@
 """`forecast` on the real Gemma 3 270M: that what it says comes true, and how it refuses."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def test_what_people_read(stabilitykit: Run) -> None:
     assert result.code == 0
     assert "float16 would break first in" in result.out
     assert "bfloat16 would hold every value" in result.out
-    assert re.search(r"[\d,]+ elements in \d+ tensors of the float32 run", result.out)
+    assert "What would become of" in result.out
     cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536", "--saturating")
     assert "float8_e4m3fn would break first" in result.out
     assert "float8_e4m3fn would cut values off first" in cut.out
