@@ -263,8 +263,8 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
         ('"1..4", 4', '"all"', ["line 4: ", "context of 64 tokens"]),
         ("length = 8", "length = 9000", ["line 8: ", "context of 8,192 tokens; the length 9,000 does not"]),
         ("[[footprint]]", "[[footpoint]]", ["line 7: ", "footprint, grid", "'footpoint' is none of them"]),
-        ('"verdict", "lengths"', '"verdict", "length"', ["line 12: ", "one of verdict, lengths,", "'length' is none"]),
-        ("layers=2", "layers=two", ["layers of a random checkpoint is an integer", "'two' is not"]),
+        ('"verdict", "lengths"', '"verdict", "length"', ["line 12: ", "unknown section 'length'", "verdict, lengths,"]),
+        ("layers=2", "layers=two", ["layers of a random checkpoint must be a positive integer", "got 'two'"]),
         ("random:", "rndm:", ["rndm:"]),
     ],
 )
