@@ -103,7 +103,7 @@ def of_checkpoint(name: str, opened: Checkpoint, prompts: dict[str, list[int]]) 
         low = build(opened, dtype="float16", rescale=2.0**exponent)
         for prompt, ids in prompts.items():
             kind = preferred_matmul("float16", "cpu")
-            first = run_case(low, ids, kind=kind, sampling=None).recording.first_break()
+            first = run_case(low, ids, matmul=kind).recording.first_break()
             if first is not None and first.site.startswith("sampler"):  # past the logits, where no forecast looks
                 first = None
             one = found[prompt]

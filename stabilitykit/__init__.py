@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from stabilitykit.models.gemma import generate as generate
     from stabilitykit.models.gemma import load as load
     from stabilitykit.models.open import open_model as open_model
+    from stabilitykit.models.subject import Sampling as Sampling
+    from stabilitykit.recorder import Statistic as Statistic
+    from stabilitykit.recorder import Where as Where
+    from stabilitykit.recorder import describe as describe
     from stabilitykit.recorder import record as record
     from stabilitykit.records import Recording as Recording
     from stabilitykit.remedies.repair import repair as repair
     from stabilitykit.remedies.verify import verify as verify
     from stabilitykit.remedies.verify import verify_proof as verify_proof
-    from stabilitykit.run.case import Sampling as Sampling
     from stabilitykit.run.forecast import forecast as forecast
     from stabilitykit.run.profile import profile as profile
     from stabilitykit.searches.run import search as search
@@ -43,10 +46,13 @@ _HOMES = {
     "FORMATS": "formats",
     "NumberFormat": "formats",
     "Recording": "records",
-    "Sampling": "run.case",
+    "Sampling": "models.subject",
+    "Statistic": "recorder",
+    "Where": "recorder",
     "bound": "bounds.examine",
     "build": "models.gemma",
     "chain": "diagnosis",
+    "describe": "recorder",
     "forecast": "run.forecast",
     "generate": "models.gemma",
     "load": "models.gemma",

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.huggingface import CONFIG
 from stabilitykit.checkpoints.parameters import parameter_shapes
@@ -32,7 +33,7 @@ def write_folder(
     dtype: ExportDtype,
     *,
     source: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Writes the checkpoint into the empty `folder`, with weights rounded to `dtype`, and returns the weight files.
 
@@ -121,9 +122,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path, source: Path | None) 
     (folder / "tokenizer_config.json").write_text(_json(settings), encoding="utf-8")
 
 
-def _write_weights(
-    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, progress: Callable[[int, int], None] | None
-) -> list[Path]:
+def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, progress: Progress | None) -> list[Path]:
     shapes = parameter_shapes(checkpoint.config)
     sizes = {f"model.{name}": math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     total, done = sum(sizes.values()), 0

@@ -20,7 +20,7 @@ def bound(
     Beside the bound stand the largest value in three texts and the largest that a search over hidden states found: how
     far the bound may be from the truth. Exits 0 whatever was found.
     """
-    from stabilitykit import bound as run
+    from stabilitykit.bounds.examine import bound as run
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import add_finding, check_report
     from stabilitykit.cli.source import print_checkpoint

@@ -44,9 +44,9 @@ def forecast(
     The prompt runs once, up to its logits, in a dtype that holds everything. Only tensors that a float16 run would
     store in 16 bits are judged: Gemma computes norms and softmax in float32 in every dtype. Exits 0 whatever was found.
     """
-    from stabilitykit import forecast as run
     from stabilitykit.cli import screen
     from stabilitykit.cli.source import print_source
+    from stabilitykit.run.forecast import forecast as run
 
     with screen.progress_bar() as progress:
         found = run(

@@ -80,10 +80,10 @@ def profile(
     """
     if not (0 <= temperature < math.inf):
         raise MisuseError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}.")
-    from stabilitykit import Sampling
-    from stabilitykit import profile as run
     from stabilitykit.cli import screen
+    from stabilitykit.models.subject import Sampling
     from stabilitykit.run.profile import check_empty
+    from stabilitykit.run.profile import profile as run
 
     if out is not None:
         check_empty(out)

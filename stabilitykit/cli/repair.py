@@ -42,7 +42,6 @@ def repair(
     what it could not. Exits 0 when the repaired checkpoint is finite on all texts, 1 when it is not and nothing was
     written.
     """
-    from stabilitykit import repair as run
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import add_finding, check_report
     from stabilitykit.cli.source import print_checkpoint
@@ -50,6 +49,7 @@ def repair(
     from stabilitykit.records.document import to_document
     from stabilitykit.remedies.export import check_new
     from stabilitykit.remedies.repair import checkpoint_to_repair
+    from stabilitykit.remedies.repair import repair as run
 
     parse_device(device)
     if out is not None:

@@ -14,7 +14,7 @@ def reproduce(
     checkpoint: Annotated[
         str, typer.Option(help="Checkpoint: gemma3-270m (extra: demo), a .gguf file, or random:SIZE?layers=2&seed=0.")
     ] = "gemma3-270m",
-    prompt: Annotated[str, typer.Option(help="Text to run.")] = "The capital of France is",
+    prompt: Annotated[str, typer.Option(help="Text of the prompt to run.")] = "The capital of France is",
     device: options.Device = "cpu",
     rescale: Annotated[
         float,

@@ -43,13 +43,13 @@ def search(
     Scans the vocabulary: each token alone, after <bos> and inside a text. Then the worst tokens are put together, one
     more at a time, until a prompt overflows. Each prompt said to overflow was really run. Exits 0 whatever was found.
     """
-    from stabilitykit import search as run
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import add_finding, check_report
     from stabilitykit.cli.source import print_checkpoint
     from stabilitykit.models.devices import parse_device
     from stabilitykit.records.document import to_document
     from stabilitykit.run.source import checkpoint_of
+    from stabilitykit.searches import search as run
 
     parse_device(device)
     if out is not None:

@@ -39,8 +39,8 @@ def sweep(
 
     The same command again does only what is missing. Exits 0 when no case failed, 1 otherwise.
     """
-    from stabilitykit import sweep as run
     from stabilitykit.cli import screen
+    from stabilitykit.sweeps.run import sweep as run
 
     if dry_run:
         _print_plan(experiment, overrides or (), as_json)

@@ -25,9 +25,9 @@ def verify(
     With --proof nothing runs: bounds are computed again from the weights, by code that shares nothing with what chose
     them. Exits 0 when everything is as it was written, 1 when something is not.
     """
-    from stabilitykit import verify as check
-    from stabilitykit import verify_proof
     from stabilitykit.cli import screen
+    from stabilitykit.remedies.verify import verify as check
+    from stabilitykit.remedies.verify import verify_proof
 
     with screen.progress_bar() as progress:
         if proof:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from stabilitykit.diagnosis.chain import logits_of
 from stabilitykit.records import Recording
-from stabilitykit.words import counted
+from stabilitykit.words import counted, listed
 
 CauseName = Literal[
     "range",
@@ -53,7 +53,7 @@ def cause(recording: Recording) -> Cause | None:
     if scalers:
         return Cause(
             "int8-scalers-dropped",
-            f"The checkpoint holds int8 weights and {counted(len(scalers), 'scaler')} for them ({_first(scalers)}) "
+            f"The checkpoint holds int8 weights and {counted(len(scalers), 'scaler')} for them ({listed(scalers, 1)}) "
             "that the model has no place for. Loaded without them every weight is an integer up to 127 instead of a "
             "small fraction, so the failure is in the weights, not in the number format.",
             "Build the model with quantised layers, or multiply each row by its scaler before loading.",
@@ -61,7 +61,7 @@ def cause(recording: Recording) -> Cause | None:
     if missing:
         return Cause(
             "parameter-names",
-            f"The checkpoint lacks {counted(len(missing), 'parameter')} of the model by name ({_first(missing)}; it "
+            f"The checkpoint lacks {counted(len(missing), 'parameter')} of the model by name ({listed(missing, 1)}; it "
             f"has {', '.join(unexpected[:2]) or 'nothing else'} instead), and `strict=False` left uninitialised what "
             "it lacks: whatever the memory held was run as weights.",
             "Load with strict=True and rename the parameters it lists.",
@@ -70,8 +70,8 @@ def cause(recording: Recording) -> Cause | None:
     if broke.kind == "weight" and weights is not None and weights.overflow and not weights.nonfinite:
         return Cause(
             "range",
-            f"Storing the checkpoint in {weights.dtype} took {weights.overflow:,} of its weights "
-            f"({weights.worst[0].name}, ...) past the format's range; the checkpoint itself is finite.",
+            f"Stored in {weights.dtype}, {counted(weights.overflow, 'weight overflows', 'weights overflow')}, mostly "
+            f"in {weights.worst[0].name}; the checkpoint itself is finite.",
             "Store the weights in a format with a wider range (bfloat16, float32).",
         )
     if broke.kind == "weight":
@@ -115,10 +115,6 @@ def cause(recording: Recording) -> Cause | None:
     )
 
 
-def _first(names: Sequence[str]) -> str:
-    return f"{names[0]}, ..." if len(names) > 1 else names[0]
-
-
 def _sampler_cause(recording: Recording) -> Cause:
     case = recording.header.case
     first = recording.first_break()
@@ -126,8 +122,8 @@ def _sampler_cause(recording: Recording) -> Cause:
     if first is not None and first.broke is not None and first.broke.kind == "overflow":
         return Cause(
             "temperature",
-            f"The logits are finite. Divided by the temperature {case.get('temperature')} they leave "
-            f"{recording.header.dtype}'s range; in float32 they would not.",
+            f"The logits are finite. Divided by the temperature {case.get('temperature')} they overflow "
+            f"{recording.header.dtype}; in float32 they would not.",
             "Use greedy decoding instead of a tiny temperature, or divide in float32.",
         )
     if case.get("top_k", 1) <= 0:

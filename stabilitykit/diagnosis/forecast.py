@@ -4,16 +4,14 @@ Only tensors that a low-precision run stores in low precision are judged: Gemma 
 every dtype. Which those are is what `Record.stored_dtype` says.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stabilitykit.diagnosis.layers import peak
 from stabilitykit.diagnosis.verdict import place_of, weights_sentence, where
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording, StoredWeights
-from stabilitykit.words import number
+from stabilitykit.words import counted, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +21,8 @@ class Forecast:
     `first` is the first in order of execution of which some element would leave the range, None where none would.
     `past`, `subnormal` and `zero` count elements of all `judged` tensors that would leave the range, be stored as
     subnormals, and become zero without having been one; `elements` is how many they have. `closest` has the largest
-    magnitude. `weights` is what storing the checkpoint in it does, if that was counted. `saturating`: what leaves the
-    range is cut off at its end.
+    magnitude. `weights` is what storing the checkpoint in it does, if that was counted. `saturating`: what would
+    overflow becomes the format's maximum.
     """
 
     format: str
@@ -45,13 +43,13 @@ class Forecast:
 
     @property
     def headroom(self) -> float | None:
-        """Bits from the magnitude of `closest` to the format's end; None where nothing finite was judged."""
+        """Bits from the magnitude of `closest` up to the format's maximum; None where nothing finite was judged."""
         amax = None if self.closest is None else self.closest.amax
         return None if amax is None else number_format(self.format).headroom(amax)
 
     @property
     def breaks(self) -> bool:
-        """Whether an activation or a weight would leave the range, and become what is no number."""
+        """Whether an activation or a weight would overflow, and become infinite or NaN."""
         leaves = self.first is not None or (self.weights is not None and self.weights.overflow > 0)
         return leaves and not self.saturating
 
@@ -61,8 +59,8 @@ def forecast(
 ) -> Forecast:
     """The forecast for the format called `name`, of a run that recorded counts for it.
 
-    With `saturating` casts to 8 bits cut off at the format's end, as the OCP's specification allows and NVIDIA's
-    `satfinite` and torch on a CPU do for e4m3fn; wider formats have no such cast.
+    With `saturating` casts to 8 bits make the format's maximum of what would overflow, as the OCP's specification
+    allows and NVIDIA's `satfinite` and torch on a CPU do for e4m3fn; wider formats have no such cast.
 
     Values are the run's own: those of a float32 run are what a low-precision one computes up to its rounding errors, so
     where a value lies that close to the limit the forecast may name a neighbour. After a first overflow nothing that
@@ -74,19 +72,19 @@ def forecast(
     form = number_format(name)
     if form.name not in recording.header.formats:
         raise MisuseError(
-            f"A forecast reads the counts for a format that were kept while the model ran; for {form.name} there are "
-            f"none, only for {', '.join(recording.header.formats)}. Record again with formats=({form.name!r}, ...)."
+            f"This recording has no counts for {form.name}, only for {', '.join(recording.header.formats)}. Record "
+            f"again with formats=({form.name!r}, ...)."
         )
     first = recording.first_break()
     if first is not None:
         raise MisuseError(
-            f"A forecast is made of a run that stays finite; this one broke in {first.site}. Run it in float32."
+            f"A forecast needs a run that stays finite; this one does not, from {first.site} on. Run it in float32."
         )
     judged = [record for record in recording if record.stored_dtype is not None and _is_low(record.stored_dtype)]
     if not judged:
         raise MisuseError(
-            "A forecast judges the tensors that a 16-bit run stores in 16 bits; of this recording nobody found out "
-            "which those are. Make it with `stabilitykit forecast`, and without an adapter or quantised weights."
+            "A forecast needs to know which tensors a 16-bit run stores in 16 bits, and this recording does not say. "
+            "Make it with `stabilitykit forecast`, and without an adapter or quantised weights."
         )
     counts = [(record, record.formats[form.name]) for record in judged]
     over = next((record for record, count in counts if count.overflow), None)
@@ -114,67 +112,23 @@ def prediction(recording: Recording, found: Forecast) -> str:
         if found.closest is None or found.headroom is None:
             return f"{said}{form.name}: nothing was recorded that it would have to hold."
         return (
-            f"{said}{form.name} would hold every value: the largest, {number(found.closest.amax)} in "
-            f"{where(found.closest)}, is {found.headroom:.1f} bits below its end at {number(form.largest)}."
+            f"{said}{form.name} would hold every value: the largest magnitude is {number(found.closest.amax)}, in "
+            f"{where(found.closest)}: {found.headroom:.1f} bits of headroom below the maximum ({number(form.largest)})."
         )
-    elements = "1 element leaves" if found.overflow == 1 else f"{found.overflow:,} elements leave"
     at = place_of(recording, first.amax_position, first.amax_row, first.amax_token, first.step)
-    largest = f"the largest there is {number(first.amax)}{at}"
-    happens = "would cut values off" if found.saturating else "would break"
     return (
-        f"{said}{form.name} {happens} first in {where(first)}: {elements} its range, which ends at "
-        f"{number(form.largest)}; {largest}."
+        f"{said}{form.name} would {'saturate' if found.saturating else 'overflow'} first in {where(first)}: "
+        f"{counted(found.overflow, 'element exceeds', 'elements exceed')} the maximum, {number(form.largest)}; the "
+        f"largest magnitude there is {number(first.amax)}{at}."
     )
 
 
 def overflow_becomes(name: str, *, saturating: bool = False) -> str:
-    """What a cast makes of a value past the format's range; only those to 8 bits may saturate."""
+    """What a cast makes of a value above the format's maximum; only those to 8 bits may saturate."""
     form = number_format(name)
     if form.saturates(asked=saturating):
         return f"±{number(form.largest)}"
     return "±inf" if form.has_infinities else "NaN"
-
-
-def with_stored_dtypes(recording: Recording, low: Recording) -> Recording:
-    """`recording` with the `stored_dtype` of each record, which `low`, a run of the same model in 16 bits, tells.
-
-    Only sites, shapes and dtypes of `low` are read, so one pass without values will do for every step. Records are
-    matched by site, the first of a step with the first of the same name. Where the 16-bit run rounds a result in an
-    operator of its own, as after a softmax in float32, the record that was rounded counts as stored in 16 bits. Fused
-    attention, which runs as its parts where there are no values, is stored as the last part of its shape is. Records
-    that `low` does not have, such as those of the sampler, keep None.
-    """
-    known = {key for key, _ in _numbered(recording)}
-    stored: dict[_Key, str] = {}
-    last: dict[tuple[str, tuple[int, ...]], tuple[_Key, str]] = {}  # in each module, of each shape
-    for key, record in _numbered(low):
-        own = record.module, record.shape
-        if key in known:
-            stored[key] = record.dtype
-        elif record.operator == "cast" and own in last:
-            stored[last[own][0]] = record.dtype
-        last[own] = key, record.dtype
-
-    def told(key: _Key, record: Record) -> str | None:
-        fused = record.operator == _FUSED and last.get((record.module, record.shape))
-        return stored.get(key) or (fused[1] if fused else None)
-
-    return Recording(
-        recording.header,
-        [replace(record, stored_dtype=told(key, record)) for key, record in _numbered(recording)],
-    )
-
-
-_Key = tuple[str, int]
-_FUSED = "scaled_dot_product_attention"
-
-
-def _numbered(recording: Recording) -> Iterator[tuple[_Key, Record]]:
-    """The records of each step, with which one of its site it is there."""
-    seen: Counter[tuple[int, str]] = Counter()
-    for record in recording:
-        yield (record.site, seen[record.step, record.site]), record
-        seen[record.step, record.site] += 1
 
 
 def _is_low(dtype: str) -> bool:

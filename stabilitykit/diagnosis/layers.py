@@ -53,19 +53,16 @@ def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
 
 
 def stored(recording: Recording) -> Iterator[Record]:
-    """The records of tensors that are stored in the run's dtype, whatever that is.
+    """The records of tensors that the model stores in 16 bits when it runs in 16 bits.
 
-    Gemma computes the insides of RMSNorm, and softmax, in float32 in every dtype. In a float32 run the dtype does
-    not tell these apart, so the sites do; what the squares in a norm reach says nothing about float16.
+    Gemma computes the insides of RMSNorm, and softmax, in float32 in every dtype: what the squares in a norm reach says
+    nothing about float16. Where `stored_dtype` is not known a tensor counts if it is stored in the run's own dtype.
     """
-    return (r for r in recording if r.dtype == recording.header.dtype and not _wide_by_design(r))
+    return (record for record in recording if _is_stored(record, recording.header.dtype))
 
 
-def _wide_by_design(record: Record) -> bool:
-    module, _, operator = record.site.partition("/")
-    if module == "sampler":
-        return operator != "div.0"
-    return operator.startswith("softmax") or (module.endswith("norm") and operator != "")
+def _is_stored(record: Record, dtype: str) -> bool:
+    return record.dtype == dtype if record.stored_dtype is None else record.stored_dtype in ("float16", "bfloat16")
 
 
 def peak(records: Iterable[Record]) -> Record | None:
@@ -87,7 +84,7 @@ def _rank(record: Record) -> int:
 
 def _row(recording: Recording, part: str, records: list[Record], form: str) -> LayerRow:
     dtype = recording.header.dtype
-    own = [record for record in records if record.dtype == dtype and not _wide_by_design(record)]
+    own = [record for record in records if _is_stored(record, dtype)]
     top = peak(own)
     softmaxes = [record.softmax for record in records if record.softmax is not None]
     least = [e for s in softmaxes for e in s.entropy_min if not math.isnan(e)]

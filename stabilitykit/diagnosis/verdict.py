@@ -75,7 +75,7 @@ def _break_document(recording: Recording, first: Record, reference: Recording | 
 
 
 def verdict(recording: Recording, reference: Recording | None = None) -> str:
-    """One paragraph: what broke, where, why, and how it became the error; or how much room was left."""
+    """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left."""
     first = recording.first_break()
     if first is None:
         return " ".join([_clean(recording), *limits(recording.header.notes)])
@@ -100,12 +100,12 @@ def _clean(recording: Recording) -> str:
     top = peak(stored(recording))
     if top is None or top.amax is None:
         return f"{dtype}: nothing was recorded."
-    room = number_format(dtype).headroom(top.amax)
+    form = number_format(dtype)
     ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
     place = f"{where(top)}{place_of(recording, top.amax_position, top.amax_row, top.amax_token, top.step)}"
     return (
-        f"{dtype} is finite throughout. Its largest value is {number(top.amax)}, in {place}, {room:.1f} bits below the "
-        f"format's end at {number(number_format(dtype).largest)}.{ending}"
+        f"{dtype} is finite throughout. The largest magnitude is {number(top.amax)}, in {place}: "
+        f"{form.headroom(top.amax):.1f} bits of headroom below the maximum ({number(form.largest)}).{ending}"
     )
 
 
@@ -116,14 +116,16 @@ def _first_sentence(recording: Recording, first: Record) -> str:
     count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
     match broke.kind:
         case "overflow":
-            return f"{dtype} breaks in {place}{count}: {_made(first)}, and {dtype} ends at {number(broke.limit)}."
+            maximum = f"the {dtype} maximum, {number(broke.limit)}"
+            return f"{dtype} overflows in {place}{count}: {_made(first)} exceeds {maximum}."
         case "reduction":
             return (
-                f"{dtype} breaks in {place}{count}: the result would be {number(broke.value)}, which fits, but a "
-                f"partial sum on the way to it passed {number(broke.limit)}."
+                f"{dtype} overflows in {place}{count}: the result, {number(broke.value)}, fits, but a partial sum "
+                f"exceeds the {dtype} maximum, {number(broke.limit)}."
             )
         case "invalid" | "division-by-zero":
-            return f"{place} is {'NaN' if broke.kind == 'invalid' else 'infinite'}{count}: {_made(first)}."
+            lost = "NaN" if broke.kind == "invalid" else "infinite"
+            return f"{place} is {lost}{count}: {_made(first, which='')}."
         case "masked-row":
             return f"{place} is NaN{count}: every key of that row is masked."
         case "weight" | "input":
@@ -147,9 +149,9 @@ def _dependence(recording: Recording, first: Record) -> str:
     token = _broke(first).token
     if position == 0:
         text = escaped(recording.header.text_of(token) or "")
-        named = "its first token" if token is None else f"the token {text}" if text else f"the token with id {token}"
-        return f"That depends on {named} alone, whatever follows: every prompt that begins with it breaks here."
-    return f"That depends on the first {position + 1} tokens alone: every prompt that begins with them breaks here."
+        named = "" if token is None else f", {text}" if text else f" (id {token})"
+        return f"This depends only on the first token{named}: every prompt that starts with it overflows here."
+    return f"This depends only on the first {position + 1} tokens: every prompt that starts with them overflows here."
 
 
 def _consequences(links: tuple[Link, ...]) -> str:
@@ -177,15 +179,18 @@ def _advice(why: Cause | None) -> str:
     return "" if why is None else why.remedy
 
 
-def _made(record: Record) -> str:
-    """The arithmetic that broke, with its numbers."""
+def _made(record: Record, which: str = ", which") -> str:
+    """The arithmetic that broke, with its numbers: `60,000 + 8,000 = 68,000`, or `exp of operands up to 99 gives inf`.
+
+    To the second one `which` is added, for a verb to follow.
+    """
     broke = _broke(record)
     sign = _SIGNS.get(record.operator or "")
     if sign and len(broke.operands) == 2:
         return f"{number(broke.operands[0])} {sign} {number(broke.operands[1])} = {number(broke.value)}"
     operands = " and ".join(number(operand) for operand in broke.operands)
     of = f" of operands up to {operands}" if operands else ""
-    return f"{record.operator or 'it'}{of} gives {number(broke.value)}"
+    return f"{record.operator or 'the operator'}{of} gives {number(broke.value)}{which}"
 
 
 def where(record: Record | Link) -> str:
@@ -231,7 +236,7 @@ def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
     if not parts:
         return ""
     worst = stored.worst[0].name
-    return f"Stored in {stored.dtype}, of {stored.elements:,} weights {listed(parts)}, most of all in {worst}."
+    return f"Of {stored.elements:,} weights stored in {stored.dtype}, {listed(parts)}, mostly in {worst}."
 
 
 def _broke(record: Record) -> Break:

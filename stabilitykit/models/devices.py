@@ -18,7 +18,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """`torch.float16` from itself, "float16" or "torch.float16". Raises MisuseError for what a model cannot run in."""
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise MisuseError(f"A model runs in one of {', '.join(DTYPES)}; {str(dtype)!r} is none of them.")
+        raise MisuseError(f"Unknown dtype {str(dtype)!r}; choose one of: {', '.join(DTYPES)}.")
     return found
 
 

@@ -1,13 +1,17 @@
-"""What ran: the versions of what computes, and the machine."""
+"""What ran: the versions of what computes, the machine, and where a result comes from."""
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
+from stabilitykit.checkpoints.checkpoint import Checkpoint
 
+
+@cache
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("stabilitykit", "torch")} | {"python": platform.python_version()}
 
@@ -19,3 +23,26 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
+
+
+class Origin(TypedDict):
+    """The fields of a `CheckpointProvenance`."""
+
+    checkpoint: str
+    sha256: str
+    notes: tuple[str, ...]
+    command: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+
+def provenance_of(checkpoint: Checkpoint, command: str, device: str) -> Origin:
+    """Where what `command` finds about `checkpoint` on `device` comes from, here and now."""
+    return Origin(
+        checkpoint=checkpoint.source,
+        sha256=checkpoint.sha256,
+        notes=checkpoint.notes,
+        command=command,
+        versions=versions(),
+        machine=machine(device),
+    )

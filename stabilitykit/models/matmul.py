@@ -92,7 +92,7 @@ def preferred_matmul(dtype: str, device: str) -> str:
 
 class _Accumulate(OperatorMode):  # type: ignore[no-untyped-call]
     def __init__(self, kind: str) -> None:
-        super().__init__(self.run)
+        super().__init__(self.run, apart=lambda kind: kind.name == "matmul")  # the others would cost time
         self.kind = kind
         terms = _NARROW_SUM.fullmatch(kind)
         self.terms = int(terms[1]) if terms else None

@@ -9,7 +9,8 @@ from stabilitykit.checkpoints.cache import Progress
 from stabilitykit.choices import Attention, RoundingName, check_choice
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import load
-from stabilitykit.models.subject import GemmaSubject, Subject
+from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers import open_model as open_transformers
 from stabilitykit.models.transformers.library import PREFIX
 

@@ -1,4 +1,4 @@
-"""What kind of thing an ATen operator does, under one name whatever the grad mode.
+"""ATen operators: one name for each, whatever the grad mode, what it does, and a mode that intercepts all of them.
 
 Under `inference_mode` composite operators reach a dispatch mode whole (`linear`, `softmax.int`), under
 `no_grad` as their parts (`mm`, `_softmax`). `OperatorMode` takes composites apart, and the names here join the
@@ -37,14 +37,14 @@ _SAME = {
     "_scaled_dot_product_attention_math_for_mps": "scaled_dot_product_attention",
 }
 
-# They place values and never compute any, so what comes out was finite if what went in was.
+# They move values and never compute any: the result is finite if the operands are.
 _MOVES = frozenset(
     "alias cat clone constant_pad_nd contiguous detach expand_copy flip gather index index_copy index_put index_select "
     "lift lift_fresh masked_select pad repeat repeat_interleave roll scatter select_scatter slice_scatter sort stack "
     "take topk unfold_copy _index_put_impl _reshape_copy _unsafe_index _unsafe_view unsafe_split view_copy".split()
 )
 
-# They choose between values: an infinity they hold was put there on purpose or came from an operand.
+# They choose between values: an infinity in the result is intended or came from an operand.
 SELECTIONS = frozenset("where masked_fill index_fill fill tril triu clamp clamp_min clamp_max".split())
 
 # Where a finite operand gives an exact infinity: IEEE 754's division by zero.
@@ -55,9 +55,9 @@ CONTRACTIONS = frozenset({"matmul"})
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What there is to know about an operator, found once."""
+    """The properties of an operator, looked up once."""
 
-    name: str  # the canonical one
+    name: str  # "add" for add.Tensor and add_.Tensor, "matmul" for mm, bmm, addmm and linear
     composite: bool  # takes itself apart into others
     writes_in_place: bool
     written: tuple[tuple[int, str], ...]  # the arguments that it writes into, by place and name
@@ -109,26 +109,23 @@ def _traits(func: Any) -> Traits:
     )
 
 
-def canonical(func: Any) -> str:
-    """`aten.add_.Tensor` and `aten.add.Tensor` are "add"; `mm`, `bmm` and `addmm` are "matmul"."""
-    return traits(func).name
-
-
 class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, `operator(traits, args, kwargs)` runs in the place of every operator, and returns its result.
 
-    Composite operators are taken apart, and their parts arrive instead; `given` may change the arguments of one
-    before that. Views run as they are. What `operator` itself runs does not come back to it.
+    Composite operators that `apart` accepts are taken apart, and their parts arrive instead; `given` may change the
+    arguments of one before that. Views run as they are. What `operator` itself runs does not come back to it.
     """
 
     def __init__(
         self,
         operator: Callable[[Traits, tuple[Any, ...], dict[str, Any]], Any],
         *,
+        apart: Callable[[Traits], bool] | None = None,
         given: Callable[[Traits, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._operator = operator
+        self._apart = apart
         self._given = given
 
     @classmethod
@@ -138,7 +135,7 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = traits(func)
-        if kind.composite:
+        if kind.composite and (self._apart is None or self._apart(kind)):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
             with self:

@@ -112,7 +112,7 @@ class _Turn:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with _disable_current_modes(), torch.no_grad():  # an observer of operators is not meant to see these
             ids = None
-            if isinstance(module, nn.Embedding) or hasattr(module, "looks_up_rows"):
+            if isinstance(module, nn.Embedding):
                 ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             made = self.weight.whole() if ids is None else self.weight.rows(ids)
             self.put(nn.Parameter(made, requires_grad=False))

@@ -1,4 +1,4 @@
-"""What a case can run: a model with the little around it that a case asks for."""
+"""What a run asks of a model, whoever wrote it, and how it has the model continue a prompt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,41 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.models.gemma import Gemma
-from stabilitykit.models.gemma.generate import decode
+Saw = Callable[[Tensor], bool]
+"""Called with each step's logits before a token is drawn from them; where it returns True, that token is the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """gemma_pytorch's defaults. `temperature` None or 0 is greedy; `seed` is the draw's, None for torch's generator."""
+
+    temperature: float | None = 1.0
+    top_p: float = 0.95
+    top_k: int = 64
+    seed: int | None = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """How a prompt [B, T] is continued: by `new_tokens`, or up to an end-of-sequence token.
+
+    `padding` [B, T] is True where a real token stands. `mask` [B or 1, 1, T, T], floating, replaces the model's own for
+    the one token that it serves. The logits of a step are those of its last position [B, 1, V], or of all, [B, T, V],
+    with `every_logit`.
+    """
+
+    new_tokens: int = 1
+    sampling: Sampling = Sampling()
+    padding: Tensor | None = None
+    mask: Tensor | None = None
+    every_logit: bool = False
 
 
 class Subject(Protocol):
     """A model to record. `module` is what is recorded, `layers` are its decoder layers, `context` counts tokens.
 
-    `source`, `sha256` and `notes` say where it comes from, as in a Checkpoint; `facts` what was chosen about it.
+    `facts` say what was chosen about it. Where it comes from the recorder reads off `module`: `source`, `sha256` and
+    `notes`, as in a Checkpoint.
     """
 
     @property
@@ -28,12 +55,6 @@ class Subject(Protocol):
     @property
     def pad(self) -> int: ...
     @property
-    def source(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-    @property
     def facts(self) -> dict[str, Any]: ...
 
     def piece(self, token: int) -> str:
@@ -44,71 +65,6 @@ class Subject(Protocol):
         """The same model in `dtype` on the meta device, where nothing has a value; None where none can be made."""
         ...
 
-    def decode(
-        self,
-        ids: Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float | None,
-        top_p: float,
-        top_k: int,
-        seed: int,
-        padding: Tensor | None,
-        mask: Tensor | None,
-        every_logit: bool,
-        saw: Callable[[Tensor], bool],
-    ) -> list[list[int]]:
-        """As `stabilitykit.models.gemma.generate.decode`; raises MisuseError for what this model cannot do."""
+    def decode(self, ids: Tensor, how: Continuation, saw: Saw) -> list[list[int]]:
+        """The new token ids of each row; raises MisuseError for what this model cannot do."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class GemmaSubject:
-    """The kit's own model."""
-
-    module: Gemma
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.module.layers)
-
-    @property
-    def device(self) -> torch.device:
-        return self.module.device
-
-    @property
-    def context(self) -> int:
-        return self.module.config.context
-
-    @property
-    def pad(self) -> int:
-        return 0 if self.module.vocabulary is None else self.module.vocabulary.pad
-
-    @property
-    def source(self) -> str:
-        return self.module.source
-
-    @property
-    def sha256(self) -> str:
-        return self.module.sha256
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.module.notes
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"rounding": self.module.rounding, "rescale": self.module.rescale}
-
-    def piece(self, token: int) -> str:
-        tokenizer = self.module.tokenizer
-        return f"<row {token}>" if tokenizer is None else tokenizer.piece(token)
-
-    def blank(self, dtype: torch.dtype) -> nn.Module:
-        with torch.device("meta"):
-            model = Gemma(self.module.config, rounding=self.module.rounding)
-        model.lm_head.weight = model.embed_tokens.weight
-        return model.to(dtype).eval()
-
-    def decode(self, ids: Tensor, **how: Any) -> list[list[int]]:
-        return decode(self.module, ids, **how)

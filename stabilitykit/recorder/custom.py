@@ -1,4 +1,4 @@
-"""Statistics that a user adds to those of every record: `record(model, statistics=[...])`."""
+"""A user's own statistics, added to every record: `record(model, statistics=[...])`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,22 +18,23 @@ from stabilitykit.words import counted
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number about every tensor, of the user's own.
+    """A user's own statistic: one number per recorded tensor.
 
         near_zero = Statistic("near_zero", "fraction of elements", lambda x: (x.abs() < 1e-6).float().mean())
 
-    `name` is its column in `Recording.frame` and in the file, `unit` is for people.
+    `name` is the column in `Recording.frame` and in the file; `unit` is kept in the header and shown in tables.
 
-    `function` is called once with each tensor that is recorded, of any shape and strides and on the model's device:
-    float16, bfloat16, float32 or float64 (float8 as float32, complex numbers as pairs). Elements that a mask hides are
-    NaN there, so reductions that pass over NaN (`nanmean`, `nansum`) pass over them; other non-finite elements are as
-    they are. It returns one number, best as a tensor, which stays on the device until the pass has ended; `item()`
-    would wait for the device. It must neither write to the tensor nor draw random numbers. It is not called on the meta
-    device. An exception it raises is kept from the model: that record has None, and a warning at the end of the block
-    and the header's notes say so.
+    `function` is called once per recorded tensor, of any shape and strides, on the model's device: float16, bfloat16,
+    float32 or float64 (float8 arrives as float32, complex numbers as pairs). Elements hidden by a mask are NaN, so
+    `nanmean` and `nansum` skip them; other non-finite elements are unchanged. It returns one number, preferably a 0-d
+    tensor, which stays on the device until the pass has ended; `item()` would synchronise. It must not write to the
+    tensor or draw random numbers. It is not called on the meta device.
 
-    Attention over a long prompt is computed by blocks of queries. Its tensors have a value only with `join`, which
-    makes the number of two blocks out of both of theirs, such as `max`.
+    An exception in `function` does not reach the model: the record has None, a warning is issued at the end of the
+    block, and the header's notes say so.
+
+    Attention over a long prompt is computed in blocks of queries. Tensors computed in blocks have a value only with
+    `join`, which combines the numbers of two blocks, such as `max`; otherwise they have None.
     """
 
     name: str
@@ -43,19 +44,19 @@ class Statistic:
 
 
 class CustomStatistics:
-    """What is found by the user's statistics, and which of them failed."""
+    """Evaluates a user's statistics, and remembers which of them failed."""
 
     def __init__(self, statistics: Sequence[Statistic], pending: Pending) -> None:
-        """Raises MisuseError for names that cannot be a column of their own."""
+        """Raises MisuseError for a name that is not a valid, unused column name."""
         names = [statistic.name for statistic in statistics]
         taken = {spec.name for spec in dataclasses.fields(Record)}
         for name in names:
             if not name.isidentifier():
-                raise MisuseError(f"A statistic's name is a column's, such as 'near_zero'; got {name!r}.")
+                raise MisuseError(f"A statistic's name must be an identifier, such as 'near_zero'; got {name!r}.")
             if name in taken:
-                raise MisuseError(f"Every record already has a column {name!r}; give the statistic another name.")
+                raise MisuseError(f"Records already have a column {name!r}; give the statistic another name.")
             if names.count(name) > 1:
-                raise MisuseError(f"Two statistics are called {name!r}; give each a name of its own.")
+                raise MisuseError(f"Two statistics are named {name!r}; give each its own name.")
         self.units = {statistic.name: statistic.unit for statistic in statistics}
         self._statistics = tuple(statistics)
         self._pending = pending

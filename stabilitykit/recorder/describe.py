@@ -1,4 +1,4 @@
-"""A record of a tensor that another engine than torch has made, with the statistics that `record` would have found."""
+"""`describe(array, where)`: the record of a tensor from an engine other than torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,16 +23,17 @@ _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
-    """Where in a forward pass a tensor was made.
+    """Where in a forward pass a tensor was computed.
 
-    `site` is its name in records, such as "layers.3.mlp/mul.0"; `module` the one that made it, the part of the site
-    before the slash unless given; `operator` None for what a module returned. `layer` is read from the module's path
-    unless given. `step` counts forward passes, `order` the tensors of all of them.
+    `site` is its name in records, such as "layers.3.mlp/mul.0". `module` is the module that computed it (default: the
+    site up to the slash), `operator` the operator, None for a module's output. `layer` is the decoder layer, from 0
+    (default: read from the module's path). `step` counts forward passes, `order` tensors over all passes; both from 0.
 
-    `dtype` is the one the tensor is stored in, for engines that hand out wider copies; its own unless given.
+    `dtype` is the dtype in which the engine stores the tensor, if `array` is a wider copy (default: the array's own).
 
-    `rows` sequences got `positions` new tokens each in this pass, the first at position `start`. They tell which
-    dimension counts what; without them no position is known. `scores`: the last two dimensions count queries and keys.
+    `rows` is the batch size, `positions` the number of new tokens per row in this pass, `start` the position of the
+    first of them. They tell which dimension counts what; without them the record has no positions. `scores`: the last
+    two dimensions are queries and keys.
     """
 
     site: str
@@ -58,17 +59,17 @@ def describe(
     statistics: Sequence[Statistic] = (),
     position_peaks: bool = False,
 ) -> Record:
-    """The record of `array`, a torch tensor, a numpy array or whatever `torch.as_tensor` takes, of any shape.
+    """The record of `array`: a torch tensor, a numpy array or anything `torch.as_tensor` accepts, of any shape.
 
         describe(numpy_array, Where(site="layers.0.mlp.down_proj", rows=1, positions=7))
 
-    Statistics, counts and the exponent histogram are those that `record` finds in the same tensor. Elements where
-    `masked`, boolean and of the same shape, is True count as masked and nowhere else. Lost elements are counted, but
-    `broke` is None, for what they were made of is not known here. `formats`, `statistics` and `position_peaks` are as
-    in `record`; a statistic that fails is None.
+    Statistics, counts and the exponent histogram equal those that `record` finds in the same tensor. Elements where
+    `masked` (boolean, of the array's shape) is True count as masked and enter no other statistic. Non-finite elements
+    are counted, but `broke` is None: a break is judged from the operands, which are not known here. `formats`,
+    `statistics` and `position_peaks` are as in `record`; a statistic that raises is None.
 
-    Raises MisuseError for what is no array of floating-point numbers, for a `dtype` that cannot hold them exactly, and
-    for a mask of another shape.
+    Raises MisuseError if `array` does not hold floating-point numbers, if `dtype` cannot hold them exactly, and for a
+    mask of another shape or dtype.
     """
     tensor = _tensor(array, where)
     with aside():

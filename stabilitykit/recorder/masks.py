@@ -1,7 +1,7 @@
-"""Which elements a mask hides, and what they become.
+"""Masks: which elements of a tensor they hide.
 
 A mask is a constant or an input that holds -inf, or the very negative finite number that stands for it. What it hides
-is no large value and no overflow, so nothing else counts it.
+is neither a large value nor an overflow, so it enters no other statistic.
 """
 
 import math

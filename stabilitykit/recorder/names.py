@@ -1,7 +1,7 @@
-"""What a place in the forward pass is called: by the module that is running, the operator, and which of its name.
+"""Sites: a place in the forward pass is named after the module that runs, the operator, and its number there.
 
-`Names` follows a model by hooks and knows of each operator's result its name and where its values come from. The
-recorder and lighter observers share it, so that a name means the same to both.
+`Names` follows a model through hooks and tells the site of every operator's result and where its values come from. The
+recorder and lighter observers share it, so a site means the same to both.
 """
 
 import re
@@ -26,14 +26,14 @@ _WRAPPERS = re.compile(r"^(base_model\.(model\.)?)?(model\.)?")  # of peft, and 
 
 
 def site_path(name: str) -> str:
-    """A module's or parameter's path as sites have it: without what wraps the text model it belongs to."""
+    """The path of a module or parameter as sites use it: without the wrappers around the text model."""
     name = _WRAPPERS.sub("", f"{name}.")
     return name.removesuffix(".")
 
 
 @dataclass(slots=True)
 class Frame:
-    """A module that is being executed, with the arguments it was given.
+    """A module that is running, with its arguments.
 
     `numbers` count its operators by name. `block` is what it computes of its attention now, `numbers_before` what they
     were when it began with the first one, `of_blocks` the numbers of the entries that its blocks share, by site. A
@@ -93,10 +93,10 @@ def by_operator(recording: Recording) -> Iterator[tuple[str, Record]]:
 
 
 class Names:
-    """Follows the modules of `model` that run, and where the values of every tensor come from.
+    """Follows which modules of `model` run, and where the values of every tensor come from.
 
-    `masks`: where values are moved, it is followed which of them a mask hides. `later` does what has to wait for
-    statistics that are still on their way from a device.
+    `masks`: also follow which elements a mask hides when values are moved. `later` runs an action once the statistics
+    that are still on their way from a device have arrived.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class Names:
                 stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
 
     def of_operator(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> str | None:
-        """The name of what an operator that is no view has just made; None of what no record tells: values that were
-        only moved, and constants.
+        """The site of the result of an operator that is not a view; None for results that have no record: values that
+        were only moved, and constants.
         """
         outputs = floating(output)
         if not outputs:
@@ -165,8 +165,8 @@ class Names:
         return site
 
     def of_result(self, kind: Traits, operands: Sequence[Operand], outputs: Sequence[Tensor]) -> str | None:
-        """As `of_operator`, of floating operands and at least one result; the origin of what has a name is left to the
-        caller to remember.
+        """As `of_operator`, given the floating operands and at least one floating result. Where it returns a site, the
+        caller remembers the origin of the result.
         """
         if moves(kind, operands[-1].tensor if operands else None, outputs[0]):
             self._move(kind, operands, outputs)
@@ -180,12 +180,12 @@ class Names:
         return None
 
     def same(self, tensor: Tensor, other: Tensor) -> Tensor:
-        """`tensor`, whose values come from where those of `other` do."""
+        """`tensor`, with the origin of `other`."""
         self.origins.remember(tensor, self.origins.of(other))
         return tensor
 
     def also_lost(self, origin: Origin, others: Sequence[Origin]) -> None:
-        """What one of `others` lost, `origin` has lost too."""
+        """If one of `others` is not finite, neither is `origin`."""
 
         def tell() -> None:
             origin.lost = origin.lost or any(other.lost for other in others)
@@ -193,7 +193,7 @@ class Names:
         self._later(tell)
 
     def _move(self, kind: Traits, operands: Sequence[Operand], outputs: Sequence[Tensor]) -> None:
-        """A move's output has its operand's origin, or a constant's where nothing floating went in."""
+        """The result has the origin of its operand, or is a constant where no operand is floating."""
         origins = [operand.origin for operand in operands]
         if kind.writes_in_place:
             if any(origin.kind != "constant" for origin in origins):

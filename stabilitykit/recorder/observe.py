@@ -1,4 +1,4 @@
-"""Measuring: one tensor the moment it exists, and the records in the making of all that were seen."""
+"""Observations: one tensor, measured the moment it exists, and the records being built from all of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +104,7 @@ class Observation:
 
 @dataclass(slots=True, kw_only=True)
 class Observer:
-    """Measures every tensor that it is shown. On a device nothing waits: what was counted there crosses later.
+    """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
     `origins` is told what is known of each tensor. `entries` are the records in the making, in order of execution,
     `forms` what tensors of a shape share within one `step`. `judgements` wait for a device that the pass must not wait

@@ -1,13 +1,13 @@
-"""`record(model)`: forward hooks on every module and, between them, every operator, as one list of records.
+"""`record(model)`: the output of every module and the result of every operator, as one list of records.
 
     with record(model) as recording:
         logits = model(tokens)
     recording.first_break()
 
-The hooks know where the program is; the operator mode sees what no module returns: residual adds, attention
-scores, gate · up. A tensor is measured the moment it exists, because the next operator may write over it.
-Nothing is changed: the model computes the same bits with and without a recorder, and no hook outlives the
-block. On a device nothing waits: what was counted there crosses to the host while the pass goes on.
+Forward hooks tell which module runs; an operator mode sees what no module returns: residual adds, attention scores,
+gate · up. A tensor is measured the moment it exists, because the next operator may overwrite it. The model computes the
+same bits with and without a recorder, and no hook outlives the block. Nothing waits for a device: counts are copied to
+the host while the pass goes on.
 """
 
 import sys
@@ -28,7 +28,8 @@ from stabilitykit.formats import number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
 from stabilitykit.recorder.custom import Statistic
-from stabilitykit.recorder.labels import family_of
+from stabilitykit.recorder.entry import Entry
+from stabilitykit.recorder.labels import Family, family_of
 from stabilitykit.recorder.names import OUTSIDE
 from stabilitykit.recorder.observe import DEFAULT_FORMATS, Options
 from stabilitykit.recorder.origins import Origin
@@ -202,14 +203,13 @@ def _finish(
         notes=(*recording.header.notes, *observer.custom.failures()),
         error=error,
     )
-    recording.records = lambda: _records(model, session, header)
+    entries, family = observer.entries, family_of(model)
+    recording.records = lambda: _records(entries, header, family)
     session.names.origins.forget()
     session.names.frames.clear()
 
 
-def _records(model: nn.Module, session: Session, header: Header) -> list[Record]:
-    entries, family = session.observer.entries, family_of(model)
-
+def _records(entries: Sequence[Entry], header: Header, family: Family | None) -> list[Record]:
     def site_of(origin: Origin) -> str:
         return origin.name if origin.entry is None else entries[origin.entry].site
 

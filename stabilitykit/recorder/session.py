@@ -1,4 +1,4 @@
-"""Following a model while it runs: its steps and their tokens, what its modules return and what its operators make."""
+"""One recorded block: the steps and tokens of the model, its modules' outputs and its operators' results."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -13,6 +13,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.files import write_json
 
 _T = TypeVar("_T")
+_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def to_document(value: Any) -> Any:
@@ -87,15 +88,17 @@ def _read(hint: Any, raw: Any) -> Any:
             return tuple(_read(arguments[0], held) for held in raw)
         return tuple(_read(argument, held) for argument, held in zip(arguments, raw, strict=True))
     if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"expected an object, got {raw!r}")
         key, held = arguments
-        return {_read(key, name): _read(held, value) for name, value in raw.items()}
+        return {key(name): _read(held, value) for name, value in raw.items()}
+    if origin is Literal and raw not in arguments:
+        raise ValueError(f"expected one of {arguments}, got {raw!r}")
     if origin is Literal or hint is Any:
         return raw
-    if hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
-        return float(raw) if isinstance(raw, str) else raw
-    if hint is int and isinstance(raw, str):  # a key
-        return int(raw)
-    if not isinstance(raw, hint):
+    if hint is float and raw in _NOT_FINITE:
+        return float(raw)
+    if not isinstance(raw, (int, float) if hint is float else hint) or (isinstance(raw, bool) and hint is not bool):
         raise TypeError(f"expected {hint.__name__}, got {raw!r}")
     return raw
 

@@ -231,11 +231,6 @@ class Record:
         return flat
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Record":
-        """The inverse of `row`."""
-        return cls.from_columns({name: [value] for name, value in row.items()})[0]
-
-    @classmethod
     def from_columns(cls, columns: Mapping[str, list[Any]]) -> "list[Record]":
         """The records whose rows have these columns, at least one of which there must be."""
         known = {spec.name for spec in dataclasses.fields(cls)}

@@ -101,7 +101,7 @@ class Recording:
                 return record
         tail = site.rsplit(".", 1)[-1]
         near = sorted({record.site for record in self.records if record.site.endswith(tail)})[:5]
-        raise MisuseError(f"A site is one that was recorded; {site!r} in step {step} was not. Near: {near or 'none'}.")
+        raise MisuseError(f"no record of site {site!r} in step {step}; similar sites: {', '.join(near) or 'none'}")
 
     def first_break(self) -> Record | None:
         """The first record in order of execution whose `broke` is set, or None."""

@@ -199,7 +199,7 @@ class Plan(CheckpointProvenance):
 
 @dataclass(slots=True)
 class Results:
-    """A sweep's folder. Results are read when asked for, and kept."""
+    """A sweep's folder. Results are read on demand, and cached."""
 
     folder: Path
     plan: Plan

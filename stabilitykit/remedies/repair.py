@@ -12,9 +12,9 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import machine, versions
-from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.remedies import Ranking, Small
 from stabilitykit.remedies import REMEDIES

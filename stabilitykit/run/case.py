@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import preferred_matmul
-from stabilitykit.models.subject import GemmaSubject, Subject
-from stabilitykit.recorder import DEFAULT_FORMATS, record, unrecorded
+from stabilitykit.models.subject import Continuation, Sampling, Subject
+from stabilitykit.recorder import record, unrecorded
 from stabilitykit.records import Level, Recording, StoredWeights
 from stabilitykit.run.divergence import logits_error
 from stabilitykit.run.dry_run import find_stored_dtypes
@@ -32,16 +33,6 @@ def stage(what: str, progress: Progress | None) -> Callable[[int, int], None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """gemma_pytorch's defaults; `temperature` None is greedy. `seed` is that of the draw."""
-
-    temperature: float | None = 1.0
-    top_p: float = 0.95
-    top_k: int = 64
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A recording and the exception that sampling raised, if any."""
 
@@ -57,12 +48,24 @@ class Reference:
     logits: Tensor
 
 
-def run_reference(model: Gemma, tokens: Sequence[int]) -> Reference:
+def run_reference(model: Gemma, tokens: Sequence[int], *, left_padding: int = 0) -> Reference:
     """One pass whose tensors are kept for others to be compared with; as much memory as the modules' outputs take."""
+    ids, padding = _padded(GemmaSubject(model), tokens, left_padding)
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode(), record(model, formats=(), keep=tensors):
-        logits = model(torch.tensor([tokens], device=model.device))
+        logits = model(ids, padding=padding)
     return Reference(tensors=tensors, logits=logits[0])
+
+
+class Options(TypedDict, total=False):
+    """What a run hands on to `stabilitykit.record`, which says what each is."""
+
+    level: Level
+    formats: Sequence[str]
+    position_peaks: bool
+    fused_softmax: bool
+    watch: Sequence[tuple[str, int]]
+    redact: bool
 
 
 def run_case(
@@ -73,47 +76,36 @@ def run_case(
     left_padding: int = 0,
     mask: Tensor | None = None,
     sampling: Sampling | None = None,
-    level: Level = "operators",
-    kind: str = "native",
-    formats: Sequence[str] = DEFAULT_FORMATS,
-    position_peaks: bool = False,
-    fused_softmax: bool = True,
     every_logit: bool = False,
+    matmul: str = "native",
     reference: Reference | None = None,
-    watch: Sequence[tuple[str, int]] = (),
-    redact: bool = False,
-    token_text: Callable[[int], str] | None = None,
     weights: StoredWeights | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Run:
     """Continues `tokens`, after `left_padding` pad tokens, by `new_tokens`; recorded throughout.
 
     Each new token is a forward pass and a draw; the first pass whose last logits are not finite is the last. `mask`
-    replaces the model's own, as in its `forward`. `kind` is how products are computed; counts are kept for `formats`.
-    `every_logit` makes and records the logits of all positions; with a `reference` they are compared with its.
-    `weights` goes into the header. `facts` join what the header's `case` says, and so does `next_text`, the token that
-    greedy decoding takes at the last step, unless redacted. Records of a run in another dtype than float16 say what
-    one in float16 stores in 16 bits.
+    replaces the model's own, as in its `forward`. `every_logit` makes and records the logits of all positions; with a
+    `reference` they are compared with its. `weights` goes into the header. `facts` join what the header's `case` says,
+    and so does `next_text`, the token that greedy decoding takes at the last step, unless redacted. Records say in
+    which dtype a run in float16 stores them. `matmul` is how 16-bit matrix products are computed.
 
     Raises MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other
     raised.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
-    sampling = sampling or Sampling()
-    length = left_padding + len(tokens)
-    if not tokens:
-        raise MisuseError("A prompt has at least one token; this one has none. Write some text, or leave <bos> on.")
-    if length + new_tokens - 1 > subject.context:
-        more = f", and {new_tokens:,} new ones" if new_tokens > 1 else ""
-        raise MisuseError(
-            f"A prompt fits the model's context of {subject.context:,} tokens; this has {length:,}{more}: shorten it."
-        )
-    ids = torch.tensor([[subject.pad] * left_padding + list(tokens)], device=subject.device)
-    padding = None
-    if left_padding:
-        padding = torch.arange(length, device=subject.device)[None] >= left_padding
-    case = asdict(sampling) | {"left_padding": left_padding, **subject.facts, **(facts or {})}
+    _check_length(subject, len(tokens), left_padding, new_tokens)
+    ids, padding = _padded(subject, tokens, left_padding)
+    how = Continuation(
+        new_tokens=new_tokens,
+        sampling=sampling or Sampling(),
+        padding=padding,
+        mask=mask,
+        every_logit=bool(every_logit or reference),
+    )
+    case = asdict(how.sampling) | {"left_padding": left_padding, **subject.facts, **(facts or {})}
     if new_tokens > 1:
         case["new_tokens"] = new_tokens
     seen: list[Tensor] = []  # the logits of the last step
@@ -131,50 +123,49 @@ def run_case(
             recording = stack.enter_context(
                 record(
                     subject.module,
-                    level=level,
-                    formats=formats,
-                    position_peaks=position_peaks,
-                    fused_softmax=fused_softmax,
+                    matmul=matmul,
                     against=None if reference is None else reference.tensors,
-                    matmul=kind,
-                    watch=watch,
-                    token_text=token_text or subject.piece,
-                    redact=redact,
+                    token_text=subject.piece,
                     case=case,
+                    **options,
                 )
             )
-            subject.decode(
-                ids,
-                max_new_tokens=new_tokens,
-                **asdict(sampling),
-                padding=padding,
-                mask=mask,
-                every_logit=bool(every_logit or reference),
-                saw=saw,
-            )
+            subject.decode(ids, how, saw)
     except RuntimeError as raised:
         if not seen:
             raise
         error = raised
-    logits = seen[0]
-    header = recording.header
-    if reference is not None:
-        header = replace(header, logits_error=logits_error(logits[0], reference.logits))
-    text = (token_text or subject.piece)(int(logits[0, -1].argmax()))
-    told = {} if redact else {"next_text": text}
-    if not bool(logits[:, -1].isfinite().all()):
+    (logits,) = seen[0]
+    text = subject.piece(int(logits[-1].argmax()))
+    told = {} if options.get("redact") else {"next_text": text}
+    if not bool(logits[-1].isfinite().all()):
         told["greedy_text"] = text
     recording.header = replace(
-        header,
-        checkpoint=subject.source,
-        sha256=subject.sha256,
-        notes=subject.notes,
+        recording.header,
         weights=weights,
-        case={**header.case, **told},
+        logits_error=None if reference is None else logits_error(logits, reference.logits),
+        case={**recording.header.case, **told},
     )
-    if recording.header.dtype != "float16":
-        recording = find_stored_dtypes(recording, subject, *ids.shape)
-    return Run(recording=recording, error=error)
+    return Run(recording=find_stored_dtypes(recording, subject, *ids.shape), error=error)
+
+
+def _check_length(subject: Subject, tokens: int, left_padding: int, new_tokens: int) -> None:
+    if not tokens:
+        raise MisuseError("A prompt needs at least one token: write some text, or leave <bos> on.")
+    length = left_padding + tokens
+    if length + new_tokens - 1 > subject.context:
+        more = f", and {new_tokens:,} new ones" if new_tokens > 1 else ""
+        raise MisuseError(
+            f"The prompt does not fit the model's context of {subject.context:,} tokens: it has {length:,}{more}. "
+            "Shorten it."
+        )
+
+
+def _padded(subject: Subject, tokens: Sequence[int], left_padding: int) -> tuple[Tensor, Tensor | None]:
+    """Token ids [1, T] after so many pad tokens, and [1, T], True where a real one stands; None where all are."""
+    ids = torch.tensor([[subject.pad] * left_padding + list(tokens)], device=subject.device)
+    real = torch.arange(ids.shape[1], device=subject.device)[None] >= left_padding
+    return ids, real if left_padding else None
 
 
 def run_dtypes(
@@ -185,48 +176,40 @@ def run_dtypes(
     new_tokens: int = 1,
     left_padding: int = 0,
     sampling: Sampling | None = None,
-    level: Level = "operators",
-    fused_softmax: bool = True,
-    kind: str | None = None,
-    redact: bool = False,
+    matmul: str | None = None,
     weights: Mapping[str, StoredWeights] | None = None,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> list[Run]:
     """The same case in each dtype, in the order given; `subject_in(dtype, progress)` makes the model to run.
 
-    `kind` is how products are computed, for each dtype what is fast and accurate on its device unless given.
+    `matmul` is how products are computed, for each dtype what is fast and accurate on its device unless given.
 
     float32 runs last, wherever it stands, and watches the elements at which the others broke first: their
     reference values. Each model is dropped before the next is made.
     """
     runs: dict[str, Run] = {}
     watch: list[tuple[str, int]] = []
+    options["watch"] = watch
     for dtype in sorted(set(dtypes), key=lambda name: (name == "float32", dtypes.index(name))):
 
-        def announce(done: int, total: int, dtype: str = dtype) -> None:
-            if progress is not None:
-                progress(f"{dtype}: preparing weights", done, total)
-
-        def announce_layer(what: str, done: int, total: int, dtype: str = dtype) -> None:
+        def announce(what: str, done: int, total: int, dtype: str = dtype) -> None:
             if progress is not None:
                 progress(f"{dtype}: {what}", done, total)
 
-        subject = subject_in(dtype, announce)
+        subject = subject_in(dtype, stage("preparing weights", announce))
         runs[dtype] = run_case(
             subject,
             tokens,
             new_tokens=new_tokens,
             left_padding=left_padding,
             sampling=sampling,
-            level=level,
-            fused_softmax=fused_softmax,
-            kind=kind or preferred_matmul(dtype, subject.device.type),
-            watch=watch,
-            redact=redact,
+            matmul=matmul or preferred_matmul(dtype, subject.device.type),
             weights=(weights or {}).get(dtype),
             facts=facts,
-            progress=announce_layer,
+            progress=announce,
+            **options,
         )
         first = runs[dtype].recording.first_break()
         if first is not None and first.broke_at is not None:

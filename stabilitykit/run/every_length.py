@@ -7,7 +7,7 @@ the culprit runs next, until one is finite throughout. That one holds all length
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from stabilitykit.diagnosis.layers import stored
 from stabilitykit.formats import NumberFormat, number_format
+from stabilitykit.models import matmul as products
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.model import soft_cap
-from stabilitykit.models.matmul import matmul
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.lengths import Check, LengthMap, Peak, Span
 from stabilitykit.run.case import Progress
+from stabilitykit.run.dry_run import find_stored_dtypes
 
 AGREEMENT = 4  # ulp
 
@@ -39,8 +41,7 @@ def every_length(
     *,
     checks: Iterable[int] = (),
     level: Level = "operators",
-    kind: str = "native",
-    token_text: Callable[[int], str] | None = None,
+    matmul: str = "native",
     case: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> LengthMap:
@@ -50,7 +51,7 @@ def every_length(
     left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them in
     a span, spread evenly.
     """
-    passes = _Passes(model, tokens, level, kind, token_text, dict(case or {}), progress)
+    passes = _Passes(model, tokens, level, matmul, dict(case or {}), progress)
     limit = number_format(str(model.dtype))
     spans: list[Span] = []
     shared: dict[int, Recording] = {}
@@ -77,27 +78,17 @@ def every_length(
     return LengthMap(found.header, found.spans, found.peaks, checked)
 
 
+@dataclass(slots=True)
 class _Passes:
-    """Recorded forward passes of prefixes, and the hidden states from which the head makes logits."""
+    """Recorded forward passes of prefixes, and the hidden states [1, L, E] of the last from which come the logits."""
 
-    def __init__(
-        self,
-        model: Gemma,
-        tokens: Sequence[int],
-        level: Level,
-        kind: str,
-        token_text: Callable[[int], str] | None,
-        case: dict[str, Any],
-        progress: Progress | None,
-    ) -> None:
-        self.model = model
-        self.tokens = tokens
-        self.level = level
-        self.kind = kind
-        self.token_text = token_text
-        self.case = case
-        self.progress = progress
-        self.hidden: dict[int, Tensor] = {}
+    model: Gemma
+    tokens: Sequence[int]
+    level: Level
+    matmul: str
+    case: dict[str, Any]
+    progress: Progress | None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, length: int) -> Recording:
         """The first `length` tokens, up to the first break."""
@@ -118,8 +109,7 @@ class _Passes:
                     formats=(),
                     position_peaks=True,
                     stop_at_break=True,
-                    matmul=self.kind,
-                    token_text=self.token_text,
+                    matmul=self.matmul,
                     case=self.case,
                 ) as recording,
             ):
@@ -127,7 +117,7 @@ class _Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        return recording
+        return find_stored_dtypes(recording, GemmaSubject(self.model), 1, length)
 
     def _announce(self, length: int, done: int, total: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -146,7 +136,7 @@ class _Passes:
         if length not in self.hidden:
             return []
         head, cap = self.model.lm_head, self.model.config.logit_softcap
-        with torch.inference_mode(), matmul(self.kind):
+        with torch.inference_mode(), products.matmul(self.matmul):
             hidden = self.hidden[length][0]
             rows = range(0, head.out_features, 4096)  # not all of them in float64 at once
             norms = [torch.linalg.vector_norm(head.weight[row : row + 4096].double(), dim=1).max() for row in rows]

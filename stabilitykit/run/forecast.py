@@ -114,7 +114,7 @@ def forecast(
     run = run_case(
         subject,
         source.tokens,
-        kind=preferred_matmul(dtype, subject.device.type),
+        matmul=preferred_matmul(dtype, subject.device.type),
         formats=names,
         redact=redact,
         progress=progress,

@@ -102,7 +102,7 @@ class _Prepared:
     """A model ready for its prefill, what that is computed to take, and what was in use before it was built."""
 
     model: "Gemma"
-    kind: str
+    matmul: str
     needs: Footprint
     libraries: int
     before: int
@@ -121,10 +121,10 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
     place = parse_device(device)
     if place.type not in ("cpu", "cuda"):
         raise MisuseError(f"Memory is measured on a CPU or with CUDA; torch keeps no peak for {device!r}.")
-    kind = preferred_matmul(dtype, place.type)
+    chosen = preferred_matmul(dtype, place.type)
     # Loads what is loaded when first used: kernels, the BLAS and its buffers, threads.
     tiny = open_checkpoint("random:gemma3-270m?layers=2&vocabulary=3000")
-    _prefill(build(tiny, dtype=dtype, device=device, stream=False), 64, kind)
+    _prefill(build(tiny, dtype=dtype, device=device, stream=False), 64, chosen)
     libraries = _in_use(place.type)
     before = 0 if place.type == "cpu" else torch.cuda.memory_allocated()
 
@@ -140,8 +140,8 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
         parameter.sum()  # a mapped tensor is resident once it has been read
     return _Prepared(
         model=model,
-        kind=kind,
-        needs=footprint(config, dtype, length, matmul=kind, device=place.type),
+        matmul=chosen,
+        needs=footprint(config, dtype, length, matmul=chosen, device=place.type),
         libraries=libraries,
         before=before,
         device=place,
@@ -151,7 +151,7 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
 def _measured(prepared: _Prepared) -> Memory:
     place = prepared.device.type
     _reset_peak(place)
-    _prefill(prepared.model, prepared.needs.length, prepared.kind)
+    _prefill(prepared.model, prepared.needs.length, prepared.matmul)
     peak = _peak(place, prepared.libraries, prepared.before)
     return Memory(**asdict(prepared.needs), libraries=prepared.libraries, peak=peak)
 
@@ -170,7 +170,7 @@ def _starved(prepared: _Prepared, share: float) -> Shortage:
     _limit(prepared.device, shortage.room)
     _say(asdict(shortage))  # what stands if the process is killed from here on
     try:
-        logits = _prefill(prepared.model, needs.length, prepared.kind)
+        logits = _prefill(prepared.model, needs.length, prepared.matmul)
         return replace(shortage, outcome="finite" if bool(logits.isfinite().all()) else "not finite")
     except (MemoryError, RuntimeError) as error:
         lines = str(error).splitlines()

@@ -12,10 +12,10 @@ from stabilitykit.files import new_folder
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import check_matmul
-from stabilitykit.models.subject import Subject
+from stabilitykit.models.subject import Sampling, Subject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Level, Recording
-from stabilitykit.run.case import Progress, Run, Sampling, run_dtypes
+from stabilitykit.run.case import Progress, Run, run_dtypes
 from stabilitykit.run.source import SourceOptions, counting, open_source
 
 
@@ -138,7 +138,7 @@ def profile(
         sampling=sampling,
         level=level,
         fused_softmax=fused_softmax,
-        kind=matmul,
+        matmul=matmul,
         redact=redact,
         weights=weights,
         progress=progress,

@@ -71,7 +71,7 @@ def parse_prompt(name: str, folder: Path) -> Prompt:
         return _prompt(name, kind.given(argument.removeprefix(" ")), kind.repeats)
     if kind is not None and not colon and kind.alone is not None:
         return _prompt(name, kind.alone(), kind.repeats)
-    raise MisuseError(f"A prompt is one of {', '.join(_forms())}; {name!r:.80} is none of them.")
+    raise MisuseError(f"Unknown prompt {name!r:.80}; choose one of: {', '.join(_forms())}.")
 
 
 def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | None) -> list[int]:

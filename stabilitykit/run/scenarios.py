@@ -11,7 +11,8 @@ from stabilitykit.diagnosis.cause import CauseName
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.run.case import Progress, Run, Sampling, run_case
+from stabilitykit.models.subject import Sampling
+from stabilitykit.run.case import Progress, Run, run_case
 
 PROMPT = "The capital of France is"
 
@@ -174,4 +175,4 @@ def scenario(name: str) -> Scenario:
     try:
         return SCENARIOS[name]
     except KeyError:
-        raise MisuseError(f"A scenario is one of {', '.join(SCENARIOS)}; {name!r} is none of them.") from None
+        raise MisuseError(f"Unknown scenario {name!r}; choose one of: {', '.join(SCENARIOS)}.") from None

@@ -17,10 +17,11 @@ from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.models.gemma.rescale import weight_factor
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.open import check_options
-from stabilitykit.models.subject import GemmaSubject, Subject
+from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.library import PREFIX
 from stabilitykit.run.case import Progress, stage
 

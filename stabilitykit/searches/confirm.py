@@ -8,8 +8,8 @@ import torch
 from stabilitykit.diagnosis.verdict import verdict
 from stabilitykit.formats import number_format
 from stabilitykit.models.gemma import Gemma
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import preferred_matmul
-from stabilitykit.models.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.records import Record
 from stabilitykit.records.search import Find
@@ -60,7 +60,7 @@ def confirm(wide: PromptRecorder, low: Gemma, tokens: Sequence[int], *, bos: boo
     peaks = wide.peaks(tokens)
     position, peak = max(enumerate(peaks), key=lambda pair: pair[1].value)
     dtype = str(low.dtype).removeprefix("torch.")
-    ran = run_case(low, list(tokens), kind=preferred_matmul(dtype, low.device.type)).recording
+    ran = run_case(low, list(tokens), matmul=preferred_matmul(dtype, low.device.type)).recording
     first = ran.first_break()
     tokenizer = low.tokenizer
     return Find(

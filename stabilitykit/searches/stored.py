@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from stabilitykit.models.gemma import Gemma
-from stabilitykit.models.subject import GemmaSubject
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.recorder.names import by_operator
 from stabilitykit.records import Record

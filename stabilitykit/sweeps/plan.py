@@ -11,7 +11,7 @@ from stabilitykit.checkpoints.config import GemmaConfig, released
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.machine import machine, versions
+from stabilitykit.models.machine import provenance_of
 from stabilitykit.records.sweep import Case, CaseKind, Plan
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
@@ -40,18 +40,13 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
     return Plan(
         name=experiment.path.stem,
         title=experiment.title,
-        command=command,
         source=experiment.source,
-        checkpoint=checkpoint.source,
-        sha256=checkpoint.sha256,
         config=asdict(checkpoint.config),
-        notes=checkpoint.notes,
         cases=tuple(sorted(cases.values(), key=turn)),
         sections=experiment.sections,
         own_sections=dict(experiment.own_sections),
         format=experiment.format,
-        versions=versions(),
-        machine=machine(place),
+        **provenance_of(checkpoint, command, place),
     )
 
 
@@ -60,16 +55,11 @@ def plan_without_cases(checkpoint: Checkpoint, *, name: str, title: str, command
     return Plan(
         name=name,
         title=title,
-        command=command,
         source="",
-        checkpoint=checkpoint.source,
-        sha256=checkpoint.sha256,
         config=asdict(checkpoint.config),
-        notes=checkpoint.notes,
         cases=(),
         sections=tuple(sections),
-        versions=versions(),
-        machine=machine("cpu"),
+        **provenance_of(checkpoint, command, "cpu"),
     )
 
 

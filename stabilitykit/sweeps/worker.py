@@ -23,8 +23,9 @@ from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
+from stabilitykit.models.subject import Sampling
 from stabilitykit.records.sweep import Case, Failure, Footprint, Results, Shortage
-from stabilitykit.run.case import Reference, Sampling, run_case, run_reference
+from stabilitykit.run.case import Reference, run_case, run_reference
 from stabilitykit.run.every_length import every_length
 from stabilitykit.run.prefill import measure, starve
 from stabilitykit.sweeps.plan import case_tokens
@@ -65,11 +66,10 @@ class Runner:
             tokens,
             sampling=Sampling(temperature=settings["temperature"] or None, seed=settings["seed"]),
             level=settings["level"],
-            kind=_matmul(case),
+            matmul=_matmul(case),
             position_peaks=True,
             every_logit=True,
             reference=reference,
-            token_text=self.tokenizer.piece,
             facts={"prompt": settings["prompt"]},
             progress=report,
         )
@@ -81,8 +81,7 @@ class Runner:
             case_tokens(case, self.tokenizer, self.texts),
             checks=case.settings["checks"],
             level=case.settings["level"],
-            kind=_matmul(case),
-            token_text=self.tokenizer.piece,
+            matmul=_matmul(case),
             case={"prompt": case.settings["prompt"], "rescale": case.settings["rescale"]},
             progress=report,
         )
@@ -134,6 +133,7 @@ class Runner:
                 rescale=settings["rescale"],
                 progress=lambda done, total: report(f"{settings['dtype']}: preparing weights", done, total),
             )
+            model.tokenizer = self.tokenizer  # the same as its own, which would take half a second to make
             self._models[wide] = key, model
         return self._models[wide][1]
 

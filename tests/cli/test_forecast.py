@@ -50,11 +50,11 @@ def test_an_eighth_of_the_residual_fits_float16(checkpoint_270m: Checkpoint, sta
 def test_what_people_read(stabilitykit: Run) -> None:
     result = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536")
     assert result.code == 0
-    assert "float16 would break first in" in result.out
+    assert "float16 would overflow first in" in result.out
     assert "bfloat16 would hold every value" in result.out
     assert "What would become of" in result.out
     cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536", "--saturating")
-    assert "float8_e4m3fn would break first" in result.out
+    assert "float8_e4m3fn would overflow first" in result.out
     assert "float8_e4m3fn would cut values off first" in cut.out
     assert ("±448" in cut.out, "±448" in result.out) == (True, False)
 
@@ -69,8 +69,11 @@ def test_a_prompt_can_be_kept_out(stabilitykit: Run) -> None:
 def test_misuse_is_one_sentence(stabilitykit: Run, tmp_path: Path) -> None:
     for arguments, said in (
         (("--prompt", "hi", "--format", "float4"), "Unknown number format 'float4'; choose one of: "),
-        (("--prompt", ""), "A prompt has at least one character"),
-        (("--prompt", "hi", "--attention", "eager"), "--attention and --adapter are for transformers' models"),
+        (("--prompt", ""), "The prompt is empty"),
+        (
+            ("--prompt", "hi", "--attention", "eager"),
+            "attention, adapter and trust_remote_code apply to transformers' models only",
+        ),
         (("--prompt", "hi", "--device", "tpu"), "The device 'tpu' cannot be used here"),
     ):
         result = stabilitykit("forecast", RANDOM, *arguments)

@@ -102,7 +102,7 @@ def test_special_tokens_are_text_unless_asked(checkpoint_270m: Checkpoint, stabi
 def test_what_people_see(stabilitykit: Run) -> None:
     result = stabilitykit("profile", RANDOM, "--prompt", "Hello", "--dtype", "float16", "--rescale", "65536")
     assert result.code == 0
-    assert "float16 breaks in embedding, scaled (embed_tokens, operator mul)" in result.out.replace("\n", " ")
+    assert "float16 overflows in embedding, scaled (embed_tokens, operator mul)" in result.out.replace("\n", " ")
     for heading in ("float16, by layer", "headroom", "subnormal", "entropy", "How it spread"):
         assert heading in result.out
     assert "Traceback" not in result.out + result.err
@@ -192,7 +192,7 @@ BAD_CHECKPOINTS = {
     "nowhere.gguf": "nowhere.gguf",
     "gemma9-1b": "gemma9-1b",
     "gemma2-2b": "only",
-    "random:gemma5": "one of gemma-2b",
+    "random:gemma5": "choose one of: gemma-2b",
     "random:gemma-2b?colour=3": "colour",
 }
 
@@ -234,7 +234,7 @@ def test_weights_that_are_not_finite_are_named_before_and_after_the_run(stabilit
     folder = write_harmed(tmp_path / "hf", name, float("nan"))
     shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
     assert "1 is NaN or infinite in the checkpoint itself" in shown
-    assert f"most of all in {name}." in shown
+    assert f"mostly in {name}." in shown
     assert f"The weights were not finite to begin with: {name}." in shown
     found = strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)
     assert (found["cause"], found["weights"]["nonfinite"]) == ("weights", 1)
@@ -257,6 +257,6 @@ def test_weights_past_float16_are_told_from_weights_that_were_never_finite(stabi
     folder = write_harmed(tmp_path / "hf", name, 1e6)
     shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
     assert "1 becomes infinite" in shown
-    assert f"most of all in {name}." in shown
+    assert f"mostly in {name}." in shown
     assert f"took 1 of its weights ({name}, ...) past the format's range" in shown
     assert strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)["cause"] == "range"

@@ -35,7 +35,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert (made.code, made.err) == (0, "")
     said = " ".join(made.out.split())
     assert "Without <bos> the shortest prompt found to break is 'F' 'P' (2 tokens)." in said
-    assert "float16 breaks in layer 0, residual after attention" in said
+    assert "float16 overflows in layer 0, residual after attention" in said
     assert "The worst tokens alone" in said
     assert "The worst tokens inside a text" in said
     assert "after <bos>" not in said
@@ -43,7 +43,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert (out / "1.txt").read_text() == "FP"
     found = read_document(out / "search.json", Search, "search")
     assert found.finds[0].tokens == (FIRST, SECOND)
-    assert found.command.startswith(f"stabilitykit search {pair} --no-bos --beam 8 --length 3 --out ")
+    assert found.command == (f"stabilitykit search {pair} --no-bos --length 3 --out {out}")
     prompt = ("--prompt", f"@{out / '1.txt'}")
     profile = stabilitykit("profile", str(pair), *prompt, "--no-bos", "--dtype", "float16", "--json")
     document = json.loads(profile.out)

@@ -37,7 +37,7 @@ def proved(root: Path, stabilitykit: Run) -> Path:
 def test_it_is_proved_without_the_original(stabilitykit: Run, proved: Path) -> None:
     found = stabilitykit("verify", str(proved), "--proof")
     assert (found.code, found.err) == (0, "")
-    assert "Proved: no prompt makes a tensor leave float16's range." in found.out
+    assert "Proved: no prompt makes a tensor overflow in float16." in found.out
     assert "gate · up" in found.out
     document = json.loads(stabilitykit("verify", str(proved), "--proof", "--json").out)
     assert document["proved"] is True

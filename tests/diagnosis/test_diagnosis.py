@@ -82,9 +82,9 @@ def test_a_break_is_told_from_its_operands_to_its_error() -> None:
     recording = Recording(header, BROKEN)
     reference = Recording(replace(HEADER, dtype="float32", watched=(("layers.0", 2, 68123.0),)), [])
     assert verdict(recording, reference) == (
-        "float16 breaks in layer 0, residual after MLP (layers.0, operator add), at token 0 '<bos>': 60,000 + "
-        "8,000 = 68,000, and float16 ends at 65,504. The float32 run has 68,123 there. That depends on the token "
-        "<bos> alone, whatever follows: every prompt that begins with it breaks here. In layer 1, normalised in a "
+        "float16 overflows in layer 0, residual after MLP (layers.0, operator add), at token 0 '<bos>': 60,000 + "
+        "8,000 = 68,000 exceeds the float16 maximum, 65,504. The float32 run has 68,123 there. This depends only on "
+        "the first token, <bos>: every prompt that starts with it overflows here. In layer 1, normalised in a "
         "norm (layers.1.input_layernorm/mul.0, operator mul) infinity becomes NaN (inf · 0), after layer 1 every "
         "token is lost, every logit is NaN and sampling raises: not a probability. Greedy decoding raises nothing "
         "and prints <pad>, the argmax of NaN. Use a format with a wider range (bfloat16, float32), or scale the "
@@ -104,11 +104,11 @@ def test_a_break_is_told_from_its_operands_to_its_error() -> None:
     assert (found["finite"], found["cause"], found["tokens"]) == (False, "range", [2, 7, 9])
 
 
-def test_a_healthy_run_says_how_much_room_is_left() -> None:
+def test_a_healthy_run_says_how_much_headroom_is_left() -> None:
     recording = Recording(HEADER, [made(0, "layers.0", amax=16376.0, label="residual after MLP")])
     assert verdict(recording) == (
-        "float16 is finite throughout. Its largest value is 16,376, in layer 0, residual after MLP (layers.0, operator "
-        "add), at token 1 ' a', 2.0 bits below the format's end at 65,504."
+        "float16 is finite throughout. The largest magnitude is 16,376, in layer 0, residual after MLP (layers.0, "
+        "operator add), at token 1 ' a': 2.0 bits of headroom below the maximum (65,504)."
     )
     assert chain(recording) == ()
     assert cause(recording) is None
@@ -129,7 +129,8 @@ def test_redacted_findings_name_positions_only() -> None:
 
 def test_a_later_position_depends_on_the_tokens_up_to_it() -> None:
     later = replace(BROKEN[2], broke=broke(position=2))
-    assert "depends on the first 3 tokens alone" in verdict(Recording(HEADER, [*BROKEN[:2], later]))
+    told = "This depends only on the first 3 tokens: every prompt that starts with them overflows here."
+    assert told in verdict(Recording(HEADER, [*BROKEN[:2], later]))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_causes_are_told_apart(site: str, kind: BreakKind, case: dict[str, Any],
     ("names", "told"),
     [
         (["a"], "The checkpoint lacks 1 parameter of the model by name (a; it has b instead), and"),
-        (["a", "c"], "The checkpoint lacks 2 parameters of the model by name (a, ...; it has b instead), and"),
+        (["a", "c"], "The checkpoint lacks 2 parameters of the model by name (a and c; it has b instead), and"),
     ],
 )
 def test_one_parameter_is_counted_as_one(names: list[str], told: str) -> None:
@@ -206,11 +207,11 @@ def test_a_token_without_a_text_is_its_id_and_never_a_text() -> None:
     header = replace(HEADER, token_texts={})
     broken = Recording(header, BROKEN)
     assert "at token 0 (id 2): 60,000 + 8,000" in verdict(broken)
-    assert "That depends on the token with id 2 alone, whatever follows" in verdict(broken)
+    assert "This depends only on the first token (id 2): every prompt" in verdict(broken)
     assert chain(broken)[0].text == "overflow: 1 element lost at position 0 (id 2)"
     found = document(broken)["first_break"]
     assert (found["token"], found["token_id"]) == (None, 2)
-    assert "at token 1 (id 7), 2.0 bits below" in verdict(Recording(header, [made(0, "layers.0", amax=16376.0)]))
+    assert "at token 1 (id 7): 2.0 bits of headroom" in verdict(Recording(header, [made(0, "layers.0", amax=16376.0)]))
 
 
 def test_layers_are_judged_by_what_is_stored_in_the_dtype() -> None:
@@ -235,9 +236,11 @@ def test_layers_are_judged_by_what_is_stored_in_the_dtype() -> None:
     layer = rows[1]
     assert (layer.headroom, layer.subnormal, layer.past) == (1.0, 3, 5)
     assert (layer.entropy_min, layer.entropy_mean) == (0.1, 1.5)
-    # In a float32 run the squares in a norm have the run's dtype, and still are no residual.
-    as_float32 = [replace(record, dtype="float32") for record in records]
-    assert by_layer(Recording(replace(HEADER, dtype="float32"), as_float32))[1].amax == 32752.0
+    # In a float32 run the squares in a norm have the run's dtype too: what a float16 run stores, a dry run found out.
+    wide = replace(HEADER, dtype="float32")
+    told = [replace(record, dtype="float32", stored_dtype=record.dtype) for record in records]
+    untold = [replace(record, dtype="float32") for record in records]
+    assert [by_layer(Recording(wide, made))[1].amax for made in (told, untold)] == [32752.0, 1e10]
 
 
 def test_of_several_generations_steps_the_last_logits_count() -> None:

@@ -60,11 +60,11 @@ def test_the_first_in_order_is_named_and_only_what_is_stored_low_is_judged() -> 
     assert found.headroom == pytest.approx(np.log2(65504 / 90000))
     assert found.breaks
     assert prediction(run, found) == (
-        "float16 would break first in layer 1, layers.1, operator add: 1 element leaves its range, which ends at "
-        "65,504; the largest there is 70,000, at token 1 ' a'."
+        "float16 would overflow first in layer 1, layers.1, operator add: 1 element exceeds the maximum, 65,504; the "
+        "largest magnitude there is 70,000, at token 1 ' a'."
     )
     assert prediction(run, forecast(run, "float8_e4m3fn")).startswith(
-        "float8_e4m3fn would break first in layer 1, layers.1, operator add: 4 elements leave its range, which ends at "
+        "float8_e4m3fn would overflow first in layer 1, layers.1, operator add: 4 elements exceed the maximum, 448; "
     )
 
 
@@ -74,8 +74,8 @@ def test_a_format_that_holds_everything() -> None:
     assert found.first is None
     assert not found.breaks
     assert prediction(run, found) == (
-        "float16 would hold every value: the largest, 1,000 in layer 0, layers.0, operator add, is 6.0 bits below its "
-        "end at 65,504."
+        "float16 would hold every value: the largest magnitude is 1,000, in layer 0, layers.0, operator add: 6.0 bits "
+        "of headroom below the maximum (65,504)."
     )
 
 
@@ -88,20 +88,20 @@ def test_a_weight_that_leaves_the_range_is_a_break_too() -> None:
     found = forecast(run, "float8_e4m3fn", stored)
     assert found.breaks
     assert prediction(run, found).startswith(
-        "Stored in float8_e4m3fn, of 100 weights 2 become NaN, most of all in norm.weight. float8_e4m3fn would hold"
+        "Of 100 weights stored in float8_e4m3fn, 2 become NaN, mostly in norm.weight. float8_e4m3fn would hold"
     )
 
 
 def test_what_cannot_be_forecast_is_refused() -> None:
     run = Recording(HEADER, [made(0, "layers.0", 1.0)])
-    with pytest.raises(MisuseError, match="bfloat16 there are none, only for float16, float8_e4m3fn"):
+    with pytest.raises(MisuseError, match="no counts for bfloat16, only for float16, float8_e4m3fn"):
         forecast(run, "bfloat16")
     with pytest.raises(MisuseError, match="Unknown number format 'float4'; choose one of: "):
         forecast(run, "float4")
-    with pytest.raises(MisuseError, match="nobody found out which those are"):
+    with pytest.raises(MisuseError, match="this recording does not say"):
         forecast(Recording(HEADER, [made(0, "layers.0", 1.0, stored_dtype=None)]), "float16")
     broken = run_case(build(random_checkpoint(SPECS[3]), dtype="float16", rescale=2.0**15), TOKENS).recording
-    with pytest.raises(MisuseError, match="one broke in"):
+    with pytest.raises(MisuseError, match="this one does not, from"):
         forecast(broken, "float16")
 
 
@@ -122,7 +122,7 @@ def test_a_cast_that_saturates_cuts_off() -> None:
     run = Recording(HEADER, [made(0, "layers.0", 70000.0)])
     found = forecast(run, "float8_e4m3fn", saturating=True)
     assert (found.past, found.breaks) == (4, False)
-    assert prediction(run, found).startswith("float8_e4m3fn would cut values off first in layer 0")
+    assert prediction(run, found).startswith("float8_e4m3fn would saturate first in layer 0")
     assert forecast(run, "float16", saturating=True).breaks
 
 

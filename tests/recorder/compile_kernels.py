@@ -7,10 +7,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from stabilitykit.recorder import DEFAULT_FORMATS
 from stabilitykit.recorder.kernels import cuda, cuda_softmax
 from stabilitykit.recorder.kernels.layout import edges
 
-FORMATS = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,7 +49,7 @@ class CompiledOnly:
 
 def compile_for(dtype: torch.dtype) -> None:
     """The kernels for dense tensors, and for strided ones with a mask."""
-    against = edges(dtype, FORMATS)
+    against = edges(dtype, DEFAULT_FORMATS)
     tensor = torch.zeros(4, 4, 4096, dtype=dtype)
     cuda.tally(tensor, against)
     if dtype in (torch.float16, torch.float64):

@@ -12,8 +12,9 @@ from reference import reference_model
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis import by_step, cause, verdict
 from stabilitykit.models.gemma import Gemma, build, generate
+from stabilitykit.models.subject import Sampling
 from stabilitykit.recorder import record
-from stabilitykit.run.case import Sampling, run_case
+from stabilitykit.run.case import run_case
 
 Small = Callable[..., Gemma]
 LARGE = 77  # a token whose embedding is past float16's range once it is scaled
@@ -53,7 +54,7 @@ def test_each_step_is_its_own_and_positions_are_absolute(small: Small, implement
             )
     else:
         with record(model) as recording:
-            generate(model, tokens, max_new_tokens=5, temperature=None)
+            generate(model, tokens, max_new_tokens=5, sampling=Sampling(temperature=None))
     assert recording.header.starts == (0, 4, 5, 6, 7)
     for step in range(1, 5):
         record_ = recording.at("layers.2", step)

@@ -5,6 +5,7 @@ somebody waits for them, and nothing can be looked at in between.
 """
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stabilitykit.models.gemma import Gemma, KVCache
-from stabilitykit.recorder import custom, observe, origins, pending, record, session, softmax
+from stabilitykit.recorder import Statistic, custom, observe, origins, pending, record, session, softmax
 from stabilitykit.recorder.kernels import plain, plain_softmax
 from stabilitykit.recorder.pending import Pending
 from stabilitykit.records import Record, Recording
@@ -85,7 +86,7 @@ def no_waits(layers: nn.ModuleList) -> Iterator[None]:
             hook.remove()
 
 
-def run(model: Gemma, **options: object) -> Recording:
+def run(model: Gemma, **options: Any) -> Recording:
     """A prompt with padding, and two more tokens."""
     ids = torch.randint(262, 360, (2, 9), generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 9, dtype=torch.bool)
@@ -147,6 +148,21 @@ def test_nothing_waits_from_the_first_layer_to_the_last(small: Small, generation
         recording = run(model, level=level, watch=[(site, 3)])
     assert recording.first_break() is not None
     assert len(recording.header.watched) == 3  # in each step
+
+
+@pytest.mark.usefixtures("device")
+def test_a_users_statistics_wait_for_nothing_and_are_there_in_the_end(small: Small) -> None:
+    model = small(3, "float16", BREAKS_FLOAT16)
+    peak = Statistic("peak", "magnitude", lambda x: x.abs().nan_to_num(0.0, math.inf).max())
+    run(model, statistics=[peak])  # what is looked up once on the host
+    with no_waits(model.layers):
+        recording = run(model, statistics=[peak])
+    assert recording.first_break() is not None
+    seen = [made for made in recording if made.amax is not None]
+    assert len(seen) > 300
+    assert [made.extra["peak"] for made in seen] == [
+        math.inf if made.positive_inf or made.negative_inf else made.amax for made in seen
+    ]
 
 
 def test_that_a_wait_would_be_seen(small: Small) -> None:

@@ -16,7 +16,7 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import build
-from stabilitykit.models.subject import GemmaSubject
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.remedies import REMEDIES
@@ -221,5 +221,5 @@ def test_two_remedies_together_are_in_force_at_once() -> None:
 
 
 def test_what_has_no_layers_is_refused() -> None:
-    with pytest.raises(MisuseError, match="a list called `layers`; Linear has none"), CLAMP.around(nn.Linear(2, 2)):
+    with pytest.raises(MisuseError, match="ModuleList named `layers`; Linear has none"), CLAMP.around(nn.Linear(2, 2)):
         pass

@@ -10,8 +10,9 @@ import torch
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.matmul import matmul
+from stabilitykit.models.subject import Sampling
 from stabilitykit.records import LogitsError
-from stabilitykit.run.case import Sampling, run_case, run_reference
+from stabilitykit.run.case import run_case, run_reference
 from stabilitykit.run.divergence import logits_error
 
 Floats = npt.NDArray[np.float64]
@@ -131,7 +132,7 @@ def test_a_run_is_compared_with_its_reference(checkpoint: Checkpoint, dtype: str
             ours = model(ids)[0]
     reference = run_reference(reference_model, TOKENS)
     assert torch.equal(reference.logits, theirs)
-    run = run_case(model, TOKENS, kind=kind, reference=reference)
+    run = run_case(model, TOKENS, matmul=kind, reference=reference)
     header = run.recording.header
     assert header.logits_error == expected(ours, theirs)
     assert header.logits_error.positions == len(TOKENS)
@@ -170,6 +171,18 @@ def test_padding_and_recording_change_no_logits(checkpoint: Checkpoint, padding:
     assert run.recording.header.tokens == ((*[model.vocabulary.pad] * padding, *TOKENS),)
     assert run.recording.header.case["left_padding"] == padding
     assert run.error is None
+
+
+def test_a_padded_run_is_compared_with_a_padded_reference(checkpoint: Checkpoint) -> None:
+    """In float32 with itself: no difference, of the same tensors, at the pad tokens too."""
+    model = build(checkpoint)
+    reference = run_reference(model, TOKENS, left_padding=3)
+    run = run_case(model, TOKENS, left_padding=3, reference=reference)
+    header = run.recording.header
+    assert header.logits_error == LogitsError(
+        kl_mean=0.0, kl_max=0.0, top1=1.0, compared=3 + len(TOKENS), positions=3 + len(TOKENS)
+    )
+    assert {r.deviation.largest for r in run.recording if r.deviation is not None} == {0.0}
 
 
 def test_nothing_is_left_in_the_model(checkpoint: Checkpoint) -> None:

@@ -8,13 +8,14 @@ import torch
 from families import family_model
 
 from stabilitykit.checkpoints.random import random_checkpoint
-from stabilitykit.diagnosis.forecast import with_stored_dtypes
 from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.subject import GemmaSubject
+from stabilitykit.models.gemma.model import blank
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.run.case import run_case
-from stabilitykit.run.dry_run import find_stored_dtypes
+from stabilitykit.run.dry_run import find_stored_dtypes, with_stored_dtypes
+from stabilitykit.run.every_length import every_length
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"
 SPECS = {
@@ -46,8 +47,7 @@ def test_a_pass_without_values_goes_through_the_tensors_of_a_real_one(
     generation: int, dtype: str, rounding: str
 ) -> None:
     model = small(generation, dtype, rounding)
-    blank = GemmaSubject(model).blank(model.dtype)
-    dry = recorded(blank, "meta")
+    dry = recorded(GemmaSubject(model).blank(model.dtype), "meta")
     assert places(dry) == places(recorded(model))
     assert all((r.amax, r.masked, r.lost, r.softmax) == (None, r.elements, 0, None) for r in dry)
 
@@ -59,8 +59,8 @@ def test_a_pass_without_values_goes_through_the_tensors_of_a_real_one(
 def test_transformers_models_are_told_too(family: str, attention: str) -> None:
     model, low = (family_model(family, dtype, attention) for dtype in (torch.float32, torch.float16))
     with torch.device("meta"):
-        blank = type(model)(model.config).to(torch.float16).eval()
-    dry, real = recorded(blank, "meta"), recorded(low)
+        bare = type(model)(model.config).to(torch.float16).eval()
+    dry, real = recorded(bare, "meta"), recorded(low)
     if attention == "eager":
         assert places(dry) == places(real)
     told = {r.site: r.stored_dtype for r in with_stored_dtypes(recorded(model), dry)}
@@ -105,6 +105,38 @@ def test_what_cannot_be_run_without_values_is_left_untold() -> None:
 
     recording = recorded(small(3))
     assert find_stored_dtypes(recording, Wrapped(small(3)), 1, 7) is recording
+
+
+def test_what_a_float16_run_stores_is_what_it_has() -> None:
+    run = run_case(small(3, "float16"), TOKENS).recording
+    assert {r.dtype for r in run} == {"float16", "float32"}
+    assert all(r.stored_dtype == r.dtype for r in run)
+
+
+def test_a_pass_without_values_is_made_once_for_each_shape_and_level() -> None:
+    made = []
+
+    @dataclass(frozen=True, slots=True)
+    class Counting(GemmaSubject):
+        def blank(self, dtype: torch.dtype) -> Any:
+            made.append(dtype)
+            return blank(self.module.config, dtype)
+
+    model = small(3)
+    for length, level in ((7, "operators"), (7, "operators"), (6, "operators"), (7, "modules"), (7, "modules")):
+        run_case(Counting(model), TOKENS[:length], level=level)  # type: ignore[arg-type]
+    assert made == 3 * [torch.float16]
+    run_case(Counting(small(3)), TOKENS)
+    assert len(made) == 4  # of another model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_passes_over_every_length_are_told_too(dtype: str) -> None:
+    """Peaks are those of what a 16-bit run stores: no squares in a norm, which are far larger than what they are of."""
+    found = every_length(small(3, dtype), TOKENS)
+    sites = {peak.site for peak in found.peaks}
+    assert {"layers.0", "layers.2/add.0", "norm"} <= sites
+    assert not {site for site in sites if "norm/" in site and not site.endswith("/cast.0")}
 
 
 def test_sites_are_matched_in_their_order() -> None:

@@ -116,7 +116,7 @@ def test_the_real_model_breaks_late_at_the_length_that_bisection_finds(checkpoin
     assert {length for length, broken in known.items() if broken} == {n for n in known if n >= high}
 
     model.lm_head = head
-    found = every_length(model, tokens, kind="float32-accumulate")
+    found = every_length(model, tokens, matmul="float32-accumulate")
     assert found.first_broken == high
     assert found.longest == len(tokens)
     assert [(span.first, span.last, span.broke is None) for span in found.spans] == [

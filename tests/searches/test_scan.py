@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.kv_cache import KVCache
-from stabilitykit.models.subject import GemmaSubject
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
 from stabilitykit.run.dry_run import find_stored_dtypes
 from stabilitykit.searches.confirm import PromptRecorder

@@ -68,11 +68,11 @@ def test_two_tokens_that_break_only_together_are_found() -> None:
         assert not breaks(opened, tokens)
     said = shortest(found, bos=False) or ""
     assert "the shortest prompt found to break is 'F' 'P' (2 tokens). None is shorter: alone no token" in said
-    assert "comes nearer than 0.39 bits. float16 breaks in layer 0" in said
+    assert "comes nearer than 0.39 bits. float16 overflows in layer 0" in said
     longer = replace(found, finds=(replace(find, tokens=(FIRST, FIRST, SECOND)),))
     assert "None is shorter" not in (shortest(longer, bos=False) or "")
     part = replace(found, vocabulary=1000)
-    assert "(2 tokens). float16 breaks in layer 0" in (shortest(part, bos=False) or "")
+    assert "(2 tokens). float16 overflows in layer 0" in (shortest(part, bos=False) or "")
     assert found.bos is None
     assert with_bos(found) is None
 

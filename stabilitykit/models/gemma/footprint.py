@@ -12,7 +12,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.allocations import peak_bytes
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma.kv_cache import KVCache
-from stabilitykit.models.gemma.model import Gemma
+from stabilitykit.models.gemma.model import blank
 from stabilitykit.records.sweep import Footprint
 
 
@@ -30,14 +30,10 @@ def footprint(
     """
     if length < 1:
         raise MisuseError(f"A length is at least 1 token; {length} is not.")
-    place = torch.device("meta")
-    with place:
-        model = Gemma(_few_layers(config))
-    model.lm_head.weight = model.embed_tokens.weight
-    model = model.to(parse_dtype(dtype)).eval()
-    cache = KVCache(model.config, batch=1, length=length, dtype=model.dtype, device=place)
+    model = blank(_few_layers(config), parse_dtype(dtype))
+    cache = KVCache(model.config, batch=1, length=length, dtype=model.dtype, device=model.device)
     activations = peak_bytes(
-        lambda: model(torch.arange(length, device=place)[None], cache=cache, last_only=True),
+        lambda: model(torch.arange(length, device=model.device)[None], cache=cache, last_only=True),
         matmul=matmul,
         device=device,
     )

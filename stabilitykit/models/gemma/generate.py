@@ -1,6 +1,6 @@
 """Continue a prompt, one forward pass per token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -9,33 +9,18 @@ from torch import Tensor
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.gemma.model import Gemma
+from stabilitykit.models.subject import Continuation, Sampling, Saw
 
 
 @overload
 def generate(
-    model: Gemma,
-    tokens: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float | None = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 64,
-    seed: int | None = None,
-    padding: None = None,
+    model: Gemma, tokens: Sequence[int], *, max_new_tokens: int, sampling: Sampling = ..., padding: None = None
 ) -> list[int]: ...
 
 
 @overload
 def generate(
-    model: Gemma,
-    tokens: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float | None = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 64,
-    seed: int | None = None,
-    padding: Tensor | None = None,
+    model: Gemma, tokens: Tensor, *, max_new_tokens: int, sampling: Sampling = ..., padding: Tensor | None = None
 ) -> list[list[int]]: ...
 
 
@@ -45,75 +30,50 @@ def generate(
     tokens: Sequence[int] | Tensor,
     *,
     max_new_tokens: int,
-    temperature: float | None = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 64,
-    seed: int | None = None,
+    sampling: Sampling = Sampling(seed=None),  # noqa: B008  frozen
     padding: Tensor | None = None,
 ) -> list[int] | list[list[int]]:
     """The new token ids after a prompt, up to the first `<eos>`, which is left out.
 
     A list of ids gives a list, a tensor [B, T] a list for each of its rows; rows shorter than T are padded on the
-    left, and `padding` [B, T] is True where a real token stands. Temperature None or 0 is greedy, as in
-    gemma_pytorch. The same `seed` gives the same tokens on one machine; None takes torch's global generator.
+    left, and `padding` [B, T] is True where a real token stands. The same seed gives the same tokens on one machine.
     Raises MisuseError for an empty prompt, and what the sampler raises when the logits are not finite: greedy
     decoding hides that and prints token 0, `<pad>`.
     """
     tokens_BT = tokens if isinstance(tokens, Tensor) else torch.tensor([list(tokens)], dtype=torch.int64)
-    answers = decode(
-        model,
-        tokens_BT,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        padding=padding,
-    )
+    answers = decode(model, tokens_BT, Continuation(new_tokens=max_new_tokens, sampling=sampling, padding=padding))
     return answers if isinstance(tokens, Tensor) else answers[0]
 
 
-def decode(
-    model: Gemma,
-    tokens_BT: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    padding: Tensor | None = None,
-    mask: Tensor | None = None,
-    every_logit: bool = False,
-    saw: Callable[[Tensor], bool] | None = None,
-) -> list[list[int]]:
-    """What `generate` does, step by step: `saw` is called with each step's logits before a token is drawn from them.
+def decode(model: Gemma, tokens_BT: Tensor, how: Continuation, saw: Saw | None = None) -> list[list[int]]:
+    """What `generate` does, step by step, with `saw` looking at each step's logits.
 
-    The logits are those of the last position [B, 1, V], or of all that the step computed, [B, T, V], with
-    `every_logit`. Where `saw` returns True, that step's token is the last. `mask`, as in the model's `forward`, serves
-    one step alone. Raises MisuseError for an empty prompt and for a mask with more than one new token.
+    Raises MisuseError for an empty prompt and for a mask with more than one new token.
     """
     if tokens_BT.dim() != 2 or tokens_BT.numel() == 0:
         raise MisuseError(f"A prompt is at least one token, in a tensor [B, T]; it has shape {list(tokens_BT.shape)}.")
-    if mask is not None and max_new_tokens != 1:
-        raise MisuseError(
-            f"A mask of one's own fits one step; {max_new_tokens} new tokens need one each: leave it out."
-        )
+    if how.mask is not None and how.new_tokens != 1:
+        raise MisuseError(f"A mask serves one new token; {how.new_tokens} were asked for: leave the mask out.")
+    sampling, padding = how.sampling, how.padding
     tokens_BT = tokens_BT.to(model.device)
     batch, length = tokens_BT.shape
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    generator = None if sampling.seed is None else torch.Generator(model.device).manual_seed(sampling.seed)
     cache = None
-    if max_new_tokens > 1:
-        room = length + max_new_tokens
-        cache = KVCache(model.config, batch=batch, length=room, dtype=model.dtype, device=model.device)
+    if how.new_tokens > 1:
+        most = length + how.new_tokens
+        cache = KVCache(model.config, batch=batch, length=most, dtype=model.dtype, device=model.device)
 
     answers: list[list[int]] = [[] for _ in range(batch)]
     running = set(range(batch))
-    for _ in range(max_new_tokens):
-        logits_BTV = model(tokens_BT, padding=padding, mask=mask, cache=cache, last_only=not every_logit)
+    for _ in range(how.new_tokens):
+        logits_BTV = model(tokens_BT, padding=padding, mask=how.mask, cache=cache, last_only=not how.every_logit)
         last = saw is not None and saw(logits_BTV)
         ids_B = model.sampler(
-            logits_BTV[:, -1], temperature=temperature or None, top_p=top_p, top_k=top_k, generator=generator
+            logits_BTV[:, -1],
+            temperature=sampling.temperature or None,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            generator=generator,
         )
         for row, token in enumerate(ids_B.tolist()):
             if token == model.eos:

@@ -74,7 +74,7 @@ class Gemma(nn.Module):
     def __init__(self, config: GemmaConfig, *, rounding: RoundingName = "transformers") -> None:
         super().__init__()
         if rounding not in ROUNDINGS:
-            raise MisuseError(f"A rounding is one of {', '.join(ROUNDINGS)}; {rounding!r} is none of them.")
+            raise MisuseError(f"Unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}.")
         self.config = config
         self.rounding = rounding
         self.rescale = 1.0
@@ -170,6 +170,15 @@ class Gemma(nn.Module):
             blocked=_GEMMA_PYTORCH_MASK if float32 else torch.finfo(self.dtype).min,
             device=self.device,
         )
+
+
+def blank(config: GemmaConfig, dtype: torch.dtype, rounding: RoundingName = "transformers") -> Gemma:
+    """A model on the meta device, where nothing has a value."""
+    with torch.device("meta"):
+        model = Gemma(config, rounding=rounding)
+    model = model.to(dtype).eval()
+    model.lm_head.weight = model.embed_tokens.weight
+    return model
 
 
 class RotaryEmbedding(nn.Module):
@@ -341,14 +350,12 @@ class RMSNorm(nn.Module):
         return (normed * gain).to(x.dtype)
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """Rows of the vocabulary times sqrt(hidden), itself rounded to the dtype first (55.4256 is 55.5 in bfloat16)."""
 
-    looks_up_rows = True  # of its weight: no others have to be read where it is streamed
-
     def __init__(self, config: GemmaConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocabulary, config.hidden_size))
+        weight = torch.empty(config.vocabulary, config.hidden_size)
+        super().__init__(config.vocabulary, config.hidden_size, _weight=weight)
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
         self.normalizer = config.hidden_size**0.5

@@ -16,9 +16,7 @@ def imported() -> Any:
     try:
         import transformers
     except ImportError:
-        raise MisuseError(
-            'hf: runs models as transformers builds them, and it is not installed here: pip install "stabilitykit[hf]".'
-        ) from None
+        raise MisuseError('hf: needs transformers, which is not installed: pip install "stabilitykit[hf]".') from None
     return transformers
 
 
@@ -56,4 +54,4 @@ def explained(name: str, what: str = "a folder that transformers can load") -> I
             ) from None
         said = repr(error) if isinstance(error, KeyError) else str(error) or type(error).__name__
         reason = textwrap.shorten(said, 300, placeholder=" ...")
-        raise CheckpointError(f"{name} is {what}; this one it cannot: {reason.removesuffix('.')}.") from error
+        raise CheckpointError(f"{name} is not {what}: {reason.removesuffix('.')}.") from error

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from stabilitykit.checkpoints.cache import Progress, cache_folder
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
+from stabilitykit.choices import Attention, check_choice
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.devices import parse_device, parse_dtype
 from stabilitykit.models.memory import must_stream
@@ -28,9 +29,8 @@ from stabilitykit.models.stream import STREAMED, StoredWeight
 from stabilitykit.models.stream import stream as stream_weights
 from stabilitykit.models.transformers.library import PREFIX, explained, imported, quiet
 from stabilitykit.models.transformers.model import HuggingFaceModel
-from stabilitykit.models.transformers.tokenizer import open_tokenizer
-
-Attention = Literal["eager", "sdpa"]
+from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer, open_tokenizer
+from stabilitykit.words import counted
 
 
 def open_model(
@@ -57,64 +57,41 @@ def open_model(
     attention or dtype, and for quantised weights that are to be streamed; CheckpointError, with the library's reason,
     for a folder that cannot be loaded, and for weights that do not fit the model.
     """
-    if attention is not None and attention not in get_args(Attention):
-        raise MisuseError(f"An attention is one of {', '.join(get_args(Attention))}; {attention!r} is none of them.")
+    if attention is not None:
+        check_choice("attention", attention, get_args(Attention))
     target, place = parse_dtype(dtype), parse_device(device)
     folder = local_folder(name)
     transformers = imported()
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on the terminal
     with quiet(transformers), explained(name):
-        trust = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on the terminal
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **how)
         _check_window(config.get_text_config(), name)
-        how = {} if attention is None else {"attn_implementation": attention}
+        how |= {} if attention is None else {"attn_implementation": attention}
         quantised = getattr(config, "quantization_config", None)
         if stream is None and quantised is not None:
             stream = False
         stream = must_stream(stream, _elements(folder) * target.itemsize, place)
         if stream and quantised is not None:
             raise MisuseError(
-                f"Weights that are streamed are cast as they are read; those of {name} are quantised, and are what its "
-                "library makes of them while it loads. Leave --stream out."
+                f"Streamed weights are cast as they are read, but those of {name} are quantised, and become what they "
+                "are while the library loads them. Leave out --stream."
             )
         if stream:
-            model, loading = _streamed(transformers, folder, config, target, place, how, trust)
+            model, loading = _streamed(transformers, folder, config, target, place, how)
         else:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=target,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
+                ignore_mismatched_sizes=True,  # refused by name
                 **how,
-                **trust,
             )
-    missing, unexpected = (sorted(map(str, loading.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected"))
-    reshaped = [
-        f"{tensor} is {list(stored)} and not {list(asked)}"
-        for tensor, stored, asked in sorted(loading.get("mismatched_keys", ()))
-    ]
-    if missing or reshaped:
-        lacking = missing or reshaped
-        raise CheckpointError(
-            f"{name}: the weights are those that the config asks for; {len(lacking)} of them "
-            f"{'is' if len(lacking) == 1 else 'are'} {'missing' if missing else 'of another shape'} "
-            f"({_first(lacking)}), and would be filled with random numbers. Another model's config, or an adapter's "
-            "folder?"
-        )
-    notes = [f"run by transformers {version('transformers')}"]
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        notes.append("only the text part was run: what reads images or sound was not examined")
-    if unexpected:
-        have = "1 tensor in the folder has" if len(unexpected) == 1 else f"{len(unexpected)} tensors in the folder have"
-        notes.append(f"{have} no place in the model ({_first(unexpected)})")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        notes.append(f"weights quantised by {getattr(method, 'value', method)}, computing in {str(target)[6:]}")
+    _check_loading(name, loading)
+    tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
+    notes = _notes(config, tokenizer, loading, target)
     if stream:
         notes.append(STREAMED)
-    tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
-    if str(config.model_type).startswith("gemma") and not tokenizer.begins:
-        notes.append("the folder's tokenizer puts no <bos> before a text, where a released Gemma's does")
     facts = {"implementation": "transformers", "attention": model.config._attn_implementation}
     if adapter is not None:
         model = _adapted(model, adapter)
@@ -130,6 +107,41 @@ def open_model(
         notes=tuple(notes),
         facts=facts,
     )
+
+
+def _check_loading(name: str, loading: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, by name, for weights that transformers would fill with random numbers."""
+    missing = sorted(map(str, loading.get("missing_keys", ())))
+    reshaped = [
+        f"{tensor} is {list(stored)} and not {list(asked)}"
+        for tensor, stored, asked in sorted(loading.get("mismatched_keys", ()))
+    ]
+    lacking = missing or reshaped
+    if lacking:
+        raise CheckpointError(
+            f"{name}: {counted(len(lacking), 'tensor')} that the config asks for "
+            f"{'is' if len(lacking) == 1 else 'are'} {'missing' if missing else 'of another shape'} "
+            f"({_first(lacking)}), and would be filled with random numbers. Is the config another model's, or the "
+            "folder an adapter's?"
+        )
+
+
+def _notes(config: Any, tokenizer: HuggingFaceTokenizer, loading: Mapping[str, Any], dtype: torch.dtype) -> list[str]:
+    """What a reader has to know about the model, and could not guess."""
+    notes = [f"run by transformers {version('transformers')}"]
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        notes.append("only the text part was run: what reads images or sound was not examined")
+    unexpected = sorted(map(str, loading.get("unexpected_keys", ())))
+    if unexpected:
+        have = "1 tensor in the folder has" if len(unexpected) == 1 else f"{len(unexpected)} tensors in the folder have"
+        notes.append(f"{have} no place in the model ({_first(unexpected)})")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        notes.append(f"weights quantised by {getattr(method, 'value', method)}, computing in {str(dtype)[6:]}")
+    if str(config.model_type).startswith("gemma") and not tokenizer.begins:
+        notes.append("the folder's tokenizer puts no <bos> before a text, where a released Gemma's does")
+    return notes
 
 
 def stored_tensors(name: str) -> Iterator[tuple[str, Tensor]]:
@@ -153,8 +165,7 @@ def _streamed(
     config: Any,
     dtype: torch.dtype,
     device: torch.device,
-    how: Mapping[str, str],
-    trust: Mapping[str, bool],
+    how: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """The model, its matrices read from the folder's files as it runs, and what transformers says of its loading.
 
@@ -170,7 +181,7 @@ def _streamed(
     }
     placeholders = {name: torch.full((), torch.nan, dtype=dtype).expand(stored[name].shape) for name in weights}
     with torch.device("meta"):
-        blank = transformers.AutoModelForCausalLM.from_config(config, **how, **trust)
+        blank = transformers.AutoModelForCausalLM.from_config(config, **how)
     shapes = {tensor.shape for tensor in stored.values()}
     _refuse_made(folder, [name for name, one in blank.named_parameters() if one.ndim > 2 and one.shape not in shapes])
     model, loading = type(blank).from_pretrained(
@@ -180,7 +191,7 @@ def _streamed(
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused by name, as where nothing is streamed
-        **how,
+        **{key: value for key, value in how.items() if key != "trust_remote_code"},  # the class is known by now
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -200,9 +211,9 @@ def _streamed(
 def _refuse_made(folder: Path, made: Sequence[str]) -> None:
     if made:
         raise MisuseError(
-            f"A weight that is streamed is one of the tensors in the folder's files; of {folder.name} {len(made)} are "
-            f"made out of several while transformers loads them ({made[0]}, ...). Leave --stream out, where there is "
-            "memory for all of them."
+            f"Only tensors in the folder's files can be streamed, and transformers makes {len(made)} weights of "
+            f"{folder.name} out of several while it loads them ({made[0]}, ...). Leave out --stream; they have to "
+            "fit in memory."
         )
 
 
@@ -215,9 +226,7 @@ def _check_window(config: Any, name: str) -> None:
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if slides and window is not None and window < 1:
-        raise CheckpointError(
-            f"{name}: a layer's window is of at least 1 token; the config's sliding_window is {window}."
-        )
+        raise CheckpointError(f"{name}: sliding_window in the config must be at least 1 token, got {window}.")
 
 
 def _adapted(model: Any, adapter: str | Path) -> Any:
@@ -225,11 +234,9 @@ def _adapted(model: Any, adapter: str | Path) -> Any:
         with quiet(imported()):
             import peft
     except ImportError:
-        raise MisuseError(
-            'An adapter is read by peft, which is not installed here: pip install "stabilitykit[hf]".'
-        ) from None
+        raise MisuseError('Adapters need peft, which is not installed: pip install "stabilitykit[hf]".') from None
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise MisuseError(f"An adapter is a folder with an adapter_config.json; {adapter} has none.")
+        raise MisuseError(f"{adapter} has no adapter_config.json, so it is no adapter's folder.")
     with explained(str(adapter), "an adapter that peft can put on this model"), quiet(imported()):
         # peft only warns where an adapter's tensors have no place in the model
         warnings.filterwarnings("error", category=UserWarning)

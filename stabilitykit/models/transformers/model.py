@@ -1,6 +1,6 @@
 """A causal language model of transformers' as a run wants it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
+from stabilitykit.models.subject import Continuation, Saw
 from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer
 
 
@@ -25,6 +26,10 @@ class HuggingFaceModel:
     sha256: str
     notes: tuple[str, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("source", "sha256", "notes"):  # where a recorder reads them, as off the kit's own model
+            setattr(self.module, name, getattr(self, name))
 
     @cached_property
     def causal(self) -> Any:
@@ -64,65 +69,57 @@ class HuggingFaceModel:
             model: nn.Module = type(self.causal)(self.causal.config)
         return model.to(dtype).eval()
 
-    def decode(
-        self,
-        ids: Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float | None,
-        top_p: float,
-        top_k: int,
-        seed: int,
-        padding: Tensor | None,
-        mask: Tensor | None,
-        every_logit: bool,
-        saw: Callable[[Tensor], bool],
-    ) -> list[list[int]]:
+    def decode(self, ids: Tensor, how: Continuation, saw: Saw) -> list[list[int]]:
         """transformers' own `generate`, with `saw` looking at each step's logits; torch's generators stay as they were.
 
         Logits are those of the last position. Where they are not finite, sampling raises torch's RuntimeError on a CPU
         and SamplingError elsewhere, before the device asserts; greedy decoding ends after that token. Raises
         MisuseError for a mask of one's own and for `every_logit`, which `generate` has no place for.
         """
-        if mask is not None or every_logit:
-            raise MisuseError("transformers' generate makes its own masks and the last logits alone; ask for neither.")
-        if temperature is not None and not (0 < top_p <= 1 and top_k >= 0):
+        sampling = how.sampling
+        if how.mask is not None or how.every_logit:
             raise MisuseError(
-                "transformers samples with a top_p above 0 and up to 1 and a top_k of at least 0, which keeps every "
-                f"token; {top_p} and {top_k} were given."
+                "transformers' generate() makes its own masks and only the last logits; leave out mask and every_logit."
+            )
+        drawn = bool(sampling.temperature)
+        if drawn and not (0 < sampling.top_p <= 1 and sampling.top_k >= 0):
+            raise MisuseError(
+                "transformers needs a top_p above 0 and at most 1, and a top_k of at least 0 (0 keeps every token); "
+                f"got {sampling.top_p} and {sampling.top_k}."
             )
         rows = self.causal.get_input_embeddings().weight.shape[0]
         if int(ids.max()) >= rows:
             raise CheckpointError(
-                f"{self.source}: a tokenizer's ids are rows of the embedding; it gave {int(ids.max()):,} and there are "
-                f"{rows:,} rows. The tokenizer of another checkpoint?"
+                f"{self.source}: the tokenizer gave the id {int(ids.max()):,}, but the embedding has {rows:,} rows. Is "
+                "it another checkpoint's tokenizer?"
             )
         from transformers import GenerationConfig, StoppingCriteriaList
 
         told = self.causal.generation_config
-        how: dict[str, Any] = {"do_sample": False}
-        if temperature is not None:
-            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        draw: dict[str, Any] = {"do_sample": False}
+        if drawn:
+            draw = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")} | {"do_sample": True}
         config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=told.eos_token_id, **how
+            max_new_tokens=how.new_tokens, pad_token_id=self.pad, eos_token_id=told.eos_token_id, **draw
         )
         ended = False
 
         def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal ended
             ended = saw(output.logits)
-            if ended and temperature is not None and output.logits.device.type != "cpu":
+            if ended and drawn and output.logits.device.type != "cpu":
                 raise SamplingError("probability tensor contains either `inf`, `nan` or element < 0")
 
         def stop(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
             return torch.full((len(so_far),), ended, device=so_far.device)
 
-        attention = torch.ones_like(ids) if padding is None else padding.long()
+        attention = torch.ones_like(ids) if how.padding is None else how.padding.long()
         handle = self.causal.register_forward_hook(look, with_kwargs=True)
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(seed)
+                if sampling.seed is not None:
+                    torch.manual_seed(sampling.seed)
                 made = self.module.generate(
                     input_ids=ids,
                     attention_mask=attention,

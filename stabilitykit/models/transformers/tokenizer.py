@@ -33,9 +33,7 @@ class HuggingFaceTokenizer:
         tokens in the text where they cannot be told from the template's.
         """
         if not self.tokenizer.chat_template:
-            raise MisuseError(
-                f"A turn needs the tokenizer's chat template, and the one of {self.source} has none: leave --chat out."
-            )
+            raise MisuseError(f"The tokenizer of {self.source} has no chat template; leave out --chat.")
         said = [text] if system is None else [system, text]
         controls = self._controls()
         written = [] if special_tokens else [token for token in controls if any(token in part for part in said)]
@@ -49,14 +47,14 @@ class HuggingFaceTokenizer:
         try:
             filled = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # jinja's, raised by the template itself
-            raise MisuseError(f"The chat template of {self.source} refuses this turn: {error}.") from error
+            raise MisuseError(f"The chat template of {self.source} refuses this prompt: {error}.") from error
         ids = self.encode(filled, bos=False, special_tokens=True)
         if hidden:
             parts = re.split(f"({'|'.join(map(re.escape, controls))})", filled)
             if self._joined(parts, {}) != ids:
                 raise MisuseError(
-                    f"Around {written[0]} in the prompt, {self.source} cannot tell its template's tokens from text: "
-                    "leave it out, or add --special-tokens if the token is meant."
+                    f"Around {written[0]} in the prompt, the tokenizer of {self.source} cannot tell its template's "
+                    "tokens from text; leave it out, or add --special-tokens if the token is meant."
                 )
             ids = self._joined(parts, {mark: token for token, mark in hidden.items()})
         starts = not bos and ids[:1] == [self.tokenizer.bos_token_id]
@@ -114,8 +112,8 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> HuggingFace
         )
     if len(loaded) <= len(loaded.all_special_ids):  # transformers makes up an empty one where there is no file
         raise CheckpointError(
-            f"A model comes with its tokenizer, tokenizer.json or tokenizer.model; {folder} has none that holds "
-            "tokens. Copy it there from where the weights came from."
+            f"{folder} has no tokenizer.json or tokenizer.model that holds tokens. Copy it there from where the "
+            "weights came from."
         )
     return HuggingFaceTokenizer(loaded, f"{PREFIX}{name}")
 

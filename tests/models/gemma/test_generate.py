@@ -8,12 +8,14 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.generate import generate
 from stabilitykit.models.gemma.load import build
 from stabilitykit.models.gemma.model import Gemma
+from stabilitykit.models.subject import Sampling
 
 SOURCES = {
     "gemma 1": "random:gemma-2b?layers=2&kv_heads=1",
     "gemma 2": "random:gemma2-2b?layers=2&kv_heads=2&window=6",
     "gemma 3": "random:gemma3-270m?layers=3&kv_heads=2&window=6&global_every=3",
 }
+GREEDY = Sampling(temperature=None)
 PROMPT = [2, 40, 41, 299, 300, 301, 17, 18, 19, 20]
 
 
@@ -39,20 +41,20 @@ def without_cache(model: Gemma, prompt: list[int], new: int, seed: int | None = 
 @pytest.mark.parametrize("temperature", [None, 0, 0.0])
 def test_greedy_equals_uncached(model: Gemma, temperature: float | None) -> None:
     expected = without_cache(model, PROMPT, 20)
-    assert generate(model, PROMPT, max_new_tokens=20, temperature=temperature) == expected
+    assert generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(temperature=temperature)) == expected
     assert len(expected) == 20
 
 
 def test_sampling_equals_uncached(model: Gemma) -> None:
     expected = without_cache(model, PROMPT, 20, seed=3)
-    assert generate(model, PROMPT, max_new_tokens=20, seed=3) == expected
+    assert generate(model, PROMPT, max_new_tokens=20, sampling=Sampling(seed=3)) == expected
     assert expected != without_cache(model, PROMPT, 20, seed=4)
 
 
 def test_every_step_is_one_token(model: Gemma) -> None:
     widths = []
     handle = model.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
-    generate(model, PROMPT, max_new_tokens=4, temperature=None)
+    generate(model, PROMPT, max_new_tokens=4, sampling=GREEDY)
     handle.remove()
     assert widths == [(1, 10), (1, 1), (1, 1), (1, 1)]
 
@@ -61,23 +63,23 @@ def test_rows_and_left_padding(model: Gemma) -> None:
     short = PROMPT[:6]
     tokens = torch.tensor([PROMPT, [0] * 4 + short])
     padding = torch.tensor([[True] * 10, [False] * 4 + [True] * 6])
-    together = generate(model, tokens, max_new_tokens=8, temperature=None, padding=padding)
+    together = generate(model, tokens, max_new_tokens=8, sampling=GREEDY, padding=padding)
     assert together == [without_cache(model, PROMPT, 8), without_cache(model, short, 8)]
 
 
 def test_stops_at_eos(model: Gemma) -> None:
     """Whatever the first row says fourth is declared the end; the other row goes on, and then no pass runs."""
     rows = torch.tensor([PROMPT, PROMPT[::-1]])
-    free = generate(model, rows, max_new_tokens=12, seed=0)
+    free = generate(model, rows, max_new_tokens=12, sampling=Sampling(seed=0))
     model.eos = free[0][3]
     cut = [row[: row.index(model.eos)] if model.eos in row else row for row in free]
     assert len(cut[0]) <= 3 < len(cut[1])
-    assert generate(model, rows, max_new_tokens=12, seed=0) == cut
+    assert generate(model, rows, max_new_tokens=12, sampling=Sampling(seed=0)) == cut
 
-    model.eos = generate(model, PROMPT, max_new_tokens=1, temperature=None)[0]
+    model.eos = generate(model, PROMPT, max_new_tokens=1, sampling=GREEDY)[0]
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    assert generate(model, PROMPT, max_new_tokens=12, temperature=None) == []
+    assert generate(model, PROMPT, max_new_tokens=12, sampling=GREEDY) == []
     assert len(passes) == 1
 
 

@@ -1,5 +1,6 @@
 """The chain of one broken run, and what is said where there is none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_a_run_without_layers_has_no_figure(tmp_path: Path) -> None:
     run.records[0] = broken_run().records[1]
     found = made(tmp_path, (run_case(), run))
     assert [type(block) for block in found.blocks] == [Prose, Table, Figure]
-    run.records[0] = type(run.records[0]).from_row(run.records[0].row() | {"site": "/add.0", "layer": None})
+    run.records[0] = replace(run.records[0], site="/add.0", layer=None)
     found = made(tmp_path / "none", (run_case(), run))
     assert [type(block) for block in found.blocks] == [Prose, Table]
 
