@@ -161,16 +161,16 @@ def section(found: Sequence[Outcome]) -> Section:
             Table(
                 name="agreeing",
                 title="Cells that agree",
-                columns=[Column(name=n) for n in ("model", "float16 broke", "float16 held", "within one bit", "all")],
+                columns=[Column(n) for n in ("model", "float16 broke", "float16 held", "within one bit", "all")],
                 rows=rows,
             ),
             Table(
                 name="disagreements",
                 title="Cells that do not agree",
                 columns=[
-                    Column(name="model"), Column(name="prompt"), Column(name="rescale"),
-                    Column(name="headroom", unit="bits", format=lambda value: f"{value:.4f}"), Column(name="forecast"),
-                    Column(name="float16 run"), Column(name="kind"), Column(name="value there"),
+                    Column("model"), Column("prompt"), Column("rescale"),
+                    Column("headroom", unit="bits", format=lambda value: f"{value:.4f}"), Column("forecast"),
+                    Column("float16 run"), Column("kind"), Column("value there"),
                 ],
                 rows=[
                     (c.model, c.prompt, f"2^{c.exponent}", c.headroom, c.forecast or "holds", c.actual or "holds",
@@ -183,9 +183,9 @@ def section(found: Sequence[Outcome]) -> Section:
                 name="cells",
                 title="Every cell",
                 columns=[
-                    Column(name="model"), Column(name="prompt"), Column(name="rescale"),
-                    Column(name="headroom", unit="bits", format=bits), Column(name="forecast"),
-                    Column(name="float16 run"), Column(name="agree"),
+                    Column("model"), Column("prompt"), Column("rescale"),
+                    Column("headroom", unit="bits", format=bits), Column("forecast"),
+                    Column("float16 run"), Column("agree"),
                 ],
                 rows=[
                     (c.model, c.prompt, f"2^{c.exponent}", c.headroom, c.forecast or "holds", c.actual or "holds",

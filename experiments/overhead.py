@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +140,8 @@ def recording_rows(model: Gemma, tokens: list[int], rounds: int) -> Iterator[Row
         seconds = taking_turns(
             {
                 "bare": bare,
-                "operators": lambda ids=ids: recorded(model, ids, {}, last),
-                "modules": lambda ids=ids: recorded(model, ids, {"level": "modules"}, last),
+                "operators": partial(recorded, model, ids, {}, last),
+                "modules": partial(recorded, model, ids, {"level": "modules"}, last),
                 "empty": lambda: under(Empty),
                 "floor": lambda: under(Floor),
             },
@@ -183,7 +184,7 @@ def growth_rows(model: Gemma, tokens: list[int], rounds: int) -> Iterator[Row]:
                 model(ids, last_only=True)
 
         seconds = taking_turns(
-            {"bare": bare, "recorded": lambda ids=ids: recorded(model, ids, {}, {"last_only": True})}, rounds
+            {"bare": bare, "recorded": partial(recorded, model, ids, {}, {"last_only": True})}, rounds
         )
         elements = sum(record.elements for record in recorded(model, ids, {}, {"last_only": True}))
         cost[length] = (seconds["recorded"] - seconds["bare"]) / elements * 1e9
@@ -229,8 +230,9 @@ def peer_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
     config = Gemma3TextConfig(
         vocab_size=ours.vocabulary, hidden_size=ours.hidden_size, intermediate_size=ours.feed_forward,
         num_hidden_layers=ours.layers, num_attention_heads=ours.heads, num_key_value_heads=ours.kv_heads,
-        head_dim=ours.head_dim, query_pre_attn_scalar=int(ours.query_scalar), attn_implementation="eager",
+        head_dim=ours.head_dim, query_pre_attn_scalar=int(ours.query_scalar),
     )  # fmt: skip
+    config._attn_implementation = "eager"
     model, watched = Gemma3ForCausalLM(config).eval(), Gemma3ForCausalLM(config).eval()
     with silenced():
         DebugUnderflowOverflow(watched)
@@ -245,7 +247,7 @@ def peer_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
         seconds = taking_turns(
             {
                 "bare": lambda: bare(model),
-                "ours": lambda ids=ids: recorded(model, ids, {}, forward),
+                "ours": partial(recorded, model, ids, {}, forward),
                 "theirs": lambda: bare(watched),
             },
             rounds,
@@ -406,7 +408,7 @@ def write_large(folder: Path, config: GemmaConfig) -> None:
         if sum(math.prod(shapes[other]) for other in shards[-1]) > 2e9:
             shards.append([])
         shards[-1].append(name)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -427,7 +429,7 @@ def write_large(folder: Path, config: GemmaConfig) -> None:
                     left -= min(left, len(scaled))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     opened = sk.open_checkpoint(f"random:{LARGE}?layers=1&hidden_size=8&feed_forward=8&heads=1&kv_heads=1&head_dim=4")
-    from stabilitykit.models.gemma.tokenizer import serialised
+    from stabilitykit.checkpoints.vocabulary import serialised
 
     (folder / "tokenizer.model").write_bytes(serialised(opened.vocabulary))
     (folder / "config.json").write_text(
@@ -477,9 +479,9 @@ def cuda_rows(rounds: int) -> Iterator[Row]:
     ):
         seconds = taking_turns(
             {
-                "bare": lambda ids=ids, kept=kept: run(ids, None, kept),
-                "modules": lambda ids=ids, kept=kept: run(ids, {"level": "modules"}, kept),
-                "operators": lambda ids=ids, kept=kept: run(ids, {}, kept),
+                "bare": partial(run, ids, None, kept),
+                "modules": partial(run, ids, {"level": "modules"}, kept),
+                "operators": partial(run, ids, {}, kept),
             },
             rounds,
         )
@@ -537,11 +539,11 @@ def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
     summary = f"Of {len(promised)} targets {len(promised) - len(missed)} are met."
     if missed:
         summary += " Missed: " + "; ".join(f"{row.what} ({row.measured:.3g} {row.unit})" for row in missed) + "."
-    columns = [Column(name=name) for name in ("what", "measured", "unit", "target", "stretch", "target met", "")]
+    columns = [Column(name) for name in ("what", "measured", "unit", "target", "stretch", "target met", "")]
     table = Table(
         name="overhead",
         title="What was measured",
-        columns=[Column(name=c.name, format=lambda x: f"{x:.3g}") for c in columns],
+        columns=[Column(c.name, format=lambda x: f"{x:.3g}") for c in columns],
         rows=[(r.what, r.measured, r.unit, r.target, r.stretch, r.met, r.detail) for r in rows],
         note="Targets are the most that a figure should be. × bare: as many times the pass that nobody watches.",
     )
@@ -569,7 +571,7 @@ def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
             opening="What the numbers were measured on, and how to measure them again.",
             blocks=[
                 Prose("To make this again: `python experiments/overhead.py`"),
-                Table(name="machine", title="Machine", columns=[Column(name="what"), Column(name="value")], rows=about),
+                Table(name="machine", title="Machine", columns=[Column("what"), Column("value")], rows=about),
             ],
         ),
         *(
@@ -582,7 +584,7 @@ def sections(rows: Sequence[Row], sites: Sequence[str]) -> list[Section]:
                         Table(
                             name="sites",
                             title=f"{len(sites):,} sites",
-                            columns=[Column(name="order"), Column(name="site")],
+                            columns=[Column("order"), Column("site")],
                             rows=list(enumerate(sites)),
                         )
                     ],

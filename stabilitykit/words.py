@@ -23,9 +23,11 @@ def count(amount: int, one: str, many: str | None = None) -> str:
     return counted(amount, one, many) if amount else f"no {many or one + 's'}"
 
 
-def none_of(amount: int, one: str) -> str:
-    """`not even the only case` · `none of 12 cases`, to be followed by a verb in the singular."""
-    return f"not even the only {one}" if amount == 1 else f"none of {count(amount, one)}"
+def none_finished(amount: int, one: str, which: str = "") -> str:
+    """`the only case has not finished` · `none of 12 cases has finished`; `which` of them follows the noun."""
+    if amount == 1:
+        return f"the only {one}{which} has not finished"
+    return f"none of {count(amount, one)}{which} has finished"
 
 
 def listed(words: Sequence[str], most: int | None = None) -> str:
@@ -69,10 +71,6 @@ def at_token(position: int | None, text: str | None, show: Callable[[str], str] 
     if position is None:
         return ""
     return f", at token {position:,}" + (f" {(show or quoted)(text)}" if text else "")
-
-
-def tokens(amount: int) -> str:
-    return count(amount, "token")
 
 
 def with_bos(bos: bool | None, mark: str = "`") -> str:

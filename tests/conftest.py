@@ -9,9 +9,6 @@ test that asks for the 270M, which is skipped where the `demo` extra is missing.
 """
 
 import os
-import random
-from collections import defaultdict
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import pytest
 import torch
 from command_line import stabilitykit as stabilitykit
 from hypothesis import settings
+from tables import chosen
 
 from stabilitykit.checkpoints import Checkpoint, cache_folder, open_checkpoint
 from stabilitykit.checkpoints.bundled import bundled_gguf
@@ -31,8 +29,6 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
-TABLE_SHARE = 1 / 3  # of each table, at least one case
-
 _part = pytest.StashKey[tuple[int, int]]()  # cases of tables that run, and that there are
 
 
@@ -41,24 +37,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table-seed", type=int, default=0, help="which part of the tables runs; default: %(default)s")
 
 
-def table_part(cases: Sequence[str], seed: int) -> set[str]:
-    """The cases of one table that run: the same ones for a seed, whatever else is collected."""
-    return set(random.Random(f"{seed} {min(cases)}").sample(sorted(cases), max(1, round(TABLE_SHARE * len(cases)))))
-
-
 @pytest.hookimpl(tryfirst=True)  # before -m and -k choose
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    tables: dict[str, list[str]] = defaultdict(list)
+    cases = set()
     for item in items:
         if "gguf_270m" in getattr(item, "fixturenames", ()):  # whichever fixture asks for it
             item.add_marker("weights")
         if item.get_closest_marker("table"):
-            tables[item.nodeid.partition("[")[0]].append(item.nodeid)
-    cases = {case for table in tables.values() for case in table}
+            item.add_marker("slow")
+            cases.add(item.nodeid)
     kept = cases
     if not config.getoption("all") and not any("::" in argument for argument in config.args):
-        seed: int = config.getoption("table_seed")
-        kept = {case for table in tables.values() for case in table_part(table, seed)}
+        kept = chosen(cases, config.getoption("table_seed"))
     config.stash[_part] = len(kept), len(cases)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in cases - kept])
     items[:] = [item for item in items if item.nodeid not in cases - kept]
@@ -68,7 +58,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     kept, cases = config.stash.get(_part, (0, 0))
     if kept < cases:
         seed = config.getoption("table_seed")
-        terminalreporter.write_line(f"Of {cases} cases of tables {kept} ran: --table-seed {seed}; --all runs the rest.")
+        terminalreporter.write_line(
+            f"Of {cases} cases of tables {kept} were chosen by --table-seed {seed}; --all runs the rest."
+        )
 
 
 @pytest.fixture(scope="session")

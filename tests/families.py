@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0,
     "bos_token_id": 2, "eos_token_id": 1,
@@ -22,7 +22,7 @@ def _released(kind: Any, layers: int, **sizes: Any) -> Callable[[], Any]:
     return make
 
 
-_PER_LAYER = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8}
+_PER_LAYER: dict[str, Any] = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8}
 
 # model class, config, and the layers' kinds as the released model has them
 FAMILIES: dict[str, tuple[Any, Callable[[], Any]]] = {

@@ -178,6 +178,7 @@ def test_a_recording_is_read_and_explained_where_there_is_no_torch(tmp_path: Pat
     assert "the first tensor that is not finite" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)

@@ -41,7 +41,7 @@ def ours(source: Path) -> Any:
 @lru_cache(maxsize=1)
 def _loaded(source: Path) -> Any:
     """The last one is kept: transformers takes a minute to read a GGUF."""
-    where = {"pretrained_model_name_or_path": source}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if source.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16).eval()

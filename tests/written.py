@@ -64,7 +64,7 @@ def write_huggingface(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    where = {}
+    where: dict[str, str] = {}
     for index in range(shards):
         name = f"model-{index + 1:05}-of-{shards:05}.safetensors"
         part = dict(list(tensors.items())[index::shards])
@@ -104,7 +104,7 @@ def write_gemma_pytorch(checkpoint: Checkpoint, folder: Path, *, int8: bool = Fa
     if shards == 1:
         torch.save({"model_state_dict": state}, folder / "model.ckpt")
         return folder / "model.ckpt"
-    where = {}
+    where: dict[str, str] = {}
     for index in range(shards):
         name = f"pytorch_model-{index + 1:05}-of-{shards:05}.bin"
         part = dict(list(state.items())[index::shards])

@@ -109,7 +109,7 @@ def largest_values(found: Sequence[Outcome]) -> Figure | None:
         title="The largest value of each text",
         caption=f"Largest magnitude of any stored tensor in {found[0].dtype}.",
         alt=f"One point a text, from {min(o.largest or 0 for o in found):,.0f} to "
-        f"{max(o.largest or 0 for o in found):,.0f}; float16 ends at {FLOAT16.largest:,.0f}.",
+        f"{max(o.largest or 0 for o in found):,.0f}; the float16 maximum is {FLOAT16.largest:,.0f}.",
         draw=partial(_draw_largest, names=names, values=[o.largest or 0.0 for o in found]),
         size=(8.0, 1.0 + 0.24 * len(found)),
     )

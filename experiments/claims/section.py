@@ -13,7 +13,7 @@ from typing import Literal
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Prose, Section, Table
 from stabilitykit.report.outcomes import Outcome, Text, outcomes, texts
-from stabilitykit.report.sections.lengths import break_map
+from stabilitykit.report.parts.by_length import break_map
 from stabilitykit.report.sections.memory import footprint_figure
 from stabilitykit.report.style import share, size
 from stabilitykit.report.words import at_broken_token, happened, located
@@ -99,7 +99,7 @@ def _table(claims: Sequence[Claim]) -> Table:
     return Table(
         name="claims",
         title="Claim by claim",
-        columns=[Column(name="claim"), Column(name="experiment"), Column(name="verdict"), Column(name="shown in")],
+        columns=[Column("claim"), Column("experiment"), Column("verdict"), Column("shown in")],
         rows=[
             [claim.says, claim.experiment, claim.verdict, listed([block.title for block in claim.blocks]) or None]
             for claim in claims
@@ -274,11 +274,11 @@ def _cure_length(evidence: Evidence) -> Claim:
         name="claims-longest-clean",
         title="The longest prompt that float16 holds",
         columns=[
-            Column(name="text"),
-            Column(name="<bos>"),
-            Column(name="clean up to", unit="tokens", format=grouped),
-            Column(name="breaks from", unit="tokens", format=grouped),
-            Column(name="in"),
+            Column("text"),
+            Column("<bos>"),
+            Column("clean up to", unit="tokens", format=grouped),
+            Column("breaks from", unit="tokens", format=grouped),
+            Column("in"),
         ],
         rows=rows,
     )
@@ -481,6 +481,6 @@ def _next_tokens(evidence: Evidence) -> Table:
     return Table(
         name="claims-next-token",
         title="The token that greedy decoding takes",
-        columns=[Column(name="prompt"), Column(name="<bos>"), *(Column(name=dtype) for dtype in dtypes)],
+        columns=[Column("prompt"), Column("<bos>"), *(Column(dtype) for dtype in dtypes)],
         rows=[[*key, *(found.get(dtype) for dtype in dtypes)] for key, found in rows.items()],
     )

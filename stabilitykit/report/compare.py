@@ -134,8 +134,14 @@ def _case_changes(ours: Results, theirs: Results, pairs: Sequence[_Pair]) -> Tab
     return Table(name="against-cases", title="Cases", columns=[*_WHOSE, *_BEFORE_AND_AFTER], rows=rows)
 
 
-_WHOSE = (Column(name="case"), Column(name="dtype"))
-_BEFORE_AND_AFTER = (Column(name="before"), Column(name="now"))
+_WHOSE = (Column("case"), Column("dtype"))
+_BEFORE_AND_AFTER = (Column("before"), Column("now"))
+
+
+def _changes(name: str, title: str, rows: Sequence[Sequence[Cell]], *, note: str = "", **values: Any) -> Table:
+    """Rows of case, dtype, what has changed, its value before and now; `values` say how the two are written."""
+    columns = [*_WHOSE, Column("what"), Column("before", **values), Column("now", **values)]
+    return Table(name=name, title=title, columns=columns, rows=rows, note=note)
 
 
 def _state(results: Results, case: Case) -> str:
@@ -153,12 +159,7 @@ def _break_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) ->
         if pair.ours.runs_prompt:
             before, after = old[_key(pair.theirs)], new[_key(pair.ours)]
             rows += [[pair.name, after.dtype, *row] for row in _break_rows(before, after)]
-    return Table(
-        name="against-breaks",
-        title="First breaks",
-        columns=[*_WHOSE, Column(name="what"), *_BEFORE_AND_AFTER],
-        rows=rows,
-    )
+    return _changes("against-breaks", "First breaks", rows)
 
 
 def _break_rows(before: Outcome, after: Outcome) -> Iterator[list[Cell]]:
@@ -218,10 +219,10 @@ def _peak_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -> 
         title="Peaks that moved",
         columns=[
             *_WHOSE,
-            Column(name="where"),
+            Column("where"),
             *_BEFORE_AND_AFTER,
-            Column(name="moved by", unit="ulp"),
-            Column(name="of so many", unit="places", format=grouped),
+            Column("moved by", unit="ulp"),
+            Column("of so many", unit="places", format=grouped),
         ],
         rows=[row for _, row in rows],
         note=f"Places where both reports know the largest finite magnitude, and it moved by more than {MOST_ULP:g} "
@@ -276,11 +277,10 @@ def _logits_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -
             if before is not None and after is not None:
                 dtype = pair.ours.settings.get("dtype")
                 rows += [[pair.name, dtype, *row] for row in _logits_rows(before, after)]
-    return Table(
-        name="against-logits",
-        title="Errors of the logits",
-        columns=[*_WHOSE, Column(name="what"), *_BEFORE_AND_AFTER],
-        rows=rows,
+    return _changes(
+        "against-logits",
+        "Errors of the logits",
+        rows,
         note=f"KL divergence from the reference in nats a token, where it changed by more than {share(LEAST_LOGITS)}; "
         "top-1 agreement as a fraction of positions, where it changed.",
     )
@@ -307,16 +307,12 @@ def _memory_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -
         if pair.ours.kind == "memory":
             before, after = old[_key(pair.theirs)], new[_key(pair.ours)]
             rows += [[pair.name, after.dtype, *row] for row in _memory_rows(before, after)]
-    return Table(
-        name="against-memory",
-        title="Memory",
-        columns=[
-            *_WHOSE,
-            Column(name="what"),
-            Column(name="before", unit="bytes", format=size),
-            Column(name="now", unit="bytes", format=size),
-        ],
-        rows=rows,
+    return _changes(
+        "against-memory",
+        "Memory",
+        rows,
+        unit="bytes",
+        format=size,
         note=f"Computed sizes where they changed at all, measured peaks where they changed by more than "
         f"{share(LEAST_MEMORY)}.",
     )

@@ -1,6 +1,6 @@
 """What each finished case of a sweep comes to, whether it is one run or a range of lengths.
 
-Everything a verdict needs is here: where it broke, at which lengths, and how much room was left.
+Everything a verdict needs is here: where it broke, at which lengths, and how much headroom was left.
 """
 
 import math
@@ -144,6 +144,11 @@ def _largest(amax: float | None, spans: Sequence[Span]) -> float | None:
     ]
     known = [value for value in (*broken, *([] if amax is None else [amax])) if not math.isnan(value)]
     return max(known, default=None)
+
+
+def least_headroom(found: Sequence[Outcome]) -> float | None:
+    """Of all these cases, each in bits of its own dtype; None where nothing finite is known."""
+    return min((o.headroom for o in found if o.headroom is not None), default=None)
 
 
 Standing = Literal["breaks", "clean", "would break", "would fit", "unknown"]

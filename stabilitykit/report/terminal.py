@@ -47,19 +47,24 @@ def print_blocks(blocks: Iterable[Block], console: Console, *, rows: int = SHORT
 
 
 def _grid(table: Table, rows: int, width: int) -> Grid:
-    """Numbers to the right, in columns that are never narrower than a number or a short word."""
+    """Numbers to the right, in columns that are never narrower than a number or a short word.
+
+    Where `width` is too little, columns move together, numbers leave the room to text, and headings take more lines.
+    """
     texts = [[cell_text(cell, column) for cell, column in zip(row, table.columns, strict=True)] for row in table.rows]
     headings = [heading(column) for column in table.columns]
-    natural = sum(max(map(len, cells)) + 2 for cells in zip(headings, *texts[:rows], strict=True))
-    grid = Grid(box=None, pad_edge=False, show_edge=False, collapse_padding=natural > width)
+    narrow = sum(max(map(len, cells)) + 2 for cells in zip(headings, *texts[:rows], strict=True)) > width
+    grid = Grid(box=None, pad_edge=False, show_edge=False, collapse_padding=narrow)
     for index, (column, numeric) in enumerate(zip(table.columns, numeric_columns(table), strict=True)):
         cells = [row[index] for row in texts[:rows]]
         words = cells if numeric else [word for cell in cells for word in cell.split() if len(word) <= _WORD]
+        least = max(map(len, [*headings[index].split(), *words]))
         grid.add_column(
-            Text(heading(column)),
+            Text(headings[index]),
             justify="right" if numeric or column.format is not None else "left",
             overflow="fold",
-            min_width=max(map(len, [*heading(column).split(), *words])),
+            min_width=least,
+            max_width=least if numeric and narrow else None,
         )
     for number, row in enumerate(texts[:rows]):
         grid.add_row(*map(Text, row), style="red" if number in table.alarming else None)

@@ -145,7 +145,7 @@ class _Reader:
     def _sections(self, names: Any, allowed: Sequence[str]) -> dict[str, str]:
         """By name, in order, the SHA-256 of each that is a file beside the experiment; empty for those of the kit."""
         if not isinstance(names, list):
-            self.fail(f"sections are a list of names; {names!r} is none", "sections", "report")
+            self.fail(f"sections must be a list of names, not {names!r}", "sections", "report")
         found = {}
         for name in names:
             if isinstance(name, str) and name.endswith(".py"):

@@ -117,8 +117,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         }
         stored: dict[str, NDArray[np.float32] | None] = {}
         for parameter in parameter_shapes(checkpoint.config):
-            weight = checkpoint.tensors[parameter].numpy()
-            stored[_stored_name(generation, parameter)] = weight + np.float32(1) if weight.ndim == 1 else weight
+            own = checkpoint.tensors[parameter].numpy()
+            stored[_stored_name(generation, parameter)] = own + np.float32(1) if own.ndim == 1 else own
         stored |= tensors or {}
 
         path = tmp_path / name

@@ -26,7 +26,7 @@ class Usage(NamedTuple):
 
 
 def make(name: str) -> Iterator[NDArray[np.float32]]:
-    whole = np.arange(np.prod(SHAPES[name]), dtype=np.float32).reshape(SHAPES[name]) / 7
+    whole = np.arange(np.prod(SHAPES[name]), dtype=np.float32).reshape(SHAPES[name]) / np.float32(7)
     yield from np.array_split(whole, 2)
 
 

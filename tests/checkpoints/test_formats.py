@@ -69,9 +69,9 @@ def test_the_text_part_of_a_multimodal_gemma_is_read_and_said_to_be_only_that(tm
         "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=transformers.Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=4,
-        attn_implementation="eager",
-    )  # fmt: skip
+        text_config=transformers.Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=4
+    )
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "hf")
@@ -87,7 +87,7 @@ def test_the_text_part_of_a_multimodal_gemma_is_read_and_said_to_be_only_that(tm
 
 def test_a_released_multimodal_config_leaves_most_out_and_means_the_defaults() -> None:
     """What google/gemma-3-4b-it's config.json says of its text part."""
-    said = {
+    said: dict[str, Any] = {
         "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
     }  # fmt: skip

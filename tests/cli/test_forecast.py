@@ -52,7 +52,7 @@ def test_what_people_read(stabilitykit: Run) -> None:
     assert result.code == 0
     assert "float16 would overflow first in" in result.out
     assert "bfloat16 would hold every value" in result.out
-    assert "What would become of" in result.out
+    assert "What each format would make of" in result.out
     cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536", "--saturating")
     assert "float8_e4m3fn would overflow first" in result.out
     assert "float8_e4m3fn would cut values off first" in cut.out

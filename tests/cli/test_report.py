@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from swept import broken_run, clean_run, lengths_case, memory_case, plan, run_case, sweep
+from swept import broken_run, clean_run, layered_run, lengths_case, memory_case, plan, run_case, sweep
 
 from stabilitykit.records.sweep import Failure, Results
 from stabilitykit.report.sections import USUAL
@@ -35,7 +35,7 @@ def test_the_report_of_a_sweep_in_which_nothing_finished_says_so_in_every_sectio
     assert tuple(found) == USUAL
     assert (
         "There is no verdict yet: none of 2 cases that would run a prompt has finished.\n\n"
-        "Of 2 cases, 2 cases are missing, in bfloat16 and float16: what they would show is not in this."
+        "Not included: of 2 cases, 2 have not run, in bfloat16 and float16."
     ) in found["verdict"]
     for key in ("lengths", "chain", "peaks", "heat", "exponents", "softmax", "error", "memory"):
         assert re.search(r"finished", found[key]), key
@@ -56,9 +56,7 @@ def test_the_report_of_a_torn_sweep_says_what_failed_and_what_is_missing(stabili
     )
     result = stabilitykit("report", str(tmp_path))
     assert (result.code, result.err) == (0, "")
-    missing = (
-        "Of 4 cases, 1 case failed (killed) and 1 case is missing, in bfloat16: what they would show is not in this."
-    )
+    missing = "Not included: of 4 cases, 1 failed (killed) and 1 has not run, in bfloat16."
     assert missing in " ".join(result.out.split())
     found = sections(text_of(tmp_path))
     assert "What 2 finished cases of 4 come to." in found["verdict"]
@@ -108,3 +106,13 @@ def test_a_folder_that_holds_no_sweep_is_refused(
         "sweep`.\n"
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["sweep", "experiment.json"]
+
+
+def test_the_format_to_judge_by_can_be_asked_for(stabilitykit: Run, tmp_path: Path) -> None:
+    sweep(tmp_path, [(run_case("float32"), layered_run("float32"))])
+    assert stabilitykit("report", str(tmp_path), "--format", "float8_e4m3fn").code == 0
+    assert "the float8_e4m3fn maximum, 448" in text_of(tmp_path)
+    assert stabilitykit("report", str(tmp_path)).code == 0
+    assert "the float16 maximum, 65,504" in text_of(tmp_path)
+    unknown = stabilitykit("report", str(tmp_path), "--format", "int8")
+    assert (unknown.code, "'int8'" in unknown.err, "Traceback" in unknown.err) == (2, True, False)

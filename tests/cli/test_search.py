@@ -36,10 +36,10 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     said = " ".join(made.out.split())
     assert "Without <bos> the shortest prompt found to break is 'F' 'P' (2 tokens)." in said
     assert "float16 overflows in layer 0, residual after attention" in said
-    assert "The worst tokens alone" in said
-    assert "The worst tokens inside a text" in said
+    assert "The worst 20 tokens alone" in said
+    assert "The worst 20 tokens inside a text" in said
     assert "after <bos>" not in said
-    assert "Reached by ids only" in said
+    assert "Reachable only as raw token ids: no text tokenizes to them" in said
     assert (out / "1.txt").read_text() == "FP"
     found = read_document(out / "search.json", Search, "search")
     assert found.finds[0].tokens == (FIRST, SECOND)
@@ -72,7 +72,7 @@ def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path
     sweep = tmp_path / "sweep"
     assert stabilitykit("sweep", str(experiment), "--out", str(sweep), "--no-report").code == 0
     results = Results.open(sweep)
-    assert SECTIONS["search"](results).opening.startswith("Nobody searched.")
+    assert SECTIONS["search"](results).opening.startswith("No search has been run for this checkpoint.")
     found = Results.open(new).search
     assert found is not None
     results.write_finding(found)
@@ -96,8 +96,8 @@ def test_one_document_for_scripts_and_room_where_it_was_rescaled(stabilitykit: R
     assert found["finds"][0]["tokens"] == [FIRST, SECOND]
     assert found["finds"][0]["headroom"] == pytest.approx(1.805, abs=0.01)
     said = " ".join(stabilitykit("search", str(folder), "--no-bos", "--length", "2").out.split())
-    assert "Without <bos> nothing that was tried breaks float16, prompts of up to 2 tokens." in said
-    assert "1.80 bits below the format's end at 65,504" in said
+    assert "Without <bos> no prompt that was tried, up to 2 tokens long, breaks in float16." in said
+    assert "1.80 bits below the float16 maximum, 65,504" in said
 
 
 def test_misuse_is_one_sentence(stabilitykit: Run, pair: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ open."""
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from swept import broken_map, broken_run, clean_map, clean_run, lengths_case, memory, run_case, sweep
@@ -54,11 +55,11 @@ def sized(dtype: str, weights: float) -> tuple[Case, Footprint]:
     return Case(kind="footprint", settings=settings), found
 
 
-def answered(text: str) -> dict[str, object]:
+def answered(text: str) -> dict[str, Any]:
     return {"case": {"next_text": text}}
 
 
-GUIDE_IS_WRONG_WHERE_EXPECTED = [
+GUIDE_IS_WRONG_WHERE_EXPECTED: list[tuple[Case, Any]] = [
     (drawn(), broken_run(**answered("<pad>"))),
     (drawn(temperature=0.0), broken_run(error=None, **answered("<pad>"))),
     (drawn(bos=False), clean_run(**answered(" Paris"))),
@@ -125,7 +126,7 @@ def test_without_evidence_every_claim_is_left_open(tmp_path: Path) -> None:
     ],
 )
 def test_other_evidence_gives_another_verdict(
-    tmp_path: Path, claim: str, pairs: list[tuple[Case, object]], verdict: str
+    tmp_path: Path, claim: str, pairs: list[tuple[Case, Any]], verdict: str
 ) -> None:
     assert judged(tmp_path, pairs)[claim] == verdict
 

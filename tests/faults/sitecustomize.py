@@ -71,8 +71,8 @@ def _rename(self: Path, target: Any) -> Path:
 
 
 if "FAULTS" in os.environ:
-    tempfile.mkstemp = _write_aside
-    Path.replace = _rename  # type: ignore[method-assign]
+    tempfile.mkstemp = _write_aside  # type: ignore[assignment]
+    Path.replace = _rename  # type: ignore[assignment, method-assign]
 
 if "DATA_LIMIT" in os.environ:
     import resource

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ PRODUCTS: dict[str, tuple[Product, tuple[tuple[int, ...], ...], tuple[int, int]]
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_product_is_the_exact_one_rounded_once_within_the_error_of_a_float32_sum(
-    name: str, dtype: torch.dtype, mode: Callable[[], object]
+    name: str, dtype: torch.dtype, mode: Callable[[], AbstractContextManager[object]]
 ) -> None:
     """Some number within that error of the exact product rounds to each result: rounding is monotone."""
     product, shapes, _ = PRODUCTS[name]
@@ -292,7 +293,7 @@ def test_a_float16_sum_is_rounded_every_k_terms(name: str, terms: int) -> None:
     with torch.inference_mode(), matmul(f"float16-accumulate:{terms}"):
         found = fractions[0] @ fractions[1]
     if terms == 1:  # a product of two is exact, so there is one rounding a term and no order but the given one
-        assert (found.double().numpy() == stepwise(*fractions, terms)).all()
+        assert (found.double().numpy() == stepwise(fractions[0], fractions[1], terms)).all()
     with torch.inference_mode(), matmul("float32-accumulate"):
         wide = fractions[0] @ fractions[1]
     assert (terms >= 300) == torch.equal(found, wide)

@@ -164,6 +164,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_huggingface(random_checkpoint(LARGE), tmp_path_factory.mktemp("large"), dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux alone")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_streamed_model_takes_a_fraction_of_its_weights(large: Path, dtype: str) -> None:

@@ -462,6 +462,7 @@ def test_special_tokens_are_read_in_a_turn_too(prefix: str, folder: Path, stabil
     assert json.loads(stabilitykit(*common, "--no-bos").out)["tokens"][0] == 260
 
 
+@pytest.mark.slow
 def test_no_library_speaks_beside_the_findings(folder: Path, adapter: Path) -> None:
     """In a process of its own: what is said at an import is said once."""
     arguments = ("profile", f"hf:{folder}", "--prompt", "a", "--adapter", str(adapter), "--level", "layers")
@@ -482,6 +483,7 @@ def test_any_family_of_a_folder_is_profiled(tmp_path: Path, stabilitykit: Run) -
     assert f"Run it with transformers instead: hf:{tmp_path / 'qwen'}" in " ".join(refused.err.split())
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_streamed_model_makes_the_same_records(name: str, dtype: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from stabilitykit.records import Record, Recording
 
 Small = Callable[..., Gemma]
 LENGTH = 23
-CLOSE = {"rel": 1e-4, "abs": 1e-6}
+CLOSE: dict[str, Any] = {"rel": 1e-4, "abs": 1e-6}
 
 
-def run(model: Gemma, **options: object) -> Recording:
+def run(model: Gemma, **options: Any) -> Recording:
     ids = torch.randint(262, 360, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), record(model, position_peaks=True, **options) as recording:
         model(ids)
@@ -79,6 +80,7 @@ def test_a_peak_is_found_in_its_row_position_and_channel(small: Small, monkeypat
         assert found.minimum == pytest.approx(expected.minimum, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [1, 500])
 def test_a_break_in_the_scores_is_one_break_at_its_place(
     small: Small, monkeypatch: pytest.MonkeyPatch, scores: int

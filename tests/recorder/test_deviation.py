@@ -35,7 +35,7 @@ def expected(ours: Floats, theirs: Floats, dtype: str) -> Deviation:
     with np.errstate(divide="ignore"):
         exponent = np.maximum(np.floor(np.log2(np.abs(theirs))), info[1])
     return Deviation(
-        sqnr=pytest.approx(10 * np.log10(np.sum(theirs**2) / np.sum(error**2)), rel=1e-12),
+        sqnr=pytest.approx(10 * np.log10(np.sum(theirs**2) / np.sum(error**2)), rel=1e-12),  # type: ignore[arg-type]
         largest=float(error.max()),
         largest_ulp=float((error / 2.0 ** (exponent - (info[0] - 1))).max()),
         compared=error.size,
@@ -66,6 +66,7 @@ def outputs_of(model: Gemma, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {site: tensor for site, tensor in found.items() if not site.endswith((".self_attn", ".mlp"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_a_run_is_compared_with_what_another_kept(
@@ -161,7 +162,10 @@ def test_elements_count_where_both_are_finite() -> None:
     # The first, fifth and last: squared errors 1/4, 0, 1/4; squared references 2.25, 9, 16; ulps of 2^-10, 2^-9, 2^-8.
     found = measure_deviation(ours, theirs, form)
     assert found == Deviation(
-        sqnr=pytest.approx(10 * math.log10(27.25 / 0.5)), largest=0.5, largest_ulp=512.0, compared=3
+        sqnr=pytest.approx(10 * math.log10(27.25 / 0.5)),  # type: ignore[arg-type]
+        largest=0.5,
+        largest_ulp=512.0,
+        compared=3,
     )
     nothing = Deviation(sqnr=None, largest=None, largest_ulp=None, compared=0)
     assert measure_deviation(torch.tensor([NAN, INF]), torch.tensor([1.0, INF]), form) == nothing

@@ -48,6 +48,7 @@ def counted(recording: Recording) -> tuple[int, list[int]]:
     return outside, [by_layer[layer] for layer in sorted(by_layer, key=lambda layer: layer or 0)]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -72,6 +73,7 @@ def test_every_site_is_recorded_and_no_bit_changes(
     assert sum(r.softmax is not None for r in recording) == len(model.model.layers)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_its_residual_sums_and_its_output_named(family: str) -> None:
     model = family_model(family)

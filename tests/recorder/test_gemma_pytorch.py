@@ -80,7 +80,7 @@ def test_a_break_in_the_first_step_is_no_break_of_the_cache_in_the_second() -> N
     assert (first.site, first.step) == ("layers.0.post_feedforward_layernorm", 0)
     kinds = {r.broke.kind for r in recording if r.broke is not None}
     assert kinds == {"overflow"}
-    assert cause(recording).name == "range"  # type: ignore[union-attr]
+    assert cause(recording).name == "range"
     assert "logits" in [link.event for link in chain(recording)]
 
 

@@ -39,7 +39,7 @@ def test_the_270m_raises_transformers_own_error_and_the_break_is_named(checkpoin
     assert (first.site, first.label, first.operator, first.step) == ("layers.7", "residual after MLP", "add", 0)
     assert first.broke is not None
     assert first.broke.position == 0
-    assert cause(recording).name == "range"  # type: ignore[union-attr]
+    assert cause(recording).name == "range"
 
 
 @pytest.mark.parametrize("implementation", ["ours", "transformers"])

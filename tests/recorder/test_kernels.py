@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import overload
 
 import numpy as np
 import pytest
@@ -70,6 +71,10 @@ def no_wait() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(before)
 
 
+@overload
+def on_device(tensor: Tensor) -> Tensor: ...
+@overload
+def on_device(tensor: None) -> None: ...
 def on_device(tensor: Tensor | None) -> Tensor | None:
     """The same values with the same strides; `Tensor.cuda` would make some dense."""
     if tensor is None or DEVICE == "cpu":
@@ -145,6 +150,7 @@ def drawn_with_mask(
     return tensor, hidden, limit
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from(list(INTEGERS)), st.integers(0, 2**32))
 def test_any_tensor(data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
@@ -275,6 +281,7 @@ def test_numbers_about_each_edge(dtype: torch.dtype) -> None:
     check_rows_agree(torch.cat((tensor[:7], tensor[-7:])).to(dtype))
 
 
+@pytest.mark.slow
 def test_kernels_can_be_found_on_disk() -> None:
     for dtype in INTEGERS:
         check_rows_agree(torch.zeros(3, dtype=dtype))
@@ -294,7 +301,7 @@ def check_equal_softmax(first: np.ndarray, second: np.ndarray) -> None:
 def check_triton_softmax_agrees(
     cuda_softmax: ModuleType, logits: Tensor, probabilities: Tensor, head: int | None, hidden: Tensor | None
 ) -> None:
-    there = [on_device(part) for part in (logits, probabilities)]
+    there = (on_device(logits), on_device(probabilities))
     hidden_there = on_device(hidden)
     with no_wait():
         row = cuda_softmax.tally(*there, head, hidden_there)
@@ -328,6 +335,7 @@ def drawn_softmax(
     return logits, probabilities, data.draw(st.sampled_from([None, 1])), hidden
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.sampled_from(list(INTEGERS)), st.booleans(), st.integers(0, 2**32))
 def test_any_softmax(data: st.DataObject, dtype: torch.dtype, narrow: bool, seed: int) -> None:
@@ -335,6 +343,7 @@ def test_any_softmax(data: st.DataObject, dtype: torch.dtype, narrow: bool, seed
     check_equal_softmax(cpu_softmax.tally(*drawn), plain_softmax.tally(*drawn).numpy())
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(st.data(), st.sampled_from(list(INTEGERS)), st.booleans(), st.integers(0, 2**32))
 def test_any_softmax_in_triton(
@@ -358,6 +367,7 @@ def test_softmax_of_little(shape: tuple[int, ...]) -> None:
     assert found[softmax_layout.Field.VISIBLE] == math.prod(shape)
 
 
+@pytest.mark.slow
 def test_triton_compiles_the_kernels_for_gpus(tmp_path: Path) -> None:
     """In a process of its own: this one may interpret them. Only ln may flush subnormals, of which it gets none."""
     pytest.importorskip("triton", reason="needs Triton")

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import edges
 from stabilitykit.recorder.kernels.positions import position_peaks
 from stabilitykit.recorder.statistics import tally, tally_by_position
-from stabilitykit.records import Recording
+from stabilitykit.records import Level, Recording
 
 Small = Callable[..., Gemma]
 Floats = npt.NDArray[np.float64]
@@ -41,7 +42,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def run(model: Gemma, *, padded: bool = True, **options: object) -> Recording:
+def run(model: Gemma, *, padded: bool = True, **options: Any) -> Recording:
     ids, real = batch()
     with torch.inference_mode(), record(model, **options) as recording:
         model(ids, padding=real if padded else None)
@@ -62,6 +63,7 @@ def double(tensor: torch.Tensor) -> Floats:
     return tensor.double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [2, 3])
 def test_each_positions_amax_is_that_of_the_elements_it_brings(
@@ -78,7 +80,7 @@ def test_each_positions_amax_is_that_of_the_elements_it_brings(
         heard["product"].append(matmul(a, b))
         return heard["product"][-1]
 
-    def heard_softmax(x: torch.Tensor, **options: object) -> torch.Tensor:
+    def heard_softmax(x: torch.Tensor, **options: Any) -> torch.Tensor:
         heard["masked"].append(x)
         heard["probabilities"].append(softmax(x, **options))
         return heard["probabilities"][-1]
@@ -111,9 +113,10 @@ def test_each_positions_amax_is_that_of_the_elements_it_brings(
     i, k = np.indices((LENGTH, LENGTH))
     for layer in range(model.config.layers):
         shown = (k <= i) & (model.config.is_global(layer) | (k > i - WINDOW)) & double(real).astype(bool)[:, None, :]
-        product, values = heard["product"][2 * layer : 2 * layer + 2]
+        product, weighted = heard["product"][2 * layer : 2 * layer + 2]
         found = {r.site.rpartition("/")[2]: r for r in recording if r.module == f"layers.{layer}.self_attn"}
         last = max(int(name.removeprefix("add.")) for name in found if name.startswith("add."))
+        tensor: torch.Tensor
         for name, tensor, counting in (
             ("matmul.0", product, None),
             (f"add.{last}", heard["masked"][layer], shown),
@@ -126,12 +129,13 @@ def test_each_positions_amax_is_that_of_the_elements_it_brings(
             assert record_.masked == (0 if counting is None else int(HEADS * (~shown).sum()))
             assert expected[record_.amax_row, record_.amax_position] == record_.amax
         # Probabilities times values is made at the query's position, and is no pair of positions.
-        expected = np.abs(double(values)).max(axis=(1, 3))
+        expected = np.abs(double(weighted)).max(axis=(1, 3))
         assert found["matmul.1"].position_amax == tuple(expected.flatten().tolist())
 
 
 def counted(values: torch.Tensor, axes: Axes, hidden: npt.NDArray[np.bool_]) -> Floats:
     """By row and position, from a look at every element."""
+    assert axes.position is not None
     folded, hidden = np.abs(double(values)).reshape(axes.shape), hidden.reshape(axes.shape)
     found = np.zeros((1 if axes.row is None else axes.shape[axes.row], axes.shape[axes.position]))
     before = axes.start - axes.first_key
@@ -198,10 +202,11 @@ def test_long_scores_have_no_seam_where_blocks_and_threads_meet() -> None:
     assert position_peaks(scores, axes, None).flatten().tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("generation", "level"), [(1, "operators"), (2, "operators"), (3, "operators"), (3, "modules"), (3, "layers")]
 )
-def test_a_stopped_recording_is_the_beginning_of_the_whole_one(small: Small, generation: int, level: str) -> None:
+def test_a_stopped_recording_is_the_beginning_of_the_whole_one(small: Small, generation: int, level: Level) -> None:
     model = small(generation, "float16", BREAKS_FLOAT16)
     whole = run(model, level=level)
     expected = whole.first_break()

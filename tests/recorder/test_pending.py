@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,6 +122,7 @@ def near(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=2e-5, abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rescale", [1.0, BREAKS_FLOAT16])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
@@ -137,6 +139,7 @@ def test_a_recording_that_came_late_is_that_which_came_at_once(
     assert (late.first_break() is not None) == (dtype == "float16" and rescale == BREAKS_FLOAT16)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("generation", [1, 2, 3])
 @pytest.mark.parametrize("level", ["operators", "modules", "layers"])
 @pytest.mark.usefixtures("device")
@@ -198,7 +201,7 @@ def test_rows_are_used_in_order_and_tensors_kept_no_longer_than_needed(monkeypat
     references = [weakref.ref(tensor) for tensor in tensors]
     for i, tensor in enumerate(tensors):
         waiting.after(torch.tensor([float(i)], dtype=torch.float64), lambda row: used.append(float(row[0])), [tensor])
-        waiting.do(lambda i=i: used.append(i + 0.5))
+        waiting.do(partial(used.append, i + 0.5))
     assert used == []
     waiting.settle()
     assert used == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
@@ -215,7 +218,7 @@ def test_when_too_much_is_kept_the_oldest_is_waited_for(monkeypatch: pytest.Monk
     waiting = Pending()
     used: list[int] = []
     for i in range(5):
-        waiting.after(torch.zeros(1, dtype=torch.float64), lambda row, i=i: used.append(i), [torch.zeros(10)])
+        waiting.after(torch.full((1,), i, dtype=torch.float64), lambda row: used.append(int(row[0])), [torch.zeros(10)])
     assert used  # 40 bytes each
     waiting.settle()
     assert used == [0, 1, 2, 3, 4]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma, KVCache
 from stabilitykit.recorder import record
+from stabilitykit.records import Level
 
 Small = Callable[..., Gemma]
 
@@ -21,7 +22,7 @@ def hooks(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("level", ["layers", "modules", "operators"])
-def test_nothing_outlives_the_block(small: Small, tokens: torch.Tensor, level: str) -> None:
+def test_nothing_outlives_the_block(small: Small, tokens: torch.Tensor, level: Level) -> None:
     model = small(3)
     with record(model, level=level) as recording:
         assert hooks(model) > 0
@@ -60,12 +61,13 @@ def test_a_failed_pass_does_not_confuse_the_next_one_in_the_same_block(small: Sm
     assert [r.site for r in recording if r.step == 1] == [*(r.site for r in alone), "outside/mul.0"]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 @pytest.mark.parametrize("level", ["layers", "modules", "operators"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_logits_are_the_same_bits_with_and_without(
-    small: Small, tokens: torch.Tensor, dtype: str, generation: int, level: str, mode: Callable[[], object]
+    small: Small, tokens: torch.Tensor, dtype: str, generation: int, level: Level, mode: Callable[[], Any]
 ) -> None:
     model = small(generation, dtype)
     with mode():
@@ -298,7 +300,7 @@ def test_softmax_statistics_against_float64(small: Small, tokens: torch.Tensor) 
     layer = model.layers[2].self_attn
     with torch.no_grad(), record(model) as recording:
         model(tokens)
-    x = {}
+    x: dict[str, torch.Tensor] = {}
     handle = layer.q_norm.register_forward_hook(lambda module, args, output: x.update(q=output))
     other = layer.k_norm.register_forward_hook(lambda module, args, output: x.update(k=output))
     with torch.no_grad():
@@ -370,7 +372,7 @@ def test_single_elements_can_be_watched(small: Small, tokens: torch.Tensor) -> N
 def test_an_unknown_level_is_told_the_known_ones(small: Small) -> None:
     with (
         pytest.raises(MisuseError, match="unknown level 'all'; choose one of: layers"),
-        record(small(1), level="all"),
+        record(small(1), level="all"),  # type: ignore[arg-type]
     ):
         pass
 
@@ -387,7 +389,7 @@ def test_what_is_no_module_is_told_so() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler's own
 def test_a_compiled_model_is_refused_rather_than_seen_in_part(small: Small) -> None:
     model = small(3)
-    model.layers[1] = torch.compile(model.layers[1])
+    model.layers[1] = torch.compile(model.layers[1])  # type: ignore[assignment]
     with pytest.raises(MisuseError, match=r"before torch\.compile"), record(model):
         pass
     assert hooks(model) == 0

@@ -14,11 +14,7 @@ from stabilitykit.recorder.statistics import measure
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TARGETS = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    name: getattr(np, name, None) or getattr(ml_dtypes, name) for name, form in FORMATS.items() if form.bits < 64
 }
 INTEGERS = {
     torch.float16: torch.int16,

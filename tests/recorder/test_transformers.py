@@ -43,6 +43,7 @@ def of_layers(recording: Recording) -> list[tuple[object, ...]]:
     ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_both_implementations_make_the_same_records(

@@ -45,6 +45,7 @@ def test_what_autocast_makes_of_a_large_weight_is_a_break_of_the_cast() -> None:
     assert (first.site, first.broke.kind, first.broke.value) == ("layers.1.mlp.up_proj/cast.0", "overflow", 1e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_a_model_spread_by_accelerate_has_the_same_sites(family: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -85,7 +86,7 @@ def test_weights_quantised_by_bitsandbytes_compute_in_float16_and_break_there(bi
     assert recording.first_break() is None
     assert recording.at("layers.1.mlp.down_proj").dtype == "float16"
     assert recording.at("layers.1.mlp.down_proj").label == "down projection"
-    model.model.layers[1].post_feedforward_layernorm.weight.data.fill_(6e4)
+    model.get_parameter("model.layers.1.post_feedforward_layernorm.weight").data.fill_(6e4)
     with torch.inference_mode(), record(model) as recording:
         model(TOKENS)
     first = recording.first_break()
@@ -93,6 +94,7 @@ def test_weights_quantised_by_bitsandbytes_compute_in_float16_and_break_there(bi
     assert first.site == "layers.1.post_feedforward_layernorm"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, about transformers
 def test_an_adapter_has_sites_of_its_own_and_moves_no_other() -> None:
     peft = pytest.importorskip("peft")

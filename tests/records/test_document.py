@@ -162,7 +162,8 @@ def test_every_damage_to_a_file_is_refused_in_a_sentence(name: str, data: st.Dat
     version = raw["schema"]
     refused(raw | {"schema": version + 1}, f"has schema {version + 1}, but this version reads schema {version}")
     refused({key: held for key, held in raw.items() if key != "schema"}, "cannot be read as a file: KeyError")
-    for other in ([], "text", 1, None):
+    others: tuple[object, ...] = ([], "text", 1, None)
+    for other in others:
         refused(other, "cannot be read as a file: TypeError")
 
 

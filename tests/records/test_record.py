@@ -13,7 +13,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording, flat_index, index_at
 from stabilitykit.records.document import finite_or_text
-from stabilitykit.records.recording import SCHEMA_VERSION
+from stabilitykit.records.parquet import SCHEMA_VERSION
 from stabilitykit.words import printable, quoted
 
 

@@ -46,6 +46,7 @@ def repaired(broken: Path) -> Path:
     return export(opened, found, broken.parent / "repaired")
 
 
+@pytest.mark.slow
 def test_what_is_written_is_the_repair_and_says_so(broken: Path, repaired: Path) -> None:
     assert {path.name for path in repaired.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "repair.json", "tokenizer.model",
@@ -69,6 +70,7 @@ def test_what_is_written_is_the_repair_and_says_so(broken: Path, repaired: Path)
     assert "| finite | no | yes | yes |" in readme
 
 
+@pytest.mark.slow
 def test_a_repair_verifies_until_something_changes(repaired: Path, tmp_path: Path) -> None:
     assert verify(repaired).problems == ()
     changed = shutil.copytree(repaired, tmp_path / "changed")
@@ -95,6 +97,7 @@ def test_a_source_that_is_another_is_refused(broken: Path, repaired: Path, tmp_p
         verify(broken)
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_or_left_half_written(
     broken: Path, repaired: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +115,7 @@ def test_nothing_is_overwritten_or_left_half_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_not_written(broken: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(broken)
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
@@ -122,6 +126,7 @@ def test_what_is_not_finite_is_not_written(broken: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_proof_that_its_checker_does_not_accept_is_not_written(broken: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(broken)
     held_out = texts(opened.config, Tokenizer(opened.vocabulary))
@@ -138,6 +143,7 @@ def test_a_proof_that_its_checker_does_not_accept_is_not_written(broken: Path, t
     assert (export(opened, found, tmp_path / "new") / "proof.json").is_file()
 
 
+@pytest.mark.slow
 def test_what_does_not_read_back_is_not_kept(broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_checkpoint(broken)
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))

@@ -53,13 +53,13 @@ def test_scores_are_those_of_float64() -> None:
 
 
 def test_the_best_comes_first_and_what_is_not_finite_last() -> None:
-    rescale = breaking(3)
-    rescale = rescaling(1 / rescale)
-    scores = rank(small(3, rescale), [PLAIN, *REMEDIES, rescale], windows())
+    gamma = breaking(3)
+    rescale = rescaling(1 / gamma)
+    scores = rank(small(3, gamma), [PLAIN, *REMEDIES, rescale], windows())
     assert [score.finite for score in scores] == sorted((score.finite for score in scores), reverse=True)
     (plain,) = [score for score in scores if score.name == "float16"]
     assert (plain.finite, plain.headroom) == (False, None)
-    finite = [score.kl_mean for score in scores if score.finite]
+    finite = [score.kl_mean or 0.0 for score in scores if score.finite]
     assert finite == sorted(finite)
     by_name = {score.name: score for score in scores}
     assert by_name[rescale.name].kl_mean < by_name["bfloat16"].kl_mean / 10

@@ -115,6 +115,7 @@ def test_the_residual_stream_is_float32_and_nothing_else() -> None:
     assert {site: after[site] for site in modules} == {site: before[site] for site in modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_each_island_is_necessary_and_all_are_enough(generation: int, times: int) -> None:

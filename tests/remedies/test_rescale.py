@@ -90,7 +90,7 @@ def test_gains_that_need_every_bit_are_rounded_and_counted() -> None:
     full = {name: torch.rand(t.shape, generator=generator) if t.ndim == 1 else t for name, t in opened.tensors.items()}
     opened = replace(opened, tensors=full)
     found = rescale(opened, 0.25)
-    expected = {}
+    expected: dict[str, int] = {}
     for name, tensor in full.items():
         factor = np.float32(gain_factor(opened.config, name, 0.25))
         if tensor.ndim == 1 and factor != 1:

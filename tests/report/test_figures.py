@@ -33,8 +33,8 @@ def test_files_are_opaque_and_white_at_150_dots_an_inch(heat: Figure) -> None:
     assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert drawing.svg.startswith("<?xml")
     root = ElementTree.fromstring(drawing.svg)
-    assert root.find(f"{SVG}title").text == heat.title  # type: ignore[union-attr]
-    assert root.find(f"{SVG}desc").text == heat.alt  # type: ignore[union-attr]
+    assert root.find(f"{SVG}title").text == heat.title
+    assert root.find(f"{SVG}desc").text == heat.alt
     assert "fill: #ffffff" in drawing.svg
 
 

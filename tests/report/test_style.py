@@ -76,7 +76,7 @@ def test_a_limit_line_is_at_the_formats_largest_value(along: str) -> None:
         axes = Canvas().add_subplot()
         limit_line(axes, "float16", along=along)  # type: ignore[arg-type]
         limit_line(axes, "float8_e4m3fn", along=along, exponent=True)  # type: ignore[arg-type]
-    places = [set(line.get_ydata() if along == "y" else line.get_xdata()) for line in axes.lines]
+    places = [set(np.asarray(line.get_ydata() if along == "y" else line.get_xdata())) for line in axes.lines]
     assert places == [{65504.0}, {np.log2(448)}]
     assert [text.get_text() for text in axes.texts] == ["float16 maximum, 65,504", "float8_e4m3fn maximum, 448"]
 

@@ -48,8 +48,8 @@ def expected(ours: torch.Tensor, theirs: torch.Tensor) -> LogitsError:
     if not divergences:
         return LogitsError(kl_mean=None, kl_max=None, top1=None, compared=0, positions=len(ours))
     return LogitsError(
-        kl_mean=pytest.approx(math.fsum(divergences) / len(divergences), rel=1e-9, abs=1e-15),
-        kl_max=pytest.approx(max(divergences), rel=1e-9, abs=1e-15),
+        kl_mean=pytest.approx(math.fsum(divergences) / len(divergences), rel=1e-9, abs=1e-15),  # type: ignore[arg-type]
+        kl_max=pytest.approx(max(divergences), rel=1e-9, abs=1e-15),  # type: ignore[arg-type]
         top1=sum(same) / len(same),
         compared=len(same),
         positions=len(ours),

@@ -25,6 +25,7 @@ def grown(scanner: Scanner, beam: int, length: int = 3, keep: str = "") -> list[
     return list(extend(scanner, begin, CANDIDATES, beam=beam, length=length, is_prompt=is_prompt))
 
 
+@pytest.mark.slow
 def test_a_beam_comes_at_least_as_near_as_the_best_alone() -> None:
     scanner = Scanner(build(small(3)))
     beam, greedy = grown(scanner, 6), grown(scanner, 1)

@@ -43,6 +43,7 @@ def recorded(model: Gemma, context: Sequence[int], token: int) -> tuple[float, s
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rounding", ["transformers", "gemma_pytorch"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("generation", SPECS)
@@ -69,11 +70,11 @@ def test_peaks_inside_attention_count(part: str) -> None:
     assert any("self_attn" in peak.place.site for peak in found)
 
 
-class Scores(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Scores(TorchDispatchMode):
     """Of every product of as many rows as columns as the prompt has tokens, those with the last token's key."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.length = length
         self.largest = 0.0
 

@@ -7,6 +7,7 @@ import pytest
 from remedied import SPECS
 
 from stabilitykit.checkpoints import Vocabulary
+from stabilitykit.checkpoints.checkpoint import PieceType
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.records.search import KINDS
@@ -47,7 +48,7 @@ def test_each_token_is_of_one_kind() -> None:
         "▁the": "word", "é": "word", "7": "digit", ".": "punctuation", '▁"': "punctuation", "€": "punctuation",
         "</h4>": "other", ".\n": "other",
     }  # fmt: skip
-    types = {"control": "control", "byte": "byte"}
+    types: dict[str, PieceType] = {"control": "control", "byte": "byte"}
     vocabulary = replace(
         VOCABULARY,
         pieces=tuple(pieces),

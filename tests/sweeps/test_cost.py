@@ -4,14 +4,14 @@ from typing import Any
 
 from stabilitykit.checkpoints.config import released
 from stabilitykit.models.gemma.footprint import footprint
-from stabilitykit.records.sweep import USUAL, Case
+from stabilitykit.records.sweep import USUAL, Case, CaseKind
 from stabilitykit.sweeps.cost import cost
 
 CONFIG = released("gemma3-270m")
 
 
 def case(tokens: int = 64, **settings: Any) -> Case:
-    kind = "lengths" if "checks" in settings else "run"
+    kind: CaseKind = "lengths" if "checks" in settings else "run"
     length = f"1..{tokens}" if kind == "lengths" else tokens
     given = {**USUAL, "dtype": "float32", "device": "cpu", "length": length, "tokens": tokens}
     return Case(kind=kind, settings=given | settings)

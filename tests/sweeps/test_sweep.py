@@ -165,6 +165,7 @@ def kill_what_runs_cases_too(victim: Victim) -> None:
     assert victim.run("--retry-failed") == 0
 
 
+@pytest.mark.slow
 def test_sweeps_killed_ten_times_leave_the_records_of_an_undisturbed_one(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -177,9 +178,10 @@ def test_sweeps_killed_ten_times_leave_the_records_of_an_undisturbed_one(
     for victim in victims:
         assert records(victim.results) == undisturbed
         assert victim.left_over == []
-        assert victim.results.failed() == victim.results.missing() == []
+        assert (victim.results.failed(), victim.results.missing()) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_runs_nothing_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     results = planned(tmp_path / "sweep")
     for name, content in undisturbed.items():

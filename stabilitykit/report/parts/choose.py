@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from stabilitykit.formats import NumberFormat
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Section
-from stabilitykit.words import at_token, counted, none_of, place, with_bos
+from stabilitykit.words import at_token, counted, none_finished, place, with_bos
 
 REFERENCE = "float32"
 
@@ -23,13 +24,15 @@ _OTHERS = ("rescale", "level", "seed", "rounding")
 class Group:
     """Runs that differ in their dtype alone, the reference run first if it is there.
 
-    `name` is for people; `slug`, for the names of files, tells apart the groups that are drawn.
+    `name` is for people; `slug`, for the names of files, tells apart the groups that are drawn. `form` is the number
+    format that the report judges values by.
     """
 
     name: str
     slug: str
     settings: dict[str, Any]
     runs: dict[str, Recording]
+    form: NumberFormat
 
     @property
     def reference(self) -> Recording | None:
@@ -59,7 +62,13 @@ def groups(results: Results) -> list[Group]:
         runs[recording.header.dtype] = recording
     varied = [name for name in _OTHERS if len({str(settings.get(name)) for settings, _ in found}) > 1]
     return [
-        Group(name=_name(settings, runs, varied), slug=_slug(settings), settings=settings, runs=runs)
+        Group(
+            name=_name(settings, runs, varied),
+            slug=_slug(settings),
+            settings=settings,
+            runs=runs,
+            form=results.form,
+        )
         for settings, runs in found
     ]
 
@@ -92,7 +101,7 @@ def nothing(key: str, title: str, results: Results, what: str) -> Section:
     if not planned:
         why = "the experiment plans no recorded runs."
     elif planned == failed + waiting:
-        why = f"{none_of(planned, 'planned run')} has finished; {failed} failed."
+        why = f"{none_finished(planned, 'planned run')}; {failed} failed."
     else:
         why = f"no finished run that would be drawn here holds {what}. {missing(results)}"
     return Section(key=key, title=title, opening=f"Nothing can be shown here: {why.strip()}")

@@ -4,28 +4,26 @@ from collections.abc import Sequence
 
 from stabilitykit.records.sweep import Memory
 from stabilitykit.report.blocks import Column, Table
-from stabilitykit.report.outcomes import Outcome, standing
+from stabilitykit.report.outcomes import Outcome, least_headroom, standing
 from stabilitykit.report.style import bits, size
+from stabilitykit.report.tables import table
 
 
 def dtype_to_choose(found: Sequence[Outcome], measured: Sequence[Memory]) -> Table:
     """One row a kind of hardware: the dtype, and the reasons that the finished cases give."""
-    return Table(
-        name="dtype-to-choose",
-        title="Which dtype to choose",
-        columns=[
-            Column(name="hardware"),
-            Column(name="dtype"),
-            Column(name="weights", unit="bytes", format=size),
-            Column(name="why"),
+    return table(
+        "dtype-to-choose",
+        "Which dtype to choose",
+        [
+            ("GPU with bfloat16", *_with_bfloat16(found)),
+            ("GPU without bfloat16", *_without_bfloat16(found)),
+            ("CPU only", *_cpu(found)),
         ],
-        rows=[
-            [hardware, dtype or "none", _weights(measured, dtype), why]
-            for hardware, (dtype, why) in (
-                ("GPU with bfloat16", _with_bfloat16(found)),
-                ("GPU without bfloat16", _without_bfloat16(found)),
-                ("CPU only", _cpu(found)),
-            )
+        [
+            (Column("hardware"), lambda row: row[0]),
+            (Column("dtype"), lambda row: row[1] or "none"),
+            (Column("weights", unit="bytes", format=size), lambda row: _weights(measured, row[1])),
+            (Column("why"), lambda row: row[2]),
         ],
         note="Clean means: no break in any case of this sweep that finished. On a CPU without instructions for 16-bit "
         "products these are slower than float32, not faster.",
@@ -73,7 +71,7 @@ def _float32(found: Sequence[Outcome], because: str) -> tuple[str | None, str]:
             cause = "values leave even its range" if of_range else "the number format is not the cause, see the verdict"
             return None, f"{lead}{_is(found, 'float32')}: {cause}."
         case "would break":
-            return None, f"{lead}float32 did not run, and values were stored that its range does not hold."
+            return None, f"{lead}float32 did not run, and other dtypes stored values that would overflow it."
         case "would fit":
             return "float32", f"{lead}float32 did not run, but its range holds every value that was stored."
         case "unknown":
@@ -90,11 +88,11 @@ def _is(found: Sequence[Outcome], dtype: str) -> str:
         case "breaks":
             return f"{dtype} breaks in {broken:,} of its {len(own):,} cases"
         case "clean":
-            room = min((o.headroom for o in own if o.headroom is not None), default=None)
-            spare = "" if room is None else f", with at least {bits(room)} bits to spare"
+            room = least_headroom(own)
+            spare = "" if room is None else f", with at least {bits(room)} bits of headroom"
             return f"{dtype} is clean in {'its only case' if len(own) == 1 else f'all its {len(own):,} cases'}{spare}"
         case "would break":
-            return f"{dtype} did not run, and values were stored that its range does not hold"
+            return f"{dtype} did not run, and other dtypes stored values that would overflow it"
         case "would fit":
             return f"{dtype} did not run, but its range holds every value that was stored"
         case "unknown":

@@ -21,10 +21,10 @@ TITLE = "From the first break to the error"
 
 
 def section(results: Results) -> Section:
-    """The chain of the first broken run in float16; of another dtype where none in float16 broke."""
+    """The chain of the first broken run in the format in question; of another dtype where none in it broke."""
     runs = list(results.runs())
     broken = [(case, recording) for case, recording in runs if recording.first_break() is not None]
-    broken.sort(key=lambda pair: pair[1].header.dtype != "float16")
+    broken.sort(key=lambda pair: pair[1].header.dtype != results.form.name)
     if not broken:
         return Section(key="chain", title=TITLE, opening=_nothing(results, runs))
     case, recording = broken[0]

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stabilitykit.formats import number_format
@@ -14,6 +15,7 @@ from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.sections.peaks import Panels
 from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
+from stabilitykit.report.tables import table
 from stabilitykit.words import counted, number, place
 
 if TYPE_CHECKING:
@@ -220,59 +222,63 @@ def _by_layer(group: Group) -> Table:
     }
     layers = sorted({math.floor(x) for found in values.values() for x in found})
     shift = {_RESIDUAL: 0.5}
-    return Table(
-        name=f"error-by-layer-{group.slug}",
-        title=f"SQNR by layer: {group.name}",
-        columns=[
-            Column(name="layer"),
-            *(
-                Column(name=f"{places.AFTER_MLP if name == _RESIDUAL else name}, {dtype}", unit="dB", format=decibel)
-                for name, dtype in values
-            ),
-        ],
-        rows=[
-            [layer, *(found.get(layer + shift.get(name, 0.0)) for (name, _), found in values.items())]
-            for layer in layers
-        ],
+    columns: list[tuple[Column, Callable[[int], Cell]]] = [(Column("layer"), lambda layer: layer)]
+    for (name, dtype), found in values.items():
+        heading = f"{places.AFTER_MLP if name == _RESIDUAL else name}, {dtype}"
+        of = functools.partial(_at, found, shift.get(name, 0.0))
+        columns.append((Column(heading, unit="dB", format=decibel), of))
+    return table(
+        f"error-by-layer-{group.slug}",
+        f"SQNR by layer: {group.name}",
+        layers,
+        columns,
         note="inf: no error at all. A dash: not compared, or after the break.",
     )
 
 
-def _table(groups: Sequence[Group]) -> Table:
-    return Table(
-        name="error",
-        title="Logits against float32, in every run",
-        columns=[
-            Column(name="run"),
-            Column(name="dtype"),
-            Column(name="SQNR of the logits", unit="dB", format=decibel),
-            Column(name="mean KL", unit="nats"),
-            Column(name="largest KL", unit="nats"),
-            Column(name="same likeliest token", format=share),
-            Column(name="positions compared"),
-            Column(name="positions"),
-            Column(name="first break"),
-        ],
-        rows=[_row(group, dtype) for group in groups for dtype in group.low],
-        note=(
-            "A run that broke, or was not compared, has no errors. Where few positions were compared, the share of "
-            "equal tokens is coarse."
-        ),
+def _at(found: Mapping[float, float], shift: float, layer: int) -> float | None:
+    return found.get(layer + shift)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A run in a low precision; `error` is None where it broke or was not compared."""
+
+    name: str
+    dtype: str
+    sqnr: float | None
+    error: LogitsError | None
+    first: Record | None
+
+
+def _run(group: Group, dtype: str) -> _Run:
+    recording = group.low[dtype]
+    logits = [record for record in choose.intact(recording) if record.label == "logits"]
+    return _Run(
+        name=group.name,
+        dtype=dtype,
+        sqnr=_sqnr(logits[-1]) if logits else None,
+        error=_logits(recording),
+        first=recording.first_break(),
     )
 
 
-def _row(group: Group, dtype: str) -> list[Cell]:
-    recording = group.low[dtype]
-    error, first = _logits(recording), recording.first_break()
-    logits = [record for record in choose.intact(recording) if record.label == "logits"]
-    return [
-        group.name,
-        dtype,
-        _sqnr(logits[-1]) if logits else None,
-        None if error is None else error.kl_mean,
-        None if error is None else error.kl_max,
-        None if error is None else error.top1,
-        None if error is None else error.compared,
-        None if error is None else error.positions,
-        None if first is None else place(first),
-    ]
+def _table(groups: Sequence[Group]) -> Table:
+    return table(
+        "error",
+        "Logits against float32, in every run",
+        [_run(group, dtype) for group in groups for dtype in group.low],
+        [
+            (Column("run"), lambda run: run.name),
+            (Column("dtype"), lambda run: run.dtype),
+            (Column("SQNR of the logits", unit="dB", format=decibel), lambda run: run.sqnr),
+            (Column("mean KL", unit="nats"), lambda run: None if run.error is None else run.error.kl_mean),
+            (Column("largest KL", unit="nats"), lambda run: None if run.error is None else run.error.kl_max),
+            (Column("same likeliest token", format=share), lambda run: None if run.error is None else run.error.top1),
+            (Column("positions compared"), lambda run: None if run.error is None else run.error.compared),
+            (Column("positions"), lambda run: None if run.error is None else run.error.positions),
+            (Column("first break"), lambda run: None if run.first is None else place(run.first)),
+        ],
+        note="A run that broke, or was not compared, has no errors. Where few positions were compared, the share of "
+        "equal tokens is coarse.",
+    )

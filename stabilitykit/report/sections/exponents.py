@@ -2,17 +2,18 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.layers import stored
-from stabilitykit.formats import FLOAT16, NumberFormat, number_format
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records import Record
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts import choose, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import BLUE, FAINT, INK, VERMILLION, dtype_style, magnitude_axis, share
+from stabilitykit.report.tables import table
 from stabilitykit.words import counted, number, place
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 KEY, TITLE = "exponents", "Exponents at the worst sites"
 
 OPENING = (
-    "How many elements have which power of two, at the kinds of site with the least headroom in float16, each in its "
-    "worst layer. The scale of the counts is logarithmic: a bar that looks half as high may stand for a thousandth of "
+    "How many elements have which power of two, at the kinds of site with the largest magnitudes, each in its worst "
+    "layer. The scale of the counts is logarithmic: a bar that looks half as high may stand for a thousandth of "
     "the elements; and a format whose range covers every bar may still be too coarse."
 )
 
@@ -57,54 +58,57 @@ def _worst(group: Group) -> list[Record]:
 
 def _sentences(group: Group, worst: Sequence[Record]) -> Iterator[str]:
     yield f"**{group.name}**, {group.widest.header.dtype} run:"
-    found = [(record, record.formats["float16"]) for record in worst if "float16" in record.formats]
+    form = group.form.name
+    found = [(record, record.formats[form]) for record in worst if form in record.formats]
     if not found:
-        yield "float16's exact counts were not asked for."
+        yield f"no exact counts for {form} were recorded."
         return
     past = [f"{counts.overflow:,} of {r.elements:,} in {place(r)}" for r, counts in found if counts.overflow]
     if past:
-        yield f"float16 would overflow in {'; '.join(past)}."
+        yield f"{form} would overflow in {'; '.join(past)}."
     else:
-        yield "none of the elements shown would overflow in float16."
+        yield f"none of the elements shown would overflow in {form}."
     elements = sum(record.elements for record, _ in found)
     small, gone = sum(c.subnormal for _, c in found), sum(c.zero for _, c in found)
     yield (
-        f"At its small end, {share(small / elements)} of all elements shown would be subnormal in float16 and "
+        f"At its small end, {share(small / elements)} of all elements shown would be subnormal in {form} and "
         f"{share(gone / elements)} would round to zero."
     )
 
 
 def _figure(group: Group, worst: Sequence[Record]) -> Figure:
     rows = math.ceil(len(worst) / _COLUMNS)
-    first = worst[0]
+    first, form = worst[0], group.form
     return Figure(
         name=f"exponents-{group.slug}",
         title=f"Exponents at the worst sites, {group.widest.header.dtype} run: {group.name}",
         caption=(
             "A bar at e counts the elements with magnitudes from 2^e to 2^(e+1); zeros have no bar. Shaded behind the "
-            "bars is float16's range; below, that of each format: solid or shaded where normal, hatched where "
-            "subnormal. A format's last bin may hold values past its largest."
+            f"bars is the range of {form.name}; below, that of each format: solid where normal, hatched where "
+            "subnormal. A format's last bin may hold values above its maximum."
         ),
         alt=(
             f"{len(worst)} histograms over powers of two. The largest magnitude is {number(first.amax)}, in "
-            f"{place(first)}; float16 ends at {number(FLOAT16.largest)}, in the bin 2^{FLOAT16.emax}."
+            f"{place(first)}; the {form.name} maximum is {number(form.largest)}, in the bin 2^{form.emax}."
         ),
-        draw=functools.partial(_draw, worst=worst, formats=_formats(group)),
+        draw=functools.partial(_draw, worst=worst, formats=_formats(group), form=form),
         size=(8.0, 1.5 + 1.9 * rows),
     )
 
 
 def _formats(group: Group) -> list[NumberFormat]:
-    names = dict.fromkeys(["float16", *group.widest.header.formats, *group.runs])
+    names = dict.fromkeys([group.form.name, *group.widest.header.formats, *group.runs])
     return [number_format(name) for name in names]
 
 
-def _draw(figure: "matplotlib.figure.Figure", worst: Sequence[Record], formats: Sequence[NumberFormat]) -> list[Hover]:
+def _draw(
+    figure: "matplotlib.figure.Figure", worst: Sequence[Record], formats: Sequence[NumberFormat], form: NumberFormat
+) -> list[Hover]:
     columns = min(len(worst), _COLUMNS)
     rows = math.ceil(len(worst) / columns)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[*([1.6] * rows), 1.0])
-    low = min(FLOAT16.emin - FLOAT16.precision, *(record.exponent_first for record in worst)) - 1
-    high = max(FLOAT16.emax, *(record.exponent_first + len(record.exponents) - 1 for record in worst)) + 2
+    low = min(form.emin - form.precision, *(record.exponent_first for record in worst)) - 1
+    high = max(form.emax, *(record.exponent_first + len(record.exponents) - 1 for record in worst)) + 2
     tallest = max(max(record.exponents) for record in worst)
     hovers: list[Hover] = []
     for index, record in enumerate(worst):
@@ -116,7 +120,7 @@ def _draw(figure: "matplotlib.figure.Figure", worst: Sequence[Record], formats: 
         axes.tick_params(labelleft=index % columns == 0)
         if index % columns == 0:
             axes.set_ylabel("elements")
-        hovers += _bars(axes, record)
+        hovers += _bars(axes, record, form)
     for column in range(columns):
         axes = figure.add_subplot(grid[rows, column])
         axes.set_xlim(low, high)
@@ -125,15 +129,15 @@ def _draw(figure: "matplotlib.figure.Figure", worst: Sequence[Record], formats: 
     return hovers
 
 
-def _bars(axes: "Axes", record: Record) -> Iterator[Hover]:
+def _bars(axes: "Axes", record: Record, form: NumberFormat) -> Iterator[Hover]:
     bottom, top = axes.get_ylim()
     number_of_axes = len(axes.get_figure(root=True).axes) - 1  # type: ignore[union-attr]
-    axes.axvspan(FLOAT16.emin - 0.5, FLOAT16.emax + 0.5, color=FAINT, alpha=0.6, linewidth=0, zorder=0)
-    axes.axvspan(_lowest(FLOAT16) - 0.5, FLOAT16.emin - 0.5, fill=False, hatch="//", edgecolor=FAINT, zorder=0)
+    axes.axvspan(form.emin - 0.5, form.emax + 0.5, color=FAINT, alpha=0.6, linewidth=0, zorder=0)
+    axes.axvspan(_lowest(form) - 0.5, form.emin - 0.5, fill=False, hatch="//", edgecolor=FAINT, zorder=0)
     for index, amount in enumerate(record.exponents):
         if amount:
             exponent = record.exponent_first + index
-            past = exponent > FLOAT16.emax
+            past = exponent > form.emax
             axes.bar(
                 exponent,
                 amount,
@@ -173,33 +177,29 @@ def _ranges(axes: "Axes", formats: Sequence[NumberFormat], *, named: bool) -> It
     axes.tick_params(axis="y", length=0, labelsize=7)
 
 
+_COUNTED: dict[str, Callable[[str, Record], Cell]] = {
+    "overflow": lambda name, record: record.formats[name].overflow,
+    "subnormal": lambda name, record: record.formats[name].subnormal,
+    "to zero": lambda name, record: record.formats[name].zero,
+}
+
+
 def _table(group: Group, worst: Sequence[Record]) -> Table:
     formats = [name for name in group.widest.header.formats if all(name in record.formats for record in worst)]
-    return Table(
-        name=f"exponent-counts-{group.slug}",
-        title=f"What each format would make of the worst sites, {group.widest.header.dtype} run: {group.name}",
-        columns=[
-            Column(name="site"),
-            Column(name="layer"),
-            Column(name="elements"),
-            Column(name="zeros"),
-            Column(name="smallest"),
-            Column(name="largest"),
-            *(Column(name=f"{name} {what}") for name in formats for what in ("overflow", "subnormal", "to zero")),
-        ],
-        rows=[_row(record, formats) for record in worst],
+    columns: list[tuple[Column, Callable[[Record], Cell]]] = [
+        (Column("site"), places.kind),
+        (Column("layer"), lambda record: record.layer),
+        (Column("elements"), lambda record: record.elements),
+        (Column("zeros"), lambda record: record.zero),
+        (Column("smallest"), lambda record: record.smallest),
+        (Column("largest"), lambda record: record.amax),
+    ]
+    for name in formats:
+        columns += [(Column(f"{name} {what}"), functools.partial(of, name)) for what, of in _COUNTED.items()]
+    return table(
+        f"exponent-counts-{group.slug}",
+        f"What each format would make of the worst sites, {group.widest.header.dtype} run: {group.name}",
+        worst,
+        columns,
         note="Exact counts of elements after rounding to the format; smallest is the smallest that is not zero.",
     )
-
-
-def _row(record: Record, formats: Sequence[str]) -> list[Cell]:
-    counts = [record.formats[name] for name in formats]
-    return [
-        places.kind(record),
-        record.layer,
-        record.elements,
-        record.zero,
-        record.smallest,
-        record.amax,
-        *(value for part in counts for value in (part.overflow, part.subnormal, part.zero)),
-    ]

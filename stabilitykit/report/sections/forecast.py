@@ -43,7 +43,8 @@ def section(results: Results) -> Section:
 def of_run(recording: Recording, found: Sequence[Forecast]) -> list[Block]:
     """The forecasts of one run: a sentence for each format, and all of them in a table."""
     judged = found[0]
-    title = f"{judged.elements:,} elements in {counted(judged.judged, 'tensor')} of the {recording.header.dtype} run"
+    tensors = f"{counted(judged.judged, 'tensor')} of the {recording.header.dtype} run"
+    title = f"What each format would make of {judged.elements:,} elements in {tensors}"
     said = [Prose(prediction(recording, one), tone="bad" if one.breaks else "good") for one in found]
     return [*said, _outlook(title, [("", one) for one in found], [], _WEIGHTS)]
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.layers import peak, stored
-from stabilitykit.formats import FLOAT16, number_format
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records import Record, Recording
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts import choose, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.style import bits, heat_map
+from stabilitykit.report.tables import table
 from stabilitykit.words import at_token, counted, number, place
 
 if TYPE_CHECKING:
@@ -24,10 +25,9 @@ Cells = dict[str, dict[int, Record]]  # by relative site, then by layer
 KEY, TITLE = "heat", "Headroom by layer, site and position"
 
 OPENING = (
-    "How often each tensor's largest magnitude could double before it passed float16's largest value, "
-    f"{number(FLOAT16.largest)}: its headroom in bits, negative past it. The maps of a wider run show every place that "
-    "float16 could not hold, while a float16 run ends near the first of them and holds wreckage afterwards; and room "
-    "for this prompt is not room for another."
+    "How often each tensor's largest magnitude could double before it exceeded the {} maximum, {}: its headroom in "
+    "bits, negative above the maximum. The maps of a wider run show every place that would overflow, while a narrow "
+    "run is meaningless after its first overflow. Headroom on this prompt says nothing about another."
 )
 
 _MOST_COLUMNS = 120  # narrower cells cannot be pointed at
@@ -40,7 +40,8 @@ def section(results: Results) -> Section:
         blocks += _blocks(group)
     if not blocks:
         return choose.nothing(KEY, TITLE, results, what="a tensor inside a layer")
-    return Section(key=KEY, title=TITLE, opening=choose.opening(results, OPENING), blocks=blocks)
+    text = OPENING.format(results.form.name, number(results.form.largest))
+    return Section(key=KEY, title=TITLE, opening=choose.opening(results, text), blocks=blocks)
 
 
 def _blocks(group: Group) -> Iterator[Block]:
@@ -62,25 +63,25 @@ def _blocks(group: Group) -> Iterator[Block]:
 
 
 def _sentences(group: Group) -> Iterator[str]:
-    widest = group.widest
+    widest, form = group.widest, group.form
     inside = _records(_cells(widest))
-    past = [record for record in inside if record.amax is not None and FLOAT16.overflows(record.amax)]
+    past = [record for record in inside if record.amax is not None and form.overflows(record.amax)]
     yield f"**{group.name}**:"
     top = peak(inside)
     if top is not None and top.amax is not None:
         where = at_token(top.amax_position, top.amax_token_text)
         yield (
-            f"the least headroom in the {widest.header.dtype} run is {bits(FLOAT16.headroom(top.amax))} bits, in "
+            f"the least headroom in the {widest.header.dtype} run is {bits(form.headroom(top.amax))} bits, in "
             f"{place(top)}{where}."
         )
     yield (
-        f"{len(past)} of {counted(len(inside), 'tensor')} in the layers hold a value that float16 cannot."
+        f"{len(past)} of {counted(len(inside), 'tensor')} in the layers hold a value that overflows {form.name}."
         if past
-        else f"No finite value of the {counted(len(inside), 'tensor')} in the layers is past float16's range."
+        else f"No finite value of the {counted(len(inside), 'tensor')} in the layers overflows {form.name}."
     )
     outside = peak(r for r in stored(widest) if r.layer is None and r.step == 0)
     if outside is not None and outside.amax is not None:
-        room = bits(FLOAT16.headroom(outside.amax))
+        room = bits(form.headroom(outside.amax))
         yield f"Outside the layers the least headroom is {room} bits, in {place(outside)}."
     for dtype, recording in group.runs.items():
         if recording is not widest and recording.first_break() is None:
@@ -118,22 +119,22 @@ def _apart(ours: Cells, theirs: Cells) -> float | None:
     return max(differences, default=None)
 
 
-def _headroom(record: Record | None) -> float:
-    """Bits of float16; -inf for a tensor that lost elements, NaN for one that is not there, inf for zeros."""
+def _headroom(record: Record | None, form: NumberFormat) -> float:
+    """Bits of `form`; -inf for a tensor that lost elements, NaN for one that is not there, inf for zeros."""
     if record is None or (record.amax is None and not record.lost):
         return math.nan
-    return -math.inf if record.lost or record.amax is None else FLOAT16.headroom(record.amax)
+    return -math.inf if record.lost or record.amax is None else form.headroom(record.amax)
 
 
 def _site_map(group: Group, recording: Recording) -> Figure:
     cells, dtype = _cells(recording), recording.header.dtype
     records = _records(cells)
-    finite = [room for record in records if math.isfinite(room := _headroom(record))]
+    finite = [room for record in records if math.isfinite(room := _headroom(record, group.form))]
     spread = f"Headroom runs from {bits(min(finite))} to {bits(max(finite))} bits. " if finite else ""
     sentence = choose.break_sentence(recording)
     return Figure(
         name=f"headroom-{dtype}-{group.slug}",
-        title=f"Headroom in float16's bits, layer × site, {dtype} run: {group.name}",
+        title=f"Headroom in {group.form.name}, layer × site, {dtype} run: {group.name}",
         caption=(
             "Sites in order of execution, from the bottom up; those stored in the run's dtype, so not the insides of "
             "RMSNorm and softmax, which are computed in float32. "
@@ -148,26 +149,26 @@ def _site_map(group: Group, recording: Recording) -> Figure:
             f"{sum(room < 0 for room in finite)} cells are below 0, "
             f"{sum(record.lost > 0 for record in records)} hold inf or NaN."
         ),
-        draw=functools.partial(_draw_sites, cells=cells),
+        draw=functools.partial(_draw_sites, cells=cells, form=group.form),
         size=(8.0, max(3.0, 1.3 + 0.2 * len(cells))),
     )
 
 
-def _draw_sites(figure: "matplotlib.figure.Figure", cells: Cells) -> Sequence[Hover]:
+def _draw_sites(figure: "matplotlib.figure.Figure", cells: Cells, form: NumberFormat) -> Sequence[Hover]:
     axes = figure.add_subplot()
     rows, layers = list(cells.values()), range(_layers(cells))
     names = [places.kind(next(iter(row.values()))) for row in rows]
 
     def hover(row: int, layer: int) -> str:
         record = rows[row].get(layer)
-        return f"layer {layer}, {names[row]}: not recorded" if record is None else _said(record)
+        return f"layer {layer}, {names[row]}: not recorded" if record is None else _said(record, form)
 
     hovers = heat_map(
         axes,
-        [[_headroom(row.get(layer)) for layer in layers] for row in rows],
+        [[_headroom(row.get(layer), form) for layer in layers] for row in rows],
         rows=names,
         columns=[str(layer) for layer in layers],
-        label="headroom in float16 [bits]",
+        label=f"headroom in {form.name} [bits]",
         hover=hover,
         limit=0,
     )
@@ -175,41 +176,33 @@ def _draw_sites(figure: "matplotlib.figure.Figure", cells: Cells) -> Sequence[Ho
     return hovers
 
 
-def _said(record: Record) -> str:
+def _said(record: Record, form: NumberFormat) -> str:
     if record.lost:
         return f"{place(record)}: {record.lost:,} of {record.elements:,} elements are inf or NaN"
     if record.amax is None:
         return f"{place(record)}: no element that a mask leaves"
     where = at_token(record.amax_position, record.amax_token_text)
-    return f"{place(record)}: {bits(_headroom(record))} bits, largest {number(record.amax)}{where}"
+    return f"{place(record)}: {bits(_headroom(record, form))} bits, largest {number(record.amax)}{where}"
 
 
 def _table(group: Group, cells: Cells) -> Table:
     tops = [(site, top, top.amax) for site, row in cells.items() if (top := peak(row.values())) and top.amax]
-    formats = dict.fromkeys(["float16", *group.widest.header.formats])
-    return Table(
-        name=f"headroom-{group.slug}",
-        title=f"Least headroom of each site, {group.widest.header.dtype} run: {group.name}",
-        columns=[
-            Column(name="site"),
-            Column(name="path in the layer"),
-            Column(name="layer"),
-            Column(name="largest"),
-            Column(name="position"),
-            Column(name="token"),
-            *(Column(name=name, unit="bits", format=bits) for name in formats),
-        ],
-        rows=[
-            [
-                places.kind(top),
-                site,
-                top.layer,
-                amax,
-                top.amax_position,
-                top.amax_token_text,
-                *(number_format(name).headroom(amax) for name in formats),
-            ]
-            for site, top, amax in sorted(tops, key=lambda row: -row[2])
+    formats = map(number_format, dict.fromkeys([group.form.name, *group.widest.header.formats]))
+    return table(
+        f"headroom-{group.slug}",
+        f"Least headroom of each site, {group.widest.header.dtype} run: {group.name}",
+        sorted(tops, key=lambda row: -row[2]),
+        [
+            (Column("site"), lambda row: places.kind(row[1])),
+            (Column("path in the layer"), lambda row: row[0]),
+            (Column("layer"), lambda row: row[1].layer),
+            (Column("largest"), lambda row: row[2]),
+            (Column("position"), lambda row: row[1].amax_position),
+            (Column("token"), lambda row: row[1].amax_token_text),
+            *(
+                (Column(form.name, unit="bits", format=bits), lambda row, form=form: form.headroom(row[2]))
+                for form in formats
+            ),
         ],
         note="In the layer where the site's largest magnitude is greatest; headroom in each format's own bits.",
     )
@@ -252,37 +245,37 @@ def _position_map(group: Group, residual: Mapping[int, Record]) -> Figure:
     width = top.last - top.first + 1
     return Figure(
         name=f"headroom-by-position-{group.slug}",
-        title=f"Headroom in float16's bits, layer × position, {recording.header.dtype} run: {group.name}",
+        title=f"Headroom in {group.form.name}, layer × position, {recording.header.dtype} run: {group.name}",
         caption=(
             "The residual stream after each layer."
             + (f" A cell is the least headroom among {width} neighbouring positions." if width > 1 else "")
         ),
         alt=(
-            f"A heat map of {len(rows)} layers over {counted(residual[layer].positions or 0, 'position')}. The "
-            f"least headroom is {bits(FLOAT16.headroom(top.amax))} bits, after layer {layer}{_where(recording, top)}."
+            f"A heat map of {len(rows)} layers over {counted(residual[layer].positions or 0, 'position')}. The least "
+            f"headroom is {bits(group.form.headroom(top.amax))} bits, after layer {layer}{_where(recording, top)}."
         ),
-        draw=functools.partial(_draw_positions, recording=recording, rows=rows),
+        draw=functools.partial(_draw_positions, recording=recording, rows=rows, form=group.form),
         size=(8.0, max(3.0, 1.3 + 0.16 * len(rows))),
     )
 
 
 def _draw_positions(
-    figure: "matplotlib.figure.Figure", recording: Recording, rows: Mapping[int, Sequence[_Bin]]
+    figure: "matplotlib.figure.Figure", recording: Recording, rows: Mapping[int, Sequence[_Bin]], form: NumberFormat
 ) -> Sequence[Hover]:
     axes = figure.add_subplot()
     layers, grid = list(rows), list(rows.values())
 
     def hover(row: int, column: int) -> str:
         part = grid[row][column]
-        room = bits(FLOAT16.headroom(part.amax))
+        room = bits(form.headroom(part.amax))
         return f"after layer {layers[row]}{_where(recording, part)}: {room} bits, largest {number(part.amax)}"
 
     hovers = heat_map(
         axes,
-        [[FLOAT16.headroom(part.amax) for part in row] for row in grid],
+        [[form.headroom(part.amax) for part in row] for row in grid],
         rows=[str(layer) for layer in layers],
         columns=[str(part.first) for part in grid[0]],
-        label="headroom in float16 [bits]",
+        label=f"headroom in {form.name} [bits]",
         hover=hover,
         limit=0,
     )

@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stabilitykit.records.sweep import Footprint, Memory, Results, Shortage
-from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import outcomes
 from stabilitykit.report.parts.bars import Part, stacked_bars
 from stabilitykit.report.parts.hardware import dtype_to_choose
 from stabilitykit.report.style import INK, share, size
-from stabilitykit.words import count, grouped, none_of
+from stabilitykit.report.tables import table
+from stabilitykit.words import count, grouped, none_finished
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -46,11 +47,11 @@ def _opening(measured: int, planned: int, judged: bool) -> str:
         missing = "" if measured == planned else f" {planned - measured:,} of {planned:,} measurements did not finish."
         text = (
             "What the model takes, computed from its sizes and next to it the peak of a fresh process that ran one "
-            "prompt. A process asks for more than it holds, so the measured peak wobbles by some percent, and what "
-            f"the libraries take for themselves is on lines of its own: it does not grow with the model.{missing}"
+            "prompt. A process allocates more than it uses, so the measured peak varies by a few percent. What "
+            f"libraries take is in rows of its own, because it does not grow with the model.{missing}"
         )
     elif planned:
-        text = f"No memory is known: {none_of(planned, 'measurement')} has finished."
+        text = f"No memory is known: {none_finished(planned, 'measurement')}."
     else:
         text = "This experiment measures no memory."
     if judged:
@@ -83,30 +84,29 @@ def _name(memory: Footprint) -> str:
     return f"{memory.dtype}, {count(memory.length, 'token')}, {memory.device}"
 
 
+_BYTES: dict[str, Any] = {"unit": "bytes", "format": size}
+
+
 def _table(measured: Sequence[Memory]) -> Table:
-    rows: list[list[Cell]] = []
-    for memory in measured:
-        own: list[Cell] = [memory.weights, memory.cache, memory.activations, memory.computed]
-        peak = memory.peak - memory.libraries
-        where: list[Cell] = [memory.dtype, memory.length, memory.device]
-        rows.append([*where, "the model", *own, peak, memory.error])
-        rows.append([*where, "libraries", None, None, None, None, memory.libraries, None])
-    return Table(
-        name="memory",
-        title="Bytes by dtype and length",
-        columns=[
-            Column(name="dtype"),
-            Column(name="length", unit="tokens", format=grouped),
-            Column(name="device"),
-            Column(name="for"),
-            Column(name="weights", unit="bytes", format=size),
-            Column(name="KV cache", unit="bytes", format=size),
-            Column(name="activations", unit="bytes", format=size),
-            Column(name="computed", unit="bytes", format=size),
-            Column(name="measured", unit="bytes", format=size),
-            Column(name="error", format=share),
+    return table(
+        "memory",
+        "Bytes by dtype and length",
+        [(memory, own) for memory in measured for own in (memory, None)],
+        [
+            (Column("dtype"), lambda pair: pair[0].dtype),
+            (Column("length", unit="tokens", format=grouped), lambda pair: pair[0].length),
+            (Column("device"), lambda pair: pair[0].device),
+            (Column("for"), lambda pair: "libraries" if pair[1] is None else "the model"),
+            (Column("weights", **_BYTES), lambda pair: None if pair[1] is None else pair[1].weights),
+            (Column("KV cache", **_BYTES), lambda pair: None if pair[1] is None else pair[1].cache),
+            (Column("activations", **_BYTES), lambda pair: None if pair[1] is None else pair[1].activations),
+            (Column("computed", **_BYTES), lambda pair: None if pair[1] is None else pair[1].computed),
+            (
+                Column("measured", **_BYTES),
+                lambda pair: pair[0].peak - pair[0].libraries if pair[1] else pair[0].libraries,
+            ),
+            (Column("error", format=share), lambda pair: None if pair[1] is None else pair[1].error),
         ],
-        rows=rows,
         note="The error is (computed - measured) / measured, without the libraries: positive where too much was "
         "computed. Libraries are what the process held before it read a checkpoint.",
     )
@@ -166,40 +166,37 @@ def _draw(
 
 
 def _computed_alone(footprints: Sequence[tuple[str, Footprint]]) -> Table:
-    return Table(
-        name="footprints",
-        title="Computed for released sizes",
-        columns=[
-            Column(name="model"),
-            Column(name="dtype"),
-            Column(name="length", unit="tokens", format=grouped),
-            Column(name="device"),
-            Column(name="weights", unit="bytes", format=size),
-            Column(name="KV cache", unit="bytes", format=size),
-            Column(name="activations", unit="bytes", format=size),
-            Column(name="in all", unit="bytes", format=size),
-        ],
-        rows=[
-            [model, f.dtype, f.length, f.device, f.weights, f.cache, f.activations, f.computed]
-            for model, f in footprints
+    return table(
+        "footprints",
+        "Computed for released sizes",
+        footprints,
+        [
+            (Column("model"), lambda pair: pair[0]),
+            (Column("dtype"), lambda pair: pair[1].dtype),
+            (Column("length", unit="tokens", format=grouped), lambda pair: pair[1].length),
+            (Column("device"), lambda pair: pair[1].device),
+            (Column("weights", **_BYTES), lambda pair: pair[1].weights),
+            (Column("KV cache", **_BYTES), lambda pair: pair[1].cache),
+            (Column("activations", **_BYTES), lambda pair: pair[1].activations),
+            (Column("in all", **_BYTES), lambda pair: pair[1].computed),
         ],
         note="From the sizes in the released config alone; nothing was run, and libraries take more.",
     )
 
 
 def _shortages(shortages: Sequence[Shortage]) -> Table:
-    return Table(
-        name="shortages",
-        title="What happens when memory is short",
-        columns=[
-            Column(name="dtype"),
-            Column(name="length", unit="tokens", format=grouped),
-            Column(name="device"),
-            Column(name="needed beside the weights", unit="bytes", format=size),
-            Column(name="allowed", unit="bytes", format=size),
-            Column(name="outcome"),
-            Column(name="why"),
+    return table(
+        "shortages",
+        "What happens when memory is short",
+        shortages,
+        [
+            (Column("dtype"), lambda one: one.dtype),
+            (Column("length", unit="tokens", format=grouped), lambda one: one.length),
+            (Column("device"), lambda one: one.device),
+            (Column("needed on top of the weights", **_BYTES), lambda one: one.needed),
+            (Column("allowed", **_BYTES), lambda one: one.room),
+            (Column("outcome"), lambda one: one.outcome),
+            (Column("why"), lambda one: one.reason),
         ],
-        rows=[[s.dtype, s.length, s.device, s.needed, s.room, s.outcome, s.reason] for s in shortages],
         note="Needed is computed. The limit holds for tensors and for what libraries add during the pass.",
     )

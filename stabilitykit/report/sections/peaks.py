@@ -3,10 +3,11 @@
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.layers import peak, stored
-from stabilitykit.formats import FLOAT16, number_format
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records import Record
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
@@ -14,6 +15,7 @@ from stabilitykit.report.parts import choose, lines, places
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import bits, dtype_style, limit_line, magnitude_axis
+from stabilitykit.report.tables import table
 from stabilitykit.words import at_token, number, place
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ KEY, TITLE = "peaks", "Peaks by layer"
 
 OPENING = (
     "The largest magnitude in the residual stream, in what attention and MLP add to it, and in the largest tensors "
-    "inside them, in each layer. A peak close to a format's largest value means that another prompt may pass it; and a "
+    "inside them, in each layer. A peak close to a format's maximum means that another prompt may exceed it; and a "
     "peak is one element, which says nothing of the size of all others."
 )
 
@@ -50,12 +52,12 @@ def _sentences(group: Group) -> Iterator[str]:
     yield f"**{group.name}**:"
     top = peak(r for r in choose.intact(group.widest) if r.label in places.RESIDUAL)
     if top is not None and top.amax is not None:
-        room = FLOAT16.headroom(top.amax)
-        side = "below" if room >= 0 else "past"
+        room = group.form.headroom(top.amax)
+        side = "below" if room >= 0 else "above"
         yield (
             f"in {group.widest.header.dtype} the residual stream reaches {number(top.amax)} "
             f"({place(top)}{at_token(top.amax_position, top.amax_token_text)}), {bits(abs(room))} bits "
-            f"{side} float16's largest value."
+            f"{side} the {group.form.name} maximum."
         )
     yield from (f"{sentence}." for sentence in choose.breaks(group))
 
@@ -95,7 +97,7 @@ def _breaks(group: Group) -> Panels:
             value = abs(first.broke.value) if first.broke.value is not None else math.nan
             height = value if math.isfinite(value) else first.broke.limit
             x = first.layer + (0.5 if first.label == places.AFTER_MLP else 0.0)
-            text = f"{number(first.broke.value)} in {place(first)}, past {number(first.broke.limit)}"
+            text = f"{number(first.broke.value)} in {place(first)}, above the maximum, {number(first.broke.limit)}"
             found.setdefault(panel, {})[f"{dtype} breaks"] = [Point(x=x, y=height, text=text)]
     return found
 
@@ -105,10 +107,10 @@ def _limits(group: Group) -> tuple[list[str], list[str]]:
     heights = [point.y for panel in _panels(group).values() for points in panel.values() for point in points]
     drawn: list[str] = []
     left: list[str] = []
-    for name in dict.fromkeys([*group.runs, "float16", *group.widest.header.formats]):
+    for name in dict.fromkeys([*group.runs, group.form.name, *group.widest.header.formats]):
         largest = number_format(name).largest
         clear = all(not 1 / _TOO_CLOSE < largest / number_format(other).largest < _TOO_CLOSE for other in drawn)
-        visible = largest <= max([*heights, FLOAT16.largest])
+        visible = largest <= max([*heights, group.form.largest])
         (drawn if clear and visible else left).append(name)
     return drawn, left
 
@@ -123,7 +125,7 @@ def _figure(group: Group) -> Figure:
     panels, broken = _panels(group), choose.breaks(group)
     peaks = {dtype: max((point.y for point in points), default=0.0) for dtype, points in panels[_RESIDUAL].items()}
     _, left = _limits(group)
-    beyond = "; ".join(f"{name} ends at {number(number_format(name).largest)}" for name in left)
+    beyond = "; ".join(f"{name}, {number(number_format(name).largest)}" for name in left)
     absent = [name for name in _SUBLAYERS if not any(panels[name].values())]
     return Figure(
         name=f"peaks-{group.slug}",
@@ -134,14 +136,14 @@ def _figure(group: Group) -> Figure:
                 f"A line ends where its run broke, × is the value that did not fit: {'; '.join(broken)}."
                 if broken
                 else "No run broke.",
-                f" Not drawn, far above or close to another limit: {beyond}." if beyond else "",
+                f" Maxima not drawn, far above or close to another: {beyond}." if beyond else "",
                 f" Not recorded: {', '.join(absent)}." if absent else "",
             )
         ),
         alt=(
             "Lines over layers on a logarithmic scale. The residual stream's peak before any break: "
             f"{', '.join(f'{number(value)} in {dtype}' for dtype, value in peaks.items())}. "
-            f"float16 ends at {number(FLOAT16.largest)}."
+            f"The {group.form.name} maximum is {number(group.form.largest)}."
         ),
         draw=functools.partial(_draw, group=group),
         size=(8.0, 6.0),
@@ -160,8 +162,9 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
 
     magnitude_axis(main)
     heights = [p.y for part in (panels, breaks) for panel in part.values() for points in panel.values() for p in points]
-    main.set_ylim(min(heights, default=1.0) / 2, max([*heights, FLOAT16.largest]) * 4)
     drawn, _ = _limits(group)
+    maxima = [number_format(limit).largest for limit in drawn]
+    main.set_ylim(min([*heights, *maxima]) / 2, max([*heights, group.form.largest]) * 4)
     for name, part in axes.items():
         lines.plot(part, panels[name], joined=name != _OUTSIDE)
         for said, points in breaks.get(name, {}).items():
@@ -206,53 +209,64 @@ def _by_layer(group: Group) -> Table:
         name=f"peaks-by-layer-{group.slug}",
         title=f"Peaks by layer: {group.name}",
         columns=[
-            Column(name="layer"),
-            *(Column(name=f"residual, {dtype}") for dtype in residual),
-            *(Column(name=f"{name}, {widest.header.dtype}") for name in sublayers),
+            Column("layer"),
+            *(Column(f"residual, {dtype}") for dtype in residual),
+            *(Column(f"{name}, {widest.header.dtype}") for name in sublayers),
         ],
         rows=rows,
         note="Residual: the larger of after attention and after the MLP. A dash: not recorded, or after the break.",
     )
 
 
-def _all_runs(groups: Sequence[Group]) -> Table:
-    return Table(
-        name="peaks",
-        title="Largest magnitude of every run before it breaks",
-        columns=[
-            Column(name="run"),
-            Column(name="dtype"),
-            Column(name="peak"),
-            Column(name="where"),
-            Column(name="position"),
-            Column(name="token"),
-            Column(name="headroom", unit="bits", format=bits),
-            Column(name="headroom in float16", unit="bits", format=bits),
-            Column(name="final norm"),
-            Column(name="first break"),
-        ],
-        rows=[_run_row(group, dtype) for group in groups for dtype in group.runs],
-        note="Over tensors stored in the run's dtype, from before its first break. Headroom is that of the peak.",
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Peak:
+    """The largest stored value of a run from before its first break; None where nothing finite was stored."""
+
+    group: Group
+    dtype: str
+    top: Record | None
+    amax: float | None
+    norm: float | None
+    first: Record | None
 
 
-def _run_row(group: Group, dtype: str) -> list[Cell]:
+def _peak(group: Group, dtype: str) -> _Peak:
     recording = group.runs[dtype]
     records = list(choose.intact(recording))
     kept = {id(record) for record in stored(recording)}
     top = peak(record for record in records if id(record) in kept)
     norm = peak(record for record in records if record.label == "final norm")
-    first = recording.first_break()
-    amax = None if top is None else top.amax
-    return [
-        group.name,
-        dtype,
-        amax,
-        None if top is None else place(top),
-        None if top is None else top.amax_position,
-        None if top is None else top.amax_token_text,
-        None if amax is None else number_format(dtype).headroom(amax),
-        None if amax is None else FLOAT16.headroom(amax),
-        None if norm is None else norm.amax,
-        None if first is None else place(first),
-    ]
+    return _Peak(
+        group=group,
+        dtype=dtype,
+        top=top,
+        amax=None if top is None else top.amax,
+        norm=None if norm is None else norm.amax,
+        first=recording.first_break(),
+    )
+
+
+def _headroom(run: _Peak, form: NumberFormat) -> float | None:
+    return None if run.amax is None else form.headroom(run.amax)
+
+
+def _all_runs(groups: Sequence[Group]) -> Table:
+    form = groups[0].form
+    return table(
+        "peaks",
+        "Largest magnitude of every run before it breaks",
+        [_peak(group, dtype) for group in groups for dtype in group.runs],
+        [
+            (Column("run"), lambda run: run.group.name),
+            (Column("dtype"), lambda run: run.dtype),
+            (Column("peak"), lambda run: run.amax),
+            (Column("where"), lambda run: None if run.top is None else place(run.top)),
+            (Column("position"), lambda run: None if run.top is None else run.top.amax_position),
+            (Column("token"), lambda run: None if run.top is None else run.top.amax_token_text),
+            (Column("headroom", unit="bits", format=bits), lambda run: _headroom(run, number_format(run.dtype))),
+            (Column(f"headroom in {form.name}", unit="bits", format=bits), lambda run: _headroom(run, form)),
+            (Column("final norm"), lambda run: run.norm),
+            (Column("first break"), lambda run: None if run.first is None else place(run.first)),
+        ],
+        note="Over tensors stored in the run's dtype, from before its first break. Headroom is that of the peak.",
+    )

@@ -3,7 +3,8 @@
 from collections import Counter
 
 from stabilitykit.records.sweep import Case, Results
-from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Column, Prose, Section, Table
+from stabilitykit.report.tables import table
 from stabilitykit.words import code, count, listed, sentence
 
 
@@ -18,7 +19,7 @@ def section(results: Results) -> Section:
     return Section(
         key="provenance",
         title="Provenance",
-        opening=f"What has to be known to make these numbers again. {_states(results)} Another machine or version may "
+        opening=f"What it takes to reproduce these numbers. {_states(results)} Another machine or version may "
         "round the last bits differently, so values next to a limit can fall on its other side.",
         blocks=blocks,
     )
@@ -54,11 +55,15 @@ def _origin(results: Results) -> Table:
         *(("machine", name, value) for name, value in sorted(plan.machine.items())),
         *(("model", name, value) for name, value in sorted(plan.config.items())),
     ]
-    return Table(
-        name="provenance",
-        title="Checkpoint, versions and machine",
-        columns=[Column(name="of"), Column(name="what"), Column(name="value")],
-        rows=[[of, what, None if value is None else str(value)] for of, what, value in facts],
+    return table(
+        "provenance",
+        "Checkpoint, versions and machine",
+        facts,
+        [
+            (Column("of"), lambda fact: fact[0]),
+            (Column("what"), lambda fact: fact[1]),
+            (Column("value"), lambda fact: None if fact[2] is None else str(fact[2])),
+        ],
     )
 
 
@@ -75,31 +80,27 @@ def _arithmetic(results: Results) -> list[tuple[str, str]]:
 
 
 def _experiment(results: Results) -> Table:
-    lines = results.plan.source.splitlines()
-    return Table(
-        name="experiment-file",
-        title="The experiment's file",
-        columns=[Column(name="line"), Column(name="text")],
-        rows=[[number, line] for number, line in enumerate(lines, start=1)],
+    return table(
+        "experiment-file",
+        "The experiment's file",
+        enumerate(results.plan.source.splitlines(), start=1),
+        [(Column("line"), lambda line: line[0]), (Column("text"), lambda line: line[1])],
     )
 
 
 def _cases(results: Results) -> Table:
-    rows: list[list[Cell]] = []
-    for case in results.plan.cases:
-        state, reason = _state(results, case)
-        rows.append([case.kind, str(case), state, reason, case.id])
-    return Table(
-        name="cases",
-        title="Every case",
-        columns=[
-            Column(name="kind"),
-            Column(name="case"),
-            Column(name="state"),
-            Column(name="reason"),
-            Column(name="file"),
+    return table(
+        "cases",
+        "Every case",
+        [(case, *_state(results, case)) for case in results.plan.cases],
+        [
+            (Column("kind"), lambda told: told[0].kind),
+            (Column("case"), lambda told: str(told[0])),
+            (Column("state"), lambda told: told[1]),
+            (Column("reason"), lambda told: told[2]),
+            (Column("file"), lambda told: told[0].id),
         ],
-        rows=rows,
         note="Done cases are files under records/, by the name in the last column. Running the command again does "
         "those that are missing.",
+        alarming=lambda told: told[1] == "failed",
     )

@@ -2,17 +2,19 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from stabilitykit.records import Record, Recording, Softmax
 from stabilitykit.records.sweep import Results
-from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.parts import choose, lines
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import Point
 from stabilitykit.report.style import heat_map, share
+from stabilitykit.report.tables import table
 from stabilitykit.words import counted, number
 
 if TYPE_CHECKING:
@@ -206,45 +208,49 @@ def _draw(figure: "matplotlib.figure.Figure", group: Group) -> Sequence[Hover]:
     return [*hovers, *lines.hovers(upper, logits), *lines.hovers(lower, underflow)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A run's attention: in `found` all layers, in `whole` those from before its first break."""
+
+    name: str
+    dtype: str
+    found: list[_Attention]
+    whole: list[_Attention]
+
+    @property
+    def entropies(self) -> list[float]:
+        return [entropy for attention in self.whole for entropy in _mean_entropies(attention.softmax)]
+
+    def largest(self, of: Callable[[_Attention], float | None]) -> float | None:
+        return max((value for attention in self.whole if (value := of(attention)) is not None), default=None)
+
+
 def _table(groups: Sequence[Group]) -> Table:
-    return Table(
-        name="softmax",
-        title="Softmax of the attention in every run, before it breaks",
-        columns=[
-            Column(name="run"),
-            Column(name="dtype"),
-            Column(name="layers"),
-            Column(name="least mean entropy", unit="nats"),
-            Column(name="mean entropy", unit="nats"),
-            Column(name="largest logit"),
-            Column(name="largest range of logits"),
-            Column(name="largest underflow share", format=share),
-            Column(name="largest |Σp − 1|"),
-            Column(name="layers with NaN rows"),
-            Column(name="fully masked rows"),
+    return table(
+        "softmax",
+        "Softmax of the attention in every run, before it breaks",
+        [
+            _Run(name=group.name, dtype=dtype, found=found, whole=_whole(run))
+            for group in groups
+            for dtype, run in group.runs.items()
+            if (found := _attention(run))
         ],
-        rows=[_row(group, dtype) for group in groups for dtype in group.runs if _attention(group.runs[dtype])],
-        note=(
-            "Over the layers before a run's first break; NaN rows are counted in all layers. Entropies are means over "
-            "a head's queries. A share is of one layer's unmasked probabilities, rounded to the dtype."
-        ),
+        [
+            (Column("run"), lambda run: run.name),
+            (Column("dtype"), lambda run: run.dtype),
+            (Column("layers"), lambda run: len(run.whole)),
+            (Column("least mean entropy", unit="nats"), lambda run: min(run.entropies, default=None)),
+            (Column("mean entropy", unit="nats"), lambda run: fmean(run.entropies) if run.entropies else None),
+            (Column("largest logit"), lambda run: run.largest(lambda one: one.softmax.max_logit)),
+            (Column("largest range of logits"), lambda run: run.largest(lambda one: one.softmax.logit_range)),
+            (
+                Column("largest underflow share", format=share),
+                lambda run: run.largest(lambda one: _underflow(one, run.dtype)),
+            ),
+            (Column("largest |Σp − 1|"), lambda run: run.largest(lambda one: one.softmax.sum_error)),
+            (Column("layers with NaN rows"), lambda run: sum(one.softmax.nan_rows > 0 for one in run.found)),
+            (Column("fully masked rows"), lambda run: sum(one.softmax.masked_rows for one in run.found)),
+        ],
+        note="Over the layers before a run's first break; NaN rows are counted in all layers. Entropies are means over "
+        "a head's queries. A share is of one layer's unmasked probabilities, rounded to the dtype.",
     )
-
-
-def _row(group: Group, dtype: str) -> list[Cell]:
-    found, whole = _attention(group.runs[dtype]), _whole(group.runs[dtype])
-    entropies = [entropy for attention in whole for entropy in _mean_entropies(attention.softmax)]
-    parts = [attention.softmax for attention in whole]
-    return [
-        group.name,
-        dtype,
-        len(whole),
-        min(entropies, default=None),
-        sum(entropies) / len(entropies) if entropies else None,
-        max((part.max_logit for part in parts if part.max_logit is not None), default=None),
-        max((part.logit_range for part in parts if part.logit_range is not None), default=None),
-        max((_underflow(attention, dtype) for attention in whole), default=None),
-        max((part.sum_error for part in parts if part.sum_error is not None), default=None),
-        sum(attention.softmax.nan_rows > 0 for attention in found),
-        sum(attention.softmax.masked_rows for attention in found),
-    ]

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Literal
 
 from stabilitykit.diagnosis.verdict import limits
-from stabilitykit.formats import FLOAT16, number_format
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
-from stabilitykit.report.outcomes import Outcome, Text, outcomes, reference, standing, texts
+from stabilitykit.report.outcomes import Outcome, Text, least_headroom, outcomes, reference, standing, texts
 from stabilitykit.report.style import bits
+from stabilitykit.report.tables import table
 from stabilitykit.report.words import at_broken_token, happened, located, short_place
-from stabilitykit.words import code, count, grouped, listed, none_of, sentence, with_bos
+from stabilitykit.words import code, count, grouped, listed, none_finished, number, sentence, with_bos
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
 NARROW = 1.0
@@ -24,24 +26,25 @@ def section(results: Results) -> Section:
         opening = "This experiment runs no prompt, so there is nothing to judge."
         return Section(key="verdict", title="Verdict", opening=opening)
     if not found:
-        opening = f"There is no verdict yet: {none_of(len(planned), 'case')} that would run a prompt has finished."
+        opening = f"There is no verdict yet: {none_finished(len(planned), 'case', ' that would run a prompt')}."
         return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
     finished = f"{count(len(found), 'finished case')} of {len(planned):,} {'comes' if len(found) == 1 else 'come'} to"
     return Section(
         key="verdict",
         title="Verdict",
-        opening=f"What {finished}. It holds for these texts and lengths: another text may hold a token that grows "
-        "larger.",
+        opening=f"What {finished}. It holds for these texts and lengths: another text may contain a token with larger "
+        "values.",
         blocks=[Prose(paragraph(results, found)), _table(results, found)],
     )
 
 
 def paragraph(results: Results, found: Sequence[Outcome]) -> str:
     """The verdict for people. `found` has at least one case."""
-    broken = [dtype for dtype in _dtypes(found) if standing(found, dtype) == "breaks"]
-    clean = [dtype for dtype in _dtypes(found) if dtype not in broken]
+    dtypes = _dtypes(found, results.form)
+    broken = [dtype for dtype in dtypes if standing(found, dtype) == "breaks"]
+    clean = [dtype for dtype in dtypes if dtype not in broken]
     sentences = [text for dtype in broken for text in _breaks(found, dtype)]
-    if "float16" not in _dtypes(found):
+    if results.form.name not in dtypes:
         sentences.append(_forecast(results, found))
     if clean:
         sentences.append(_clean(results, found, clean, nothing_broke=not broken))
@@ -49,9 +52,9 @@ def paragraph(results: Results, found: Sequence[Outcome]) -> str:
     return " ".join(text for text in sentences if text)
 
 
-def _dtypes(found: Sequence[Outcome]) -> list[str]:
-    """Those that ran, float16 first, then by width."""
-    return sorted({o.dtype for o in found}, key=lambda name: (name != "float16", number_format(name).bits, name))
+def _dtypes(found: Sequence[Outcome], form: NumberFormat) -> list[str]:
+    """Those that ran, `form` first, then by width."""
+    return sorted({o.dtype for o in found}, key=lambda name: (name != form.name, number_format(name).bits, name))
 
 
 def _breaks(found: Sequence[Outcome], dtype: str) -> Iterator[str]:
@@ -71,7 +74,7 @@ def _group(bos: bool | None, own: Sequence[Text]) -> str:
     prefix = f"{with_bos(bos)}, " if bos is not None else ""
     if not broken:
         return sentence(f"{prefix}{_all(len(own))} {'is' if len(own) == 1 else 'are'} clean")
-    number_of = (
+    how_many = (
         f"{_all(len(own))} {'breaks' if len(own) == 1 else 'break'}"
         if len(broken) == len(own)
         else f"{len(broken):,} of {len(own):,} texts {'breaks' if len(broken) == 1 else 'break'}"
@@ -86,11 +89,11 @@ def _group(bos: bool | None, own: Sequence[Text]) -> str:
         said = f": {listed(each, most=6)}"
     rest = len(own) - len(broken)
     clean = "" if rest == 0 else f"; the other {'one is' if rest == 1 else f'{rest:,} are'} clean"
-    return sentence(f"{prefix}{number_of}{said}{clean}")
+    return sentence(f"{prefix}{how_many}{said}{clean}")
 
 
-def _all(number: int) -> str:
-    return "the one text" if number == 1 else "both texts" if number == 2 else f"all {number:,} texts"
+def _all(amount: int) -> str:
+    return "the one text" if amount == 1 else "both texts" if amount == 2 else f"all {amount:,} texts"
 
 
 def _names(own: Sequence[Text]) -> str:
@@ -124,25 +127,26 @@ def _consequence(own: Sequence[Outcome]) -> str:
 
 
 def _forecast(results: Results, found: Sequence[Outcome]) -> str:
-    planned = any(case.settings.get("dtype") == "float16" and case.runs_prompt for case in results.plan.cases)
-    lead = "No case in float16 has finished" if planned else "float16 is not part of this sweep"
+    form = results.form
+    planned = any(case.settings.get("dtype") == form.name and case.runs_prompt for case in results.plan.cases)
+    lead = f"No case in {form.name} has finished" if planned else f"{form.name} is not part of this sweep"
     known = [o for o in reference(found) if o.largest is not None]
     if not known:
         return f"{lead}."
     top = max(known, key=lambda o: o.largest or 0.0)
     assert top.largest is not None
-    judged = f"by the largest value that {top.dtype} stored, {top.largest:,.0f} in {code(top.text)}, float16 would"
-    if FLOAT16.overflows(top.largest):
-        return f"{lead}; {judged} break, as it ends at 65,504."
-    return f"{lead}; {judged} have {_bits(FLOAT16.headroom(top.largest))} to spare."
+    judged = f"the largest value that {top.dtype} stored, {number(top.largest)} in {code(top.text)},"
+    if form.overflows(top.largest):
+        return f"{lead}; {judged} would overflow it (maximum {number(form.largest)})."
+    return f"{lead}; {judged} would leave {_bits(form.headroom(top.largest))} of headroom in it."
 
 
 def _clean(results: Results, found: Sequence[Outcome], dtypes: Sequence[str], *, nothing_broke: bool) -> str:
     said = []
     for dtype in dtypes:
         own = [o for o in found if o.dtype == dtype]
-        room = min((o.headroom for o in own if o.headroom is not None), default=None)
-        spare = "" if room is None else f", at least {_bits(room)} to spare"
+        room = least_headroom(own)
+        spare = "" if room is None else f", at least {_bits(room)} of headroom"
         said.append(f"{dtype} ({count(len(own), 'case')}{spare})")
     verb = "is" if len(dtypes) == 1 else "are"
     finished = all(results.is_done(case) for case in results.plan.cases if case.runs_prompt)
@@ -184,10 +188,10 @@ def _advice_when_clean(found: Sequence[Outcome]) -> str:
     room, least = min(rooms, key=lambda pair: pair[0])
     if room < NARROW:
         return (
-            f"What to do: treat {least.dtype} as broken all the same, for {_bits(room)} is what {code(least.text)} "
-            "leaves, and a value twice as large would not fit."
+            f"What to do: treat {least.dtype} as broken all the same: {code(least.text)} leaves {_bits(room)} of "
+            "headroom, and a value twice as large would overflow."
         )
-    return f"What to do: nothing for texts like these; {least.dtype} is the tightest, with {_bits(room)} to spare."
+    return f"What to do: nothing for texts like these; {least.dtype} has the least headroom, {_bits(room)}."
 
 
 def _unfinished(results: Results) -> str:
@@ -197,45 +201,39 @@ def _unfinished(results: Results) -> str:
     parts = []
     if failed:
         kinds = sorted({failure.kind for _, failure in failed})
-        parts.append(f"{count(len(failed), 'case')} failed ({listed(kinds)})")
+        parts.append(f"{len(failed):,} failed ({listed(kinds)})")
     if missing:
-        parts.append(f"{count(len(missing), 'case')} {'is' if len(missing) == 1 else 'are'} missing")
+        parts.append(f"{len(missing):,} {'has' if len(missing) == 1 else 'have'} not run")
     if not parts:
         return ""
     dtypes = sorted({str(case.settings.get("dtype")) for case in [*missing, *(case for case, _ in failed)]})
-    return f"Of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}: what they would show is not in this."
+    return f"Not included: of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}."
 
 
 def _table(results: Results, found: Sequence[Outcome]) -> Table:
     planned = [str(case.settings.get("dtype")) for case in results.plan.cases if case.runs_prompt]
-    dtypes = [*_dtypes(found), *sorted(set(planned) - {o.dtype for o in found})]
-    return Table(
-        name="verdict",
-        title="By dtype",
-        columns=[
-            Column(name="dtype"),
-            Column(name="cases"),
-            Column(name="finished"),
-            Column(name="broken"),
-            Column(name="least headroom", unit="bits", format=bits),
-            Column(name="shortest broken length", unit="tokens", format=grouped),
-            Column(name="first break there"),
+    dtypes = [*_dtypes(found, results.form), *sorted(set(planned) - {o.dtype for o in found})]
+    return table(
+        "verdict",
+        "By dtype",
+        [(dtype, [o for o in found if o.dtype == dtype]) for dtype in dtypes],
+        [
+            (Column("dtype"), lambda row: row[0]),
+            (Column("cases"), lambda row: planned.count(row[0])),
+            (Column("finished"), lambda row: len(row[1])),
+            (Column("broken"), lambda row: sum(o.first is not None for o in row[1])),
+            (Column("least headroom", unit="bits", format=bits), lambda row: least_headroom(row[1])),
+            (Column("shortest broken length", unit="tokens", format=grouped), lambda row: _shortest(row[1], "first")),
+            (Column("first break there"), lambda row: _shortest(row[1], "site")),
         ],
-        rows=[_row(dtype, planned.count(dtype), [o for o in found if o.dtype == dtype]) for dtype in dtypes],
-        note="Headroom is log2(largest finite value / largest magnitude), in the dtype's own bits; of a value that "
-        "overflowed it is negative. A case that breaks loses its later values, which may be larger still.",
+        note="Headroom is log2(maximum / largest magnitude), in the dtype's own bits; of a value that overflowed it is "
+        "negative. A case that breaks loses its later values, which may be larger still.",
+        alarming=lambda row: any(o.first is not None for o in row[1]),
     )
 
 
-def _row(dtype: str, planned: int, own: Sequence[Outcome]) -> list[Cell]:
+def _shortest(own: Sequence[Outcome], what: Literal["first", "site"]) -> Cell:
+    """The length, or the site, of the first break in the shortest broken prompt; None where none broke."""
     broken = [o.first for o in own if o.first is not None]
     first = min(broken, key=lambda span: span.first, default=None)
-    return [
-        dtype,
-        planned,
-        len(own),
-        len(broken),
-        min((o.headroom for o in own if o.headroom is not None), default=None),
-        None if first is None else first.first,
-        None if first is None else first.site,
-    ]
+    return None if first is None else first.first if what == "first" else first.site

@@ -19,7 +19,7 @@ GREEDY = Sampling(temperature=None)
 PROMPT = [2, 40, 41, 299, 300, 301, 17, 18, 19, 20]
 
 
-@pytest.fixture(params=SOURCES.values(), ids=SOURCES.keys())
+@pytest.fixture(params=list(SOURCES.values()), ids=list(SOURCES))
 def model(request: pytest.FixtureRequest) -> Gemma:
     sizes = "hidden_size=64&feed_forward=96&heads=4&head_dim=16&vocabulary=400&query_scalar=16"
     return build(random_checkpoint(f"{request.param}&{sizes}"))

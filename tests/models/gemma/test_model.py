@@ -1,6 +1,7 @@
 """The model against transformers, and against gemma_pytorch's arithmetic written out step by step."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from reference import reference_model
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.config import RELEASED, GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.choices import RoundingName
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.gemma.load import build
-from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm, RoundingName, soft_cap
+from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm, soft_cap
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
@@ -71,6 +73,8 @@ def test_equals_transformers_bit_for_bit(config: GemmaConfig, dtype: torch.dtype
 
 def test_the_comparison_can_fail() -> None:
     """The random weights are such that every feature of the config reaches the logits."""
+    name: str
+    value: Any
     for config, name, value in (
         (TINY["gemma 1, multi-query"], "query_scalar", 17.0),
         (TINY["gemma 1, multi-query"], "rms_eps", 1e-5),

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
+from stabilitykit.choices import RoundingName
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.load import build
-from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm, RoundingName
+from stabilitykit.models.gemma.model import ROUNDINGS, Gemma, RMSNorm
 from stabilitykit.models.gemma.rescale import apply_rescale
 
 SIZES = "hidden_size=64&feed_forward=96&heads=4&head_dim=16&vocabulary=400&query_scalar=16"
@@ -30,7 +31,7 @@ class WithFullPrecision(dict[str, Tensor]):
         super().__init__({name: tensor * 1.1 for name, tensor in checkpoint.tensors.items()})
 
 
-@pytest.fixture(params=SOURCES.values(), ids=SOURCES.keys(), scope="module")
+@pytest.fixture(params=list(SOURCES.values()), ids=list(SOURCES), scope="module")
 def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     drawn = random_checkpoint(request.param)
     return Checkpoint(

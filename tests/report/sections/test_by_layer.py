@@ -3,18 +3,15 @@
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure as Canvas
-from swept import broken_run, run_case, sweep, three_dtypes
+from swept import three_dtypes
 
 from stabilitykit.report.blocks import Figure, Prose, Section, Table
 from stabilitykit.report.sections import error, exponents, heat, peaks, softmax
 
-SECTIONS: dict[str, Any] = {
-    "peaks": peaks, "heat": heat, "exponents": exponents, "softmax": softmax, "error": error,
-}  # fmt: skip
 FLOAT16, BFLOAT16 = 65504.0, 3.3895313892515355e38
 
 
@@ -39,7 +36,7 @@ def test_peaks_are_those_of_the_records_against_each_formats_end(tmp_path: Path)
     rows = {(row[0], row[1]): row for row in tables(found)["peaks"].rows}
     clean = "prose, 3 tokens, with <bos>"
     assert [rows[clean, dtype][2] for dtype in ("float32", "float16", "bfloat16")] == [201.0, 201.0, 603.0]
-    assert rows[clean, "bfloat16"][6:8] == [
+    assert list(rows[clean, "bfloat16"][6:8]) == [
         pytest.approx(math.log2(BFLOAT16 / 603)), pytest.approx(math.log2(FLOAT16 / 603)),
     ]  # fmt: skip
     by_layer = tables(found)["peaks-by-layer-with-bos"]
@@ -48,7 +45,7 @@ def test_peaks_are_those_of_the_records_against_each_formats_end(tmp_path: Path)
     assert [(row[0], row[high]) for row in by_layer.rows] == [(0, 600.0), (1, 603.0)]
     canvas = Canvas()
     hovers(figures(found)["peaks-with-bos"], canvas)
-    curves = [list(line.get_ydata()) for line in canvas.axes[0].get_lines()]
+    curves = [list(np.asarray(line.get_ydata())) for line in canvas.axes[0].get_lines()]
     assert [300.0, 600.0, 303.0, 603.0] in curves
     assert any(set(curve) == {FLOAT16} for curve in curves)  # the format's end
 
@@ -58,7 +55,7 @@ def test_a_break_is_marked_with_its_value_and_what_follows_is_not_drawn(tmp_path
     assert "**prose, 3 tokens, without <bos>**: float16 breaks in layer 0, residual after MLP, at token 0" in prose(
         found
     )
-    assert "float16 breaks: 68,000 in layer 0, residual after MLP, past 65,504" in hovers(
+    assert "float16 breaks: 68,000 in layer 0, residual after MLP, above the maximum, 65,504" in hovers(
         figures(found)["peaks-without-bos"]
     )
     assert [row[0] for row in tables(found)["peaks-by-layer-without-bos"].rows] == [0]
@@ -117,30 +114,3 @@ def test_errors_are_those_of_the_logits_and_of_each_layer(tmp_path: Path) -> Non
     assert hovers(figures(found)["error-logits"]) == [
         "bfloat16: KL 0.001 nats on average, 0.02 at most; same likeliest token at 75.0% of 4 positions"
     ]
-
-
-@pytest.mark.parametrize("name", SECTIONS)
-def test_every_name_is_its_own_and_every_section_opens_with_what_misleads(name: str, tmp_path: Path) -> None:
-    found = SECTIONS[name].section(three_dtypes(tmp_path))
-    named = [block.name for block in found.blocks if isinstance(block, Figure | Table)]
-    assert len(named) == len(set(named))
-    assert found.opening.count(". ") >= 1
-    assert all(figure.alt and figure.title for figure in figures(found).values())
-
-
-@pytest.mark.parametrize("name", SECTIONS)
-def test_without_a_finished_run_there_is_a_sentence_and_no_figure(name: str, tmp_path: Path) -> None:
-    found = SECTIONS[name].section(sweep(tmp_path / "toy", [(run_case(), None)]))
-    assert figures(found) == {}
-    assert tables(found) == {}
-    assert len(found.opening) > 20
-
-
-@pytest.mark.parametrize("name", SECTIONS)
-def test_two_groups_that_look_alike_keep_names_of_their_own(name: str, tmp_path: Path) -> None:
-    pairs = [
-        (run_case(prompt=prompt), broken_run()) for prompt in ("text: a b", "text: a-b", "text: A B", "@a b", "@a_b")
-    ]
-    found = SECTIONS[name].section(sweep(tmp_path / "toy", pairs))
-    named = [block.name for block in found.blocks if isinstance(block, Figure | Table)]
-    assert len(named) == len(set(named))

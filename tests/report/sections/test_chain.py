@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure as Canvas
 from swept import broken_run, clean_run, lengths_case, run_case, sweep
 
@@ -42,7 +43,8 @@ def test_the_first_broken_run_in_float16_is_followed_to_its_error(tmp_path: Path
         "layer 0: 1 of 3 tokens, 1 of 4 channels lost",
         "layer 1: 3 of 3 tokens, 4 of 4 channels lost",
     ]
-    assert [list(line.get_ydata()) for line in canvas.axes[0].get_lines()][:2] == [[1 / 3, 1.0], [0.25, 1.0]]
+    curves = [list(np.asarray(line.get_ydata())) for line in canvas.axes[0].get_lines()]
+    assert curves[:2] == [[1 / 3, 1.0], [0.25, 1.0]]
 
 
 def test_a_run_without_layers_has_no_figure(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def test_each_run_and_format_is_a_row(tmp_path: Path) -> None:
     pairs = [(run_case("float32"), told()), (run_case("float32", bos=False), told(past=2, amax=70000.0))]
     found = forecast.section(sweep(tmp_path / "reports", pairs))
     (table,) = [block for block in found.blocks if isinstance(block, Table)]
-    assert [tuple(row) for row in table.rows] == [
+    rows: list[object] = [tuple(row) for row in table.rows]
+    assert rows == [
         ("prose, 3 tokens, with <bos>", "float16", 0, "±inf", 3 / 36, 1 / 36,
          pytest.approx(math.log2(65504 / 16376)), None, None, None, "layer 1, layers.1"),
         ("prose, 3 tokens, without <bos>", "float16", 2, "±inf", 3 / 36, 1 / 36,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure as Canvas
 from swept import broken_run, clean_run, memory, memory_case, run_case, sweep
 
@@ -46,7 +47,7 @@ def test_bars_are_stacked_and_the_mark_is_the_measured_peak(tmp_path: Path) -> N
     hovers = figure.draw(canvas)
     edges = [(hover.left, hover.right) for hover in hovers if "float16" in hover.text]
     assert edges == [(0, 800), (800, 900), (900, 1000)]
-    assert list(canvas.axes[0].get_lines()[0].get_xdata()) == [1040, 1040]
+    assert list(np.asarray(canvas.axes[0].get_lines()[0].get_xdata())) == [1040, 1040]
     prose = found.blocks[0]
     assert isinstance(prose, Prose)
     assert prose.text.startswith("All 2 computed sums are within 10% of the measured peak;")
@@ -61,16 +62,16 @@ def test_where_float16_breaks_it_is_not_chosen(tmp_path: Path) -> None:
         (memory_case("float32"), memory("float32")),
     )
     assert choice(found) == {
-        "GPU with bfloat16": ("bfloat16", "bfloat16 is clean in its only case, with at least 114.0 bits to spare."),
+        "GPU with bfloat16": ("bfloat16", "bfloat16 is clean in its only case, with at least 114.0 bits of headroom."),
         "GPU without bfloat16": (
             "float32",
             "float16 breaks in its only case; it needs a repair first, such as scaling the residual stream down by a "
-            "power of two; float32 is clean in its only case, with at least 114.0 bits to spare.",
+            "power of two; float32 is clean in its only case, with at least 114.0 bits of headroom.",
         ),
         "CPU only": (
             "float32",
-            "float32 is clean in its only case, with at least 114.0 bits to spare. Where memory is short, bfloat16 "
-            "takes half as much: bfloat16 is clean in its only case, with at least 114.0 bits to spare.",
+            "float32 is clean in its only case, with at least 114.0 bits of headroom. Where memory is short, bfloat16 "
+            "takes half as much: bfloat16 is clean in its only case, with at least 114.0 bits of headroom.",
         ),
     }
     assert [row[2] for row in tables(found)["dtype-to-choose"].rows] == [None, 800, 800]
@@ -80,7 +81,7 @@ def test_where_float16_is_clean_it_serves_a_gpu_without_bfloat16(tmp_path: Path)
     found = choice(made(tmp_path, (run_case(), clean_run())))
     assert found["GPU without bfloat16"] == (
         "float16",
-        "float16 is clean in its only case, with at least 2.0 bits to spare; a text with a larger token "
+        "float16 is clean in its only case, with at least 2.0 bits of headroom; a text with a larger token "
         "may still break it.",
     )
     assert found["GPU with bfloat16"][0] == "bfloat16"
@@ -97,7 +98,7 @@ def test_where_every_dtype_breaks_none_is_chosen(tmp_path: Path) -> None:
 
 def test_an_empty_sweep_says_what_is_missing(tmp_path: Path) -> None:
     assert made(tmp_path, (memory_case(), None), (run_case(), None)).opening == (
-        "No memory is known: not even the only measurement has finished. No prompt has run to its end either, so "
+        "No memory is known: the only measurement has not finished. No prompt has run to its end either, so "
         "there is no dtype to recommend."
     )
     assert made(tmp_path / "b", (run_case(), clean_run())).opening == (

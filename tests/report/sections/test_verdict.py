@@ -40,8 +40,8 @@ def table(found: Section) -> Table:
 
 
 FIRST = (
-    "**float16 breaks first in layer 1, residual after MLP (`layers.1`), at token 28 `'.'`**: the value is 70,000, and "
-    "float16 ends at 65,504."
+    "**float16 breaks first in layer 1, residual after MLP (`layers.1`), at token 28 `'.'`**: 70,000 exceeds the "
+    "float16 maximum, 65,504."
 )
 
 
@@ -56,10 +56,11 @@ def test_a_break_at_some_lengths_of_some_texts_says_which_and_what_to_do(tmp_pat
         (lengths_case("float32"), clean_map("float32")),
     )
     assert paragraph(found) == (
-        "**float16 breaks first in layer 1, residual after MLP (`layers.1`), at token 0 `'.'`**: the value is 70,000, "
-        "and float16 ends at 65,504. With `<bos>`, both texts break at every length that ran, in layer 1, `'.'`. "
+        "**float16 breaks first in layer 1, residual after MLP (`layers.1`), at token 0 `'.'`**: 70,000 exceeds the "
+        "float16 maximum, 65,504. With `<bos>`, both texts break at every length that ran, in layer 1, `'.'`. "
         "Without `<bos>`, 1 of 2 texts breaks (`prose`) from 29 tokens on, in layer 1, `'.'`; the other one is clean. "
-        "bfloat16 (1 case, at least 115.0 bits to spare) and float32 (1 case, at least 115.0 bits to spare) are clean. "
+        "bfloat16 (1 case, at least 115.0 bits of headroom) and float32 (1 case, at least 115.0 bits of headroom) are "
+        "clean. "
         "What to do: use bfloat16 or float32, which are clean here; to stay in float16, scale the residual stream down "
         "by a power of two first."
     )
@@ -98,28 +99,28 @@ def test_different_stories_are_told_one_by_one(tmp_path: Path) -> None:
 def test_nothing_breaks(tmp_path: Path) -> None:
     found = made(tmp_path, (lengths_case(), clean_map()), (lengths_case("float32"), clean_map("float32")))
     assert paragraph(found) == (
-        "**Nothing breaks**: float16 (1 case, at least 3.0 bits to spare) and float32 (1 case, at least 115.0 bits to "
-        "spare) are clean. What to do: nothing for texts like these; float16 is the tightest, with 3.0 bits to spare."
+        "**Nothing breaks**: float16 (1 case, at least 3.0 bits of headroom) and float32 (1 case, at least 115.0 bits "
+        "of headroom) are clean. What to do: nothing for texts like these; float16 has the least headroom, 3.0 bits."
     )
 
 
 def test_a_narrow_escape_is_no_clean_bill(tmp_path: Path) -> None:
     text = paragraph(made(tmp_path, (run_case(), clean_run(amax=50000.0))))
     assert text == (
-        "**Nothing breaks**: float16 (1 case, at least 0.39 bits to spare) is clean. What to do: treat float16 as "
-        "broken all the same, for 0.39 bits is what `prose` leaves, and a value twice as large would not fit."
+        "**Nothing breaks**: float16 (1 case, at least 0.39 bits of headroom) is clean. What to do: treat float16 as "
+        "broken all the same: `prose` leaves 0.39 bits of headroom, and a value twice as large would overflow."
     )
 
 
 def test_without_float16_its_fate_is_told_from_what_was_stored(tmp_path: Path) -> None:
     text = paragraph(made(tmp_path, (lengths_case("float32"), clean_map("float32", amax=104000.0))))
     assert text.startswith(
-        "float16 is not part of this sweep; by the largest value that float32 stored, 104,000 in `prose`, float16 "
-        "would break, as it ends at 65,504. **Nothing breaks**: float32 (1 case, at least 111.3 bits to spare) is "
+        "float16 is not part of this sweep; the largest value that float32 stored, 104,000 in `prose`, would overflow "
+        "it (maximum 65,504). **Nothing breaks**: float32 (1 case, at least 111.3 bits of headroom) is "
         "clean."
     )
     roomy = paragraph(made(tmp_path / "roomy", (lengths_case("float32"), clean_map("float32"))))
-    assert "8,188 in `prose`, float16 would have 3.0 bits to spare." in roomy
+    assert "8,188 in `prose`, would leave 3.0 bits of headroom in it." in roomy
 
 
 def test_another_low_precision_may_be_the_one_that_breaks(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_another_low_precision_may_be_the_one_that_breaks(tmp_path: Path) -> Non
     )
     assert text.startswith("**float8_e5m2 breaks first in layer 0, residual after MLP (`layers.0`), at token 0")
     assert "Sampling then raises `no 'probabilities'`." in text
-    assert "float16 (1 case, at least 2.0 bits to spare) is clean." in text
+    assert "float16 (1 case, at least 2.0 bits of headroom) is clean." in text
     assert "to stay in float8_e5m2, scale" in text
     assert "use bfloat16 or float32, whose range holds these values though it did not run;" in text
 
@@ -178,17 +179,14 @@ def test_what_failed_or_is_missing_is_said(tmp_path: Path) -> None:
     )
     text = paragraph(found)
     assert text.startswith("**Nothing that has finished breaks**")
-    assert text.endswith(
-        "Of 3 cases, 1 case failed (killed) and 1 case is missing, in bfloat16 and float32: what they would show is "
-        "not in this."
-    )
+    assert text.endswith("Not included: of 3 cases, 1 failed (killed) and 1 has not run, in bfloat16 and float32.")
     assert [list(row[:3]) for row in table(found).rows] == [["float16", 1, 1], ["bfloat16", 1, 0], ["float32", 1, 0]]
 
 
 def test_an_empty_sweep_has_no_verdict_and_says_so(tmp_path: Path) -> None:
     found = made(tmp_path, (lengths_case(), None), (run_case(), None))
     assert found.opening == "There is no verdict yet: none of 2 cases that would run a prompt has finished."
-    assert paragraph(found) == "Of 2 cases, 2 cases are missing, in float16: what they would show is not in this."
+    assert paragraph(found) == "Not included: of 2 cases, 2 have not run, in float16."
     assert made(tmp_path / "memory", (memory_case(), None)).opening == (
         "This experiment runs no prompt, so there is nothing to judge."
     )
