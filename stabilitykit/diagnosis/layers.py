@@ -1,7 +1,7 @@
 """A recording, layer by layer: how large, how close to the limit, how much lost, how sharp the attention."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,7 +15,8 @@ class LayerRow:
 
     `amax` and where it is (`site`, `label`, `position`, `token`); `headroom` in bits of the run's dtype. `lost` and
     `subnormal` count elements, and `past` those that overflow the format asked for.
-    Entropies of its softmax are in nats; None where there is no softmax.
+    Entropies of its softmax are in nats; None where there is no softmax. `extra` holds the largest of each statistic
+    that a user added, over the same tensors; None where none of them has it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerRow:
     past: int
     entropy_min: float | None
     entropy_mean: float | None
+    extra: Mapping[str, float | None]
 
 
 _PARTS = {
@@ -104,7 +106,12 @@ def _row(recording: Recording, part: str, records: list[Record], form: str) -> L
         past=sum(record.formats[form].overflow for record in own if form in record.formats),
         entropy_min=min(least) if least else None,
         entropy_mean=sum(mean) / len(mean) if mean else None,
+        extra={name: _largest(record.extra.get(name) for record in own) for name in recording.header.statistics},
     )
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None and not math.isnan(value)), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

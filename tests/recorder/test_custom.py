@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.diagnosis.layers import by_layer, stored
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma, query_blocks
 from stabilitykit.recorder import Statistic, record
 from stabilitykit.records import Recording
+from stabilitykit.report.parts.by_layer import layers
 
 Small = Callable[..., Gemma]
 
@@ -174,3 +176,18 @@ def test_a_name_is_a_column_of_its_own(names: list[str], said: str) -> None:
     statistics = [Statistic(name, "", lambda x: x.max()) for name in names]
     with pytest.raises(MisuseError, match=said), record(nn.Linear(2, 2), statistics=statistics):
         pass
+
+
+def test_tables_by_layer_show_the_largest_of_each_layer(small: Small, tokens: Tensor) -> None:
+    recording = run(small(3), tokens, statistics=[PEAK, SHARE])
+    shown = layers(recording)
+    assert [(column.name, column.unit) for column in shown.columns][-3:-1] == [
+        ("peak", "magnitude"),
+        ("negative", "fraction of elements"),
+    ]
+    by_name = {str(row[0]): row for row in shown.rows}
+    for part in by_layer(recording):
+        own = [record for record in stored(recording) if str(record.layer) == part.name]
+        if own:
+            assert by_name[part.name][-3] == part.amax
+            assert by_name[part.name][-2] == max(record.extra["negative"] or 0.0 for record in own)

@@ -1,5 +1,7 @@
 """One recording as tables: by layer, and by step where it is a generation."""
 
+from functools import partial
+
 from stabilitykit.diagnosis.layers import LayerRow, StepRow, by_layer, by_step
 from stabilitykit.records import Recording
 from stabilitykit.report.blocks import Column, Table
@@ -29,10 +31,16 @@ def layers(recording: Recording, form: str = "float16") -> Table:
             (Column("entropy", format=lambda value: f"{value:.2f}"), lambda row: row.entropy_mean),
             *([(Column("lost", format=some), lambda row: row.lost)] if any(row.lost for row in rows) else []),
             *([(Column(f"> {form}", format=some), lambda row: row.past)] if dtype != form else []),
+            *((Column(name, unit=unit), partial(_extra, name)) for name, unit in recording.header.statistics.items()),
             (Column("amax is in"), _where),
         ],
         alarming=lambda row: row.lost > 0,
     )
+
+
+def _extra(name: str, row: LayerRow) -> float | None:
+    """The largest of a user's own statistic among the layer's tensors."""
+    return row.extra[name]
 
 
 def _where(row: LayerRow) -> str | None:
