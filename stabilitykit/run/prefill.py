@@ -125,6 +125,7 @@ def _prepare(checkpoint: str, dtype: str, length: int, device: str) -> _Prepared
     # Loads what is loaded when first used: kernels, the BLAS and its buffers, threads.
     tiny = open_checkpoint("random:gemma3-270m?layers=2&vocabulary=3000")
     _prefill(build(tiny, dtype=dtype, device=device, stream=False), 64, chosen)
+    footprint(tiny.config, dtype, 64, matmul=chosen, device=place.type)  # torch's own code for tensors without values
     libraries = _in_use(place.type)
     before = 0 if place.type == "cpu" else torch.cuda.memory_allocated()
 

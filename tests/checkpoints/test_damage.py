@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list": (_a_list, r"config\.json must hold a JSON object, got a list"),
     "other architecture": (lambda f: change(f, model_type="llama"), r"unknown model_type 'llama'; .* hf:/.*/hf$"),
     "no architecture": (lambda f: change(f, model_type="gone"), r"unknown model_type None"),
-    "other width": (lambda f: change(f, intermediate_size=96), r"shapes that the config gives; layers\.0\.mlp\.gate"),
+    "other width": (lambda f: change(f, intermediate_size=96), r"shapes do not match the config: layers\.0\.mlp\.gate"),
     "more layers": (
         lambda f: change(f, num_hidden_layers=3),
         r"13 missing \(layers\.2\.input_layernorm.*The config has another number of layers than the weights",

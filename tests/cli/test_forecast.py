@@ -55,7 +55,7 @@ def test_what_people_read(stabilitykit: Run) -> None:
     assert "What each format would make of" in result.out
     cut = stabilitykit("forecast", RANDOM, "--prompt", "hi", "--rescale", "65536", "--saturating")
     assert "float8_e4m3fn would overflow first" in result.out
-    assert "float8_e4m3fn would cut values off first" in cut.out
+    assert "float8_e4m3fn would saturate first" in cut.out
     assert ("±448" in cut.out, "±448" in result.out) == (True, False)
 
 

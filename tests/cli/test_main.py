@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,15 @@ def stuck(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A command that waits for its prompt, which nobody writes."""
     os.mkfifo(tmp_path / "prompt")
     command = [sys.executable, "-m", "stabilitykit", "profile", "random:gemma3-270m", "--prompt"]
-    process = subprocess.Popen(
-        [*command, f"@{tmp_path / 'prompt'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    yield process
-    process.kill()
-    process.wait()
+    with subprocess.Popen(
+        [*command, f"@{tmp_path / 'prompt'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    ) as process:
+        yield process
+        process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals and no pipes with names on Windows")

@@ -169,8 +169,8 @@ BAD = {
     "unknown dtype": (("--dtype", "float12"), "Unknown dtype 'float12'; choose one of: float32, bfloat16, "),
     "unknown device": (("--device", "tpu9"), "'tpu9' cannot be used here"),
     "empty prompt": (("--prompt", ""), "at least one character"),
-    "too long": (("--prompt", "a" * 64), "context of 64 tokens; this has 65"),
-    "too long with padding": (("--left-padding", "60"), "context of 64 tokens; this has 66"),
+    "too long": (("--prompt", "a" * 64), "context of 64 tokens: it has 65. Shorten it."),
+    "too long with padding": (("--left-padding", "60"), "context of 64 tokens: it has 66. Shorten it."),
     "no such prompt file": (("--prompt", "@/nowhere/at/all"), "names a file to read"),
     "rescale no power of two": (("--rescale", "3"), "power of two"),
     "system without chat": (("--system", "x"), "add --chat"),
@@ -258,5 +258,5 @@ def test_weights_past_float16_are_told_from_weights_that_were_never_finite(stabi
     shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
     assert "1 becomes infinite" in shown
     assert f"mostly in {name}." in shown
-    assert f"took 1 of its weights ({name}, ...) past the format's range" in shown
+    assert f"1 weight overflows, mostly in {name}; the checkpoint itself is finite" in shown
     assert strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)["cause"] == "range"

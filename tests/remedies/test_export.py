@@ -93,7 +93,7 @@ def test_a_source_that_is_another_is_refused(broken: Path, repaired: Path, tmp_p
     (moved / "repair.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="Bring the original back"):
         verify(moved)
-    with pytest.raises(MisuseError, match=r"holds repair\.json"):
+    with pytest.raises(MisuseError, match=r"has no repair\.json that can be read"):
         verify(broken)
 
 
@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_not_written(broken: Path, tmp_path: Path) -> None
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
     lost = replace(found, ranking=replace(found.ranking, carried="float16"))
     assert not lost.ranking.repaired.finite
-    with pytest.raises(MisuseError, match="on the held-out texts this one is not"):
+    with pytest.raises(MisuseError, match="is not finite in float16 on the held-out texts"):
         export(opened, lost, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
@@ -137,7 +137,7 @@ def test_a_proof_that_its_checker_does_not_accept_is_not_written(broken: Path, t
     unproved = replace(found, rescaled=rescale(opened, 1.0))
     with pytest.raises(CheckpointError, match=r"may reach .*, above the float16 maximum, 65,504"):
         export(opened, unproved, tmp_path / "new")
-    with pytest.raises(MisuseError, match="A proof is of weights stored in float16"):
+    with pytest.raises(MisuseError, match="A proof holds for weights stored in float16 only"):
         export(opened, found, tmp_path / "new", "float32")
     assert list(tmp_path.iterdir()) == []
     assert (export(opened, found, tmp_path / "new") / "proof.json").is_file()

@@ -97,7 +97,9 @@ def test_where_bos_breaks_alone_it_is_said_and_left_out() -> None:
     assert found.bos is not None
     assert found.bos.breaks
     assert found.breaking[0] == found.bos
-    assert (with_bos(found) or "").startswith("With <bos> every prompt breaks, whatever follows: <bos> alone does.")
+    assert (with_bos(found) or "").startswith(
+        "With <bos> every prompt breaks, whatever follows, because <bos> alone does."
+    )
     assert not any(find.bos or find.breaks for find in found.finds)
     assert found.scans[0].by_ids[0].token == BOS
     asked = search(opened, bos=True, limit=300)
@@ -138,7 +140,7 @@ def test_where_no_token_is_text_nothing_is_tried() -> None:
     assert (found.finds, found.steps) == ((), ())
     assert all(len(scan.by_ids) == 4 and not scan.worst for scan in found.scans)
     for bos, how in ((False, "Without"), (True, "With")):
-        assert shortest(found, bos) == f"{how} <bos> nothing was tried: of the tokens scanned none is text by itself."
+        assert shortest(found, bos) == f"{how} <bos> no prompt was tried: none of the tokens scanned is text by itself."
 
 
 def test_a_search_is_read_as_it_was_written() -> None:

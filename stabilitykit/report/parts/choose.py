@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from stabilitykit.formats import NumberFormat
 from stabilitykit.records import Level, Record, Recording
-from stabilitykit.records.sweep import Case, Results
+from stabilitykit.records.sweep import USUAL, Case, Results
 from stabilitykit.report.blocks import Section
 from stabilitykit.words import at_token, counted, none_finished, place, with_bos
 
@@ -16,8 +16,6 @@ RULE = (
     "Of the {} finished groups of runs, figures show those of the plan's first prompt, with and without <bos>, at the "
     "length that finished in the most dtypes, the longest of several."
 )
-
-_OTHERS = ("rescale", "level", "seed", "rounding")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +58,7 @@ def groups(results: Results) -> list[Group]:
             runs = {} if reference is None else {REFERENCE: reference}
             found.append((settings, runs))
         runs[recording.header.dtype] = recording
-    varied = [name for name in _OTHERS if len({str(settings.get(name)) for settings, _ in found}) > 1]
+    varied = [name for name in USUAL if len({str(settings.get(name)) for settings, _ in found}) > 1]
     return [
         Group(
             name=_name(settings, runs, varied),

@@ -67,12 +67,13 @@ def test_heat_is_headroom_in_bits_and_says_what_was_lost(tmp_path: Path) -> None
         ("output", 1, 201.0),
         ("add.0", 1, 101.0),
         ("mlp.down_proj", 1, 51.0),
+        ("self_attn/softmax.0", 0, 0.9),
     ]
     for row in tables(found)["headroom-with-bos"].rows:
         assert row[6] == pytest.approx(math.log2(FLOAT16 / float(str(row[3]))))
     texts = hovers(figures(found)["headroom-float32-with-bos"])
     assert "layer 1, residual after MLP: 8.3 bits, largest 201, at token 1 ' a'" in texts
-    assert len(texts) == 3 * 2
+    assert len(texts) == 4 * 2
     broken = hovers(figures(found)["headroom-float16-without-bos"])
     assert "layer 0, residual after MLP: 1 of 12 elements are inf or NaN" in broken
     assert "layer 1, add.0: not recorded" in broken
@@ -86,9 +87,10 @@ def test_histograms_count_the_elements_of_the_worst_layer(tmp_path: Path) -> Non
         ["down projection", 1, 12, 0, 0.5, 51.0],
         ["logits", None, 12, 0, 0.5, 20.0],
         ["embedding, scaled", None, 12, 0, 0.5, 4.0],
+        ["attention probabilities", 0, 12, 0, 0.5, 0.9],
     ]
     texts = Counter(hovers(figures(found)["exponents-with-bos"]))
-    assert texts["2^-1 to 2^0: 11 of 12 elements"] == texts["2^3 to 2^4: 1 of 12 elements"] == 5
+    assert texts["2^-1 to 2^0: 11 of 12 elements"] == texts["2^3 to 2^4: 1 of 12 elements"] == 6
     assert texts["float16: subnormal from 5.96e-08, normal from 6.104e-05, largest 65,504"] >= 1
 
 
