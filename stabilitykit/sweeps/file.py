@@ -176,15 +176,15 @@ class _Reader:
     def _table(self, raw: dict[str, Any], name: str, keys: set[str]) -> dict[str, Any]:
         table = raw.get(name, {})
         if not isinstance(table, dict):
-            self.fail(f"[{name}] is a table; {table!r} is none", name)
+            self.fail(f"[{name}] must be a table, got {table!r}", name)
         self._known(table, keys, name, 0)
         return dict(table)
 
     def _known(self, table: Mapping[str, Any], allowed: set[str], where: str, number: int) -> None:
         for key in table:
             if key not in allowed:
-                kind = "An axis" if where in TABLES else "A key here"
-                self.fail(f"{kind} is one of {', '.join(sorted(allowed))}; {key!r} is none of them", key, where, number)
+                what = "axis" if where in TABLES else "key"
+                self.fail(f"unknown {what} {key!r}; choose one of: {', '.join(sorted(allowed))}", key, where, number)
 
     def _values(self, table: Mapping[str, Any], name: str, where: str, number: int) -> list[Any]:
         axis = TABLES[where][name]
