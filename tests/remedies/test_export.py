@@ -229,3 +229,13 @@ def test_the_270m_in_plain_transformers(checkpoint_270m: Checkpoint, folders_270
     assert repaired <= wide / 40
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders_270m["float16"])
     assert tokenizer("The capital of France is")["input_ids"] == [2, 818, 5279, 529, 7001, 563]
+
+
+def test_a_model_with_fewer_layers_than_one_global_in_six_is_read_back(tmp_path: Path) -> None:
+    wanted = open_checkpoint(f"{SPECS[2]}&global_every=6")
+    assert wanted.config.layers < 6
+    write_folder(wanted, tmp_path, "float32")
+    repairs._compare(open_checkpoint(tmp_path), wanted, torch.float32)
+    other = replace(wanted, config=replace(wanted.config, global_every=1))
+    with pytest.raises(CheckpointError, match="reads back differently"):
+        repairs._compare(open_checkpoint(tmp_path), other, torch.float32)
