@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+import stabilitykit.cli.options as options
 from stabilitykit.choices import WideDtype
-from stabilitykit.cli import options
 
 
 def forecast(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stabilitykit.cli import options
+import stabilitykit.cli.options as options
 from stabilitykit.errors import MisuseError
 from stabilitykit.records import Level
 

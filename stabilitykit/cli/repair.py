@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+import stabilitykit.cli.options as options
 from stabilitykit.choices import ExportDtype
-from stabilitykit.cli import options
 
 
 def repair(

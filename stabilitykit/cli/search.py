@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import stabilitykit.cli.options as options
 from stabilitykit.choices import LowDtype
-from stabilitykit.cli import options
 from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:

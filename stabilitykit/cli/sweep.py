@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stabilitykit.cli import options
+import stabilitykit.cli.options as options
 
 if TYPE_CHECKING:
     from stabilitykit.records.sweep import Case, Results

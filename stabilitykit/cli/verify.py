@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stabilitykit.cli import options
+import stabilitykit.cli.options as options
 
 
 def verify(

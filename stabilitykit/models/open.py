@@ -12,7 +12,7 @@ from stabilitykit.models.gemma import load
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers import open_model as open_transformers
-from stabilitykit.models.transformers.library import PREFIX
+from stabilitykit.models.transformers.backend import PREFIX
 
 
 def open_model(

@@ -22,7 +22,7 @@ from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.open import check_options
 from stabilitykit.models.subject import Subject
-from stabilitykit.models.transformers.library import PREFIX
+from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.run.case import Progress, stage
 
 SubjectIn = Callable[[str, Callable[[int, int], None]], Subject]

@@ -21,7 +21,7 @@ from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.stream import STREAMED
 from stabilitykit.models.subject import Continuation, Sampling
-from stabilitykit.models.transformers.library import explained
+from stabilitykit.models.transformers.backend import explained
 from stabilitykit.recorder import record
 from stabilitykit.run.case import run_case
 

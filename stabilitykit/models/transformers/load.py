@@ -27,7 +27,7 @@ from stabilitykit.models.devices import parse_device, parse_dtype
 from stabilitykit.models.memory import must_stream
 from stabilitykit.models.stream import STREAMED, StoredWeight
 from stabilitykit.models.stream import stream as stream_weights
-from stabilitykit.models.transformers.library import PREFIX, explained, imported, quiet
+from stabilitykit.models.transformers.backend import PREFIX, explained, imported, quiet
 from stabilitykit.models.transformers.model import HuggingFaceModel
 from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer, open_tokenizer
 from stabilitykit.words import counted, listed

@@ -7,7 +7,7 @@ from typing import Any
 
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.models.transformers.library import PREFIX, explained, imported, quiet
+from stabilitykit.models.transformers.backend import PREFIX, explained, imported, quiet
 from stabilitykit.words import printable
 
 
