@@ -45,7 +45,7 @@ def test_an_override_replaces_an_axis_in_every_grid(tmp_path: Path) -> None:
     ("before", "after", "said"),
     [
         ('title = "t"', "title = ", "line 1"),
-        ('dtype = "float16"', 'dtyp = "float16"', "line 6: An axis is one of .*'dtyp'"),
+        ('dtype = "float16"', 'dtyp = "float16"', "line 6: unknown axis 'dtyp'; choose one of: bos, dtype, "),
         ('dtype = "float16"', 'dtype = "float17"', "line 6: dtype is float32 or .*'float17'"),
         ("bos = false", "bos = 0", "line 8: bos is true or false; 0"),
         ('"1..64"', '"2..64"', "line 5: length is a number of tokens"),
