@@ -128,7 +128,7 @@ def _first_sentence(recording: Recording, first: Record) -> str:
             return f"{place} is {lost}{count}: {_made(first, which='')}."
         case "masked-row":
             return f"{place} is NaN{count}: every key of that row is masked."
-        case "weight" | "input":
+        case "weight" | "input" | "constant":
             source = " and ".join(broke.operand_sites)
             return f"{place} is the first tensor that is not finite{count}, because {source} is not."
         case "unresolved":

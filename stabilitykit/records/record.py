@@ -16,8 +16,19 @@ BreakKind = Literal[
     "division-by-zero",  # an exact infinity out of finite operands: x/0, rsqrt(0), log(0)
     "masked-row",  # softmax over a row in which every key is masked
     "weight",  # a parameter or buffer that is not finite to begin with
-    "input",  # an input that is not finite to begin with
-    "unresolved",  # seen only as a module's output; record operators to resolve it
+    "input",  # something passed to the model that is not finite to begin with, its cache too
+    "constant",  # NaN or an infinity that the code itself put in: a fill, an assignment, unwritten memory
+    "unresolved",  # not finite, and how it became so was not seen
+]
+
+OriginKind = Literal[
+    "weight",  # a parameter of the model
+    "buffer",  # a buffer of the model
+    "constant",  # made inside the model without any of the above: a fill, a range of positions, arithmetic on those
+    "input",  # passed to the model
+    "cache",  # a slot of a cache that was passed to the model
+    "outside",  # made by code outside the model
+    "computed",  # the result of an operator
 ]
 
 
@@ -58,12 +69,22 @@ class Softmax:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Break:
-    """How a site's output came to be non-finite although every operand was finite.
+    """How a site's output came to be non-finite although no earlier site's was.
 
     `count` elements of the tensor broke; `row`, `position` and `channel` locate the earliest one, `index` in
-    the tensor's own shape; `token` is the id there. `operands` are the operands at that element, or, where one
-    element combines many (a product, a sum), the largest magnitude among those it combines. `value` is what those
-    operands give in the next wider format, NaN and infinities included; None where it could not be recomputed.
+    the tensor's own shape; `token` is the id there, and `rows` and `positions` are all that hold a broken element, in
+    order; None and () where they are not known. `counts` is what positions count. `operands` are the operands at that
+    element, or, where one element combines many (a product, a sum), the largest magnitude among those it combines.
+    `value` is what those operands give in float64, NaN and infinities included; None where it could not be recomputed.
+
+    `origin_kind` and `origin_name` say where the damage came from: what was not finite to begin with
+    (`origin_finite` False), or the largest operand of an operator whose operands were all finite (True). A name is a
+    parameter's or buffer's path, an argument's name, an operator's name or a site. None where it was not seen.
+
+    `rounded_site` made an operand that only this dtype's rounding turned into zero or an infinity, and `rounded_from`
+    is what it would have been. `scaled` is what the next operator, a product with a scale or a weight, would have made
+    of `value`. `outside` is the code that ran outside the model: a logits processor's class, "backward", or file, line
+    and source. `causal`: as checked while it ran, nothing at a later position of the same sequence took part.
     """
 
     kind: BreakKind
@@ -77,6 +98,17 @@ class Break:
     operand_sites: tuple[str, ...]
     value: float | None
     limit: float
+    rows: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    counts: str = "token"
+    origin_kind: OriginKind | None = None
+    origin_name: str | None = None
+    origin_finite: bool | None = None
+    rounded_site: str | None = None
+    rounded_from: float | None = None
+    scaled: float | None = None
+    outside: str | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +131,9 @@ class WeightCounts:
     """One parameter, stored in a format: how many of its elements would leave the format's normal range.
 
     `overflow` is past the largest value, `subnormal` rounds to a non-zero subnormal, `zero` from non-zero to zero;
-    `nonfinite` were NaN or infinite before.
+    `nonfinite` were NaN or infinite before. `index` is that of the first element that is not finite or would overflow,
+    else of the first that becomes zero, `value` what it is in the checkpoint, None where there is none. `block` is the
+    number of the quantised block that holds it, in a file that has blocks.
     """
 
     name: str
@@ -108,6 +142,9 @@ class WeightCounts:
     subnormal: int
     zero: int
     nonfinite: int
+    index: tuple[int, ...] | None = None
+    value: float | None = None
+    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +186,7 @@ class Record:
     `dtype` is the one in which the tensor was stored. Positions are absolute, rows count the batch.
     `masked` elements are a mask at work (-inf, or the minimum that stands for it) and enter no other count or
     statistic. `exponents[i]` counts the finite non-zero elements with floor(log2|x|) = `exponent_first + i`. `lost_*`
-    count what holds a non-finite element.
+    count what holds a non-finite element. `absorbs`: an operand held such an element, and this tensor holds none.
     `position_amax` runs over rows, then positions; None unless asked for. `extra` are the statistics that a user added,
     by name: None where one has no value. `stored_dtype` is the dtype in which a run of
     the same model in float16 stores these values, None where nobody found out.
@@ -194,6 +231,7 @@ class Record:
     channels: int | None = None
     lost_positions: int = 0
     lost_channels: int = 0
+    absorbs: bool = False
 
     softmax: Softmax | None = None
     deviation: Deviation | None = None

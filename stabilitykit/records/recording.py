@@ -27,10 +27,10 @@ class Header(Provenance):
 
     `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
     redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
-    begin. `statistics` are those that a user added, by name, with their units: each has a column of its own, and is in
-    every record's `extra`. `weights` is what storing the checkpoint in the run's dtype does to it, if that was looked
-    at. `watched` are elements asked for: site, row-major index, value. `case` is free-form: prompt, rescale, rounding
-    and whatever else was chosen.
+    begin, `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a
+    user added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is
+    what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for:
+    site, row-major index, value. `case` is free-form: prompt, rescale, rounding and whatever else was chosen.
     """
 
     dtype: str
@@ -49,6 +49,7 @@ class Header(Provenance):
     logits_error: LogitsError | None = None
     weights: StoredWeights | None = None
     starts: tuple[int, ...] = ()
+    lost_steps: tuple[int, ...] = ()
     error: str | None = None
     schema: int = SCHEMA_VERSION
 

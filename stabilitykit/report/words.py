@@ -42,7 +42,7 @@ def happened(span: Span, dtype: str) -> str:
             return f"the result is infinite although every operand is finite ({span.operator or 'a division'})"
         case "masked-row":
             return "every key of a row is masked, and its softmax is 0 / 0"
-        case "weight" | "input":
+        case "weight" | "input" | "constant":
             source = listed([code(site) for site in broke.operand_sites], most=2) or f"an operand ({broke.kind})"
             return f"{source} {'were' if len(broke.operand_sites) > 1 else 'was'} not finite to begin with"
         case "unresolved":
