@@ -5,14 +5,16 @@ Under `inference_mode` composite operators reach a dispatch mode whole (`linear`
 rest, so an operator is called the same either way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_leaves
 
 State = TypeVar("State")
 
@@ -61,6 +63,7 @@ class Traits:
 
     name: str  # "add" for add.Tensor and add_.Tensor, "matmul" for mm, bmm, addmm and linear
     composite: bool  # takes itself apart into others
+    own: frozenset[str]  # of a composite: the backends that have a kernel of it instead
     writes_in_place: bool
     written: tuple[tuple[int, str], ...]  # the arguments that it writes into, by place and name
     combines: bool  # makes its result of its operands' values rather than only placing them
@@ -71,6 +74,8 @@ class Traits:
     seeded: bool  # draws random numbers
     func: Any = field(repr=False)  # kept alive, for its address names it
 
+
+_BACKENDS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1", "NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU")
 
 _known: dict[int, Traits] = {}
 
@@ -92,9 +97,12 @@ def _traits(func: Any) -> Traits:
     alias = returned[0].alias_info if returned else None
     view = alias is not None and not alias.is_write
     pointwise = torch.Tag.pointwise in func.tags or name == "cast"
+    has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    composite = bool(has_kernel("CompositeImplicitAutograd"))
     return Traits(
         name=name,
-        composite=bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")),
+        composite=composite,
+        own=frozenset(backend for backend in _BACKENDS if composite and has_kernel(backend)),
         writes_in_place=bool(func._schema.is_mutable),
         written=tuple(
             (place, argument.name)
@@ -139,7 +147,11 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = traits(func)
-        if kind.composite and (self._apart is None or self._apart(kind)):
+        if (
+            kind.composite
+            and (self._apart is None or self._apart(kind))
+            and not (kind.own and _has_own_kernel(kind, args))
+        ):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
             with self:
@@ -181,6 +193,37 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
         except Exception as error:
             self._failed(kind, error)
         return output
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the block no `WatchMode` looks on; other modes stay."""
+    popped: list[Any] = []
+    stack = _get_current_dispatch_mode_stack()
+    first = next((place for place, mode in enumerate(stack) if isinstance(mode, WatchMode)), len(stack))
+    for _ in stack[first:]:
+        popped.append(_pop_mode())
+    others = [mode for mode in reversed(popped) if not isinstance(mode, WatchMode)]
+    for mode in others:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in others:
+            _pop_mode()
+        for mode in reversed(popped):
+            _push_mode(mode)
+
+
+def _has_own_kernel(kind: Traits, args: tuple[Any, ...]) -> bool:
+    """Whether the device of the first tensor has a kernel of this composite, which is what torch runs there."""
+    first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+    if first is None:
+        return False
+    device = first.device.type
+    backend = "PrivateUse1" if device == torch._C._get_privateuse1_backend_name() else device.upper()
+    backend = f"NestedTensor{backend}" if first.is_nested else f"Mkldnn{backend}" if first.is_mkldnn else backend
+    return backend in kind.own
 
 
 def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:

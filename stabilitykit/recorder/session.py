@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stabilitykit.models.operators import SELECTIONS, OperatorMode, Traits
+from stabilitykit.models.operators import SELECTIONS, Traits, WatchMode
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
+from stabilitykit.recorder.backward import Backward
 from stabilitykit.recorder.custom import CustomStatistics
 from stabilitykit.recorder.entry import Step
 from stabilitykit.recorder.masks import Call, Operand, blocks
@@ -20,10 +21,9 @@ from stabilitykit.recorder.observe import Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.tensors import aside, floating, floating_of_call, has_elements, is_here, region
+from stabilitykit.recorder.unseen import StopAtBreak, Unseen
 
-
-class StopAtBreak(Exception):  # noqa: N818  no error: the first break has been seen
-    """Ends a recorded block early."""
+_Operands = tuple[list[Operand], tuple[Any, ...], dict[str, Any]]
 
 
 class Session:
@@ -35,6 +35,7 @@ class Session:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options = options
         self.pending = Pending()
+        self.unseen = Unseen()
         self.names = Names(model, masks=True, later=self.pending.do)
         self.observer = Observer(
             options=options,
@@ -42,6 +43,7 @@ class Session:
             pending=self.pending,
             custom=CustomStatistics(options.statistics, self.pending),
         )
+        self.backward = Backward(model, self.observer, self.unseen)
         self.starts: list[int] = []
         self.seen: set[int] = set()
         self.autocast: str | None = None
@@ -59,9 +61,10 @@ class Session:
         """Follows the model until the end of `stack`."""
         by_layers = self.options.level == "layers"
         only = _is_layer if by_layers else lambda path: True
-        self.names.attach(stack, only=only, entered=self._entered, left=self._left)
+        self.names.attach(stack, only=only, entered=self._entered, left=self._left, unseen=self.unseen)
         if self.options.level == "operators":
-            stack.enter_context(OperatorMode(self._run_operator))
+            stack.enter_context(WatchMode(self._before, self._after, self._failed))
+        stack.enter_context(self.backward.watch())
 
     # Modules
 
@@ -70,6 +73,7 @@ class Session:
         if self.options.stop_at_break and observer.broken:
             raise StopAtBreak  # not at the break: the modules it ends return first, and lend it their names
         frame.first_entry = len(observer.entries)
+        self.backward.ran(frame.module)
         outer = self.names.frames[:-1]
         if frame.module in self._wholes and not any(above.module in self._wholes for above in outer):
             with aside():
@@ -161,8 +165,8 @@ class Session:
 
     # Operators
 
-    def _run_operator(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = kind.func
+    def _before(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Operands:
+        """The operands, and the arguments as they are before an operator writes over them."""
         seen_args, seen_kwargs = args, kwargs
         tensors = given = floating_of_call(args, kwargs)
         if kind.writes_in_place:
@@ -174,26 +178,32 @@ class Session:
             if kind.combines:  # what it combines is about to be written over
                 seen_args, seen_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
                 tensors = floating_of_call(seen_args, seen_kwargs)
-        names = self.names
-        of = names.origins.of
+        of = self.names.origins.of
         if tensors is given:
             operands = [Operand(tensor, of(tensor)) for tensor in given]
         else:
             operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
-        output = func(*args, **kwargs)
+        return operands, seen_args, seen_kwargs
+
+    def _after(
+        self, kind: Traits, state: _Operands, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        operands, seen_args, seen_kwargs = state
         outputs = floating(output)
         if not outputs:
-            return output
+            return
+        names = self.names
         site = names.of_result(kind, operands, outputs)
         if site is None:
-            return output
+            return
+        of = names.origins.of
         overwritten: Origin | None = None
         if kind.name == "cast" and kind.writes_in_place:  # what stood there before is no operand
             overwritten = operands.pop(0).origin
         hides = kind.name in SELECTIONS
         for operand in operands:
             hides = hides or operand.origin.may_hide
-        call = Call(kind.name, operands, func, seen_args, seen_kwargs)
+        call = Call(kind.name, operands, kind.func, seen_args, seen_kwargs)
         fused = kind.name == FUSED_ATTENTION
         observer, frame = self.observer, names.frames[-1]
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
@@ -202,8 +212,12 @@ class Session:
             names.also_lost(of(outputs[0]), [overwritten])  # elsewhere in that memory
         if fused and self.options.fused_softmax:
             with aside():
-                observer.entries[-1].softmax = recompute_softmax(func, args, kwargs)
-        return output
+                observer.entries[-1].softmax = recompute_softmax(kind.func, args, kwargs)
+
+    def _failed(self, kind: Traits, error: Exception) -> None:
+        place = self.names.frames[-1].path
+        what = f"the result of {kind.name}" + (f" in {place}" if place else "")
+        self.unseen.failed(what, error, f"operator {kind.name}")
 
 
 def _around(name: str) -> Iterator[str]:
