@@ -6,7 +6,7 @@ rest, so an operator is called the same either way.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -64,6 +64,7 @@ class Traits:
     name: str  # "add" for add.Tensor and add_.Tensor, "matmul" for mm, bmm, addmm and linear
     composite: bool  # takes itself apart into others
     own: frozenset[str]  # of a composite: the backends that have a kernel of it instead
+    tracks_views: bool  # before its kernel runs one that makes its results known as views
     writes_in_place: bool
     written: tuple[tuple[int, str], ...]  # the arguments that it writes into, by place and name
     combines: bool  # makes its result of its operands' values rather than only placing them
@@ -103,6 +104,7 @@ def _traits(func: Any) -> Traits:
         name=name,
         composite=composite,
         own=frozenset(backend for backend in _BACKENDS if composite and has_kernel(backend)),
+        tracks_views=bool(has_kernel("ADInplaceOrView")),
         writes_in_place=bool(func._schema.is_mutable),
         written=tuple(
             (place, argument.name)
@@ -154,7 +156,7 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
-            with self:
+            with self, _as_called(kind):
                 # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if kind.view:
@@ -213,6 +215,17 @@ def unwatched() -> Iterator[None]:
             _pop_mode()
         for mode in reversed(popped):
             _push_mode(mode)
+
+
+def _as_called(kind: Traits) -> AbstractContextManager[None]:
+    """Around the parts of a composite in inference mode: with the dispatch keys of its own call, not a mode's.
+
+    Without them views of weights would no longer ask for gradients, which decides how a product is computed. Elsewhere,
+    and where its results become views, a kernel of autograd's has run before, and takes care of what it returns.
+    """
+    if torch.is_inference_mode_enabled() and not kind.tracks_views:
+        return torch._C._RestorePythonTLSSnapshot()  # type: ignore[attr-defined, no-any-return]
+    return nullcontext()
 
 
 def _has_own_kernel(kind: Traits, args: tuple[Any, ...]) -> bool:
