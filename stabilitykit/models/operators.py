@@ -73,6 +73,7 @@ class Traits:
     view: bool
     factory: bool  # the result holds no value of an operand: `zeros_like`, `new_full` and the like
     seeded: bool  # draws random numbers
+    repeatable: bool  # torch's own, and gives the same again: what others define may count, draw or print
     func: Any = field(repr=False)  # kept alive, for its address names it
 
 
@@ -98,6 +99,7 @@ def _traits(func: Any) -> Traits:
     alias = returned[0].alias_info if returned else None
     view = alias is not None and not alias.is_write
     pointwise = torch.Tag.pointwise in func.tags or name == "cast"
+    seeded = torch.Tag.nondeterministic_seeded in func.tags
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
     composite = bool(has_kernel("CompositeImplicitAutograd"))
     return Traits(
@@ -116,7 +118,8 @@ def _traits(func: Any) -> Traits:
         places=name in _MOVES or view,
         view=view,
         factory=name.endswith("_like") or name.startswith("new_"),
-        seeded=torch.Tag.nondeterministic_seeded in func.tags,
+        seeded=seeded,
+        repeatable=not seeded and func.namespace in ("aten", "prims"),
         func=func,
     )
 
@@ -182,6 +185,20 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
         self._before = before
         self._after = after
         self._failed = failed
+
+    def __exit__(self, *raised: Any) -> None:
+        """Takes itself off, if others that were put on later are still there too, as where tasks of asyncio overlap."""
+        others: list[TorchDispatchMode] = []
+        if any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            while _get_current_dispatch_mode_stack()[-1] is not self:
+                others.append(_pop_mode())
+        if others:
+            for name, before in vars(self).items():  # what torch restores when the last one ends
+                if name.startswith("old_") and name.endswith("_flags"):
+                    vars(others[-1])[name][-1], before[-1] = before[-1], vars(others[-1])[name][-1]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        for mode in reversed(others):
+            _push_mode(mode)
 
     def _watch(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

@@ -122,7 +122,7 @@ def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | Non
 
 def _widened(call: Call, index: tuple[int, ...]) -> float | None:
     """The element at `index` of the same operator on the same operands in the next wider format."""
-    if call.func is None or traits(call.func).seeded:  # drawing again would change the user's
+    if call.func is None or not traits(call.func).repeatable:  # drawing again would change the user's
         return None
 
     def widen(argument: Any) -> Any:

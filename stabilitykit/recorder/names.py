@@ -7,7 +7,7 @@ recorder and lighter observers share it, so a site means the same to both.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
@@ -140,6 +140,13 @@ class Names:
         def elsewhere() -> bool:
             return get_ident() != thread or torch._C._current_graph_task_id() != -1
 
+        def failed(path: str, error: Exception) -> None:
+            if unseen is None:
+                raise error
+            unseen.failed(
+                f"what {f'the module {path}' if path else 'the model'} is given or returns", error, "a module"
+            )
+
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if elsewhere():
                 return
@@ -150,8 +157,10 @@ class Names:
                     frames.pop()
             frame = frames.pop()
             if left is not None:
-                with guarded(frame.path):
+                try:
                     left(frame, output)
+                except Exception as error:
+                    failed(frame.path, error)
 
         def entering(path: str, by_blocks: bool) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -160,14 +169,12 @@ class Names:
                 frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs)
                 frames.append(frame)
                 if entered is not None:
-                    with guarded(path):
+                    try:
                         entered(frame)
+                    except Exception as error:
+                        failed(path, error)
 
             return enter
-
-        def guarded(path: str) -> AbstractContextManager[None]:
-            what = f"what the module {path} is given or returns" if path else "what the model is given or returns"
-            return nullcontext() if unseen is None else unseen.guard(what, "a module")
 
         hooks = ModuleHooks(self._model, stack)
         for path, module in self._modules:

@@ -121,7 +121,7 @@ def record(
         _finish(model, session, recording, token_text, redact=redact, error=error)
     for failure in session.observer.custom.failures():
         warnings.warn(failure, stacklevel=3)
-    if all(entry.module == OUTSIDE for entry in session.observer.entries):
+    if not session.starts and all(entry.module == OUTSIDE for entry in session.observer.entries):
         warnings.warn(
             "Nothing was recorded: the model was not called inside the block. Call the module that was passed to "
             "record(), or a part of it.",

@@ -25,7 +25,7 @@ WITHOUT_GRADIENTS = ("RWKV",)  # transformers' own backward pass raises
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, about models as small as these
 
-Outcome = dict[str, list[bytes | None]]
+Outcome = dict[str, list[bytes | None]]  # by what it is
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, transformers.utils.ModelOutput):
+    if hasattr(output, "to_tuple"):  # a dataclass of transformers'
         output = output.to_tuple()
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
@@ -58,7 +58,7 @@ def outcome(of: Example, mode: str, recorded: dict[str, Any] | None) -> tuple[Ou
         differentiable = [one for one in made if one.requires_grad]
         if mode == "grad" and differentiable:
             torch.stack([one.abs().double().square().mean() for one in differentiable]).sum().backward()
-    left = {
+    left: Outcome = {
         "outputs": [bits(one) for one in made],
         "gradients": [None if held.grad is None else bits(held.grad) for held in model.parameters()],
         "buffers": [bits(buffer) for buffer in model.buffers()],
