@@ -422,7 +422,7 @@ TORCH: dict[str, Callable[[], Example]] = {
         (2, 7, 16), (2, 7, 16),
     ),
     "linear algebra": _function(
-        lambda x: (torch.linalg.inv(x), torch.linalg.svdvals(x), torch.linalg.det(x), torch.matrix_exp(x),
+        lambda x: (torch.linalg.inv(x), torch.linalg.svd(x).S, torch.linalg.det(x), torch.matrix_exp(x),
                    torch.linalg.solve(x, x.mT), torch.linalg.norm(x), torch.linalg.matrix_power(x, 3)),
         (6, 6),
     ),

@@ -6,7 +6,7 @@ rest, so an operator is called the same either way.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -64,6 +64,7 @@ class Traits:
     name: str  # "add" for add.Tensor and add_.Tensor, "matmul" for mm, bmm, addmm and linear
     composite: bool  # takes itself apart into others
     own: frozenset[str]  # of a composite: the backends that have a kernel of it instead
+    autocast: frozenset[str]  # the backends on which autocasting changes its operands
     tracks_views: bool  # before its kernel runs one that makes its results known as views
     writes_in_place: bool
     written: tuple[tuple[int, str], ...]  # the arguments that it writes into, by place and name
@@ -77,7 +78,11 @@ class Traits:
     func: Any = field(repr=False)  # kept alive, for its address names it
 
 
-_BACKENDS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1", "NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU")
+# Parts of operators that have been autocast, and whose own kernels call some that could be once more.
+_CAST_BEFORE = frozenset({"_cdist_forward", "_euclidean_dist", "linalg_pinv"})
+
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1")
+_BACKENDS = (*_DEVICES, "NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU")
 
 _known: dict[int, Traits] = {}
 
@@ -106,6 +111,7 @@ def _traits(func: Any) -> Traits:
         name=name,
         composite=composite,
         own=frozenset(backend for backend in _BACKENDS if composite and has_kernel(backend)),
+        autocast=frozenset(backend for backend in _DEVICES if has_kernel(f"Autocast{backend}")),
         tracks_views=bool(has_kernel("ADInplaceOrView")),
         writes_in_place=bool(func._schema.is_mutable),
         written=tuple(
@@ -159,7 +165,7 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
-            with self, _as_called(kind):
+            with self, _apart(kind, args):
                 # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if kind.view:
@@ -205,8 +211,10 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
             state = self._before(kind, args, kwargs)
         except Exception as error:
             self._failed(kind, error)
-            return kind.func(*args, **kwargs)
-        output = kind.func(*args, **kwargs)
+            with _whole(kind, args):
+                return kind.func(*args, **kwargs)
+        with _whole(kind, args):
+            output = kind.func(*args, **kwargs)
         try:
             self._after(kind, state, args, kwargs, output)
         except Exception as error:
@@ -234,26 +242,75 @@ def unwatched() -> Iterator[None]:
             _push_mode(mode)
 
 
-def _as_called(kind: Traits) -> AbstractContextManager[None]:
-    """Around the parts of a composite in inference mode: with the dispatch keys of its own call, not a mode's.
+def _autocast_inside(kind: Traits, args: tuple[Any, ...]) -> bool:
+    """Whether operators inside this one are autocast: where it is on, and this one has not been autocast itself."""
+    nesting = torch.autocast_increment_nesting()  # the cheapest look at it; the rest is for blocks that turn it off
+    torch.autocast_decrement_nesting()
+    if nesting == 1:
+        return False
+    with _as_called():
+        enabled = torch._C._is_any_autocast_enabled()
+    return enabled and kind.name not in _CAST_BEFORE and _device(_first(args)) not in kind.autocast
 
-    Without them views of weights would no longer ask for gradients, which decides how a product is computed. Elsewhere,
-    and where its results become views, a kernel of autograd's has run before, and takes care of what it returns.
+
+@contextmanager
+def _apart(kind: Traits, args: tuple[Any, ...]) -> Iterator[None]:
+    """Around the parts of a composite: with the dispatch keys that torch would have there, not with a mode's.
+
+    In inference mode nothing of autograd's has run before; then views of weights still ask for gradients in its parts,
+    which decides how a product is computed. Elsewhere, and where its results become views, such a kernel has.
     """
-    if torch.is_inference_mode_enabled() and not kind.tracks_views:
-        return torch._C._RestorePythonTLSSnapshot()  # type: ignore[attr-defined, no-any-return]
-    return nullcontext()
+    if not torch.is_inference_mode_enabled() or kind.tracks_views:
+        with _whole(kind, args):
+            yield
+    elif _autocast_inside(kind, args):
+        with _as_called():
+            yield
+    else:
+        with _as_called(), torch._C._DisableAutocast():
+            yield
+
+
+@contextmanager
+def _whole(kind: Traits, args: tuple[Any, ...]) -> Iterator[None]:
+    """Around an operator: what its kernel calls is autocast as without a mode."""
+    if not _autocast_inside(kind, args):
+        yield
+        return
+    with _as_called():
+        above = torch._C._dispatch_tls_local_exclude_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for device in _DEVICES:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+        if not above.has(key):
+            exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
+        yield
+
+
+def _as_called() -> AbstractContextManager[None]:
+    """The dispatch keys that an operator was called with, before a mode got it."""
+    return torch._C._RestorePythonTLSSnapshot()  # type: ignore[attr-defined, no-any-return]
 
 
 def _has_own_kernel(kind: Traits, args: tuple[Any, ...]) -> bool:
     """Whether the device of the first tensor has a kernel of this composite, which is what torch runs there."""
-    first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+    first = _first(args)
     if first is None:
         return False
-    device = first.device.type
-    backend = "PrivateUse1" if device == torch._C._get_privateuse1_backend_name() else device.upper()
-    backend = f"NestedTensor{backend}" if first.is_nested else f"Mkldnn{backend}" if first.is_mkldnn else backend
+    device = _device(first)
+    backend = f"NestedTensor{device}" if first.is_nested else f"Mkldnn{device}" if first.is_mkldnn else device
     return backend in kind.own
+
+
+def _first(args: tuple[Any, ...]) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+
+
+def _device(tensor: Tensor | None) -> str:
+    """As dispatch keys call it."""
+    kind = "cpu" if tensor is None else tensor.device.type
+    return "PrivateUse1" if kind == torch._C._get_privateuse1_backend_name() else kind.upper()
 
 
 def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:
