@@ -6,7 +6,7 @@ rest, so an operator is called the same either way.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -165,9 +165,11 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
-            with self, _apart(kind, args):
-                # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
-                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+            _push_mode(self)  # as `with self` does, without what torch notes of a mode that begins
+            try:
+                return _run_apart(kind, args, kwargs)
+            finally:
+                _pop_mode()
         if kind.view:
             return func(*args, **kwargs)
         return self._operator(kind, args, kwargs)
@@ -211,10 +213,8 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
             state = self._before(kind, args, kwargs)
         except Exception as error:
             self._failed(kind, error)
-            with _whole(kind, args):
-                return kind.func(*args, **kwargs)
-        with _whole(kind, args):
-            output = kind.func(*args, **kwargs)
+            return _run_whole(kind, args, kwargs)
+        output = _run_whole(kind, args, kwargs)
         try:
             self._after(kind, state, args, kwargs, output)
         except Exception as error:
@@ -242,41 +242,49 @@ def unwatched() -> Iterator[None]:
             _push_mode(mode)
 
 
-def _autocast_inside(kind: Traits, args: tuple[Any, ...]) -> bool:
-    """Whether operators inside this one are autocast: where it is on, and this one has not been autocast itself."""
-    nesting = torch.autocast_increment_nesting()  # the cheapest look at it; the rest is for blocks that turn it off
+def _run_apart(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A composite's parts, with the dispatch keys that torch would have there, not with a mode's.
+
+    In inference mode nothing of autograd's has run before; then views of weights still ask for gradients in its parts,
+    which decides how a product is computed. Elsewhere, and where its results become views, such a kernel has.
+    """
+    # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
+    run, key = kind.func._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd
+    autocast = _in_autocast()
+    if not torch.is_inference_mode_enabled() or kind.tracks_views:
+        with _autocasting() if autocast and _autocast_inside(kind, args) else _AS_IT_IS:
+            return run(key, *args, **kwargs)
+    with _as_called():
+        if autocast and not _autocast_inside(kind, args):
+            with torch._C._DisableAutocast():
+                return run(key, *args, **kwargs)
+        return run(key, *args, **kwargs)
+
+
+def _run_whole(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator; what its kernel calls is autocast as without a mode."""
+    if not _in_autocast():
+        return kind.func(*args, **kwargs)
+    with _autocasting() if _autocast_inside(kind, args) else _AS_IT_IS:
+        return kind.func(*args, **kwargs)
+
+
+def _in_autocast() -> bool:
+    """Whether a block of autocasting is open, though it may turn it off: to a mode it seems off in any case."""
+    nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    if nesting == 1:
-        return False
+    return nesting > 1
+
+
+def _autocast_inside(kind: Traits, args: tuple[Any, ...]) -> bool:
+    """Whether operators inside this one are autocast: where that is on, and this one has not been autocast itself."""
     with _as_called():
         enabled = torch._C._is_any_autocast_enabled()
     return enabled and kind.name not in _CAST_BEFORE and _device(_first(args)) not in kind.autocast
 
 
-@contextmanager
-def _apart(kind: Traits, args: tuple[Any, ...]) -> Iterator[None]:
-    """Around the parts of a composite: with the dispatch keys that torch would have there, not with a mode's.
-
-    In inference mode nothing of autograd's has run before; then views of weights still ask for gradients in its parts,
-    which decides how a product is computed. Elsewhere, and where its results become views, such a kernel has.
-    """
-    if not torch.is_inference_mode_enabled() or kind.tracks_views:
-        with _whole(kind, args):
-            yield
-    elif _autocast_inside(kind, args):
-        with _as_called():
-            yield
-    else:
-        with _as_called(), torch._C._DisableAutocast():
-            yield
-
-
-@contextmanager
-def _whole(kind: Traits, args: tuple[Any, ...]) -> Iterator[None]:
-    """Around an operator: what its kernel calls is autocast as without a mode."""
-    if not _autocast_inside(kind, args):
-        yield
-        return
+def _autocasting() -> AbstractContextManager[None]:
+    """Autocasting, as it was when the operator was called."""
     with _as_called():
         above = torch._C._dispatch_tls_local_exclude_set()
     exclude = torch._C._dispatch_tls_local_exclude_set()
@@ -284,13 +292,15 @@ def _whole(kind: Traits, args: tuple[Any, ...]) -> Iterator[None]:
         key = getattr(torch._C.DispatchKey, f"Autocast{device}")
         if not above.has(key):
             exclude = exclude.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
-        yield
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
 
 
 def _as_called() -> AbstractContextManager[None]:
     """The dispatch keys that an operator was called with, before a mode got it."""
     return torch._C._RestorePythonTLSSnapshot()  # type: ignore[attr-defined, no-any-return]
+
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
 def _has_own_kernel(kind: Traits, args: tuple[Any, ...]) -> bool:

@@ -135,10 +135,7 @@ class Names:
         there is `unseen`, what they raise becomes a note. What runs inside a backward pass, as checkpointed modules do
         again, is not followed.
         """
-        frames, thread = self.frames, get_ident()
-
-        def elsewhere() -> bool:
-            return get_ident() != thread or torch._C._current_graph_task_id() != -1
+        frames, thread, in_backward = self.frames, get_ident(), torch._C._current_graph_task_id  # -1: in none
 
         def failed(path: str, error: Exception) -> None:
             if unseen is None:
@@ -148,7 +145,7 @@ class Names:
             )
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if elsewhere():
+            if get_ident() != thread or in_backward() != -1:
                 return
             if frames[-1].module is not module:
                 if all(frame.module is not module for frame in frames):
@@ -164,7 +161,7 @@ class Names:
 
         def entering(path: str, by_blocks: bool) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if elsewhere():
+                if get_ident() != thread or in_backward() != -1:
                     return
                 frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs)
                 frames.append(frame)
