@@ -79,12 +79,13 @@ class Traits:
 
 
 # Parts of operators that have been autocast, and whose own kernels call some that could be once more.
-_CAST_BEFORE = frozenset({"_cdist_forward", "_euclidean_dist", "linalg_pinv"})
+_CAST_BEFORE = frozenset({"_cdist_forward", "_euclidean_dist"})
 
 _DEVICES = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1")
 _BACKENDS = (*_DEVICES, "NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU")
 
 _known: dict[int, Traits] = {}
+_others: dict[int, Any] = {}  # by address too, and kept alive for it
 
 
 def traits(func: Any) -> Traits:
@@ -93,6 +94,15 @@ def traits(func: Any) -> Traits:
     if found is None:
         found = _known[id(func)] = _traits(func)
     return found
+
+
+def _is_operator(func: Any) -> bool:
+    """Whether torch's dispatcher knows it. A mode is also given others: queries of a device, functions of functions."""
+    if id(func) not in _known and id(func) not in _others:
+        known = isinstance(func, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(func.name())  # type: ignore[no-untyped-call]
+        if not known:
+            _others[id(func)] = func
+    return id(func) not in _others
 
 
 def _traits(func: Any) -> Traits:
@@ -139,6 +149,8 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     arguments of one before that. Views run as they are. What `operator` itself runs does not come back to it.
     """
 
+    supports_higher_order_operators = True  # torch would else raise at one
+
     def __init__(
         self,
         operator: Callable[[Traits, tuple[Any, ...], dict[str, Any]], Any],
@@ -157,6 +169,8 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not _is_operator(func):
+            return func(*args, **kwargs)
         kind = traits(func)
         if (
             kind.composite
@@ -251,13 +265,11 @@ def _run_apart(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
     run, key = kind.func._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd
     autocast = _in_autocast()
+    inside = autocast and _autocast_inside(kind, args)
     if not torch.is_inference_mode_enabled() or kind.tracks_views:
-        with _autocasting() if autocast and _autocast_inside(kind, args) else _AS_IT_IS:
+        with _autocasting() if inside else _AS_IT_IS:
             return run(key, *args, **kwargs)
-    with _as_called():
-        if autocast and not _autocast_inside(kind, args):
-            with torch._C._DisableAutocast():
-                return run(key, *args, **kwargs)
+    with _as_called(), torch._C._DisableAutocast() if autocast and not inside else _AS_IT_IS:
         return run(key, *args, **kwargs)
 
 

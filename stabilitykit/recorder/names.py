@@ -145,7 +145,7 @@ class Names:
             )
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if get_ident() != thread or in_backward() != -1:
+            if not frames or get_ident() != thread or in_backward() != -1:
                 return
             if frames[-1].module is not module:
                 if all(frame.module is not module for frame in frames):
@@ -159,9 +159,11 @@ class Names:
                 except Exception as error:
                     failed(frame.path, error)
 
-        def entering(path: str, by_blocks: bool) -> Callable[..., None]:
+        def entering(path: str, followed: nn.Module) -> Callable[..., None]:
+            by_blocks = hasattr(type(followed), "query_block")
+
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if get_ident() != thread or in_backward() != -1:
+                if module is not followed or get_ident() != thread or in_backward() != -1:  # a copy has its hooks too
                     return
                 frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs)
                 frames.append(frame)
@@ -176,7 +178,7 @@ class Names:
         hooks = ModuleHooks(self._model, stack)
         for path, module in self._modules:
             if only(path):
-                hooks.attach(module, entering(path, hasattr(type(module), "query_block")), leave)
+                hooks.attach(module, entering(path, module), leave)
 
     def of_operator(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> str | None:
         """The site of the result of an operator that is not a view; None for results that have no record: values that

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -104,8 +105,6 @@ class Answer:
         lambda x: x.to("meta") * 2,
         lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8).dequantize(),
         lambda x: x.to(torch.float8_e4m3fn).float() * 2,
-        lambda x: torch.empty_like(x, memory_format=torch.preserve_format).copy_(x).t_ if x.ndim == 2 else x.mT,
-        lambda x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,)) if False else x.clone(),
         lambda x: x.double().to(torch.int64) // 2,
         lambda x: torch.tensor(float("nan")) * x,
         lambda x: torch.bucketize(x, torch.tensor([0.0, 0.5])),
@@ -340,6 +339,28 @@ def test_a_custom_operator_runs_once_at_a_break_too(factor: float) -> None:
     assert float(torch.rand(1)) == next_number
     assert calls == [1]
     assert (recording.first_break() is not None) == (factor > 1)
+
+
+def test_operators_that_no_dispatcher_knows_run_as_they_are() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unharmed(Function(lambda x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))), X)
+    with FakeTensorMode():
+        model = nn.Linear(8, 8)
+        with record(model, formats=()):
+            assert model(torch.empty(2, 8)).shape == (2, 8)  # which asks for the device of a fake tensor
+
+
+def test_copies_of_a_recorded_model_are_other_models(level: Level) -> None:
+    model = Function(lambda x: x.exp())
+    with torch.no_grad(), record(model, formats=(), level=level) as recording:
+        other = copy.deepcopy(model)
+        model(X)
+        other(X)
+    with torch.no_grad(), record(model, formats=(), level=level) as alone:
+        model(X)
+    assert [one.site for one in recording if one.module != "outside"] == [one.site for one in alone]
+    assert torch.equal(other(X), model(X))  # their hooks outlive the block
 
 
 # What a recorder fails at
