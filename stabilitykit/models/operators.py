@@ -8,11 +8,13 @@ rest, so an operator is called the same either way.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+State = TypeVar("State")
 
 _SAME = {
     "mm": "matmul",
@@ -112,6 +114,8 @@ def _traits(func: Any) -> Traits:
 class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, `operator(traits, args, kwargs)` runs in the place of every operator, and returns its result.
 
+    To look on without a part in it there is `WatchMode`.
+
     Composite operators that `apart` accepts are taken apart, and their parts arrive instead; `given` may change the
     arguments of one before that. Views run as they are. What `operator` itself runs does not come back to it.
     """
@@ -139,12 +143,44 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
             with self:
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
+                # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if kind.view:
             return func(*args, **kwargs)
         return self._operator(kind, args, kwargs)
+
+
+class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
+    """Inside the block, every operator runs once, as it is, between `before` and `after`.
+
+    `before(traits, args, kwargs)` returns what `after(traits, state, args, kwargs, output)` gets as `state`. What
+    either raises does not reach the code that called the operator: `failed(traits, error)` is told, and may raise it
+    after all. `after` is not called where `before` failed, nor for an operator that raises.
+    """
+
+    def __init__(
+        self,
+        before: Callable[[Traits, tuple[Any, ...], dict[str, Any]], State],
+        after: Callable[[Traits, State, tuple[Any, ...], dict[str, Any], Any], None],
+        failed: Callable[[Traits, Exception], None],
+    ) -> None:
+        super().__init__(self._watch)
+        self._before = before
+        self._after = after
+        self._failed = failed
+
+    def _watch(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            state = self._before(kind, args, kwargs)
+        except Exception as error:
+            self._failed(kind, error)
+            return kind.func(*args, **kwargs)
+        output = kind.func(*args, **kwargs)
+        try:
+            self._after(kind, state, args, kwargs, output)
+        except Exception as error:
+            self._failed(kind, error)
+        return output
 
 
 def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:
