@@ -49,7 +49,7 @@ def broke(kind: BreakKind = "overflow", position: int = 0, **changes: Any) -> Br
     healthy = Break(
         kind=kind, count=1, row=0, position=position, channel=2, token=(2, 7, 9)[position],
         index=(0, position, 2), operands=(60000.0, 8000.0),
-        operand_sites=("layers.0/add.0", "layers.0.mlp.down_proj"), value=68000.0, limit=65504.0,
+        operand_sites=("layers.0/add.0", "layers.0.mlp.down_proj"), value=68000.0, limit=65504.0, causal=True,
     )  # fmt: skip
     return replace(healthy, **changes)
 
@@ -138,7 +138,7 @@ def test_a_later_position_depends_on_the_tokens_up_to_it() -> None:
     [
         ("layers.0", "overflow", {}, "range"),
         ("layers.0", "reduction", {}, "range"),
-        ("layers.0", "unresolved", {}, "range"),
+        ("layers.0", "unresolved", {}, "unresolved"),
         ("layers.0", "invalid", {}, "invalid-operation"),
         ("layers.0.self_attn/softmax.0", "masked-row", {}, "masked-row"),
         ("layers.0", "weight", {}, "weights"),
@@ -181,7 +181,7 @@ def stored_weights(nonfinite: int, overflow: int) -> StoredWeights:
     )
 
 
-@pytest.mark.parametrize(("nonfinite", "name"), [(2, "weights"), (0, "range")])
+@pytest.mark.parametrize(("nonfinite", "name"), [(2, "weights"), (0, "unresolved")])
 def test_what_no_operator_explains_is_the_weights_where_they_were_not_finite(nonfinite: int, name: str) -> None:
     record = made(0, "layers.0", positive_inf=1, broke=broke("unresolved"))
     recording = Recording(replace(HEADER, level="layers", weights=stored_weights(nonfinite, overflow=0)), [record])
