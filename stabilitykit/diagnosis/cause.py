@@ -75,7 +75,7 @@ def _of_loading(recording: Recording) -> Cause | None:
 def _unresolved(recording: Recording, first: Record) -> Cause:
     """What was not seen is not guessed: neither the range of the format nor anything else."""
     weights = recording.header.weights
-    if weights is not None and weights.nonfinite:
+    if weights is not None and weights.nonfinite and recording.header.checkpoint is not None:
         return of_file(weights)
     if recording.header.level != "operators":
         if weights is not None and weights.overflow:
@@ -88,8 +88,8 @@ def _unresolved(recording: Recording, first: Record) -> Cause:
         )
     return Cause(
         "unresolved",
-        f"How {first.operator or first.site} came to it was not seen: its result could not be computed again in a wider "
-        "format.",
+        f"How {first.operator or first.site} came to it was not seen: its result could not be computed again in a "
+        "wider format.",
         "Run the same in float32: if it is finite there, this dtype is the reason.",
     )
 
@@ -101,9 +101,9 @@ def _masked_row(first: Record) -> Cause:
         was = "" if broke.rounded_from is None else f" ({number(broke.rounded_from)})"
         return Cause(
             "masked-row",
-            f"The mask alone does not hide every key of that row: in {broke.rounded_site} score and mask add up to less "
-            f"than the {first.dtype} minimum{was} and become -inf, in this dtype only, and a softmax of nothing else is "
-            "0 / 0.",
+            f"The mask alone does not hide every key of that row: in {broke.rounded_site} score and mask add up to "
+            f"less than the {first.dtype} minimum{was} and become -inf, in this dtype only, and the softmax of a row "
+            "of -inf is 0 / 0.",
             "Give masked positions half of the dtype's minimum, or pass a boolean mask.",
         )
     return Cause(

@@ -63,7 +63,7 @@ def _links(recording: Recording) -> Iterator[Link]:
     if found is not None:
         yield from _spread(recording, found)
     if recording.header.error is not None:
-        yield Link(event="error", site="sampler", text=recording.header.error)
+        yield Link(event="error", site="sampler", text=_first_line(recording.header.error))
     greedy = recording.header.case.get("greedy_text")
     if found is not None and greedy is not None:
         logits = logits_of(recording, max((record.step for record in recording), default=0))
@@ -102,6 +102,12 @@ def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:
     if probabilities is not None:
         lost = counted(probabilities.nan, "probability is", "probabilities are")
         yield _link("probabilities", probabilities, f"{lost} NaN")
+
+
+def _first_line(error: str, most: int = 200) -> str:
+    """An error's message without the tensors that some of them print."""
+    line = error.strip().partition("\n")[0]
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def _link(event: Event, record: Record, text: str) -> Link:

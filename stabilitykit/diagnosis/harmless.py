@@ -7,6 +7,7 @@ and a scale or a logarithm on the way changes that by an amount which the finite
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from stabilitykit.formats import FLOAT32, FORMATS, NumberFormat
 from stabilitykit.records import Record
@@ -67,7 +68,7 @@ def _how(record: Record, positive: bool, negative: bool) -> str:
 
 
 def _carried(trail: Sequence[Record]) -> float | None:
-    """A lower bound on the magnitude of the true value, where the last of the trail is infinite; None for none known."""
+    """A lower bound on the magnitude of the true value where the last of the trail is infinite; None for no bound."""
     first, broke = trail[0], trail[0].broke
     if broke is None:
         return None
@@ -78,7 +79,7 @@ def _carried(trail: Sequence[Record]) -> float | None:
         bound = abs(broke.value) if broke.value is not None and broke.count == 1 else None
     elif broke.kind != "overflow":
         return None
-    for before, record in zip(trail, trail[1:], strict=False):
+    for before, record in pairwise(trail):
         if bound is None or record.lost != before.lost:
             return None
         scale = abs(broke.scaled / broke.value) if before is first and broke.scaled and broke.value else None

@@ -28,13 +28,16 @@ def source_of(broke: Break) -> str:
 
 def _of_weight(header: Header, broke: Break) -> Cause:
     stored, name = header.weights, source_of(broke)
-    if stored is not None and stored.nonfinite:
+    if stored is not None and stored.nonfinite and header.checkpoint is not None:
         return of_file(stored)
     if stored is not None and stored.overflow:
         return of_storing(stored)
     if broke.origin_kind == "buffer":
         return _of_buffer(header, broke, name)
     form = FORMATS.get(header.dtype)
+    if stored is not None and stored.worst and stored.worst[0].nonfinite:
+        worst = stored.worst[0]
+        name = f"{element(worst)}, {counted(worst.nonfinite, 'element')} of it in all" if worst.index else worst.name
     if form is None or form.bits > 16:
         return Cause(
             "weights",

@@ -67,7 +67,7 @@ def gradients(recording: Recording, record: Record) -> str:
 def _of_backward(recording: Recording, record: Record) -> Cause:
     form = FORMATS.get(record.dtype)
     scale = "Use a smaller loss scale, or run the backward pass in a format with a wider range (bfloat16, float32)."
-    if form is not None and form.bits > 16 or record.dtype == "bfloat16":
+    if (form is not None and form.bits > 16) or record.dtype == "bfloat16":
         scale = "Look at what the loss divides by, and at operators whose slope is infinite where they are evaluated."
     return Cause(
         "backward",
@@ -92,8 +92,8 @@ def _of_processor(recording: Recording, record: Record, processor: str) -> Cause
         )
     return Cause(
         "processor",
-        f"The logits are finite. {processor} left no token: every score is -inf, and a softmax of that is 0 / 0. Greedy "
-        "decoding raises nothing and takes token 0.",
+        f"The logits are finite. {processor} left no token: every score is -inf, and a softmax of that is 0 / 0. "
+        "Greedy decoding raises nothing and takes token 0.",
         "That is a setting of generate(), whatever the dtype: let the processors leave at least one token.",
     )
 
@@ -150,21 +150,11 @@ def _of_code(recording: Recording, record: Record) -> Cause:
     if broke.kind in ("overflow", "reduction"):
         value = broke.value
         fits = value is not None and not math.isnan(value) and not FORMATS["float32"].overflows(value)
-        wide = fits and record.dtype in ("float16", "bfloat16") or record.dtype.startswith("float8")
-        return Cause(
-            "outside",
-            code,
-            "Compute this in float32, which holds the value." if wide else f"Look at {broke.outside or 'that code'}.",
-        )
-    return Cause(
-        "outside", code, f"Look at its operands: {_operands(record)}." if broke.operands else "Look at that code."
-    )
-
-
-def _operands(record: Record) -> str:
-    broke = record.broke
-    assert broke is not None
-    return " and ".join(number(operand) for operand in broke.operands)
+        wide = fits and (record.dtype == "float16" or record.dtype.startswith("float8"))
+        look = f"Look at {broke.outside or 'that code'}."
+        return Cause("outside", code, "Compute this in float32, which holds the value." if wide else look)
+    operands = " and ".join(number(operand) for operand in broke.operands)
+    return Cause("outside", code, f"Look at its operands: {operands}." if operands else "Look at that code.")
 
 
 def of_labels(record: Record) -> Cause | None:

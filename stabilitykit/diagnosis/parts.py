@@ -127,6 +127,8 @@ def part_of(recording: Recording, record: Record) -> Part:
         return "cast"
     if record.operator == "add" and (is_layer(record.site) or is_layer(record.module)):
         return "sum"
+    if "/" not in record.site and record.operator == "matmul" and _is_added(place):
+        return "sum"
     return "other"
 
 
@@ -157,6 +159,14 @@ def _is_residual(place: Place) -> bool:
     if label.startswith("residual after") or label in _STREAM:
         return True
     return label in _WRITES_TO_IT and place.norm is None and place.next is not None and place.next.operator == "add"
+
+
+def _is_added(place: Place) -> bool:
+    """Whether what a projection returns is added to something larger than its own module next."""
+    rest = (r for r in place.after if r.operator not in ("clone", "native_dropout", "mul", None))
+    follows = next(rest, None)
+    own = place.record.module.rpartition(".")[0]
+    return follows is not None and follows.operator == "add" and own.startswith(f"{follows.module}.")
 
 
 def _is_before_norm(place: Place) -> bool:

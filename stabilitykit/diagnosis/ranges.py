@@ -104,7 +104,7 @@ def _candidate(part: Part, place: Place, broke: Break) -> str:
             return f"multiply {up} by 2^-k and {down} by 2^k, {k}, which leaves their result as it is"
         case "query" | "key":
             name = own if "/" not in place.record.site else "q_proj" if part == "query" else "k_proj"
-            return f"multiply {name} by 2^-k and the scale of the attention by 2^k, {k}, which leaves the scores as they are"
+            return f"multiply {name} by 2^-k and the attention's scale by 2^k, {k}, which leaves the scores as they are"
         case "value":
             name = own if "/" not in place.record.site else "v_proj"
             return f"multiply {name} by 2^-k and the output projection by 2^k, {k}, which leaves their result as it is"
@@ -125,16 +125,16 @@ def _candidate(part: Part, place: Place, broke: Break) -> str:
             most = number(math.floor(100 * math.log(broke.limit)) / 100)
             return f"subtract the largest exponent first, as softmax does, or clamp the exponent; exp fits up to {most}"
         case "cache":
-            return (
-                "keep the keys and values in a format that holds them, or leave out what stands for no key and mask it"
-            )
+            return "keep keys and values in a format that holds them, or leave out what stands for no key and mask it"
         case "logits":
             return "compute the logits in float32, the product of the head alone"
         case "cast":
             return "leave this tensor in the wider dtype that it comes from until it is in range"
         case "sum":
+            kept = "this sum" if place.record.operator == "add" else f"{own} and the sum that it is added to"
             return (
-                "scale down by one power of two everything that is added up from layer to layer, if only norms read it"
+                f"keep {kept} in float32, or scale down by one power of two everything that is added up from layer to "
+                "layer, if only norms read it"
             )
         case "other" if broke.scaled is not None:
             return "scale an operand before this operator instead of its result"

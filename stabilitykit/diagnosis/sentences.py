@@ -11,8 +11,8 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
 # Pointwise operators of one operand, of which a break's record has that very operand.
 _OF_ONE = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow cosh sinh tan atanh acosh logit erfinv lgamma "
-    "digamma neg abs".split()
+    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow cosh sinh tan atanh acosh logit erfinv "
+    "lgamma digamma neg abs".split()
 )
 
 

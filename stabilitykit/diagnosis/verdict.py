@@ -145,14 +145,14 @@ def _clean(recording: Recording) -> str:
     form = number_format(dtype)
     place = f"{where(top)}{place_of(recording, top.amax_position, top.amax_row, top.amax_token, top.step)}"
     headroom = (
-        f"The largest magnitude is {number(top.amax)}, in {place}: {form.headroom(top.amax):.1f} bits of headroom below "
-        f"the maximum ({number(form.largest)})."
+        f"The largest magnitude is {number(top.amax)}, in {place}: {form.headroom(top.amax):.1f} bits of headroom "
+        f"below the maximum ({number(form.largest)})."
     )
     if header.lost_steps:
         steps = "" if len(header.starts) < 2 else f" in {counted(len(header.lost_steps), 'step')}"
         return (
-            f"What the model returned{steps} is not finite in {dtype}, and no operator or module that was recorded made "
-            f"it so: how it came about was not seen.{ending}"
+            f"What the model returned{steps} is not finite in {dtype}, and no operator or module that was recorded "
+            f"made it so: how it came about was not seen.{ending}"
         )
     return f"{dtype} is finite throughout. {headroom}{_unseen(recording)}{ending}"
 
