@@ -154,9 +154,14 @@ def _is_square(place: Place) -> bool:
     return squares and follows is not None and follows.operator in ("mean", "sum")
 
 
+def is_stream(label: str | None) -> bool:
+    """Whether a label is that of the residual stream, or of what is added to it as it is."""
+    return label is not None and (label.startswith("residual after") or label in _STREAM)
+
+
 def _is_residual(place: Place) -> bool:
     label = place.record.label or ""
-    if label.startswith("residual after") or label in _STREAM:
+    if is_stream(label):
         return True
     return label in _WRITES_TO_IT and place.norm is None and place.next is not None and place.next.operator == "add"
 

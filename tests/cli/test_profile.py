@@ -235,7 +235,7 @@ def test_weights_that_are_not_finite_are_named_before_and_after_the_run(stabilit
     shown = " ".join(stabilitykit("profile", str(folder), "--prompt", "Hello").out.split())
     assert "1 is NaN or infinite in the checkpoint itself" in shown
     assert f"mostly in {name}." in shown
-    assert f"The weights were not finite to begin with: {name}." in shown
+    assert f"1 of them is NaN or infinite in the checkpoint itself ({name}" in shown
     found = strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)
     assert (found["cause"], found["weights"]["nonfinite"]) == ("weights", 1)
     assert found["weights"]["worst"][0]["name"] == name
