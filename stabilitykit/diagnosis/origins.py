@@ -1,8 +1,9 @@
 """Causes that were there before any arithmetic: weights, buffers, inputs, caches and constants that are not finite."""
 
 from stabilitykit.diagnosis.causes import Cause
+from stabilitykit.diagnosis.weights import element
 from stabilitykit.formats import FORMATS
-from stabilitykit.records import Break, Header, Record, StoredWeights, WeightCounts
+from stabilitykit.records import Break, Header, Record, StoredWeights
 from stabilitykit.words import counted, number
 
 _HELPLESS = "Check how the checkpoint was written and cast; no number format helps."
@@ -122,14 +123,6 @@ def may_be_weights(stored: StoredWeights) -> Cause:
         "operators shows whether it is.",
         "Record operators to see how.",
     )
-
-
-def element(counts: WeightCounts) -> str:
-    """`up_proj.weight[7, 9] is 70,000`; the name alone where no element is known."""
-    if counts.index is None:
-        return counts.name
-    at = f"{counts.name}[{', '.join(map(str, counts.index))}]"
-    return at if counts.value is None else f"{at} is {number(counts.value)}"
 
 
 def _of_input(broke: Break) -> Cause:

@@ -12,10 +12,11 @@ from stabilitykit.diagnosis.outcome import Outcome, decisive, outcome, tells_out
 from stabilitykit.diagnosis.outside import is_backward, is_outside
 from stabilitykit.diagnosis.places import place_of, where
 from stabilitykit.diagnosis.sentences import dependence, first_sentence
+from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.formats import number_format
-from stabilitykit.records import Record, Recording, StoredWeights
+from stabilitykit.records import Record, Recording
 from stabilitykit.records.document import finite_or_text
-from stabilitykit.words import counted, listed, number
+from stabilitykit.words import counted, number
 
 __all__ = ["document", "is_finite", "limits", "place_of", "reference_value", "verdict", "weights_sentence", "where"]
 
@@ -218,28 +219,3 @@ def _ending(recording: Recording, found: Outcome) -> str:
     if found.harmless is False:
         return f"{ends}. What the model returns is finite, and wrong: it is computed from that."
     return f"{ends}. What the model returns is finite; whether it is right only a run in a wider format shows."
-
-
-def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
-    """What storing the checkpoint in a dtype does to its weights, by a cast that saturates or not; nothing where it
-    does nothing.
-    """
-    form = number_format(stored.dtype)
-    becomes = "infinite" if form.has_infinities else "NaN"
-    if form.saturates(asked=saturating):
-        becomes = f"±{number(form.largest)}"
-    counts = (
-        (
-            stored.nonfinite,
-            "is NaN or infinite in the checkpoint itself",
-            "are NaN or infinite in the checkpoint itself",
-        ),
-        (stored.overflow, f"becomes {becomes}", f"become {becomes}"),
-        (stored.zero, "becomes zero", "become zero"),
-        (stored.subnormal, "goes subnormal", "go subnormal"),
-    )
-    parts = [f"{count:,} {one if count == 1 else many}" for count, one, many in counts if count]
-    if not parts:
-        return ""
-    worst = stored.worst[0].name
-    return f"Of {stored.elements:,} weights stored in {stored.dtype}, {listed(parts)}, mostly in {worst}."
