@@ -146,7 +146,7 @@ def _halvings(record: Record, broke: Break) -> str:
     form = FORMATS.get(record.dtype)
     if form is None or broke.value is None or not math.isfinite(broke.value) or not form.overflows(broke.value):
         return "k of at least 1"
-    return f"k of at least {max(1, math.ceil(-form.headroom(broke.value)))}"
+    return f"k of at least {max(1, math.ceil(-form.headroom(abs(broke.value))))}"
 
 
 def _up_and_down(place: Place) -> tuple[str, str]:

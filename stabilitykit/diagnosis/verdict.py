@@ -30,7 +30,7 @@ def is_finite(recording: Recording) -> bool:
     logits = logits_of(recording, step)
     lost = logits.lost > 0 if logits is not None else any(record.lost for record in recording)
     if lost and tells_outputs(recording) and _ends(recording, logits):
-        return step in recording.header.lost_steps
+        return step not in recording.header.lost_steps
     return not lost
 
 
