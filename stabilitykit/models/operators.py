@@ -5,9 +5,10 @@ Under `inference_mode` composite operators reach a dispatch mode whole (`linear`
 rest, so an operator is called the same either way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +54,11 @@ SELECTIONS = frozenset("where masked_fill index_fill fill tril triu clamp clamp_
 POLES = frozenset("div reciprocal rsqrt log log2 log10 log1p pow".split())
 
 CONTRACTIONS = frozenset({"matmul"})
+
+# They move values, unless asked to combine them with what is there.
+_ADDING = frozenset({"index_put", "_index_put_impl", "scatter"})
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +189,20 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
         return output
 
 
-def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:
-    """Whether the operator only places values. A cast does too, unless it narrows."""
+def moves(
+    kind: Traits, source: Tensor | None, output: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = _NONE
+) -> bool:
+    """Whether the operator only places values. A cast does too, unless it narrows, and a scatter, unless it adds up."""
     if kind.name == "cast":
         return source is None or not source.is_floating_point() or not narrows(source.dtype, output.dtype)
-    return kind.places
+    return kind.places and not adds_up(kind, args, kwargs)
+
+
+def adds_up(kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator that places values was asked to combine them with what is there."""
+    if kind.name not in _ADDING:
+        return False
+    return bool(kwargs.get("reduce") or kwargs.get("accumulate") or (len(args) > 3 and args[3] is True))
 
 
 @cache

@@ -31,7 +31,7 @@ from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
 from stabilitykit.recorder.names import OUTSIDE
-from stabilitykit.recorder.observe import DEFAULT_FORMATS, Options
+from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.session import Session, StopAtBreak
 from stabilitykit.records import Header, Level, Record, Recording
@@ -200,20 +200,31 @@ def _finish(
         tokens=tokens,
         token_texts=texts,
         starts=tuple(session.starts),
+        lost_steps=tuple(sorted(session.lost_steps())),
         notes=(*recording.header.notes, *observer.custom.failures()),
         error=error,
     )
-    entries, family = observer.entries, family_of(model)
-    recording.records = lambda: _records(entries, header, family)
+    family = family_of(model)
+    recording.records = lambda: _records(observer, header, family)
     session.names.origins.forget()
     session.names.frames.clear()
+    observer.calls.forget()
 
 
-def _records(entries: Sequence[Entry], header: Header, family: Family | None) -> list[Record]:
+def _records(observer: Observer, header: Header, family: Family | None) -> list[Record]:
+    entries = observer.entries
+
     def site_of(origin: Origin) -> str:
+        if origin.trail is not None:
+            return origin.trail.site
         return origin.name if origin.entry is None else entries[origin.entry].site
 
-    whole = [entry for entry in entries if entry.row is not None]
+    whole: list[Entry] = []
+    for number, entry in enumerate(entries):
+        whole += observer.before.get(number, ())
+        if entry.row is not None:
+            entry.decide()
+            whole.append(entry)
     again = {
         id(entry)
         for entry in whole
