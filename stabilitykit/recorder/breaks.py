@@ -142,6 +142,7 @@ def _of_module(
             if tensor.is_floating_point() and not Contribution(None, tensor).is_finite():
                 if origin.kind != "weight" and bool((tensor != -math.inf).all()) is False:
                     continue  # a buffer that is a mask
+                origin.lost = True
                 return Finding(break_at("weight", lost, axes, stored), (origin,), origin)
     return Finding(break_at("unresolved", lost, axes, stored))
 
