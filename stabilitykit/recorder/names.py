@@ -8,19 +8,31 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabilitykit.models.operators import Traits, moves
 from stabilitykit.recorder.blocks import QueryBlock
 from stabilitykit.recorder.contributions import placed
+from stabilitykit.recorder.hooks import ModuleHooks
 from stabilitykit.recorder.masks import Operand, blocks, narrowest
 from stabilitykit.recorder.origins import Mask, Origin, Origins, Role, hidden
 from stabilitykit.recorder.roles import role_of_module
-from stabilitykit.recorder.tensors import aside, floating, floating_of_call, is_here, is_view_of, measurable
+from stabilitykit.recorder.tensors import (
+    aside,
+    floating,
+    floating_of_call,
+    has_storage,
+    is_here,
+    is_view_of,
+    measurable,
+)
+from stabilitykit.recorder.unseen import Unseen
 from stabilitykit.records import OriginKind, Record, Recording
 
 OUTSIDE = "outside"  # where operators stand that no part of the model runs
@@ -116,10 +128,11 @@ class Names:
     ) -> None:
         self.frames = [Frame(OUTSIDE, None)]
         self.origins = Origins(
-            weights=lambda: ((site_path(name), tensor) for name, tensor in model.named_parameters()),
-            buffers=((site_path(name), tensor) for name, tensor in model.named_buffers()),
+            weights=lambda: ((site_path(name), held) for name, held in model.named_parameters() if has_storage(held)),
+            buffers=((site_path(name), tensor) for name, tensor in model.named_buffers() if has_storage(tensor)),
             unseen=unseen,
         )
+        self._model = model
         self._modules = [(site_path(name), module) for name, module in model.named_modules()]
         self._masks = masks
         self._later = later
@@ -131,34 +144,54 @@ class Names:
         only: Callable[[str], bool] = lambda path: True,
         entered: Callable[[Frame], None] | None = None,
         left: Callable[[Frame, Any], None] | None = None,
+        unseen: Unseen | None = None,
     ) -> None:
-        """Follows the modules whose paths `only` accepts, until the end of `stack`.
+        """Follows the modules whose paths `only` accepts, until the end of `stack`, in this thread.
 
-        `entered` is called when one begins, `left` when it has ended, with what it returns: None if it raised.
+        `entered` is called when one begins, `left` when it has ended, with what it returns: None if it raised. Where
+        there is `unseen`, what they raise becomes a note. What runs inside a backward pass, as checkpointed modules do
+        again, is not followed.
         """
+        frames, thread = self.frames, get_ident()
+
+        def elsewhere() -> bool:
+            return get_ident() != thread or torch._C._current_graph_task_id() != -1
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self.frames[-1].module is module:  # else never entered: somebody else's hook raised before ours
-                frame = self.frames.pop()
-                if left is not None:
+            if elsewhere():
+                return
+            if frames[-1].module is not module:
+                if all(frame.module is not module for frame in frames):
+                    return  # never entered: somebody else's hook raised before ours
+                while frames[-1].module is not module:  # they ended without their hooks
+                    frames.pop()
+            frame = frames.pop()
+            if left is not None:
+                with guarded(frame.path):
                     left(frame, output)
 
         def entering(path: str, by_blocks: bool) -> Callable[..., None]:
             role = role_of_module(path)
 
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if elsewhere():
+                    return
                 frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs, role=role)
-                self.frames.append(frame)
+                frames.append(frame)
                 if entered is not None:
-                    entered(frame)
+                    with guarded(path):
+                        entered(frame)
 
             return enter
 
+        def guarded(path: str) -> AbstractContextManager[None]:
+            what = f"what the module {path} is given or returns" if path else "what the model is given or returns"
+            return nullcontext() if unseen is None else unseen.guard(what, "a module")
+
+        hooks = ModuleHooks(self._model, stack)
         for path, module in self._modules:
             if only(path):
-                enter = entering(path, hasattr(type(module), "query_block"))
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+                hooks.attach(module, entering(path, hasattr(type(module), "query_block")), leave)
 
     def of_operator(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> str | None:
         """The site of the result of an operator that is not a view; None for results that have no record: values that

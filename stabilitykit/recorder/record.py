@@ -27,13 +27,15 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
+from stabilitykit.recorder.claims import claim
 from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
 from stabilitykit.recorder.names import OUTSIDE
 from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
-from stabilitykit.recorder.session import Session, StopAtBreak
+from stabilitykit.recorder.session import Session
+from stabilitykit.recorder.unseen import StopAtBreak
 from stabilitykit.records import Header, Level, Record, Recording
 
 
@@ -102,6 +104,7 @@ def record(
     error: str | None = None
     try:
         with ExitStack() as stack:
+            stack.enter_context(claim(model))
             if matmul is not None:
                 stack.enter_context(products.matmul(matmul))
             recording.header = replace(recording.header, matmul=products.matmul_in_force())
@@ -184,7 +187,7 @@ def _finish(
     """Waits for what is on its way, and completes the recording."""
     observer = session.observer
     watched: list[tuple[str, int, float]] = []
-    with suppress(RuntimeError):  # a device that failed has nothing more to say; what it said before is kept
+    with session.unseen.guard("what was still on its way from the device"):  # what it said before is kept
         observer.settle()
         watched += [(site, index, float(element)) for site, index, element in observer.watched]
     step = observer.step
@@ -201,7 +204,7 @@ def _finish(
         token_texts=texts,
         starts=tuple(session.starts),
         lost_steps=tuple(sorted(session.lost_steps())),
-        notes=(*recording.header.notes, *observer.custom.failures()),
+        notes=(*recording.header.notes, *observer.custom.failures(), *session.unseen.notes()),
         error=error,
     )
     family = family_of(model)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stabilitykit.models.operators import SELECTIONS, Traits, WatchMode, adds_up
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
+from stabilitykit.recorder.backward import Backward
 from stabilitykit.recorder.custom import CustomStatistics
 from stabilitykit.recorder.entry import Step
 from stabilitykit.recorder.inputs import named_inputs
@@ -22,11 +23,8 @@ from stabilitykit.recorder.observe import Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.tensors import aside, floating, floating_of_call, has_elements, is_here, region
+from stabilitykit.recorder.unseen import StopAtBreak, Unseen
 from stabilitykit.records import OriginKind
-
-
-class StopAtBreak(Exception):  # noqa: N818  no error: the first break has been seen
-    """Ends a recorded block early."""
 
 
 class Session:
@@ -38,6 +36,7 @@ class Session:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options = options
         self.pending = Pending()
+        self.unseen = Unseen()
         unseen: OriginKind = "outside" if options.level == "operators" else "computed"
         self.names = Names(model, masks=True, later=self.pending.do, unseen=unseen)
         self.observer = Observer(
@@ -46,6 +45,7 @@ class Session:
             pending=self.pending,
             custom=CustomStatistics(options.statistics, self.pending),
         )
+        self.backward = Backward(model, self.observer, self.unseen)
         self.starts: list[int] = []
         self.seen: set[int] = set()
         self._outputs: list[tuple[int, Origin]] = []
@@ -64,9 +64,10 @@ class Session:
         """Follows the model until the end of `stack`."""
         by_layers = self.options.level == "layers"
         only = _is_layer if by_layers else lambda path: True
-        self.names.attach(stack, only=only, entered=self._entered, left=self._left)
+        self.names.attach(stack, only=only, entered=self._entered, left=self._left, unseen=self.unseen)
         if self.options.level == "operators":
             stack.enter_context(WatchMode(self._before, self._after, self._failed))
+        stack.enter_context(self.backward.watch())
 
     def lost_steps(self) -> set[int]:
         """The steps whose outputs are not finite, once everything has arrived."""
@@ -86,6 +87,7 @@ class Session:
         if self.options.stop_at_break and observer.broken:
             raise StopAtBreak  # not at the break: the modules it ends return first, and lend it their names
         frame.first_entry = len(observer.entries)
+        self.backward.ran(frame.module)
         outer = self.names.frames[:-1]
         if frame.module in self._wholes and not any(above.module in self._wholes for above in outer):
             with aside():
@@ -249,7 +251,9 @@ class Session:
                 observer.entries[-1].softmax = recompute_softmax(call.func, args, kwargs)
 
     def _failed(self, kind: Traits, error: Exception) -> None:
-        raise error
+        place = self.names.frames[-1].path
+        what = f"the result of {kind.name}" + (f" in {place}" if place else "")
+        self.unseen.failed(what, error, f"operator {kind.name}")
 
 
 def _written(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
