@@ -128,7 +128,9 @@ def profile(
         checkpoint, prompt, matmul=matmul, more_tokens=left_padding + new_tokens - 1, progress=progress, **how
     )
     chosen = tuple(dtypes or source.dtypes)
-    weights = check_weights(source.tensors, list(dict.fromkeys(chosen)), counting(progress, source.bytes))
+    weights = check_weights(
+        source.tensors, list(dict.fromkeys(chosen)), counting(progress, source.bytes), blocks=source.blocks
+    )
     runs = run_dtypes(
         source.subject_in,
         source.tokens,
