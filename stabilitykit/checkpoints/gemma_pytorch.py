@@ -131,9 +131,7 @@ def _config(sizes: GemmaSizes, path: Path) -> tuple[GemmaConfig, tuple[str, ...]
     return config, (f"sizes inferred from the tensors (of no released model); windows and RoPE bases are {family}'s",)
 
 
-def _tensors(
-    raw: Mapping[str, Tensor], embedder: str, config: GemmaConfig
-) -> Iterator[tuple[str, "_Stored"]]:
+def _tensors(raw: Mapping[str, Tensor], embedder: str, config: GemmaConfig) -> Iterator[tuple[str, "_Stored"]]:
     """Hugging Face's names, and how to make each tensor. Unknown names are passed on unchanged."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for name, tensor in raw.items():

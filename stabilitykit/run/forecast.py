@@ -109,9 +109,7 @@ def forecast(
     check_choice("dtype", dtype, get_args(WideDtype))
     names = list(dict.fromkeys(number_format(name).name for name in formats)) or list(DEFAULT_FORMATS)
     source = open_source(checkpoint, prompt, progress=progress, **how)
-    weights = check_weights(
-        source.tensors, names, counting(progress, source.bytes), blocks=source.blocks
-    )
+    weights = check_weights(source.tensors, names, counting(progress, source.bytes), blocks=source.blocks)
     subject = source.subject_in(dtype, stage("preparing weights", progress))
     run = run_case(
         subject,
