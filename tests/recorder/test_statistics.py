@@ -151,8 +151,8 @@ def test_a_mean_fits_where_the_sum_does_not(values: list[float], repeats: int, k
     found = decode(np.asarray(row), against, tensor.shape)
     exact = float(sum(map(Fraction, values)) / len(values))
     assert found.mean == pytest.approx(exact, rel=1e-12)
-    parts = [cpu.tally(part, against) for part in (tensor[:1], tensor[1:])]
-    assert decode(joined(*parts, None), against, tensor.shape).mean == pytest.approx(exact, rel=1e-12)
+    first, rest = (cpu.tally(part, against) for part in (tensor[:1], tensor[1:]))
+    assert decode(joined(first, rest, None), against, tensor.shape).mean == pytest.approx(exact, rel=1e-12)
 
 
 def test_a_mean_whose_sum_fits_is_the_sum_by_the_count() -> None:
