@@ -69,7 +69,7 @@ def test_cases_keep_their_ids_when_an_axis_is_added(monkeypatch: pytest.MonkeyPa
     assert (
         case.id == "run-prompt=prose-length=all-bos=True-dtype=float16-rescale=1.0-level=operators-r-8b10c68858"
     )  # as files of stored reports are called
-    monkeypatch.setitem(USUAL, "backend", "own")  # type: ignore[misc]  # an axis of a later version
+    monkeypatch.setitem(USUAL, "backend", "own")  # an axis of a later version
     added, other = (Case(kind="run", settings=settings | {"backend": name}) for name in ("own", "transformers"))
     assert added.id == case.id
     assert added.unusual == case.unusual
