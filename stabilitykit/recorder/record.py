@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import number_format
+from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
 from stabilitykit.recorder.claims import claim
@@ -156,12 +156,13 @@ def _check(model: nn.Module, level: str, formats: Sequence[str], matmul: str | N
 
 
 def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Header:
-    parameter = next(model.parameters(), torch.empty(0))
+    first = next(model.parameters(), torch.empty(0))
+    parameter = _floating(model)
     return Header(
         checkpoint=getattr(model, "source", None),
         sha256=getattr(model, "sha256", None),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
+        dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        device=str(first.device),
         level=session.options.level,
         matmul="native",
         formats=session.options.formats,
@@ -171,8 +172,13 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         notes=tuple(getattr(model, "notes", ())),
         case=dict(case),
         versions=_versions(),
-        machine=machine(str(parameter.device)) | {"threads": torch.get_num_threads()},
+        machine=machine(str(first.device)) | {"threads": torch.get_num_threads()},
     )
+
+
+def _floating(model: nn.Module) -> nn.Parameter | None:
+    """The first parameter that is no integer; quantised weights come before their scales."""
+    return next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def _finish(
@@ -195,9 +201,12 @@ def _finish(
     if tokens is not None and piece is None:
         piece = getattr(getattr(model, "tokenizer", None), "piece", None)
     texts = {} if tokens is None or piece is None else _texts(sorted(session.seen), piece)
+    dtype = recording.header.dtype
+    if _floating(model) is None:  # what it is given decides in which dtype it runs
+        dtype = next((entry.form.dtype for entry in observer.entries if entry.form.dtype in FORMATS), dtype)
     header = recording.header = replace(
         recording.header,
-        dtype=session.autocast or recording.header.dtype,
+        dtype=session.autocast or dtype,
         watched=tuple(watched),
         rows=step.rows or 0,
         tokens=tokens,
