@@ -66,11 +66,18 @@ def _links(recording: Recording) -> Iterator[Link]:
         yield Link(event="error", site="sampler", text=_first_line(recording.header.error))
     greedy = recording.header.case.get("greedy_text")
     if found is not None and greedy is not None:
-        logits = logits_of(recording, max((record.step for record in recording), default=0))
-        of = (
-            "the first infinite logit" if logits is not None and logits.lost and not logits.nan else "the argmax of NaN"
-        )
+        of = _chosen(recording)
         yield Link(event="greedy", site="sampler", text=f"greedy decoding raises nothing and prints {greedy}, {of}")
+
+
+def _chosen(recording: Recording) -> str:
+    """Of what the token is the argmax that greedy decoding takes where its logit is not finite."""
+    logit = recording.header.case.get("greedy_logit")
+    if logit is None:
+        logits = logits_of(recording, max((record.step for record in recording), default=0))
+        logit = "inf" if logits is not None and logits.lost and not logits.nan else "nan"
+    told = {"inf": "the first infinite logit", "-inf": "the first of logits that are all -inf"}
+    return told.get(str(logit), "the argmax of NaN")
 
 
 def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:

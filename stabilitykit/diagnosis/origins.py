@@ -6,6 +6,7 @@ from stabilitykit.formats import FORMATS
 from stabilitykit.records import Break, Header, Record, StoredWeights
 from stabilitykit.words import counted, number
 
+UNNAMED = "a tensor"  # as a recording calls what nobody gave a name
 _HELPLESS = "Check how the checkpoint was written and cast; no number format helps."
 
 
@@ -18,13 +19,14 @@ def of_origin(header: Header, record: Record) -> Cause | None:
     if broke.kind == "input":
         return _of_input(broke)
     if broke.kind == "constant":
-        return _of_constant(record, broke)
+        return _of_constant()
     return None
 
 
 def source_of(broke: Break) -> str:
     """What was not finite to begin with: its name, or the operands that were not."""
-    return broke.origin_name or " and ".join(broke.operand_sites) or "an operand"
+    name = None if broke.origin_name == UNNAMED else broke.origin_name
+    return name or " and ".join(broke.operand_sites) or "an operand"
 
 
 def _of_weight(header: Header, broke: Break) -> Cause:
@@ -100,10 +102,10 @@ def of_file(stored: StoredWeights) -> Cause:
     named = element(worst) if worst.index is not None else worst.name
     block = ""
     if worst.block is not None:
-        block = (
-            f" They are in block {worst.block} of the file's quantised blocks: a scale that the block itself stores is "
-            "not finite."
-        )
+        size = "" if worst.block_size is None else f" of {worst.block_size:,} weights"
+        block = f" They are in block {worst.block}{size}, whose own scale is not finite."
+    elif worst.role is not None:
+        block = f" It is a {worst.role} that quantised weights are read with, so all of those are lost."
     return Cause(
         "weights",
         f"The weights were not finite to begin with: {lost} NaN or infinite in the checkpoint itself ({named}{more})."
@@ -136,7 +138,7 @@ def _of_input(broke: Break) -> Cause:
             "Look at what writes into the cache, and mask the slots that nothing has been written to.",
         )
     if broke.origin_kind == "outside":
-        what = f" ({name})" if name else ""
+        what = f" ({name})" if name and name != UNNAMED else ""
         return Cause(
             "input",
             f"What code outside the model made{what} was not finite before the model touched it.",
@@ -146,12 +148,21 @@ def _of_input(broke: Break) -> Cause:
     return Cause("input", f"{what} was not finite before the model touched it.", "Check what is passed to the model.")
 
 
-def _of_constant(record: Record, broke: Break) -> Cause:
-    what = "NaN" if record.nan and not record.positive_inf + record.negative_inf else "NaN or infinities"
-    if record.positive_inf + record.negative_inf and not record.nan:
-        what = "an infinity"
+def _of_constant() -> Cause:
     return Cause(
         "constant",
-        f"The model's own code puts {what} there ({source_of(broke)}); no arithmetic made it.",
+        "The model's own code puts it there; no arithmetic on the model's numbers made it.",
         "Look at that line of the model. If the number is finite where it is written, this dtype does not hold it.",
     )
+
+
+def constant_source(record: Record, broke: Break) -> str:
+    """`masked_fill puts inf there`, or where a constant was made: `a constant that full makes is not`."""
+    name = broke.origin_name
+    try:
+        number_put = None if name is None else float(name)
+    except ValueError:
+        number_put = None
+    if number_put is not None:
+        return f"{record.operator or 'the code'} puts {name} there"
+    return f"a constant{'' if name is None else f', made by {name},'} is not"

@@ -1,6 +1,6 @@
 """What broke first, with its numbers, and which prompts it happens to."""
 
-from stabilitykit.diagnosis.origins import source_of
+from stabilitykit.diagnosis.origins import UNNAMED, constant_source, source_of
 from stabilitykit.diagnosis.outside import gradients, is_backward, is_outside, place_outside, processor_of
 from stabilitykit.diagnosis.parts import part_of
 from stabilitykit.diagnosis.places import expert_of, head_of, places_of, where
@@ -46,7 +46,7 @@ def first_sentence(recording: Recording, first: Record) -> str:
         case "masked-row":
             return f"{subject} is NaN{count}: every key of that row is masked."
         case "weight" | "input" | "constant":
-            return f"{subject} is the first tensor that is not finite{count}, because {_source(broke)}."
+            return f"{subject} is the first tensor that is not finite{count}, because {_source(first, broke)}."
         case "unresolved":
             return f"{subject} is the first tensor that is not finite{count}."
 
@@ -86,11 +86,11 @@ def _inside(recording: Recording, first: Record) -> str:
     return expert_of(first)
 
 
-def _source(broke: Break) -> str:
+def _source(first: Record, broke: Break) -> str:
     source = source_of(broke)
     if broke.kind == "constant":
-        return f"{source} puts a number there that is not"
-    named = broke.origin_name is not None
+        return constant_source(first, broke)
+    named = broke.origin_name not in (None, UNNAMED)
     match broke.origin_kind:
         case "input" if named:
             return f"the input {source} is not"

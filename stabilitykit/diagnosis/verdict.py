@@ -15,7 +15,7 @@ from stabilitykit.diagnosis.sentences import dependence, first_sentence
 from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording
-from stabilitykit.records.document import finite_or_text
+from stabilitykit.records.document import finite_or_text, to_document
 from stabilitykit.words import counted, number
 
 __all__ = ["document", "is_finite", "limits", "place_of", "reference_value", "verdict", "weights_sentence", "where"]
@@ -60,7 +60,7 @@ def document(recording: Recording, reference: Recording | None = None) -> dict[s
         "dtype": header.dtype,
         "tokens": None if header.tokens is None else list(header.tokens[0]),
         "notes": list(header.notes),
-        "weights": None if header.weights is None else _finite_values(dataclasses.asdict(header.weights)),
+        "weights": to_document(header.weights),
         "finite": is_finite(recording),
         "verdict": verdict(recording, reference),
         "first_break": None if found is None else _break_document(recording, found, reference),
@@ -69,11 +69,6 @@ def document(recording: Recording, reference: Recording | None = None) -> dict[s
         "steps": [dataclasses.asdict(row) for row in by_step(recording)] if len(header.starts) > 1 else None,
         "error": header.error,
     }
-
-
-def _finite_values(weights: dict[str, Any]) -> dict[str, Any]:
-    worst = [one | {"value": finite_or_text(one["value"])} for one in weights["worst"]]
-    return weights | {"worst": worst}
 
 
 def _break_document(recording: Recording, found: Outcome, reference: Recording | None) -> dict[str, Any]:

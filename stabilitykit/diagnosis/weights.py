@@ -2,6 +2,7 @@
 
 from stabilitykit.formats import number_format
 from stabilitykit.records import StoredWeights, WeightCounts
+from stabilitykit.records.record import WeightCount
 from stabilitykit.words import listed, number
 
 
@@ -15,24 +16,39 @@ def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
     becomes = "infinite" if form.has_infinities else "NaN"
     if form.saturates(asked=saturating):
         becomes = f"±{number(form.largest)}"
-    counts = (
+    kinds: tuple[tuple[WeightCount, str, str], ...] = (
         (
-            stored.nonfinite,
+            "nonfinite",
             "is NaN or infinite in the checkpoint itself",
             "are NaN or infinite in the checkpoint itself",
         ),
-        (stored.overflow, f"becomes {becomes}", f"become {becomes}"),
-        (stored.zero, "becomes zero", "become zero"),
-        (stored.subnormal, "goes subnormal", "go subnormal"),
+        ("overflow", f"becomes {becomes}", f"become {becomes}"),
+        ("zero", "becomes zero", "become zero"),
+        ("subnormal", "goes subnormal", "go subnormal"),
     )
-    parts = [f"{count:,} {one if count == 1 else many}" for count, one, many in counts if count]
+    parts: list[str] = []
+    names: list[str] = []
+    for kind, one, many in kinds:
+        total = int(getattr(stored, kind))
+        if total:
+            parts.append(f"{total:,} {one if total == 1 else many}")
+            names.append(_named(stored, kind, total, always=not names))
     if not parts:
         return ""
-    worst, total = stored.worst[0], stored.nonfinite or stored.overflow
-    named = _one(worst) if total == 1 and worst.value is not None else f"mostly in {worst.name}"
-    if len(parts) == 1:
-        return f"Of {stored.elements:,} weights stored in {stored.dtype}, {parts[0]}, {named}."
-    return f"Of {stored.elements:,} weights stored in {stored.dtype}, {listed([f'{parts[0]} ({named})', *parts[1:]])}."
+    told = f"{parts[0]}, {names[0]}"
+    if len(parts) > 1:
+        told = listed([f"{part} ({name})" if name else part for part, name in zip(parts, names, strict=True)])
+    return f"Of {stored.elements:,} weights stored in {stored.dtype}, {told}."
+
+
+def _named(stored: StoredWeights, kind: WeightCount, total: int, *, always: bool) -> str:
+    """The one element, or the parameter that has most of them; empty where no parameter has half of them."""
+    most = stored.most(kind)
+    if most is None:
+        return f"mostly in {stored.worst[0].name}" if always and stored.worst else ""
+    if total == 1 and most.value is not None and kind in ("nonfinite", "overflow"):
+        return _one(most)
+    return f"mostly in {most.name}" if always or 2 * int(getattr(most, kind)) > total else ""
 
 
 def element(counts: WeightCounts) -> str:

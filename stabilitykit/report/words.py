@@ -54,7 +54,7 @@ def happened(span: Span, dtype: str) -> str:
             names = [broke.origin_name] if broke.origin_name else list(broke.operand_sites)
             source = listed([code(site) for site in names], most=2) or f"an operand ({broke.kind})"
             if broke.kind == "constant":
-                return f"{source} puts NaN or an infinity there"
+                return f"the code itself puts NaN or an infinity there ({span.operator or source})"
             return f"{source} {'were' if len(names) > 1 else 'was'} not finite to begin with"
         case "unresolved":
             return f"inf or NaN; {maximum}. Only a recording of operators shows how it arose"

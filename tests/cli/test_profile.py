@@ -247,7 +247,7 @@ def test_weights_that_are_not_finite_are_the_cause_where_only_modules_were_seen(
     name = "layers.1.mlp.down_proj.weight"
     folder = write_harmed(tmp_path / "hf", name, float("nan"))
     found = strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--level", level, "--json").out)
-    assert (found["first_break"]["kind"], found["cause"]) == ("unresolved", "weights")
+    assert (found["first_break"]["kind"], found["cause"]) == ("weight", "weights")
     assert f"1 of them is NaN or infinite in the checkpoint itself ({name})" in found["verdict"]
 
 

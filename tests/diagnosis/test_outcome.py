@@ -9,7 +9,7 @@ from recordings import HEADER, broke, made
 
 from stabilitykit.diagnosis import cause, chain, document, is_finite, verdict
 from stabilitykit.diagnosis.outcome import decisive, is_harmless, outcome
-from stabilitykit.records import Record, Recording
+from stabilitykit.records import Level, Record, Recording
 
 
 def overflow(site: str = "layers.0.self_attn/matmul.0", operator: str = "matmul", **changes: Any) -> Record:
@@ -68,8 +68,8 @@ def test_of_an_earlier_step_it_says_nothing() -> None:
 def test_of_a_recording_that_does_not_know_what_came_out_the_logits_decide() -> None:
     old = replace(overflow(), broke=replace(broke(), positions=()))
     head = made(9, "lm_head", nan=12)
-    assert outcome(Recording(HEADER, [old, head])).name == "reached"  # type: ignore[union-attr]
-    assert outcome(Recording(HEADER, [old, made(9, "lm_head")])).name == "none"  # type: ignore[union-attr]
+    assert outcome(Recording(HEADER, [old, head])).name == "reached"
+    assert outcome(Recording(HEADER, [old, made(9, "lm_head")])).name == "none"
 
 
 @pytest.mark.parametrize("level", ["modules", "layers"])
@@ -238,8 +238,8 @@ def test_what_is_not_known_is_said_to_be_unknown() -> None:
         verdict(run(overflow(), absorbs("where")))
         .partition("It is absorbed")[2]
         .startswith(
-            " in layer 0, layers.0.self_attn/where.0, operator where: another number is put in its place. What the model "
-            "returns is finite; whether it is right only a run in a wider format shows."
+            " in layer 0, layers.0.self_attn/where.0, operator where: another number is put in its place. What the "
+            "model returns is finite; whether it is right only a run in a wider format shows."
         )
     )
 
@@ -254,7 +254,7 @@ def test_the_break_that_does_harm_is_told_and_not_a_harmless_one_before_it() -> 
     found = outcome(recording)
     assert found is not None
     assert (found.name, found.harmless) == ("absorbed", True)
-    assert decisive(recording).broke is second  # type: ignore[union-attr]
+    assert decisive(recording).broke is second
     said = verdict(recording)
     assert said.startswith(
         "Overflows in layer 0, layers.0.self_attn/matmul.0, operator matmul end without loss. float16 overflows in "
@@ -264,7 +264,7 @@ def test_the_break_that_does_harm_is_told_and_not_a_harmless_one_before_it() -> 
     assert document(recording)["first_break"]["site"] == "layers.0.self_attn/matmul.0"
     assert document(recording)["cause"] == "range"
     two = run(overflow(), absorbs("div"), made(4, "layers.0"), second, lost_steps=(0,))
-    assert outcome(two).name == "reached"  # type: ignore[union-attr]  # what is wrong may have made the second
+    assert outcome(two).name == "reached"  # what is wrong may have made the second
 
 
 def test_a_soft_cap_after_the_head_leaves_the_logits_finite() -> None:
@@ -294,7 +294,7 @@ def test_a_model_that_returns_nan_is_never_called_finite() -> None:
 
 
 @pytest.mark.parametrize(("level", "what"), [("modules", "module"), ("layers", "layer")])
-def test_finite_throughout_says_what_was_not_seen(level: str, what: str) -> None:
+def test_finite_throughout_says_what_was_not_seen(level: Level, what: str) -> None:
     said = verdict(Recording(replace(HEADER, level=level), [made(0, "layers.0")]))
     assert said.endswith(
         f" Only what each {what} returns was recorded: an overflow inside one that ends there again (x / inf = 0, a "
