@@ -158,6 +158,7 @@ def t5() -> nn.Module:
         transformers.T5Config(
             vocab_size=VOCABULARY, d_model=HIDDEN, d_kv=16, num_heads=4, d_ff=INNER, num_layers=2,
             feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False,
+            attn_implementation="eager",
         )
     )  # fmt: skip
 

@@ -38,9 +38,9 @@ class Expected:
     """The right answer. None and () mean that it cannot be known, so nothing is compared.
 
     `sites` are patterns of fnmatch, in which a bracket stands for itself; `kinds` and `operators` all that would be
-    right. `value` is what the lost element would have been, within 2%. `positions` and `rows` are all that broke.
+    right. `rounded` and `rounded_from` say which rounding made an operand zero or infinite. `value` is what the lost element would have been, within 2%. `positions` and `rows` are all that broke.
     `says` are regular expressions, of which each must match the verdict, and `never` those of which none may;
-    both ignore case. `residual`: scaling the residual stream is good advice here, which it is not anywhere else.
+    both ignore case. `residual`: scaling the residual stream is good advice here, which it is not anywhere else; `wider`: so is a wider format, although the run's own dtype has one.
     """
 
     sites: tuple[str, ...]
@@ -55,11 +55,17 @@ class Expected:
     token: int | None = None
     channel: int | None = None
     value: float | None = None
+    rounded: tuple[str, ...] = ()  # patterns of the site whose rounding made the zero or the infinity
+    rounded_from: float | None = None
+    no_rounding: bool = False  # no rounding had a part in it
     outcome: str | None = None
+    absorbed_by: tuple[str, ...] = ()
     harmless: bool | None = None
     says: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    label: str | None = None
     residual: bool = False
+    wider: bool = False
 
     def but(self, **changes: Any) -> "Expected":
         return replace(self, **changes)

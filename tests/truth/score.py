@@ -206,6 +206,7 @@ def _of_operators(expected: Expected, said: dict[str, Any] | None) -> tuple[Scor
             false.append(f"{name} {found}")
     verdict = said["verdict"]
     false += [f"says {word!r}" for word in forbidden(expected, said["dtype"]) if re.search(word, verdict, re.IGNORECASE)]
+    false += [f"says {sum_}, which is false" for sum_ in false_sums(verdict)]
     unsaid += [f"without {word!r}" for word in expected.says if not re.search(word, verdict, re.IGNORECASE)]
     if false:
         return "misleading", [*false, *unsaid]
@@ -235,6 +236,19 @@ def _columns(expected: Expected, first: dict[str, Any]) -> Iterator[tuple[str, b
         yield "value", number is not None and close(number, expected.value), value
     if expected.origin is not None:
         yield from _origin(expected.origin, first.get("origin") or {})
+    rounded = first.get("rounded") or {}
+    if expected.rounded:
+        site = rounded.get("site")
+        yield "rounded", site is not None and any(matches(one, site) for one in expected.rounded), site
+    if expected.rounded_from is not None:
+        value = rounded.get("from")
+        yield "rounded from", value is not None and close(float(value), expected.rounded_from, 0.1), value
+    if expected.no_rounding:
+        yield "no rounding", not rounded, rounded or False
+    if expected.label is not None and first["label"] is not None:
+        yield "label", re.search(expected.label, first["label"], re.IGNORECASE) is not None, first["label"]
+    if expected.absorbed_by:
+        yield "absorbed by", first.get("absorbed_by") in expected.absorbed_by, first.get("absorbed_by")
     if expected.outcome is not None:
         yield "outcome", first.get("outcome") == expected.outcome, first.get("outcome")
     if expected.harmless is not None:
@@ -243,6 +257,23 @@ def _columns(expected: Expected, first: dict[str, Any]) -> Iterator[tuple[str, b
         yield "harmless", found == expected.harmless or (found is None and unknown_is_right), (
             False if found is None and unknown_is_right else found
         )
+
+
+_NUMBER = r"(-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)"
+_SUM = re.compile(rf"(?<![+·÷×*/-] ){_NUMBER} ([+·÷×*/-]) {_NUMBER} = {_NUMBER}")
+
+
+def false_sums(text: str) -> list[str]:
+    """Of the sums that are printed, `60,000 + 8,000 = 68,000`, those that do not hold to the digits that are shown."""
+    found = []
+    for match in _SUM.finditer(text):
+        left, right, result = (float(match[i].replace(",", "")) for i in (1, 3, 4))
+        made = {"+": left + right, "-": left - right}.get(match[2])
+        if made is None:
+            made = left * right if match[2] in "·×*" else left / right if right else math.inf
+        if abs(made - result) > 0.01 * max(abs(left), abs(right), abs(made)) and not math.isinf(made):
+            found.append(match[0])
+    return found
 
 
 def _origin(wanted: Origin, found: dict[str, Any]) -> Iterator[tuple[str, bool | None, Any]]:
@@ -255,10 +286,10 @@ def _origin(wanted: Origin, found: dict[str, Any]) -> Iterator[tuple[str, bool |
         yield "origin finite", whether == wanted.finite, whether
 
 
-def close(value: float, wanted: float) -> bool:
+def close(value: float, wanted: float, within: float = 0.02) -> bool:
     if math.isnan(wanted) or math.isinf(wanted):
         return value == wanted or (math.isnan(wanted) and math.isnan(value))
-    return math.isclose(value, wanted, rel_tol=0.02)
+    return math.isclose(value, wanted, rel_tol=within)
 
 
 def forbidden(expected: Expected, dtype: str) -> list[str]:
@@ -268,7 +299,7 @@ def forbidden(expected: Expected, dtype: str) -> list[str]:
         never.append(_BLAMES_INPUT)
     if not expected.residual:
         never.append(_RESIDUAL)
-    if dtype in ("float32", "float64") or not {"overflow", "reduction", "weight"} & set(expected.kinds):
+    if (dtype in ("float32", "float64") and not expected.wider) or not {"overflow", "reduction", "weight"} & set(expected.kinds):
         never.append(_WIDER)
     return never
 
