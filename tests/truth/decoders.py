@@ -377,9 +377,6 @@ def generated(name: str, cache: str | None = None, **how: Any) -> Planted:
     )  # fmt: skip
 
 
-PLAIN = {"down_proj overflows": (down, 5), "gate · up overflows": (product, 5), "q · k before the scale": (scores, 5)}
-
-
 def _has(parts: Parts, plant: Callable[..., Planted]) -> bool:
     needed: dict[Callable[..., Planted], bool] = {
         down: not parts.down.endswith("experts"),
@@ -414,5 +411,3 @@ ROWS: tuple[Row, ...] = tuple(
     for text, root, plant in PLANTS
     if _has(DECODERS[name].parts, plant)
 )
-
-assert HIDDEN == 64

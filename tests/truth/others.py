@@ -49,8 +49,16 @@ def short(path: str) -> str:
 
 
 def linear(
-    build: Callable[[], Any], run: Run, path: str, at: int | None, *, place: int | None = None, value: float = 80000.0,
-    operators: tuple[str, ...] = ("matmul",), symptom: bool = True, **rest: Any,
+    build: Callable[[], Any],
+    run: Run,
+    path: str,
+    at: int | None,
+    *,
+    place: int | None = None,
+    value: float = 80000.0,
+    operators: tuple[str, ...] = ("matmul",),
+    symptom: bool = True,
+    **rest: Any,
 ) -> Planted:
     """A linear layer's output past the maximum at one place (of all that it is given, joined)."""
     model = new(build)
@@ -139,8 +147,8 @@ def t5_clamped() -> Planted:
 
 def t5_product(stack: str, at: int, ids: Tensor) -> Planted:
     model = new(t5)
-    for part in ("wi_0", "wi_1"):
-        answer(model, f"{stack}.{part}", run_t5, {at: 300.0})
+    for part, value in (("wi_0", 30.0), ("wi_1", 3000.0)):
+        answer(model, f"{stack}.{part}", run_t5, {at: value})
     model.half()
     return Planted(
         model=model, run=run_t5,
@@ -332,9 +340,27 @@ def _images() -> tuple[Row, ...]:
     for family, (build, layer, up, down, out, attention) in IMAGES.items():
         for path, root in ((up, 5), (down, 5), (out, 8)):
             whole = layer.format(path)
-            found.append(row(f"{path} of one patch", root, family, lambda b=build, w=whole: linear(b, run_pixels, w, 2, says=(), never=NO_TEXT)))  # type: ignore[misc]
-        found.append(row("NaN in a weight", 1, family, lambda b=build, w=layer.format(f"{down}.weight"): weight(b, run_pixels, w)))  # type: ignore[misc]
-        found.append(row("embedding past the maximum in half", 4, family, lambda b=build, w=layer.format(f"{up}.weight"): weight(b, run_pixels, w, 70000.0)))  # type: ignore[misc]
+            found.append(
+                row(
+                    f"{path} of one patch",
+                    root,
+                    family,
+                    lambda b=build, w=whole: linear(b, run_pixels, w, 2, says=(), never=NO_TEXT),
+                )
+            )  # type: ignore[misc]
+        found.append(
+            row(
+                "NaN in a weight", 1, family, lambda b=build, w=layer.format(f"{down}.weight"): weight(b, run_pixels, w)
+            )
+        )  # type: ignore[misc]
+        found.append(
+            row(
+                "embedding past the maximum in half",
+                4,
+                family,
+                lambda b=build, w=layer.format(f"{up}.weight"): weight(b, run_pixels, w, 70000.0),
+            )
+        )  # type: ignore[misc]
         found.append(row("NaN in a pixel", 1, family, lambda b=build: pixels(b, "embeddings*")))  # type: ignore[misc]
         found.append(row("the last norm's gain", 5, family, lambda b=build, f=family: last_norm(b, f)))  # type: ignore[misc]
         found.append(row("scores", 5, family, lambda b=build, w=layer.format(attention): image_scores(b, w)))  # type: ignore[misc]
@@ -430,4 +456,3 @@ ROWS: tuple[Row, ...] = (
     row("weight past the maximum", 4, "vae", lambda: weight(VAE, run_vae, "decoder.0.weight", 70000.0)),
     row("NaN in a pixel", 1, "vae", vae_pixels),
 )  # fmt: skip
-assert IDS.shape

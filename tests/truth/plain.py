@@ -19,7 +19,11 @@ class Lines(nn.Module):
     """Runs `code(self, *arguments)`; parameters and buffers are its attributes."""
 
     def __init__(
-        self, code: Code, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], modules: Callable[[], Mapping[str, nn.Module]]
+        self,
+        code: Code,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        modules: Callable[[], Mapping[str, nn.Module]],
     ) -> None:
         super().__init__()
         self.code = code
@@ -71,7 +75,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def broke(site: str | tuple[str, ...], operator: str | tuple[str, ...], kind: str | tuple[str, ...], **rest: Any) -> Expected:
+def broke(
+    site: str | tuple[str, ...], operator: str | tuple[str, ...], kind: str | tuple[str, ...], **rest: Any
+) -> Expected:
     """The columns that every row has; the outcome is that the damage reached what the caller gets."""
     return Expected(
         sites=site if isinstance(site, tuple) else (site,),

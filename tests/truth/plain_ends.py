@@ -13,7 +13,15 @@ X = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [400.0, -2.0, 1.0, 0.5]]], dtype=torch.
 W = {"w": torch.ones(4)}
 
 
-def ended(operator: str, by: str | tuple[str, ...], *, harmless: bool | None = None, value: float | None = None, site: str = "", **rest: Any) -> Expected:
+def ended(
+    operator: str,
+    by: str | tuple[str, ...],
+    *,
+    harmless: bool | None = None,
+    value: float | None = None,
+    site: str = "",
+    **rest: Any,
+) -> Expected:
     """A break whose damage is gone in the end. In a harmless one the result is what a wider format gives; None where the
     code itself says what stands for a number that is too large.
     """

@@ -16,12 +16,22 @@ A_FORMAT = ("wider range", r"float32 (would|is|gives)", "use (bfloat16|float32)"
 
 
 def only_here(
-    site: str, operator: str, kind: str | tuple[str, ...], rounded: str | tuple[str, ...], was: float | None, **rest: Any
+    site: str,
+    operator: str,
+    kind: str | tuple[str, ...],
+    rounded: str | tuple[str, ...],
+    was: float | None,
+    **rest: Any,
 ) -> Expected:
     """A pole or an invalid operation that only this dtype's rounding made: a wider format has a number there."""
     sites = rounded if isinstance(rounded, tuple) else (rounded,)
     return broke(
-        site, operator, kind, rounded=sites, rounded_from=was, **{"never": NO_FORMAT, "says": ("float16|float32|rounded",)} | rest
+        site,
+        operator,
+        kind,
+        rounded=sites,
+        rounded_from=was,
+        **{"never": NO_FORMAT, "says": ("float16|float32|rounded",)} | rest,
     )
 
 

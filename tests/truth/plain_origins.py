@@ -14,7 +14,9 @@ BIG = full(60000.0, 2, 4)
 NOT_OVERFLOW = ("overflows in", r"finite operands")
 
 
-def constant(site: str | tuple[str, ...], operator: str | tuple[str, ...] = (), name: str | tuple[str, ...] = (), **rest: Any) -> Expected:
+def constant(
+    site: str | tuple[str, ...], operator: str | tuple[str, ...] = (), name: str | tuple[str, ...] = (), **rest: Any
+) -> Expected:
     """NaN or an infinity that the code put in."""
     never = (*NOT_OVERFLOW, "wider range")
     return broke(site, operator, "constant", origin=source("constant", name, False), **{"never": never} | rest)
@@ -26,11 +28,22 @@ def weight(site: str | tuple[str, ...], kind: str, name: str, **rest: Any) -> Ex
 
 def given(site: str | tuple[str, ...], name: str, **rest: Any) -> Expected:
     return broke(
-        site, (), "input", origin=source("input", (name, f"*{name}*"), False), says=(name,), **{"never": NOT_OVERFLOW} | rest
+        site,
+        (),
+        "input",
+        origin=source("input", (name, f"*{name}*"), False),
+        says=(name,),
+        **{"never": NOT_OVERFLOW} | rest,
     )
 
 
-def overflow(site: str | tuple[str, ...], operator: str | tuple[str, ...], value: float | None, kind: str | tuple[str, ...] = "computed", **rest: Any) -> Expected:
+def overflow(
+    site: str | tuple[str, ...],
+    operator: str | tuple[str, ...],
+    value: float | None,
+    kind: str | tuple[str, ...] = "computed",
+    **rest: Any,
+) -> Expected:
     return broke(site, operator, "overflow", value=value, origin=source(kind, (), True), **rest)
 
 

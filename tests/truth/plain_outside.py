@@ -97,7 +97,9 @@ def trained(value: float, dtype: torch.dtype = HALF) -> Callable[[Any], Any]:
     return run
 
 
-def backward(model: nn.Module, value: float, name: str | tuple[str, ...], dtype: torch.dtype = HALF, **rest: Any) -> Planted:
+def backward(
+    model: nn.Module, value: float, name: str | tuple[str, ...], dtype: torch.dtype = HALF, **rest: Any
+) -> Planted:
     names = name if isinstance(name, tuple) else (name,)
     run = trained(value, dtype)
 
