@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from truth.models import DECODERS, HIDDEN, Parts, decoder
+from truth.models import DECODERS, Parts, decoder
 from truth.plants import Run, answer, given, lost_places, only_at, rows_of
 from truth.row import Expected, Origin, Planted, Row
 
 IDS = torch.arange(10, 16)[None]
 LAST = IDS.shape[1] - 1
 AT = 3  # where faults are planted
-TOKEN = int(IDS[0, AT])
 HALF = torch.float16
 
 
@@ -50,20 +49,22 @@ def after(model: Any, path: str, position: int, channel: int | None = 0, run: Ru
     return symptom
 
 
-def linear(name: str, path: str, *, value: float = 80000.0, position: int = AT, layer: int = 1) -> Planted:
+def linear(
+    name: str, path: str, *, value: float = 80000.0, position: int = AT, layer: int = 1, channel: int = 0
+) -> Planted:
     """A linear layer's output past float16's maximum, at one position."""
     model = decoder(name)
     path = path.format(layer)
-    answer(model, path, forward, {position: value})
-    origin = largest(model, path, forward, position, 0, ("*",))
+    answer(model, path, forward, {position: value}, channel)
+    origin = largest(model, path, forward, position, channel, ("*",))
     capped = path == DECODERS[name].parts.head and getattr(model.config, "final_logit_softcapping", None)
     model.half()
     return Planted(
         model=model,
         run=forward,
-        symptom=after(model, path, position),
+        symptom=after(model, path, position, channel),
         expected=Expected(
-            sites=(site(path),), operators=("matmul",), kinds=("overflow",), origin=origin, channel=0, value=value,
+            sites=(site(path),), operators=("matmul",), kinds=("overflow",), origin=origin, channel=channel, value=value,
             step=0, outcome="absorbed" if capped else "reached", harmless=True if capped else None,
             says=("65,504",), **here(position),
         ),
@@ -78,52 +79,52 @@ def up(name: str, **how: Any) -> Planted:
     return linear(name, DECODERS[name].parts.up, **how)
 
 
-def product(name: str, position: int = AT) -> Planted:
+def product(name: str, position: int = AT, layer: int = 1, size: float = 300.0, channel: int = 0) -> Planted:
     """gate · up past float16's maximum, with both of them in range."""
     model, parts = decoder(name), DECODERS[name].parts
     assert parts.gate is not None
     assert parts.product is not None
     for path in (parts.gate, parts.up):
-        answer(model, path.format(1), forward, {position: 300.0})
+        answer(model, path.format(layer), forward, {position: size}, channel)
     model.half()
-    into = parts.down.format(1)
+    into = parts.down.format(layer)
 
     def symptom(result: Tensor) -> None:
-        assert not lost_places(model, parts.up.format(1), forward)
-        only_at(lost_places(model, into, forward, inputs=True), position, 0)
+        assert not lost_places(model, parts.up.format(layer), forward)
+        only_at(lost_places(model, into, forward, inputs=True), position, channel)
 
     return Planted(
         model=model,
         run=forward,
         symptom=symptom,
         expected=Expected(
-            sites=(parts.product.format(1),), operators=("mul",), kinds=("overflow",), channel=0, value=90000.0,
+            sites=(parts.product.format(layer),), operators=("mul",), kinds=("overflow",), channel=channel, value=size**2,
             origin=Origin(kinds=("computed",), finite=True), step=0, outcome="reached", says=("up_proj|gate",),
             **here(position),
         ),
     )  # fmt: skip
 
 
-def residual(name: str) -> Planted:
+def residual(name: str, position: int = AT, channel: int = 5) -> Planted:
     """The sum that ends a layer: 40,000 in the stream, and 40,000 more from the MLP."""
     model, parts = decoder(name), DECODERS[name].parts
-    answer(model, parts.output.format(1), forward, {AT: 40000.0}, channel=5)
-    answer(model, parts.down.format(1), forward, {AT: 40000.0}, channel=5)
+    answer(model, parts.output.format(1), forward, {position: 40000.0}, channel)
+    answer(model, parts.down.format(1), forward, {position: 40000.0}, channel)
     model.half()
     layer = parts.layer.format(1)
 
     def symptom(result: Tensor) -> None:
         assert not lost_places(model, parts.down.format(1), forward)
-        only_at(lost_places(model, layer, forward), AT, 5)
+        only_at(lost_places(model, layer, forward), position, channel)
 
     return Planted(
         model=model,
         run=forward,
         symptom=symptom,
         expected=Expected(
-            sites=(site(layer), f"{site(layer)}/add.0"), operators=("add",), kinds=("overflow",), channel=5, value=80000.0,
+            sites=(site(layer), f"{site(layer)}/add.0"), operators=("add",), kinds=("overflow",), channel=channel, value=80000.0,
             origin=Origin(kinds=("computed",), finite=True), step=0, outcome="reached", says=("65,504",),
-            residual=True, **here(),
+            residual=True, **here(position),
         ),
     )  # fmt: skip
 
@@ -160,7 +161,7 @@ def norm(name: str) -> Planted:
     )  # fmt: skip
 
 
-def scores(name: str) -> Planted:
+def scores(name: str, position: int = AT) -> Planted:
     """q · k = 90,000 where a token looks at itself; divided by √16 it would be 22,500."""
     model, parts = decoder(name), DECODERS[name].parts
     assert parts.queries is not None
@@ -170,7 +171,7 @@ def scores(name: str) -> Planted:
         rows_of(linear)[:16] = 0.0
         if getattr(linear, "bias", None) is not None:
             linear.bias.data[:16] = 0.0
-        answer(model, path.format(0), forward, {AT: 300.0}, channel=3)
+        answer(model, path.format(0), forward, {position: 300.0}, channel=3)
     capped = getattr(model.config, "attn_logit_softcapping", None)  # tanh(infinity) = 1 = tanh(22,500 / 50)
     model.half()
     output = parts.output.format(0)
@@ -178,7 +179,7 @@ def scores(name: str) -> Planted:
     def symptom(result: Tensor) -> None:
         for path in (parts.queries, parts.keys):
             assert not lost_places(model, str(path).format(0), forward)
-        assert capped or AT in {place[1] for place in lost_places(model, output, forward, inputs=True)}
+        assert capped or position in {place[1] for place in lost_places(model, output, forward, inputs=True)}
 
     return Planted(
         model=model,
@@ -186,25 +187,25 @@ def scores(name: str) -> Planted:
         symptom=symptom,
         expected=Expected(
             sites=(parts.scores.format(0),), operators=("matmul",), kinds=("overflow",), value=90000.0, row=0,
-            position=AT, token=TOKEN, step=0, origin=Origin(kinds=("computed",), finite=True),
+            position=position, token=int(IDS[0, position]), step=0, origin=Origin(kinds=("computed",), finite=True),
             outcome="absorbed" if capped else "reached", harmless=True if capped else None,
             says=("22,5|scale",),
         ),
     )  # fmt: skip
 
 
-def weight(name: str, lost: float = math.nan) -> Planted:
+def weight(name: str, lost: float = math.nan, place: tuple[int, int] = (7, 5), layer: int = 1) -> Planted:
     """A weight that is not finite: every token is lost."""
     model, parts = decoder(name), DECODERS[name].parts
-    path = parts.output.format(1)
-    rows_of(model.get_submodule(path))[7, 5] = lost
+    path = parts.output.format(layer)
+    rows_of(model.get_submodule(path))[place] = lost
     model.half()
     return Planted(
         model=model,
         run=forward,
-        symptom=lambda result: only_channel(lost_places(model, path, forward), 7),
+        symptom=lambda result: only_channel(lost_places(model, path, forward), place[0]),
         expected=Expected(
-            sites=(site(path),), operators=("matmul",), kinds=("weight",), step=0, row=0, position=0, channel=7,
+            sites=(site(path),), operators=("matmul",), kinds=("weight",), step=0, row=0, position=0, channel=place[0],
             origin=Origin(kinds=("weight",), names=(f"{site(path)}.weight",), finite=False), outcome="reached",
             positions=tuple(range(LAST + 1)), says=(site(path),), never=("overflows in", "starts with"),
         ),
@@ -215,30 +216,30 @@ def only_channel(places: list[tuple[int, ...]], channel: int) -> None:
     assert {place[-1] for place in places} == {channel}
 
 
-def embedding(name: str) -> Planted:
+def embedding(name: str, position: int = AT, channel: int = 9) -> Planted:
     """An embedding of 70,000, which .half() makes infinite: only the token that has it is lost."""
     model, parts = decoder(name), DECODERS[name].parts
-    model.get_submodule(parts.embedding).weight.data[TOKEN, 9] = 70000.0
+    model.get_submodule(parts.embedding).weight.data[int(IDS[0, position]), channel] = 70000.0
     model.half()
     path = site(parts.embedding)
     return Planted(
         model=model,
         run=forward,
-        symptom=lambda result: only_at(lost_places(model, parts.embedding, forward), AT, 9),
+        symptom=lambda result: only_at(lost_places(model, parts.embedding, forward), position, channel),
         expected=Expected(
-            sites=(path, f"{path}/embedding.0"), operators=("embedding",), kinds=("weight",), step=0, channel=9,
+            sites=(path, f"{path}/embedding.0"), operators=("embedding",), kinds=("weight",), step=0, channel=channel,
             origin=Origin(kinds=("weight",), names=(f"{path}.weight",), finite=False), outcome="reached",
-            says=(parts.embedding.rpartition(".")[2],), never=("no number format helps", "overflows in"), **here(),
+            says=(parts.embedding.rpartition(".")[2],), never=("no number format helps", "overflows in"), **here(position),
         ),
     )  # fmt: skip
 
 
-def masked(name: str) -> Planted:
+def masked(name: str, position: int = AT) -> Planted:
     """An additive mask that hides every key from the query at one position."""
     model, parts = decoder(name), DECODERS[name].parts
     size = LAST + 1
     mask = torch.full((1, 1, size, size), -math.inf).triu(1)
-    mask[..., AT, :] = -math.inf
+    mask[..., position, :] = -math.inf
 
     def run(m: Any) -> Tensor:
         given: Any = mask.half()
@@ -251,10 +252,10 @@ def masked(name: str) -> Planted:
     return Planted(
         model=model,
         run=run,
-        symptom=lambda result: only_row(lost_places(model, output, run, inputs=True), AT),
+        symptom=lambda result: only_row(lost_places(model, output, run, inputs=True), position),
         expected=Expected(
             sites=(f"{site(parts.attention.format(0))}/softmax.0",), operators=("softmax",), kinds=("masked-row",),
-            row=0, position=AT, positions=(AT,), step=0, outcome="reached", says=("mask", "every key"),
+            row=0, position=position, positions=(position,), step=0, outcome="reached", says=("mask", "every key"),
             never=("overflows in", "wider range", "starts with"),
         ),
     )  # fmt: skip
@@ -264,35 +265,38 @@ def only_row(places: list[tuple[int, ...]], position: int) -> None:
     assert {place[1] for place in places} == {position}, places
 
 
-def embedded(name: str) -> Planted:
+def embedded(name: str, at: int = AT) -> Planted:
     """NaN in the embeddings that are passed in place of ids, at one position."""
     model, parts = decoder(name).half(), DECODERS[name].parts
     vectors = model.get_submodule(parts.embedding)(IDS).clone()
-    vectors[0, AT, 5] = math.nan
+    vectors[0, at, 5] = math.nan
+
+    more = {"per_layer_inputs": torch.zeros(1, LAST + 1, 2, 8, dtype=HALF)} if name == "gemma4" else {}
 
     def run(m: Any) -> Tensor:
-        return m(inputs_embeds=vectors).logits
+        return m(inputs_embeds=vectors, **more).logits
 
     return Planted(
         model=model,
         run=run,
-        symptom=lambda result: only_at([tuple(p) for p in (~vectors.isfinite()).nonzero().tolist()], AT, 5),
+        symptom=lambda result: only_at([tuple(p) for p in (~vectors.isfinite()).nonzero().tolist()], at, 5),
         expected=Expected(
-            sites=(f"{site(parts.norm.format(0))}*", "*"), kinds=("input",), row=0, position=AT, step=0,
+            sites=(f"{site(parts.norm.format(0))}*", "per_layer_model_projection*", "/*", "transformer/*", "embed_dropout*"),
+            kinds=("input",), row=0, position=at, step=0,
             origin=Origin(kinds=("input",), names=("inputs_embeds", "*inputs_embeds*"), finite=False),
-            outcome="reached", says=("inputs_embeds",), never=("token 13", "starts with", "finite operands"),
+            outcome="reached", says=("inputs_embeds",), never=("token 1", "starts with", "finite operands"),
         ),
     )  # fmt: skip
 
 
-def cache_slot(name: str) -> Planted:
+def cache_slot(name: str, slot: int = 2) -> Planted:
     """NaN in a slot of the cache, written there between two steps."""
     model, parts = decoder(name).half(), DECODERS[name].parts
 
     def run(m: Any) -> Tensor:
         cache = DynamicCache(config=m.config)
         m(IDS, past_key_values=cache)
-        cache.layers[1].values[0, 0, 2, 5] = math.nan
+        cache.layers[1].values[0, 0, slot, 5] = math.nan
         return m(torch.tensor([[20]]), past_key_values=cache).logits
 
     return Planted(
@@ -318,7 +322,7 @@ def lost_at_step(model: Any, path: str, run: Run) -> list[tuple[int, ...]]:
     return [tuple(place) for place in (~seen[1][..., :16].isfinite()).nonzero().tolist()]
 
 
-def autocast(name: str) -> Planted:
+def autocast(name: str, position: int = AT) -> Planted:
     """A float32 model under autocasting to float16."""
     model, parts = decoder(name), DECODERS[name].parts
     path = parts.down.format(1)
@@ -327,14 +331,14 @@ def autocast(name: str) -> Planted:
         with torch.autocast("cpu", HALF):
             return m(IDS).logits
 
-    answer(model, path, forward, {AT: 80000.0})
+    answer(model, path, forward, {position: 80000.0})
     return Planted(
         model=model,
         run=run,
-        symptom=after(model, path, AT, run=run),
+        symptom=after(model, path, position, run=run),
         expected=Expected(
             sites=(site(path),), operators=("matmul",), kinds=("overflow",), channel=0, value=80000.0, step=0,
-            outcome="reached", says=("float16",), **here(),
+            outcome="reached", says=("float16",), **here(position),
         ),
     )  # fmt: skip
 

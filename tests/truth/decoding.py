@@ -260,7 +260,7 @@ def of_generate(name: str, *says: str, dtype: torch.dtype = torch.float32, sampl
         assert bool(forward(model).isfinite().all())
 
     return Planted(
-        model=model, run=run, symptom=symptom,
+        model=model, run=run, symptom=symptom, raises=sample,
         expected=Expected(
             sites=("outside*",) if sample else (), kinds=("masked-row", "invalid", "overflow", "constant"), says=says,
             never=(*SAMPLER_BLAMED, "scale the residual"),
@@ -406,7 +406,7 @@ def soft_prompt(name: str) -> Planted:
     return Planted(
         model=model, run=run,
         expected=Expected(
-            sites=("*",), kinds=("weight",), position=1, unsure=("position",), outcome="reached",
+            sites=("layers.0.input_layernorm*", "/*"), kinds=("weight",), position=1, unsure=("position",), outcome="reached",
             origin=Origin(kinds=("weight",), names=("soft_prompt",), finite=False), says=("soft_prompt",),
             never=("finite operands", "overflows in"),
         ),

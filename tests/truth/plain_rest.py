@@ -216,7 +216,7 @@ def raised() -> Planted:
         assert result is None
 
     return Planted(
-        model=Raises(), run=lambda m: m(x), symptom=symptom,
+        model=Raises(), run=lambda m: m(x), symptom=symptom, raises=True,
         expected=broke("/mul.0", "mul", "overflow", value=120000.0, outcome=None),
     )  # fmt: skip
 

@@ -81,7 +81,7 @@ class Planted:
 
     `run` returns the tensors that a caller would look at. `symptom` asserts, without a recorder, that the fault does
     what it is said to do; it gets what the run returned. `record` are further arguments of `record`. `grad`: the run
-    needs gradients.
+    needs gradients; `raises`: it raises without a recorder, too.
     """
 
     model: nn.Module
@@ -90,6 +90,7 @@ class Planted:
     symptom: Callable[[Any], None] | None = None
     record: dict[str, Any] = field(default_factory=dict)
     grad: bool = False
+    raises: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -138,6 +138,7 @@ def _plain(values: Any) -> Any:
 
 def _show(row: Row, planted: Planted, bare: Bare) -> None:
     """The fault is there: shown by the bare run alone."""
+    assert planted.raises or bare.error is None, f"{row.key}: the bare run raised {bare.error}"
     if planted.symptom is not None:
         planted.symptom(bare.result)
     expected = planted.expected
