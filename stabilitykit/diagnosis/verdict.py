@@ -9,7 +9,7 @@ from stabilitykit.diagnosis.chain import Link, chain, logits_of
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.formats import number_format
 from stabilitykit.records import Break, Record, Recording, StoredWeights
-from stabilitykit.records.document import finite_or_text
+from stabilitykit.records.document import finite_or_text, to_document
 from stabilitykit.words import escaped, listed, number, ordinal
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
@@ -40,7 +40,7 @@ def document(recording: Recording, reference: Recording | None = None) -> dict[s
         "dtype": header.dtype,
         "tokens": None if header.tokens is None else list(header.tokens[0]),
         "notes": list(header.notes),
-        "weights": None if header.weights is None else dataclasses.asdict(header.weights),
+        "weights": to_document(header.weights),
         "finite": is_finite(recording),
         "verdict": verdict(recording, reference),
         "first_break": None if first is None else _break_document(recording, first, reference),

@@ -76,6 +76,15 @@ def has_elements(tensor: Tensor) -> bool:
     )
 
 
+def has_storage(tensor: Tensor) -> bool:
+    """Whether its values lie in memory of its own: not those of sparse tensors, nor of lazy modules before they ran."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False
+    return True
+
+
 def measurable(tensor: Tensor) -> Tensor:
     """The same values in a dtype that has order and bits: complex numbers as pairs, float8 as float32."""
     if tensor.dtype in FLOATS:

@@ -71,7 +71,7 @@ def _pairs(ours: Results, theirs: Results) -> list[_Pair]:
 
 
 def _key(case: Case) -> str:
-    settings = {name: value for name, value in case.settings.items() if name != "text_sha256"}
+    settings = {name: value for name, value in case.unusual.items() if name != "text_sha256"}
     return repr((case.kind, sorted(settings.items())))
 
 

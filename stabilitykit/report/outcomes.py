@@ -92,21 +92,7 @@ class Names:
 def _of_run(case: Case, text: str, recording: Recording) -> Outcome:
     header, first = recording.header, recording.first_break()
     length = len(header.tokens[0]) if header.tokens else max((r.positions or 0 for r in recording), default=0)
-    span = Span(first=length, last=length, run=length, direct=True)
-    if first is not None and first.broke is not None:
-        span = Span(
-            first=length,
-            last=length,
-            run=length,
-            site=first.site,
-            label=first.label,
-            layer=first.layer,
-            operator=first.operator,
-            order=first.order,
-            token_text=header.text_of(first.broke.token),
-            broke=first.broke,
-            direct=True,
-        )
+    span = Span.of(recording, first=length, last=length, run=length, direct=True)
     top = peak(stored(recording))
     return Outcome(
         case=case,

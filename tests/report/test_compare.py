@@ -76,6 +76,15 @@ def test_a_case_is_the_same_whatever_the_digest_of_its_text(tmp_path: Path) -> N
     assert "**Nothing else changed**" in summary(found)
 
 
+@pytest.mark.parametrize(("rescale", "same"), [(1.0, True), (2.0, False)])
+def test_a_case_is_the_same_whether_a_usual_setting_is_written_down_or_not(
+    tmp_path: Path, rescale: float, same: bool
+) -> None:
+    found = compared(tmp_path, [(run_case(), clean_run())], [(run_case(rescale=rescale), clean_run())])
+    assert ("**Nothing changed** in its only common case" in summary(found)) == same
+    assert ("nothing to compare" in summary(found)) == (not same)
+
+
 def test_cases_and_states_that_differ_are_listed(tmp_path: Path) -> None:
     found = compared(
         tmp_path,
