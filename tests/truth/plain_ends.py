@@ -151,7 +151,7 @@ ROWS = rows(
     ("soft-cap", lambda: absorbed(CAP, X, ended("mul", "tanh", harmless=True, value=REAL, position=1), parameters=W)),
     ("soft-cap of a negative", lambda: absorbed(
         lambda m, x: torch.tanh(-big(x) * m.w / 30) * 30, X,
-        ended("mul", "tanh", harmless=True, value=-REAL, position=1), parameters=W)),
+        ended("mul", "tanh", harmless=True, value=REAL, position=1), parameters=W)),
     ("sigmoid", lambda: absorbed(
         lambda m, x: torch.sigmoid(big(x) * m.w), X, ended("mul", "sigmoid", harmless=True, value=REAL), parameters=W)),
     ("sigmoid by hand", lambda: absorbed(
@@ -161,11 +161,11 @@ ROWS = rows(
     ("mish by hand", lambda: absorbed(
         mish, full(20.0), ended("exp", "tanh", harmless=True, value=485165195.0), parameters=W)),
     ("negative under relu", lambda: absorbed(
-        lambda m, x: F.relu(-big(x) * m.w) + x, X, ended("mul", "relu", harmless=True, value=-REAL), parameters=W)),
+        lambda m, x: F.relu(-big(x) * m.w) + x, X, ended("mul", "relu", harmless=True, value=REAL), parameters=W)),
     ("negative under exp", lambda: absorbed(
-        lambda m, x: torch.exp(-big(x) * m.w), X, ended("mul", "exp", harmless=True, value=-REAL), parameters=W)),
+        lambda m, x: torch.exp(-big(x) * m.w), X, ended("mul", "exp", harmless=True, value=REAL), parameters=W)),
     ("negative under softmax", lambda: absorbed(
-        negative, X, ended("mul", "softmax", harmless=True, value=-REAL), parameters=W)),
+        negative, X, ended("mul", "softmax", harmless=True, value=REAL), parameters=W)),
     ("arc tangent", lambda: absorbed(
         lambda m, x: torch.atan(big(x) * m.w), X, ended("mul", "atan", harmless=True, value=REAL), parameters=W)),
     ("not chosen", lambda: absorbed(
