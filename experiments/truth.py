@@ -160,9 +160,7 @@ def section(found: Sequence[tuple[str, Judgement]], seed: int) -> list[Section]:
     ]
 
 
-def draw(
-    figure: "matplotlib.figure.Figure", found: Sequence[Judgement], families: Sequence[str]
-) -> Sequence[Hover]:
+def draw(figure: "matplotlib.figure.Figure", found: Sequence[Judgement], families: Sequence[str]) -> Sequence[Hover]:
     parts = [
         Part(
             name=score,
@@ -204,9 +202,7 @@ def main() -> None:
     if given.kept:
         saved = json.loads(kept.read_text(encoding="utf-8"))
         seed = saved["seed"]
-        found = [
-            (one.pop("part"), Judgement(**one | {"why": tuple(one["why"])})) for one in saved["judgements"]
-        ]
+        found = [(one.pop("part"), Judgement(**one | {"why": tuple(one["why"])})) for one in saved["judgements"]]
     else:
         seed = secrets.randbelow(2**32) if given.seed is None else given.seed
         print(f"seed {seed}", flush=True)
@@ -215,7 +211,11 @@ def main() -> None:
         warnings.simplefilter("ignore")
         found = run(seed)
         out.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__}
+        machine = {
+            "processor": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         whole = {"seed": seed, "machine": machine, "judgements": [{"part": p} | asdict(o) for p, o in found]}
         write_text(kept, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     page = write_report("Is the diagnosis right?", section(found, seed), out)

@@ -66,9 +66,15 @@ def linear(
         expected=Expected(
             sites=(site(path),), operators=("matmul",), kinds=("overflow",), origin=origin, channel=channel, value=value,
             step=0, outcome="absorbed" if capped else "reached", harmless=True if capped else None,
-            says=("65,504",), **here(position),
+            says=("65,504",), residual=writes(name, path), **here(position),
         ),
     )  # fmt: skip
+
+
+def writes(name: str, path: str) -> bool:
+    """Whether the layer at `path` writes to the residual stream, so that scaling that scales its output."""
+    parts = DECODERS[name].parts
+    return path in {one.format(layer) for one in (parts.down, parts.output) for layer in (0, 1)}
 
 
 def down(name: str, **how: Any) -> Planted:
@@ -189,7 +195,7 @@ def scores(name: str, position: int = AT) -> Planted:
             sites=(parts.scores.format(0),), operators=("matmul",), kinds=("overflow",), value=90000.0, row=0,
             position=position, token=int(IDS[0, position]), step=0, origin=Origin(kinds=("computed",), finite=True),
             outcome="absorbed" if capped else "reached", harmless=True if capped else None,
-            says=("22,5|scale",),
+            says=() if capped else ("22,5|scale",),
         ),
     )  # fmt: skip
 
@@ -229,7 +235,7 @@ def embedding(name: str, position: int = AT, channel: int = 9) -> Planted:
         expected=Expected(
             sites=(path, f"{path}/embedding.0"), operators=("embedding",), kinds=("weight",), step=0, channel=channel,
             origin=Origin(kinds=("weight",), names=(f"{path}.weight",), finite=False), outcome="reached",
-            says=(parts.embedding.rpartition(".")[2],), never=("no number format helps", "overflows in"), **here(position),
+            says=(parts.embedding.rpartition(".")[2],), never=(r"(?<!if not, )no number format helps", "overflows in"), **here(position),
         ),
     )  # fmt: skip
 
@@ -338,7 +344,7 @@ def autocast(name: str, position: int = AT) -> Planted:
         symptom=after(model, path, position, run=run),
         expected=Expected(
             sites=(site(path),), operators=("matmul",), kinds=("overflow",), channel=0, value=80000.0, step=0,
-            outcome="reached", says=("float16",), **here(position),
+            outcome="reached", says=("float16",), residual=True, **here(position),
         ),
     )  # fmt: skip
 
@@ -376,7 +382,7 @@ def generated(name: str, cache: str | None = None, **how: Any) -> Planted:
         run=run,
         expected=Expected(
             sites=(site(path),), operators=("matmul",), kinds=("overflow",), row=0, position=LAST + 2, step=2, token=77,
-            channel=0, value=80000.0, outcome="reached", says=("generated",),
+            channel=0, value=80000.0, outcome="reached", says=("generated",), residual=True,
         ),
     )  # fmt: skip
 

@@ -190,11 +190,19 @@ def _put(draw: random.Random) -> tuple[str, Make]:
             part.bias.data[channel] = lost
             return {"part": part}
 
-        expected = broke("part", "matmul", "weight", origin=source("weight", "part.bias", False), channel=channel, never=never)
+        expected = broke(
+            "part", "matmul", "weight", origin=source("weight", "part.bias", False), channel=channel, never=never
+        )
         return f"{lost} in a bias", lambda: lines(lambda m, x: m.part(x) * 2, x, modules=modules, expected=expected)
     if kind == "input":
         expected = broke(
-            "/mul.0", "mul", "input", origin=source("input", "x", False), position=position, channel=channel, never=never
+            "/mul.0",
+            "mul",
+            "input",
+            origin=source("input", "x", False),
+            position=position,
+            channel=channel,
+            never=never,
         )
         return f"{lost} in the input", lambda: lines(
             lambda m, x: x * m.w, damaged, parameters={"w": torch.ones(4)}, expected=expected
@@ -202,7 +210,9 @@ def _put(draw: random.Random) -> tuple[str, Make]:
     if kind == "fill":
         expected = broke("/masked_fill.0", "masked_fill", "constant", origin=source("constant", (), False), never=never)
         return f"{lost} filled in", lambda: lines(
-            lambda m, x: (x * 2).masked_fill(x > 1, lost) + 1, torch.where(damaged == 1, damaged, 2.0), expected=expected
+            lambda m, x: (x * 2).masked_fill(x > 1, lost) + 1,
+            torch.where(damaged == 1, damaged, 2.0),
+            expected=expected,
         )
     expected = broke("/mul.0", "mul", "weight", origin=source(kind, "w", False), channel=channel, never=never)
     where = {"parameters": {"w": vector}} if kind == "weight" else {"buffers": {"w": vector}}
@@ -220,5 +230,3 @@ def generate(seed: int, count: int = 200) -> Iterator[Row]:
         else:
             name, make = draw.choice((_code, _code, _put))(draw)
             yield Row(name=f"{number} {name}", root=3, family="plain", make=make)
-
-

@@ -1,5 +1,6 @@
 """A module that runs a few lines of code, and what is known of a fault in them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ class Lines(nn.Module):
         modules: Callable[[], Mapping[str, nn.Module]],
     ) -> None:
         super().__init__()
-        self.code = code
+        self.forward = functools.partial(code, self)  # type: ignore[method-assign]  # with the names of its arguments
         for name, tensor in parameters.items():
             self.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))
         for name, tensor in buffers.items():
@@ -34,9 +35,6 @@ class Lines(nn.Module):
         torch.manual_seed(0)
         for name, module in modules().items():
             self.add_module(name, module.requires_grad_(False))
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        return self.code(self, *arguments, **named)
 
 
 def lines(

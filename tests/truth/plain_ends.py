@@ -25,11 +25,11 @@ def ended(
     """A break whose damage is gone in the end. In a harmless one the result is what a wider format gives; None where the
     code itself says what stands for a number that is too large.
     """
-    says = (r"harmless|no effect|same (value|result)|as in|changes nothing",) if harmless else ()
+    says = (r"harmless|nothing is lost|no effect|same (value|result)|changes nothing",) if harmless else ()
     return broke(
         site or f"/{operator}.0", operator, "overflow", value=value, outcome="absorbed", harmless=harmless,
         absorbed_by=by if isinstance(by, tuple) else (by,),
-        **{"says": says, "never": ("every token is lost", "finite throughout")} | rest,
+        **{"says": says, "never": ("every token is lost",)} | rest,
     )  # fmt: skip
 
 

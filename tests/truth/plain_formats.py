@@ -11,7 +11,7 @@ from truth.row import Expected
 
 X = counting()
 W = {"w": torch.ones(4)}
-NO_FORMAT = (r"in any (format|dtype)", "wider format will not help", "no number format helps")
+NO_FORMAT = (r"in any (format|dtype)", "wider format will not help", r"(?<!if not, )no number format helps")
 A_FORMAT = ("wider range", r"float32 (would|is|gives)", "use (bfloat16|float32)")
 
 
@@ -112,10 +112,10 @@ ROWS = rows(
         expected=only_here("/div.0", "div", "division-by-zero", "/mul.0", 1e-9))),
     ("a weight that rounds to zero", lambda: lines(
         lambda m, x: x / m.tiny, X, parameters={"tiny": full(1e-9, 4)},
-        expected=broke("/div.0", "div", "division-by-zero", origin=source("weight", "tiny")))),
+        expected=broke("/div.0", "div", "division-by-zero"))),
     ("a buffer that rounds to zero", lambda: lines(
         lambda m, x: x * m.w * torch.log(m.tiny), X, parameters=W, buffers={"tiny": full(1e-9, 4)},
-        expected=broke(("/log.0", "/constant_log.0"), "log", "division-by-zero", origin=source("buffer", "tiny")))),
+        expected=broke(("/log.0", "/constant_log.0"), "log", "division-by-zero"))),
     ("an infinity that half makes of a position", lambda: lines(
         rope, X, buffers={"frequency": torch.ones(4)}, wide=True,
         expected=broke("/constant_cast.0", "cast", "overflow", value=70000.0, never=NO_FORMAT))),

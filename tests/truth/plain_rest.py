@@ -47,7 +47,7 @@ def scaled_gate(name: str) -> Planted:
     return Planted(
         model=model, run=forward,
         expected=broke("layers.1.mlp/mul.0", "mul", "overflow", value=90000.0, channel=0, step=0,
-                       never=("gate · up", "residual"), label="gate(?! · up)|activ|scale", **here()),
+                       never=("gate · up",), label="gate(?! · up)|activ|scale", **here()),
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def late_cast(name: str) -> Planted:
     return Planted(
         model=model, run=forward,
         expected=broke("layers.1.self_attn.v_proj", "cast", "overflow", value=80000.0, step=0, channel=0,
-                       never=("probabilities", "residual"), label="value|cast", **here()),
+                       never=("probabilities",), label="value|cast", **here()),
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def own_attention(name: str) -> Planted:
     return Planted(
         model=model, run=forward,
         expected=broke("layers.1.self_attn/cast.0", "cast", "overflow", value=90000.0, step=0, row=0, position=0,
-                       token=int(IDS[0, 0]), never=("probabilities", "residual"), label="key|cast"),
+                       token=int(IDS[0, 0]), never=("probabilities",), label="key|cast"),
     )  # fmt: skip
 
 

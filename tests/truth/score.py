@@ -23,7 +23,7 @@ SCORES: tuple[Score, ...] = ("exact", "acceptable", "misleading", "wrong", "rais
 LEVELS = ("operators", "modules", "layers")
 
 _WRAPPERS = re.compile(r"^(base_model\.(model\.)?)?(model\.)?")  # a site's path leaves these out
-_TELLS_FINITE = re.compile(r"finite throughout", re.IGNORECASE)
+_TELLS_FINITE = re.compile(r"finite throughout(?!.*cannot be excluded)", re.IGNORECASE | re.DOTALL)
 _BLAMES_INPUT = r"check what (is|was) passed"
 _BLAMES_SETTING = r"temperature (is )?None|top_p (= )?None|top_k (= )?None"
 _RESIDUAL = r"(?<!not )scale the residual"

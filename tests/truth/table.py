@@ -37,3 +37,5 @@ TABLE = tuple(row for row in _ALL if not row.name.startswith("control"))
 
 _keys = Counter(row.key for row in _ALL)
 assert max(_keys.values()) == 1, [key for key, count in _keys.items() if count > 1]
+
+ROWS = (*TABLE, *CONTROLS)
