@@ -239,7 +239,7 @@ def embedder_empty() -> Planted:
         symptom=lambda result: only_row(result, 0),
         expected=Expected(
             sites=("/div.0", "encoder*"), operators=("div",), kinds=("invalid",), step=0, row=0, rows=(0,),
-            outcome="reached", never=("wider", "starts with", "overflows in"), no_rounding=True,
+            outcome="reached", never=("wider range", "starts with", "overflows in"), no_rounding=True,
         ),
     )  # fmt: skip
 

@@ -144,7 +144,7 @@ ROWS = rows(
     ("an exponential of the output", lambda: after(metric, outside("exp", "overflow", "plain_outside"))),
     ("NaN that the user writes", lambda: after(filled, outside((), "constant", "plain_outside"))),
     ("what is made before the model is called", lambda: Planted(
-        model=linear(), run=before, expected=broke(OUTSIDE, "mul", "overflow", says=("outside",), never=SAMPLER))),
+        model=linear(), run=before, expected=broke(OUTSIDE, "mul", "overflow", coarse=("input",), says=("outside",), never=SAMPLER))),
     ("a temperature of the user's own", lambda: sampler(
         outside("div", "overflow", "plain_outside").but(never=("temperature None",)), lambda z: torch.softmax(z / 1e-6, -1))),
     ("a top-p of the user's own", lambda: sampler(

@@ -68,6 +68,7 @@ class Expected:
     label: str | None = None
     unsure: tuple[str, ...] = ()
     scaled: float | None = None
+    coarse: tuple[str, ...] = ()
     residual: bool = False
     wider: bool = False
 

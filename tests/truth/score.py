@@ -317,9 +317,8 @@ def forbidden(expected: Expected, dtype: str) -> list[str]:
         never.append(_BLAMES_INPUT)
     if not expected.residual:
         never.append(_RESIDUAL)
-    if (dtype in ("float32", "float64") and not expected.wider) or not {"overflow", "reduction", "weight"} & set(
-        expected.kinds
-    ):
+    ranged = {"overflow", "reduction", "weight"} & set(expected.kinds)
+    if not expected.wider and (dtype in ("float32", "float64") or not ranged):
         never.append(_WIDER)
     return never
 
@@ -328,6 +327,8 @@ def _of_modules(expected: Expected, said: dict[str, Any] | None, bare: Bare) -> 
     """At the levels that see no operators: a false claim is wrong, an honest "unresolved" is acceptable."""
     assert said is not None
     first, verdict = said["first_break"], said["verdict"]
+    if expected.coarse:
+        expected = expected.but(kinds=expected.coarse)
     false = [f"says {word!r}" for word in forbidden(expected, said["dtype"]) if re.search(word, verdict, re.IGNORECASE)]
     if first is None:
         if _TELLS_FINITE.search(verdict):
