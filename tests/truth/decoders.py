@@ -193,7 +193,7 @@ def scores(name: str, position: int = AT) -> Planted:
         symptom=symptom,
         expected=Expected(
             sites=(parts.scores.format(0),), operators=("matmul",), kinds=("overflow",), value=90000.0, row=0,
-            position=position, token=int(IDS[0, position]), step=0, origin=Origin(kinds=("computed",), finite=True),
+            position=position, token=int(IDS[0, position]), scaled=22500.0, step=0, origin=Origin(kinds=("computed",), finite=True),
             outcome="absorbed" if capped else "reached", harmless=True if capped else None,
             says=() if capped else ("22,5|scale",),
         ),

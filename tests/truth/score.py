@@ -57,9 +57,9 @@ class Bare:
 def judge(row: Row, level: str) -> Judgement:
     """Builds the fault, shows that it is there, records it, and compares what is said with what is known."""
     torch.manual_seed(0)
-    planted = row.make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        planted = row.make()
         bare = _bare(planted)
         _show(row, planted, bare)
         said, raised, same = _recorded(planted, level, bare)
