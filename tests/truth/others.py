@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truth.decoders import IDS
 from truth.models import VAE, Embedder, new, siglip, t5, vit, whisper
 from truth.plants import Run, answer, lost_places, only_at
 from truth.row import Expected, Origin, Planted, Row

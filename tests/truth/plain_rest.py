@@ -1,6 +1,5 @@
 """Labels, interference, and the small print: numbers, names and formats in what is said."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +7,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from truth.decoders import AT, IDS, forward, here, lost_places, only_row
+from truth.decoders import AT, IDS, forward, here
 from truth.models import decoder
 from truth.plain import BFLOAT, INF, NAN, SINGLE, Lines, broke, counting, full, lines, rows, source
 from truth.plain_origins import PART
 from truth.plants import answer
-from truth.row import Expected, Planted, Row
+from truth.row import Planted, Row
 
 X = counting()
 W = {"w": torch.ones(4)}
