@@ -5,10 +5,11 @@ Under `inference_mode` composite operators reach a dispatch mode whole (`linear`
 rest, so an operator is called the same either way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +57,11 @@ POLES = frozenset("div reciprocal rsqrt log log2 log10 log1p pow".split())
 
 CONTRACTIONS = frozenset({"matmul"})
 
+# They move values, unless asked to combine them with what is there.
+_ADDING = frozenset({"index_put", "_index_put_impl", "scatter"})
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Traits:
@@ -74,7 +80,6 @@ class Traits:
     view: bool
     factory: bool  # the result holds no value of an operand: `zeros_like`, `new_full` and the like
     seeded: bool  # draws random numbers
-    repeatable: bool  # torch's own, and gives the same again: what others define may count, draw or print
     func: Any = field(repr=False)  # kept alive, for its address names it
 
 
@@ -114,7 +119,6 @@ def _traits(func: Any) -> Traits:
     alias = returned[0].alias_info if returned else None
     view = alias is not None and not alias.is_write
     pointwise = torch.Tag.pointwise in func.tags or name == "cast"
-    seeded = torch.Tag.nondeterministic_seeded in func.tags
     has_kernel = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
     composite = bool(has_kernel("CompositeImplicitAutograd"))
     return Traits(
@@ -134,8 +138,7 @@ def _traits(func: Any) -> Traits:
         places=name in _MOVES or view,
         view=view,
         factory=name.endswith("_like") or name.startswith("new_"),
-        seeded=seeded,
-        repeatable=not seeded and func.namespace in ("aten", "prims"),
+        seeded=torch.Tag.nondeterministic_seeded in func.tags,
         func=func,
     )
 
@@ -335,11 +338,20 @@ def _device(tensor: Tensor | None) -> str:
     return "PrivateUse1" if kind == torch._C._get_privateuse1_backend_name() else kind.upper()
 
 
-def moves(kind: Traits, source: Tensor | None, output: Tensor) -> bool:
-    """Whether the operator only places values. A cast does too, unless it narrows."""
+def moves(
+    kind: Traits, source: Tensor | None, output: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = _NONE
+) -> bool:
+    """Whether the operator only places values. A cast does too, unless it narrows, and a scatter, unless it adds up."""
     if kind.name == "cast":
         return source is None or not source.is_floating_point() or not narrows(source.dtype, output.dtype)
-    return kind.places
+    return kind.places and not adds_up(kind, args, kwargs)
+
+
+def adds_up(kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator that places values was asked to combine them with what is there."""
+    if kind.name not in _ADDING:
+        return False
+    return bool(kwargs.get("reduce") or kwargs.get("accumulate") or (len(args) > 3 and args[3] is True))
 
 
 @cache

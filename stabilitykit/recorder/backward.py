@@ -17,7 +17,8 @@ from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.models.operators import unwatched
 from stabilitykit.recorder.entry import Entry, Step
 from stabilitykit.recorder.names import site_path
-from stabilitykit.recorder.observe import Observer, form_of
+from stabilitykit.recorder.observation import form_of
+from stabilitykit.recorder.observe import Observer
 from stabilitykit.recorder.pending import Row
 from stabilitykit.recorder.statistics import tally
 from stabilitykit.recorder.tensors import aside, has_elements, measurable, region

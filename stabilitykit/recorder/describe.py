@@ -12,7 +12,8 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.entry import Entry, Step
 from stabilitykit.recorder.masks import Call
-from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observation, form_of
+from stabilitykit.recorder.observation import Observation, form_of
+from stabilitykit.recorder.observe import DEFAULT_FORMATS
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending
 from stabilitykit.recorder.tensors import NAMES, aside, measurable

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import number_format
+from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
 from stabilitykit.recorder.claims import claim
@@ -34,7 +34,7 @@ from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
 from stabilitykit.recorder.names import OUTSIDE
-from stabilitykit.recorder.observe import DEFAULT_FORMATS, Options
+from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.session import Session
 from stabilitykit.recorder.unseen import StopAtBreak
@@ -162,12 +162,13 @@ def _check(model: nn.Module, level: str, formats: Sequence[str], matmul: str | N
 
 
 def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Header:
-    parameter = next(model.parameters(), torch.empty(0))
+    first = next(model.parameters(), torch.empty(0))
+    parameter = _floating(model)
     return Header(
         checkpoint=getattr(model, "source", None),
         sha256=getattr(model, "sha256", None),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
+        dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        device=str(first.device),
         level=session.options.level,
         matmul="native",
         formats=session.options.formats,
@@ -177,8 +178,13 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         notes=tuple(getattr(model, "notes", ())),
         case=dict(case),
         versions=_versions(),
-        machine=machine(str(parameter.device)) | {"threads": torch.get_num_threads()},
+        machine=machine(str(first.device)) | {"threads": torch.get_num_threads()},
     )
+
+
+def _floating(model: nn.Module) -> nn.Parameter | None:
+    """The first parameter that is no integer; quantised weights come before their scales."""
+    return next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def _finish(
@@ -201,28 +207,42 @@ def _finish(
     if tokens is not None and piece is None:
         piece = getattr(getattr(model, "tokenizer", None), "piece", None)
     texts = {} if tokens is None or piece is None else _texts(sorted(session.seen), piece)
+    dtype = recording.header.dtype
+    if _floating(model) is None:  # what it is given decides in which dtype it runs
+        dtype = next((entry.form.dtype for entry in observer.entries if entry.form.dtype in FORMATS), dtype)
     header = recording.header = replace(
         recording.header,
-        dtype=session.autocast or recording.header.dtype,
+        dtype=session.autocast or dtype,
         watched=tuple(watched),
         rows=step.rows or 0,
         tokens=tokens,
         token_texts=texts,
         starts=tuple(session.starts),
+        lost_steps=tuple(sorted(session.lost_steps())),
         notes=(*recording.header.notes, *observer.custom.failures(), *session.unseen.notes()),
         error=error,
     )
-    entries, family = observer.entries, family_of(model)
-    recording.records = lambda: _records(entries, header, family)
+    family = family_of(model)
+    recording.records = lambda: _records(observer, header, family)
     session.names.origins.forget()
     session.names.frames.clear()
+    observer.calls.forget()
 
 
-def _records(entries: Sequence[Entry], header: Header, family: Family | None) -> list[Record]:
+def _records(observer: Observer, header: Header, family: Family | None) -> list[Record]:
+    entries = observer.entries
+
     def site_of(origin: Origin) -> str:
+        if origin.trail is not None:
+            return origin.trail.site
         return origin.name if origin.entry is None else entries[origin.entry].site
 
-    whole = [entry for entry in entries if entry.row is not None]
+    whole: list[Entry] = []
+    for number, entry in enumerate(entries):
+        whole += observer.before.get(number, ())
+        if entry.row is not None:
+            entry.decide()
+            whole.append(entry)
     again = {
         id(entry)
         for entry in whole
