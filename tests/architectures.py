@@ -225,9 +225,6 @@ OTHERS: dict[str, Callable[[], Example]] = {
 }  # fmt: skip
 
 
-# Diffusers
-
-
 def _diffusers(name: str, given: Callable[[], dict[str, Any]], **sizes: Any) -> Callable[[], Example]:
     def make() -> Example:
         import diffusers  # only some have it
