@@ -255,8 +255,9 @@ class Session:
                 observer.entries[-1].softmax = recompute_softmax(call.func, args, kwargs)
 
     def _failed(self, kind: Traits, error: Exception) -> None:
-        place = self.names.frames[-1].path
-        what = f"the result of {kind.name}" + (f" in {place}" if place else "")
+        frame = self.names.frames[-1]
+        place = f" in {frame.path}" if frame.path and frame.module is not None else ""
+        what = f"the result of {kind.name}{place}"
         self.unseen.failed(what, error, f"operator {kind.name}")
 
 
