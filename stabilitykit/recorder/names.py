@@ -22,7 +22,7 @@ from stabilitykit.recorder.contributions import placed
 from stabilitykit.recorder.hooks import ModuleHooks
 from stabilitykit.recorder.masks import Operand, blocks, narrowest
 from stabilitykit.recorder.origins import Mask, Origin, Origins, Role, hidden
-from stabilitykit.recorder.roles import role_of_module
+from stabilitykit.recorder.roles import is_norm, role_of_module
 from stabilitykit.recorder.tensors import (
     aside,
     floating,
@@ -55,7 +55,7 @@ class Frame:
     `numbers` count its operators by name. `block` is what it computes of its attention now, `numbers_before` what they
     were when it began with the first one, `of_blocks` the numbers of the entries that its blocks share, by site. A
     recorder that sees no operators keeps the `inputs`; `first_entry` is how many entries it had before. `role` is what
-    attention uses the module's output for.
+    attention uses the module's output for, `given` what a norm is given.
     """
 
     path: str
@@ -65,6 +65,7 @@ class Frame:
     kwargs: dict[str, Any] = field(default_factory=dict)
     first_entry: int = 0
     role: Role | None = None
+    given: Origin | None = None
     inputs: list[Operand] | None = None
     numbers: dict[str, int] = field(default_factory=dict)
     block: QueryBlock | None = None
@@ -177,12 +178,15 @@ class Names:
                     failed(frame.path, error)
 
         def entering(path: str, followed: nn.Module) -> Callable[..., None]:
-            by_blocks, role = hasattr(type(followed), "query_block"), role_of_module(path)
+            by_blocks = hasattr(type(followed), "query_block")
+            role, norm = role_of_module(path), is_norm(path)
 
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if module is not followed or get_ident() != thread or in_backward() != -1:  # a copy has its hooks too
                     return
                 frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs, role=role)
+                if norm and args and isinstance(args[0], Tensor):
+                    frame.given = self.origins.of(args[0])
                 frames.append(frame)
                 if entered is not None:
                     try:

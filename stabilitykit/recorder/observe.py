@@ -114,7 +114,7 @@ class Observer:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
-        role = entry.role = role_of(call, frame.role, scores=scores)
+        role = entry.role = role_of(call, frame.role, scores=scores, given=frame.given)
         origin = Origin("computed", site, number, scores=scores, pairs=pairs, role=role)
         seen = Observation(entry, call, values, None if masked is None else masked.where, axes, part, origin)
         row = seen.count(limit, by_position=self.options.position_peaks)
