@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from stabilitykit.checkpoints.mapped import pieces
 from stabilitykit.formats import NumberFormat
 from stabilitykit.models.operators import CONTRACTIONS, POLES, traits
-from stabilitykit.recorder.kernels.axes import Axes
+from stabilitykit.recorder.kernels.axes import NOWHERE, Axes
 from stabilitykit.recorder.masks import Call, Operand
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.records import Break, BreakKind, flat_index, index_at
@@ -66,12 +66,12 @@ def _carries_damage(operand: Operand) -> bool:
 
 def _earliest(lost: Tensor, axes: Axes) -> int:
     """Row-major index of the first lost element at the earliest position."""
-    if axes.position is None:
+    if not axes.positioned:
         return int(lost.flatten().int().argmax())
     places = lost.reshape(axes.shape).nonzero()
-    positions = places[:, axes.position]
-    if axes.pairs:
-        positions = positions.maximum(places[:, -1])
+    positions = axes.positions_of(places)
+    assert positions is not None
+    positions = positions.where(positions != NOWHERE, torch.iinfo(positions.dtype).max)
     first = places[int((positions == positions.min()).int().argmax())]
     return flat_index(first.tolist(), axes.shape)
 
@@ -84,12 +84,15 @@ def _break(
     value: float | None,
     stored: NumberFormat,
 ) -> Break:
+    """Positions are still those of `axes`, and tokens not looked up."""
     flat = _earliest(lost, axes)
     place = index_at(flat, axes.shape)
+    places = lost.reshape(axes.shape).nonzero()
+    rows, positions = axes.rows_of(places), axes.positions_of(places)
     return Break(
         kind=kind,
         count=int(lost.sum()),
-        row=None if axes.row is None else place[axes.row],
+        row=axes.row_of(place),
         position=axes.position_of(place),
         channel=place[-1] if place else None,
         token=None,
@@ -98,7 +101,13 @@ def _break(
         operand_sites=(),
         value=value,
         limit=stored.largest,
+        rows=_those(rows, -1),
+        positions=_those(positions, NOWHERE),
     )
+
+
+def _those(found: Tensor | None, missing: int) -> tuple[int, ...]:
+    return () if found is None else tuple(n for n in found.unique().tolist() if n != missing)
 
 
 def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | None, stored: NumberFormat) -> BreakKind:

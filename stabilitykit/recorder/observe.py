@@ -12,13 +12,15 @@ from stabilitykit.recorder.blocks import Part, part_of
 from stabilitykit.recorder.breaks import judge
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.deviation import measure_deviation
-from stabilitykit.recorder.entry import Entry, Form, Step
-from stabilitykit.recorder.kernels.axes import Axes, axes_of
+from stabilitykit.recorder.entry import Entry, Form
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import FLOATS, Field, edges
-from stabilitykit.recorder.masks import Call, joins_positions, may_hide
+from stabilitykit.recorder.masks import Call, may_hide
 from stabilitykit.recorder.names import Frame
 from stabilitykit.recorder.origins import Hidden, Origin, Origins, hidden
 from stabilitykit.recorder.pending import Pending, Row
+from stabilitykit.recorder.places.folded import axes_for
+from stabilitykit.recorder.places.track import Tracker
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import tally, tally_by_position
 from stabilitykit.recorder.tensors import NAMES, aside, is_here, measurable, region
@@ -98,7 +100,7 @@ class Observation:
             stored = FORMATS.get(self.entry.form.dtype, FLOAT32)
             finding = judge(self.call, self.values, self.lost, self.axes, stored)
         if finding is not None:
-            self.entry.take_break(finding, self.part)
+            self.entry.take_break(finding, self.axes, self.part)
         return finding is not None
 
 
@@ -106,26 +108,26 @@ class Observation:
 class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
-    `origins` is told what is known of each tensor. `entries` are the records in the making, in order of execution,
+    `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records in the making, in order of execution,
     `forms` what tensors of a shape share within one `step`. `judgements` wait for a device that the pass must not wait
     for; `broken`: something broke. `watched` are the elements that were asked for.
     """
 
     options: Options
     origins: Origins
+    places: Tracker
     pending: Pending
     custom: CustomStatistics
-    step: Step = field(default_factory=lambda: Step(-1))
     entries: list[Entry] = field(default_factory=list)
     forms: dict[tuple[object, ...], Form] = field(default_factory=dict)
     judgements: list[Callable[[], bool]] = field(default_factory=list)
     broken: bool = False
     watched: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
-    def begin(self, step: Step) -> None:
+    def begin(self) -> None:
+        """Before a step."""
         self.settle()
         self.forms.clear()
-        self.step = step
 
     def observe(
         self,
@@ -152,13 +154,13 @@ class Observer:
                 found = may_hide(call, values)
             if found is not None:
                 masked, limit = found
-        entry, axes, part, pairs = self._entry(call, tensor, values, frame, site, repeats)
+        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats)
         number = len(self.entries)
         if part is not None and frame.of_blocks is not None:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
-        origin = Origin("computed", site, number, pairs=pairs)
+        origin = Origin("computed", site, number)
         seen = Observation(entry, call, values, None if masked is None else masked.where, axes, part, origin)
         row = seen.count(limit, by_position=self.options.position_peaks)
         if masked is not None and (masked.count is None or row[_MASKED] != masked.count):
@@ -217,35 +219,29 @@ class Observer:
 
     def _entry(
         self, call: Call, tensor: Tensor, values: Tensor, frame: Frame, site: str, repeats: int | None
-    ) -> tuple[Entry, Axes, Part | None, bool]:
-        """The entry of a tensor that may be a part of it; its own axes; which part; whether it joins positions."""
-        shape, step = values.shape, self.step
-        pairs = False
+    ) -> tuple[Entry, Axes, Part | None]:
+        """The entry of a tensor that may be a part of it; its own axes; which part."""
+        step = self.places.step
+        labels = self.places.of(tensor if tensor.shape == values.shape else values)
         block = frame.block if call.func is not None else None
         if block is not None:
+            shape = tuple(values.shape)
             queries, keys = block.stop - block.start, block.last_key - block.first_key
-            pairs = len(shape) > 2 and shape[-2:] == (queries, keys) and joins_positions(call, values)
-            part = part_of(tuple(shape), block, by_key=pairs)
+            part = part_of(shape, block, by_key=labels.pairs and shape[-2:] == (queries, keys))
             if part is not None:
-                by_position = pairs and block.queries == block.keys  # else keys count those in a cache too
-                axes = part.axes(axes_of(part.shape, step.rows, queries, by_position))
+                axes = axes_for(labels)
                 number = None if frame.of_blocks is None else frame.of_blocks.get(site)
                 if number is not None:
-                    return self.entries[number], axes, part, pairs
-                form = self._form(tensor, values, part.whole, by_position)
-                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part, pairs
-        elif len(shape) > 2 and shape[-1] == shape[-2] == step.length:
-            pairs = joins_positions(call, values)
-        form = self._form(tensor, values, shape, pairs)
-        operator = None if call.func is None else call.name
-        return Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats), form.axes, None, pairs
-
-    def _form(self, tensor: Tensor, values: Tensor, shape: tuple[int, ...], pairs: bool) -> Form:
-        key = (tensor.dtype, shape, pairs)
+                    return self.entries[number], axes, part
+                form = form_of(tensor, values, part.whole, part.whole_axes(axes), self.options.formats)
+                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part
+        key = (tensor.dtype, labels)
         form = self.forms.get(key)
         if form is None:
-            form = self.forms[key] = form_of(tensor, values, tuple(shape), self.step, self.options.formats, pairs=pairs)
-        return form
+            axes = axes_for(labels)
+            form = self.forms[key] = form_of(tensor, values, tuple(values.shape), axes, self.options.formats)
+        operator = None if call.func is None else call.name
+        return Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats), form.axes, None
 
     def _add_softmax(self, seen: Observation) -> None:
         with aside():
@@ -269,16 +265,10 @@ class Observer:
                 self.judgements.append(seen.judge)
 
 
-def form_of(
-    tensor: Tensor, values: Tensor, shape: tuple[int, ...], step: Step, formats: tuple[str, ...], *, pairs: bool
-) -> Form:
-    """The form of tensors like this one, of which `values` are measured, in a whole of this shape."""
-    return Form(
-        NAMES[values.dtype if tensor.is_complex() else tensor.dtype],
-        shape,
-        axes_of(shape, step.rows, step.length, pairs),
-        edges(values.dtype, formats),
-    )
+def form_of(tensor: Tensor, values: Tensor, shape: tuple[int, ...], axes: Axes, formats: tuple[str, ...]) -> Form:
+    """The form of tensors like this one, of which `values` are measured, in a whole of this shape and axes."""
+    name = NAMES[values.dtype if tensor.is_complex() else tensor.dtype]
+    return Form(name, shape, axes, edges(values.dtype, formats))
 
 
 def _is_compared(site: str) -> bool:

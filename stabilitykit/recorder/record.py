@@ -187,11 +187,13 @@ def _finish(
     with suppress(RuntimeError):  # a device that failed has nothing more to say; what it said before is kept
         observer.settle()
         watched += [(site, index, float(element)) for site, index, element in observer.watched]
-    step = observer.step
-    tokens = None if redact or not step.tokens else tuple(map(tuple, step.tokens))
+    step, whole = session.places.step, session.steps.whole
+    tokens = None if redact or not whole else tuple(tuple(n for n in row if n is not None) for row in whole)
+    if tokens is not None and whole is not None and any(None in row for row in whole):
+        tokens = None  # some positions hold no token
     if tokens is not None and piece is None:
         piece = getattr(getattr(model, "tokenizer", None), "piece", None)
-    texts = {} if tokens is None or piece is None else _texts(sorted(session.seen), piece)
+    texts = {} if tokens is None or piece is None else _texts(sorted(session.steps.seen), piece)
     header = recording.header = replace(
         recording.header,
         dtype=session.autocast or recording.header.dtype,
@@ -207,6 +209,7 @@ def _finish(
     recording.records = lambda: _records(entries, header, family)
     session.names.origins.forget()
     session.names.frames.clear()
+    session.places.close()
 
 
 def _records(entries: Sequence[Entry], header: Header, family: Family | None) -> list[Record]:
