@@ -107,7 +107,7 @@ def _break(
 
 
 def _those(found: Tensor | None, missing: int) -> tuple[int, ...]:
-    return () if found is None else tuple(n for n in found.unique().tolist() if n != missing)
+    return () if found is None else tuple(n for n in sorted(set(found.tolist())) if n != missing)
 
 
 def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | None, stored: NumberFormat) -> BreakKind:

@@ -20,6 +20,7 @@ from stabilitykit.recorder.names import Frame
 from stabilitykit.recorder.origins import Hidden, Origin, Origins, hidden
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.places.folded import axes_for
+from stabilitykit.recorder.places.labels import Labels
 from stabilitykit.recorder.places.track import Tracker
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import tally, tally_by_position
@@ -108,8 +109,8 @@ class Observation:
 class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
-    `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records in the making, in order of execution,
-    `forms` what tensors of a shape share within one `step`. `judgements` wait for a device that the pass must not wait
+    `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
+    in the making, in order of execution, `forms` what tensors of a shape share within one `step`. `judgements` wait for a device that the pass must not wait
     for; `broken`: something broke. `watched` are the elements that were asked for.
     """
 
@@ -138,10 +139,12 @@ class Observer:
         *,
         hides: bool = False,
         repeats: int | None = None,
+        labels: Labels | None = None,
     ) -> None:
         """Measures what `call` has made in the module of `frame`, or what that module returns.
 
-        `hides`: a mask may hide elements of it. `repeats` is the number of an entry of the same memory.
+        `hides`: a mask may hide elements of it. `repeats` is the number of an entry of the same memory. `labels` tell
+        where its elements belong, if that is known already.
         """
         values = tensor
         if tensor.dtype not in FLOATS:
@@ -154,7 +157,7 @@ class Observer:
                 found = may_hide(call, values)
             if found is not None:
                 masked, limit = found
-        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats)
+        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats, labels)
         number = len(self.entries)
         if part is not None and frame.of_blocks is not None:
             number = frame.of_blocks.setdefault(site, number)
@@ -218,11 +221,19 @@ class Observer:
             self.broken |= judge_it()
 
     def _entry(
-        self, call: Call, tensor: Tensor, values: Tensor, frame: Frame, site: str, repeats: int | None
+        self,
+        call: Call,
+        tensor: Tensor,
+        values: Tensor,
+        frame: Frame,
+        site: str,
+        repeats: int | None,
+        labels: Labels | None,
     ) -> tuple[Entry, Axes, Part | None]:
         """The entry of a tensor that may be a part of it; its own axes; which part."""
         step = self.places.step
-        labels = self.places.of(tensor if tensor.shape == values.shape else values)
+        if labels is None or labels.shape != values.shape:
+            labels = self.places.of(tensor if tensor.shape == values.shape else values)
         block = frame.block if call.func is not None else None
         if block is not None:
             shape = tuple(values.shape)
@@ -236,12 +247,12 @@ class Observer:
                 form = form_of(tensor, values, part.whole, part.whole_axes(axes), self.options.formats)
                 return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part
         key = (tensor.dtype, labels)
-        form = self.forms.get(key)
-        if form is None:
+        known = self.forms.get(key)
+        if known is None:
             axes = axes_for(labels)
-            form = self.forms[key] = form_of(tensor, values, tuple(values.shape), axes, self.options.formats)
+            known = self.forms[key] = form_of(tensor, values, tuple(values.shape), axes, self.options.formats)
         operator = None if call.func is None else call.name
-        return Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats), form.axes, None
+        return Entry(step, frame.path, site, operator, region(tensor), known, repeats=repeats), known.axes, None
 
     def _add_softmax(self, seen: Observation) -> None:
         with aside():

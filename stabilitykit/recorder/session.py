@@ -185,7 +185,7 @@ class Session:
         else:
             operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
         output = func(*args, **kwargs)
-        self.places.result(kind, args, kwargs, output)
+        placed = self.places.result(kind, args, kwargs, output)
         outputs = floating(output)
         if not outputs:
             return output
@@ -202,7 +202,8 @@ class Session:
         fused = kind.name == FUSED_ATTENTION
         observer, frame = self.observer, names.frames[-1]
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
-            observer.observe(call, tensor, frame, f"{site}[{i}]" if i else site, hides=hides)
+            labels = placed[i] if len(placed) == len(outputs) else None
+            observer.observe(call, tensor, frame, f"{site}[{i}]" if i else site, hides=hides, labels=labels)
         if overwritten is not None:
             names.also_lost(of(outputs[0]), [overwritten])  # elsewhere in that memory
         if fused and self.options.fused_softmax:

@@ -143,7 +143,7 @@ def _looked_up(label: "Label | None", places: Tensor, *, missing: int) -> Tensor
 
 @lru_cache(maxsize=4096)
 def axes_of(shape: tuple[int, ...], rows: int | None, length: int | None, pairs: bool = False) -> Axes:
-    """The axes of a tensor of this shape from a pass of `rows` sequences of `length` tokens, where nothing else is known.
+    """The axes of a tensor of this shape in a pass of `rows` sequences of `length` tokens, for lack of anything better.
 
     The shapes of a decoder: `[B, L, D]`, `[B, H, L, D]`, `[B, L, H, D]` and, once matrix products are flattened,
     `[B·L, D]` and `[B·H, L, D]`. What has one vector a row (`[B, D]`, `[B, 1, D]`) belongs to the last position. Where

@@ -136,7 +136,7 @@ def _with_keys(of: Labels, found: Axes) -> Axes | None:
 
 
 def _counting(values: NDArray[np.int32]) -> tuple[int, int, int, int] | None:
-    """`(outer, count, inner, start)` where numbers count up from `start`: each `inner` times, all of it `outer` times."""
+    """`(outer, count, inner, start)` of numbers that count up from `start`: each `inner` times, all `outer` times."""
     n = len(values)
     first = int(values[0])
     other = np.flatnonzero(values != first)

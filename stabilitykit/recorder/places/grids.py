@@ -13,8 +13,8 @@ Begin = Callable[[str, tuple[int, ...], int], int]
 """Begins a sequence: what it counts, and its rows and length; returns its slot."""
 
 GRIDS = frozenset(
-    "convolution _convolution mkldnn_convolution cudnn_convolution conv1d conv2d conv3d avg_pool1d avg_pool2d avg_pool3d "
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d "
+    "convolution _convolution mkldnn_convolution cudnn_convolution conv1d conv2d conv3d avg_pool1d avg_pool2d "
+    "avg_pool3d max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
     "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bicubic2d_aa _upsample_bilinear2d_aa "
@@ -96,4 +96,5 @@ def _latest(values: Array, length: int, padding: int, reach: int) -> NDArray[np.
     """The latest position that each window holds."""
     padded = np.pad(values, ((0, 0), (0, 0), (padding, padding)), constant_values=NONE)
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach + 1, axis=2)
-    return windows.max(axis=-1)[:, :, :length]
+    latest: NDArray[np.int32] = windows.max(axis=-1)[:, :, :length]
+    return latest

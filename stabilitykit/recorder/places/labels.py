@@ -29,17 +29,24 @@ OPEN, MINUS, ZERO = range(3)
 
 @dataclass(slots=True, eq=False)
 class Label:
-    """`dims` are the dimensions that the array changes along; `low` and `high` its least and greatest known number."""
+    """`dims` are the dimensions that the array changes along; `low` and `high` its least and greatest known number.
+
+    `placed` are the labels that hold the same numbers along another dimension or of another number of them.
+    """
 
     values: Array
     dims: tuple[int, ...]
     low: int
     high: int
     complete: bool
+    placed: dict[tuple[int, int], "Label"] = field(default_factory=dict, repr=False)
 
     def same(self, other: "Label | None") -> bool:
         return self is other or (
             other is not None
+            and self.dims == other.dims
+            and self.low == other.low
+            and self.high == other.high
             and self.values.shape == other.values.shape
             and bool(np.array_equal(self.values, other.values))
         )
@@ -49,33 +56,75 @@ class Label:
         found = int(self.values[tuple(i if size > 1 else 0 for i, size in zip(index, self.values.shape, strict=True))])
         return None if found == NONE else found
 
+    def along(self, dim: int, ndim: int) -> "Label":
+        """The same numbers, which change along one dimension or none, along the dimension `dim` of `ndim`."""
+        found = self.placed.get((dim, ndim))
+        if found is None:
+            shape = [1] * ndim
+            if self.dims:
+                shape[dim] = -1
+            dims = (dim,) if self.dims else ()
+            values = self.values.reshape(shape)
+            found = Label(values, dims, self.low, self.high, self.complete, self.placed)
+            self.placed[(dim, ndim)] = found
+        return found
+
 
 _arrays: dict[tuple[tuple[int, ...], bytes], Label] = {}
+_constants: dict[int, Label] = {}
+
+
+def constant(value: int, ndim: int) -> Label:
+    """The same number everywhere."""
+    found = _constants.get(value)
+    if found is None:
+        found = _constants[value] = Label(np.full((), value, np.int32), (), value, value, True)
+    return found.along(0, ndim)
+
+
+def vector(values: NDArray[np.int32], dim: int, ndim: int) -> Label | None:
+    """A label that changes along one dimension at most, of its numbers there."""
+    found = _interned((values.size,), values)
+    return None if found is None else found.along(dim, ndim)
 
 
 def label(values: NDArray[Any]) -> Label | None:
     """The label of this array; None where nothing in it is known."""
     values = np.asarray(values, dtype=np.int32)
-    for dim, size in enumerate(values.shape):
-        if size > 1:
-            first = values.take([0], dim)
-            if bool((values == first).all()):
-                values = first
-    if values.size == 0 or values.size > LARGEST:
+    shape = values.shape
+    if 0 in shape or values.size > LARGEST:
         return None
+    wide = [dim for dim, size in enumerate(shape) if size > 1]
+    if len(wide) < 2:
+        return vector(values.reshape(-1), wide[0] if wide else 0, len(shape))
+    dims = wide
+    for dim in wide:
+        first = values.take([0], dim)
+        if bool((values == first).all()):
+            values = first
+            dims = [other for other in dims if other != dim]
+    if len(dims) < 2:
+        return vector(values.reshape(-1), dims[0] if dims else 0, len(shape))
+    return _interned(values.shape, values)
+
+
+def _interned(shape: tuple[int, ...], values: NDArray[np.int32]) -> Label | None:
     values = np.ascontiguousarray(values)
-    key = values.shape, values.tobytes()
+    key = shape, values.tobytes()
     found = _arrays.get(key)
-    if found is None:
-        known = values if values.ndim == 0 else values[values != NONE]
-        if known.size == 0 or (values.ndim == 0 and int(values) == NONE):
-            return None
-        if len(_arrays) > _KEPT:
-            _arrays.clear()
-        values.flags.writeable = False
-        dims = tuple(dim for dim, size in enumerate(values.shape) if size > 1)
-        found = Label(values, dims, int(known.min()), int(known.max()), known.size == values.size)
-        _arrays[key] = found
+    if found is not None:
+        return found
+    low, high = int(values.min()), int(values.max())
+    if low == high:  # of one dimension
+        return None if low == NONE else constant(low, len(shape))
+    complete = low != NONE
+    if not complete:
+        low = int(values[values != NONE].min())
+    if len(_arrays) > _KEPT:
+        _arrays.clear()
+    values.flags.writeable = False
+    dims = tuple(dim for dim, size in enumerate(shape) if size > 1)
+    found = _arrays[key] = Label(values, dims, low, high, complete)
     return found
 
 
@@ -102,11 +151,10 @@ class Labels:
     stored: dict[tuple[int, ...], "Labels"] = field(default_factory=dict, repr=False)
     later: bool | None = field(default=None, repr=False)
     axes: Any = field(default=None, repr=False)  # what kernels are told, once somebody asked
+    blank: bool = field(init=False)  # nothing is known of it, and it depends on nothing that entered
 
-    @property
-    def blank(self) -> bool:
-        """Nothing is known of it, and it depends on nothing that entered."""
-        return self.row is None and self.position is None and not self.bounds and not self.checks
+    def __post_init__(self) -> None:
+        self.blank = self.row is None and self.position is None and not self.bounds and not self.checks
 
     @property
     def pairs(self) -> bool:
@@ -129,7 +177,8 @@ class Labels:
     def where_later(self) -> NDArray[np.bool_]:
         if self.key is None or self.position is None or self.slot != self.key_slot:
             return np.zeros((1,) * len(self.shape), bool)
-        return (self.key.values > self.position.values) & (self.position.values != NONE)
+        later: NDArray[np.bool_] = (self.key.values > self.position.values) & (self.position.values != NONE)
+        return later
 
 
 _labels: dict[tuple[Any, ...], Labels] = {}
@@ -155,7 +204,10 @@ def labels(
         key_slot, hidden = -1, OPEN
     if position is None:
         slot = -1
-    beyond = tuple(sorted(bounds.items())) if bounds else ()
+    beyond: tuple[tuple[int, int], ...] = ()
+    if bounds:  # but those that each element's own position implies
+        least = position.low if position is not None and position.complete else NONE
+        beyond = tuple(sorted((at, last) for at, last in bounds.items() if at != slot or last > least))
     name = shape, row, position, key, slot, key_slot, beyond, checks, hidden, raw
     found = _labels.get(name)
     if found is None:
@@ -197,8 +249,11 @@ def changed(
     bounds = dict(of.bounds)
     made: list[Label | None] = []
     for part, slot in ((of.row, -1), (of.position, of.slot), (of.key, of.key_slot)):
-        moved = None if part is None else change(part.values)
-        if part is not None and moved is None and slot >= 0:
+        if part is None or not part.dims:
+            made.append(None if part is None else constant(part.low, len(shape)))
+            continue
+        moved = change(part.values)
+        if moved is None and slot >= 0:
             widen(bounds, {slot: part.high})
         made.append(None if moved is None else label(moved))
     row, position, key = made

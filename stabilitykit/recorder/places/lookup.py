@@ -31,8 +31,8 @@ Index = NDArray[np.int64]
 
 BY_VALUE = frozenset(
     "index _unsafe_index index_select gather take_along_dim index_put _index_put_impl _unsafe_index_put index_add "
-    "index_copy index_reduce scatter scatter_add scatter_reduce masked_select repeat_interleave sort topk argsort msort "
-    "kthvalue take index_fill".split()
+    "index_copy index_reduce scatter scatter_add scatter_reduce masked_select repeat_interleave sort topk argsort "
+    "msort kthvalue take index_fill nonzero unique _unique2 unique_dim unique_consecutive bincount".split()
 )
 """Operators whose labels depend on values, so that one call says nothing of the next."""
 
@@ -112,7 +112,7 @@ def _indexed(request: Request, own: Labels, given: Sequence[Tensor | None], shap
         found = changed(own, shape, lambda values: _fitted(_chosen(values, known), shape))
     if found.position is not None or masks:
         return found
-    spots = [one for one in given]
+    spots = list(given)
     at = next(i for i, one in enumerate(spots) if one is not None)
     last = max(i for i, one in enumerate(spots) if one is not None)
     if any(one is None for one in spots[at : last + 1]):
@@ -312,7 +312,7 @@ def _placed(
         return label(values)
     if bool(((values[place] == new) | (new == NONE)).all()):
         return one
-    np.maximum.at(values, place, np.broadcast_to(new, values[place].shape))
+    np.maximum.at(values, place, np.broadcast_to(new, values[place].shape))  # type: ignore[arg-type]
     return label(values)
 
 

@@ -14,6 +14,8 @@ from stabilitykit.recorder.places.labels import LARGEST, NONE, Array, Label, Lab
 
 Strides = tuple[int, ...]
 
+_VIEWS = 1 << 12  # of one tensor, that are remembered
+
 
 def contiguous(shape: tuple[int, ...]) -> Strides:
     strides = [1]
@@ -85,6 +87,8 @@ def view(base: Labels, shape: tuple[int, ...], strides: Strides, offset: int) ->
             found = blank(shape)
         else:
             found = changed(base, shape, lambda values: _seen(values, base.shape, shape, strides, offset))
+        if len(base.views) > _VIEWS:
+            base.views.clear()
         base.views[key] = found
     return found
 
@@ -93,6 +97,18 @@ def _seen(
     values: Array, of: tuple[int, ...], shape: tuple[int, ...], strides: Strides, offset: int
 ) -> NDArray[np.int32] | None:
     steps = contiguous(of)
+    wide = [d for d, size in enumerate(values.shape) if size > 1]
+    if len(wide) == 1:
+        d = wide[0]
+        moving = _moving(steps[d], steps[d] * of[d], shape, strides, offset)
+        if not moving:
+            return values.reshape(-1)[offset // steps[d] % of[d]].reshape((1,) * len(shape))
+        if len(moving) == 1 and not strides[moving[0]] % steps[d]:
+            m = moving[0]
+            first, pace = offset // steps[d] % of[d], strides[m] // steps[d]
+            if first + (shape[m] - 1) * pace < of[d]:
+                numbers = values.reshape(-1)[first : first + (shape[m] - 1) * pace + 1 : pace]
+                return np.reshape(numbers, [-1 if other == m else 1 for other in range(len(shape))])
     places: list[NDArray[np.int64] | int] = []
     total = 1
     for d, size in enumerate(values.shape):
@@ -110,7 +126,7 @@ def _seen(
         return values.reshape((1,) * len(shape))
     if prod(np.broadcast_shapes(*(p.shape for p in places if not isinstance(p, int)))) > LARGEST:
         return None
-    return values[tuple(places)]
+    return np.asarray(values[tuple(places)])
 
 
 def _moving(step: int, extent: int, shape: tuple[int, ...], strides: Strides, offset: int) -> list[int]:

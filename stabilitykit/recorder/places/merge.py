@@ -26,6 +26,8 @@ def merged(parts: Sequence[Labels], shape: tuple[int, ...]) -> Labels:
     parts = [part for part in parts if not part.blank]
     if not parts:
         return blank(shape)
+    if len(parts) == 1 and parts[0].shape == shape and parts[0].hidden == OPEN:
+        return parts[0]
     ndim = len(shape)
     bounds, checks = beyond(parts)
     rows = [part.row for part in parts]
@@ -53,8 +55,11 @@ def merged(parts: Sequence[Labels], shape: tuple[int, ...]) -> Labels:
 
 def raised(of: Label, ndim: int) -> Label:
     """With as many dimensions as the tensor that it is broadcast to."""
-    if of.values.ndim == ndim:
+    have = of.values.ndim
+    if have == ndim:
         return of
+    if len(of.dims) < 2:
+        return of.along(of.dims[0] + ndim - have if of.dims else 0, ndim)
     found = label(aligned(of.values, ndim))
     assert found is not None
     return found
@@ -74,6 +79,9 @@ def later_of(one: Label, other: Label) -> Label | None:
     """Element by element the later position; NONE is earlier than all. None where that array is too large."""
     if one.same(other):
         return one
+    for a, b in ((one, other), (other, one)):
+        if not a.dims and a.low >= b.high:
+            return a  # the newest of all
     if not fits(one.values.shape, other.values.shape):
         return None
     return label(np.maximum(one.values, other.values))
@@ -96,9 +104,9 @@ class _Joint:
     def _take(self, one: Label, slot: int) -> None:
         if self.position is None:
             self.position, self.slot = one, slot
-        elif one.same(self.position) and slot == self.slot:
-            return
-        elif self.key is not None and one.same(self.key) and slot == self.key_slot:
+        elif (one.same(self.position) and slot == self.slot) or (
+            self.key is not None and one.same(self.key) and slot == self.key_slot
+        ):
             return
         elif self.key is None and one.dims and self.position.dims and not set(one.dims) & set(self.position.dims):
             if one.dims < self.position.dims:  # the query is the earlier dimension
@@ -150,9 +158,7 @@ class _Operand:
         return part.values.ndim > 0 and part.values.shape[self.over] > 1
 
     def kept(self, part: Label | None) -> Label | None:
-        if part is None or self.summed(part):
-            return None
-        return raised(part, self.ndim) if part.values.ndim else label(part.values.reshape((1,) * self.ndim))
+        return None if part is None or self.summed(part) else raised(part, self.ndim)
 
     def along(self, part: Label) -> Array | None:
         """The numbers along the dimension that is summed over, if they change along no other."""

@@ -18,6 +18,7 @@ from stabilitykit.recorder.places.labels import (
     OPEN,
     ZERO,
     Array,
+    Label,
     Labels,
     beyond,
     blank,
@@ -26,6 +27,8 @@ from stabilitykit.recorder.places.labels import (
     label,
     labels,
     spread,
+    vector,
+    widen,
 )
 from stabilitykit.recorder.places.memory import contiguous, view
 from stabilitykit.recorder.places.merge import merged, mixed_along, product, reduced
@@ -37,7 +40,8 @@ Rule = Callable[["Request"], "Sequence[Labels | None]"]
 class Request:
     """One call of an operator: its arguments by name, the labels of a tensor, the shapes of its results.
 
-    `hidden` is what the scores that it returns hold of later keys, and `checks` what has to hold for that.
+    `hidden` is what the scores that it returns hold of later keys, and `checks` what has to hold for that. `newest`:
+    the step has one new position only, so that whatever depends on it belongs to it.
     """
 
     kind: Traits
@@ -46,6 +50,7 @@ class Request:
     shapes: Sequence[tuple[int, ...]]
     hidden: int = OPEN
     checks: int = 0
+    newest: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -88,14 +93,18 @@ def unknown(request: Request) -> Sequence[Labels]:
 
 
 @rule(
-    "where masked_fill clamp clamp_min clamp_max nan_to_num hardswish hardsigmoid rrelu_with_noise native_dropout dropout "
-    "bernoulli polar complex log_sigmoid_forward prelu lerp cast fill masked_fill_ rsub sub add mul div dropout "
-    "floor_divide bitwise_and bitwise_or logical_and logical_or tril triu masked_scatter native_batch_norm_inference "
-    "_native_batch_norm_legit_no_training rrelu silu_backward gelu_backward"
+    "where masked_fill clamp clamp_min clamp_max nan_to_num hardswish hardsigmoid rrelu_with_noise rrelu dropout "
+    "native_dropout bernoulli polar complex log_sigmoid_forward prelu _prelu_kernel lerp cast fill rsub sub add mul div "
+    "floor_divide tril triu masked_scatter _native_batch_norm_legit_no_training"
 )
 def pointwise(request: Request) -> Sequence[Labels]:
     parts = [request.of(tensor) for tensor in request.tensors]
     return [_with(merged(_broadcast(parts, shape), shape), request) for shape in request.shapes]
+
+
+def _is_newest(of: Labels) -> bool:
+    """Whether all of it belongs to the first position of this step."""
+    return of.position is not None and not of.position.dims and of.position.low == 0
 
 
 def _broadcast(parts: Sequence[Labels], shape: tuple[int, ...]) -> list[Labels]:
@@ -143,8 +152,12 @@ def contraction(request: Request) -> Sequence[Labels]:
     added = request.labels("bias") if name == "linear" else None
     if name in ("addmm", "baddbmm", "addmv", "addbmm"):
         added, tensors = request.of(tensors[0]), tensors[1:]
-    left, right = request.of(tensors[0]), request.of(tensors[1])
-    if name == "addbmm" or len(left.shape) > 3 and name == "_grouped_mm":
+    left = request.of(tensors[0])
+    if request.newest and _is_newest(left) and len(left.shape) == len(request.shape) > 1:
+        found = reduced(left, (len(left.shape) - 1,), request.shape, keepdim=True)
+        return [found]
+    right = request.of(tensors[1])
+    if name == "addbmm" or (len(left.shape) > 3 and name == "_grouped_mm"):
         return unknown(request)
     shape = request.shape
     if name == "linear":
@@ -188,7 +201,7 @@ def _dims(request: Request, own: Labels, name: str = "dim") -> list[int]:
     "sum mean amax amin prod var std norm logsumexp any all argmax argmin max min median nanmedian var_mean std_mean "
     "nansum nanmean count_nonzero aminmax mode linalg_norm linalg_vector_norm quantile"
 )
-def reduction(request: Request) -> Sequence[Labels]:
+def reduction(request: Request) -> Sequence[Labels | None]:
     own = request.own
     if len(request.tensors) > 1:  # the larger of two tensors
         return pointwise(request)
@@ -199,6 +212,8 @@ def reduction(request: Request) -> Sequence[Labels]:
 @rule("softmax log_softmax softmin")
 def softmax(request: Request) -> Sequence[Labels]:
     own = request.own
+    if own.position is not None and not own.position.dims and own.key is None:
+        return [own]
     dims = _dims(request, own)
     found = mixed_along(own, dims, request.shape)
     hidden = OPEN
@@ -278,7 +293,7 @@ def glu(request: Request) -> Sequence[Labels]:
 
 @rule("flip")
 def flip(request: Request) -> Sequence[Labels]:
-    dims = [d % len(request.shape) for d in request.given["dims"]]
+    dims = tuple(d % len(request.shape) for d in request.given["dims"])
     return [changed(request.own, request.shape, lambda values: np.flip(values, dims))]
 
 
@@ -330,28 +345,17 @@ def cat(request: Request) -> Sequence[Labels]:
 
 def joined(parts: Sequence[Labels], dim: int, shape: tuple[int, ...]) -> Labels:
     """Of parts that are put one behind the other. Of two sequences the one that entered first keeps its positions."""
-    if all(part.blank for part in parts):
+    labelled = [part for part in parts if not part.blank]
+    if not labelled:
         return blank(shape)
-    bounds, checks = beyond(parts)
-    slot = min((part.slot for part in parts if part.slot >= 0), default=-1)
-    pairs = [part for part in parts if part.key is not None]
+    bounds, checks = beyond(labelled)
+    slot = min((part.slot for part in labelled if part.slot >= 0), default=-1)
+    pairs = [part for part in labelled if part.key is not None]
     key_slot = pairs[0].key_slot if pairs else -1
     sizes = [part.shape[dim] for part in parts]
-    made = []
-    for name, own in (("row", -1), ("position", slot), ("key", key_slot)):
-        arrays: list[Array | None] = []
-        for part in parts:
-            one = getattr(part, name)
-            number = part.slot if name == "position" else part.key_slot
-            if one is not None and name != "row" and number != own:
-                bounds[number] = max(bounds.get(number, NONE), one.high)
-                one = None
-            arrays.append(None if one is None else one.values)
-        found, lost = _along(arrays, sizes, dim, len(shape))
-        if lost and own >= 0:
-            bounds[own] = max(bounds.get(own, NONE), *(getattr(p, name).high for p in parts if getattr(p, name)))
-        made.append(found)
-    row, position, key = (None if one is None else label(one) for one in made)
+    row = _along([part.row for part in parts], sizes, dim, len(shape))[0]
+    position = _joined_of(parts, "position", slot, bounds, sizes, dim, len(shape))
+    key = _joined_of(parts, "key", key_slot, bounds, sizes, dim, len(shape)) if pairs else None
     open_ = any(part.hidden == OPEN and part.has_later() for part in pairs)
     hidden = {part.hidden for part in pairs if part.hidden != OPEN}
     return labels(
@@ -367,27 +371,48 @@ def joined(parts: Sequence[Labels], dim: int, shape: tuple[int, ...]) -> Labels:
     )
 
 
-def _along(
-    arrays: Sequence[Array | None], sizes: Sequence[int], dim: int, ndim: int
-) -> tuple[NDArray[np.int32] | None, bool]:
+def _joined_of(
+    parts: Sequence[Labels], name: str, slot: int, bounds: dict[int, int], sizes: Sequence[int], dim: int, ndim: int
+) -> Label | None:
+    own: list[Label | None] = []
+    for part in parts:
+        one, number = (part.position, part.slot) if name == "position" else (part.key, part.key_slot)
+        if one is not None and number != slot:
+            widen(bounds, {number: one.high})
+            one = None
+        own.append(one)
+    found, lost = _along(own, sizes, dim, ndim)
+    if lost:
+        widen(bounds, {slot: max(one.high for one in own if one is not None)})
+    return found
+
+
+def _along(own: Sequence[Label | None], sizes: Sequence[int], dim: int, ndim: int) -> tuple[Label | None, bool]:
     """One behind the other, NONE where nothing is known; and whether the result was too large."""
-    known = [one for one in arrays if one is not None]
+    known = [one for one in own if one is not None]
     if not known:
         return None, False
     first = known[0]
-    if len(known) == len(arrays) and all(a.shape[dim] == 1 and np.array_equal(a, first) for a in known):
+    every = len(known) == len(own)
+    if every and all(one is first and dim not in one.dims for one in known):
         return first, False
-    others = np.broadcast_shapes(*(a.shape[:dim] + (1,) + a.shape[dim + 1 :] for a in known))
+    if all(not one.dims or one.dims == (dim,) for one in known):
+        numbers = [
+            np.full(size, NONE, np.int32) if one is None else np.broadcast_to(one.values.reshape(-1), size)
+            for one, size in zip(own, sizes, strict=True)
+        ]
+        return vector(np.concatenate(numbers), dim, ndim), False
+    others = np.broadcast_shapes(*((*one.values.shape[:dim], 1, *one.values.shape[dim + 1 :]) for one in known))
     whole = [*others]
     whole[dim] = sum(sizes)
     if not fits(whole):
         return None, True
     parts = []
-    for one, size in zip(arrays, sizes, strict=True):
+    for one, size in zip(own, sizes, strict=True):
         room = [*others]
         room[dim] = size
-        parts.append(np.broadcast_to(np.full((1,) * ndim, NONE, np.int32) if one is None else one, room))
-    return np.concatenate(parts, dim), False
+        parts.append(np.broadcast_to(np.full((1,) * ndim, NONE, np.int32) if one is None else one.values, room))
+    return label(np.concatenate(parts, dim)), False
 
 
 @rule("constant_pad_nd pad")

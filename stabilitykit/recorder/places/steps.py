@@ -43,6 +43,17 @@ class Steps:
         self._last: Stream | None = None  # of a call whose cache was not seen
 
     def begin(self, module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+        """Before a call of the model. What fails in here only makes places unknown."""
+        number = self.tracker.step.number + 1
+        try:
+            return self._begin(module, args, kwargs)
+        except Exception as failed:
+            self.tracker.note(failed)
+            step = Step(number)
+            self.tracker.begin(step)
+            return step
+
+    def _begin(self, module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         start = held(kwargs)
         step = Step(self.tracker.step.number + 1, start)
         cache = cache_of(kwargs)
@@ -67,6 +78,12 @@ class Steps:
 
     def part(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A call of a part of the model, which may be given ids or embeddings that were not followed so far."""
+        try:
+            self._part(args, kwargs)
+        except Exception as failed:
+            self.tracker.note(failed)
+
+    def _part(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         for one in entering_part(args, kwargs):
             known = self.tracker.of(one.tensor)
             if known.position is not None and known.position.complete:
@@ -87,6 +104,12 @@ class Steps:
 
     def ended(self, kwargs: Mapping[str, Any], output: Any) -> None:
         """After a call: which memory its cache has now."""
+        try:
+            self._ended(kwargs, output)
+        except Exception as failed:
+            self.tracker.note(failed)
+
+    def _ended(self, kwargs: Mapping[str, Any], output: Any) -> None:
         cache = cache_of(kwargs)
         made = getattr(output, "past_key_values", None)
         if cache is None and made is not None and self._last is not None:
@@ -104,7 +127,7 @@ class Steps:
         stream = Stream(one.name, start, rows, length, one.counts)
         if one.ids and not one.tensor.is_meta:
             stream.tokens = one.tensor.reshape(rows, length).tolist()
-            self.seen.update(*stream.tokens)  # type: ignore[arg-type]
+            self.seen.update(*stream.tokens)
             if not start:
                 self.whole = stream.tokens
         return stream

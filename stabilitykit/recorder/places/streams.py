@@ -1,12 +1,13 @@
-"""Steps and the sequences that enter the model in each: whose rows and positions are counted, and which ids stand there."""
+"""Steps, and the sequences that enter the model in each: their rows, positions and ids."""
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Ids = Sequence[int | None]
@@ -71,6 +72,11 @@ class Step:
     checks: list[Any] = field(default_factory=list)
 
     @property
+    def newest(self) -> bool:
+        """Whether there is one new position only."""
+        return self.start > 0 and all(stream.length <= 1 for stream in self.streams if stream.start >= self.start)
+
+    @property
     def main(self) -> Stream | None:
         """The stream that is continued, if anything is: a decoder's before an encoder's, ids before embeddings."""
         own = [stream for stream in self.streams if stream.tokens is not None]
@@ -82,6 +88,7 @@ class Step:
         return None if found is None else found.rows
 
 
+_INTEGERS = frozenset((torch.int32, torch.int64))
 _IDS = re.compile(r"(^|_)(input_ids|input_tokens|ids|tokens|token_ids)$")
 _NO_IDS = re.compile(
     r"mask|position|type|time|step|label|target|length|lens|offset|segment|cache|index|indices|slot|size|grid|thw|"
@@ -92,9 +99,9 @@ _SIGNAL = re.compile(r"feature|pixel|audio|image|video|spectrogram|waveform|inpu
 
 
 @lru_cache(maxsize=512)
-def _names(module: type[nn.Module]) -> tuple[str, ...]:
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
         return ()
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
@@ -102,7 +109,7 @@ def _names(module: type[nn.Module]) -> tuple[str, ...]:
 
 def named(module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The arguments of a call, in order; positional ones without a name in the signature are called by number."""
-    names = _names(type(module)) if module is not None else ()
+    names = () if module is None or not args else _names(type(module).forward)
     for i, argument in enumerate(args):
         yield names[i] if i < len(names) else f"#{i}", argument
     yield from kwargs.items()
@@ -130,40 +137,56 @@ def entering(module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str,
     integers: list[tuple[str, Tensor]] = []
     floats: list[tuple[str, Tensor]] = []
     for name, argument in named(module, args, kwargs):
+        if type(argument) is bool or argument is None:
+            continue
         for tensor in _tensors(argument):
-            if tensor.is_floating_point():
+            if tensor.dtype in _INTEGERS:
+                if tensor.ndim in (1, 2):
+                    integers.append((name, tensor))
+            elif tensor.is_floating_point() and tensor.ndim > 2:
                 floats.append((name, tensor))
-            elif not tensor.is_complex() and str(tensor.dtype) in ("torch.int32", "torch.int64"):
-                integers.append((name, tensor))
-    ids = [(name, t) for name, t in integers if _is_ids(name) and t.ndim in (1, 2)]
-    embedded = [(name, t) for name, t in floats if _EMBEDDED.search(name) and t.ndim == 3]
-    if not ids and not embedded:
-        ids = [(name, t) for name, t in integers if not _NO_IDS.search(name) and t.ndim in (1, 2)][:1]
+    ids = [(name, t) for name, t in integers if _role(name) == "ids"]
+    if not ids and not any(_role(name) == "embedded" and t.ndim == 3 for name, t in floats):
+        ids = [(name, t) for name, t in integers if not _is_other(name)][:1]
     found = [Entering(name, t, 0 if t.ndim == 2 else None, t.ndim - 1, "token", ids=True) for name, t in ids]
     for name, tensor in floats:
-        if "mask" in name or "bias" in name or "cache" in name or "past" in name:
+        role = _role(name)
+        if role == "other":
             continue
         if tensor.ndim == 3:
             found.append(Entering(name, tensor, 0, 1, "position"))
-        elif tensor.ndim > 3 and _SIGNAL.search(name):
+        elif role == "signal":
             found.append(Entering(name, tensor, 0, None, "position"))
     return found
 
 
+@lru_cache(maxsize=4096)
+def _role(name: str) -> str:
+    """What an argument of this name holds."""
+    if _EMBEDDED.search(name):
+        return "embedded"
+    if _IDS.search(name) and not _NO_IDS.search(name):
+        return "ids"
+    if _SIGNAL.search(name):
+        return "signal"
+    return "other" if re.search(r"mask|bias|cache|past", name) else ""
+
+
+@lru_cache(maxsize=4096)
+def _is_other(name: str) -> bool:
+    return bool(_NO_IDS.search(name))
+
+
 def entering_part(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Entering]:
-    """What enters with a call of a part of the model, such as a decoder in it: only what is called ids or embeddings."""
+    """What enters with a call of a part of the model, such as a decoder: only what is called ids or embeddings."""
     found = []
     for name, tensor in kwargs.items():
         if isinstance(tensor, Tensor):
-            if not tensor.is_floating_point() and tensor.ndim == 2 and _is_ids(name):
+            if not tensor.is_floating_point() and tensor.ndim == 2 and _role(name) == "ids":
                 found.append(Entering(name, tensor, 0, 1, "token", ids=True))
-            elif tensor.is_floating_point() and tensor.ndim == 3 and _EMBEDDED.search(name):
+            elif tensor.is_floating_point() and tensor.ndim == 3 and _role(name) == "embedded":
                 found.append(Entering(name, tensor, 0, 1, "position"))
     return found
-
-
-def _is_ids(name: str) -> bool:
-    return bool(_IDS.search(name)) and not _NO_IDS.search(name)
 
 
 def _tensors(argument: Any) -> Iterator[Tensor]:

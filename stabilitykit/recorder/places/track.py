@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from stabilitykit.models.operators import Traits
 from stabilitykit.recorder.places.grids import GRIDS, convolved
 from stabilitykit.recorder.places.hiding import FUSED, Hiding
-from stabilitykit.recorder.places.labels import NONE, Label, Labels, blank, changed, label, labels, spread
+from stabilitykit.recorder.places.labels import (
+    NONE,
+    Label,
+    Labels,
+    blank,
+    changed,
+    constant,
+    label,
+    labels,
+    spread,
+    vector,
+)
 from stabilitykit.recorder.places.lookup import BY_VALUE, by_indices
 from stabilitykit.recorder.places.memory import in_memory, refined, view, written
 from stabilitykit.recorder.places.rules import RULES, Request, pointwise, unknown
@@ -23,18 +34,18 @@ from stabilitykit.recorder.places.streams import Entering, Step, Stream
 
 _REMEMBERED = 1 << 13  # calls
 _FILLS = frozenset("fill zero normal uniform random exponential bernoulli geometric cauchy log_normal".split())
+# Their results are views, whatever their schemas say.
+_ALIASING = frozenset(
+    "_unsafe_view lift lift_fresh contiguous detach alias unsafe_split unsafe_split_with_sizes unsafe_chunk".split()
+)
 _SIMPLE = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
-class _Held:
-    """What is known of a storage: labels as of one contiguous tensor, the bytes of an element, and since which step."""
+_Held = tuple[Labels, int, Step]
+"""What is known of a storage: labels as of one contiguous tensor, the bytes of an element, and since which step."""
 
-    __slots__ = ("labels", "size", "step")
 
-    def __init__(self, labels: Labels, size: int, step: Step) -> None:
-        self.labels = labels
-        self.size = size
-        self.step = step
+_calls: dict[tuple[Any, ...], tuple[Labels, ...]] = {}  # what operators made of what, in any recording
 
 
 class Tracker:
@@ -48,12 +59,9 @@ class Tracker:
         self.step = Step(-1)
         self.failures: list[str] = []
         self._held: dict[int, _Held] = {}
-        self._weak: set[int] = set()  # storages whose address we keep from being used again
         self._forget_at = 1024
-        self._calls: dict[tuple[Any, ...], tuple[Labels, ...]] = {}
         self._translated: dict[tuple[int, int], tuple[Labels, Step, Labels]] = {}
         self._hiding = Hiding()
-        self._known = self._pairs = False  # of the call that is looked at: anything is known; elements join positions
 
     # Steps
 
@@ -71,16 +79,12 @@ class Tracker:
     def give(self, entering: Entering, slot: int) -> None:
         tensor = entering.tensor
         shape = tuple(tensor.shape)
-        made: list[Label | None] = []
-        for dim in (entering.row, entering.position):
-            if dim is None:
-                made.append(None)
-            else:
-                made.append(label(np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))])))
-        row, position = made
+        row, position = (
+            None if dim is None else _counted(shape[dim], dim, len(shape)) for dim in (entering.row, entering.position)
+        )
         found = labels(shape, row, position, slot=slot, raw=not entering.ids)
         self._remember(tensor, found)
-        base = self._held[tensor.untyped_storage()._cdata].labels
+        base = self._held[tensor.untyped_storage()._cdata][0]
         base.views[(tensor.shape, tensor.stride(), tensor.storage_offset())] = found  # rows may share their memory
 
     def of(self, tensor: Tensor) -> Labels:
@@ -88,131 +92,142 @@ class Tracker:
         try:
             return self._of(tensor)
         except Exception as failed:  # never in the way of a forward pass
-            self._fail(failed)
+            self.note(failed)
             return blank(tuple(tensor.shape))
 
     def _of(self, tensor: Tensor) -> Labels:
         held = self._held.get(tensor.untyped_storage()._cdata)
         shape = tensor.shape
-        if held is None:
-            return blank(tuple(shape))
-        base = held.labels
-        if held.step is not self.step:
-            base = self._translate(held)
-        size = tensor.itemsize
-        strides, offset = tensor.stride(), tensor.storage_offset()
-        if size != held.size:
-            if size % held.size == 0:  # complex numbers made of pairs
-                parts = size // held.size
+        if held is None or held[0].blank:
+            return blank(shape)
+        base, size, then = held
+        if then is not self.step:
+            base = self._translate(tensor, held)
+        own = tensor.itemsize
+        strides, offset = tensor.stride(), int(tensor.storage_offset())
+        if own != size:
+            if own % size == 0:  # complex numbers made of pairs
+                parts = own // size
                 strides, offset = tuple(stride * parts for stride in strides), offset * parts
-            elif held.size % size == 0:
-                base = refined(base, held.size // size)
+            elif size % own == 0:
+                base = refined(base, size // own)
             else:
-                return spread([base], tuple(shape))
+                return spread([base], shape)
         found = base.views.get((shape, strides, offset))
         return view(base, tuple(shape), strides, offset) if found is None else found
 
-    def _translate(self, held: _Held) -> Labels:
+    def _translate(self, tensor: Tensor, held: _Held) -> Labels:
         """Labels of an earlier step in terms of this one: positions count from where this one begins."""
-        old, then, now = held.labels, held.step, self.step
-        held.step = now
-        if old.blank:
-            return old
+        old, size, then = held
         key = id(old), id(then)
         found = self._translated.get(key)
         if found is None:
-            found = self._translated[key] = (old, then, translated(old, then, now))
-        held.labels = found[2]
+            found = self._translated[key] = (old, then, translated(old, then, self.step))
+        self._held[tensor.untyped_storage()._cdata] = (found[2], size, self.step)
         return found[2]
 
     # Operators
 
-    def result(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        """After an operator that is no view has run."""
+    def result(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Sequence[Labels]:
+        """After an operator that is no view has run: the labels of its results, none where it wrote into something."""
         try:
-            self._result(kind, args, kwargs, output)
+            return self._result(kind, args, kwargs, output)
         except Exception as failed:  # never in the way of a forward pass
-            self._fail(failed)
-            for tensor in _outputs(output):
-                self._remember(tensor, blank(tuple(tensor.shape)))
+            self.note(failed)
+            for tensor in _plain(output):
+                self._remember(tensor, blank(tensor.shape))
+            return ()
 
-    def _fail(self, failed: Exception) -> None:
+    def note(self, failed: Exception) -> None:
+        """Something went wrong in here, which is nobody's business but a test's."""
         if len(self.failures) < 8:
             self.failures.append(f"{type(failed).__name__}: {failed}")
 
-    def _result(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        key: list[Any] = [kind]
-        self._known = False
-        self._pairs = kind.name == FUSED
-        self._name(args, key)
-        if kwargs:
-            self._name(kwargs.values(), key)
-            key.append(tuple(kwargs))
-        outputs = (output,) if type(output) is Tensor else _outputs(output)
-        if not self._known:
-            if not kind.writes_in_place:
-                for tensor in outputs:
-                    self._remember(tensor, blank(tensor.shape))
-            return
-        if kind.writes_in_place:
-            self._write(kind, args, kwargs, outputs)
-            return
-        name = kind.name
-        checked = 0
-        if self._pairs and name in self._hiding.names:
-            checked = self._hiding.look(kind, named(kind, args, kwargs), self)
-            key.append(checked)
-        for tensor in outputs:
-            key.append(tensor.shape)
-        found: tuple[Labels, ...] | None = None
-        by_value = name in BY_VALUE or name in GRIDS
-        if not by_value:
-            found = self._calls.get(tuple(key))
-        if found is None:
-            found = self._found(kind, args, kwargs, outputs, checked)
-            if not by_value:
-                if len(self._calls) > _REMEMBERED:
-                    self._calls.clear()
-                self._calls[tuple(key)] = found
-        for tensor, own in zip(outputs, found, strict=False):
-            self._remember(tensor, own, given=(args, kwargs) if not kind.combines else None)
-
-    def _name(self, given: Any, key: list[Any]) -> None:
-        """Puts what tells one call from another into `key`: the labels of tensors, and other arguments as they are."""
-        for argument in given:
-            kind = type(argument)
-            if kind is Tensor or kind is nn.Parameter:
-                held = self._held.get(argument.untyped_storage()._cdata)
-                if held is None:
+    def _result(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Sequence[Labels]:
+        # All of this runs at every operator, so that little is called from here.
+        held, step, name = self._held, self.step, kind.name
+        key: list[Any] = [id(kind)]
+        known = False
+        pairs = name == FUSED
+        for argument in (*args, *kwargs, *kwargs.values()) if kwargs else args:
+            what = type(argument)
+            if what is Tensor:
+                one = held.get(argument.untyped_storage()._cdata)
+                if one is None or one[0].blank:
                     key.append(argument.shape)
-                    continue
-                found = self._of(argument)
-                key.append(found)
-                if not found.blank:
-                    self._known = True
-                    if found.key is not None:
-                        self._pairs = True
-            elif kind in _SIMPLE:
+                elif one[2] is step and argument.itemsize == one[1]:
+                    base = one[0]
+                    known = True
+                    if base.key is not None:
+                        pairs = True
+                    key += (base, argument.shape, argument.stride(), argument.storage_offset())
+                else:
+                    known, pairs = self._name((argument,), key, known, pairs)
+            elif what in _SIMPLE:
                 key.append(argument)
-            elif kind is list or kind is tuple:
-                key.append(len(argument))
-                self._name(argument, key)
+            elif what is list or what is tuple:
+                known, pairs = self._name(argument, key, known, pairs)
             else:
-                key.append(id(argument))
-                if isinstance(argument, Tensor):
-                    self._known = True
+                key.append(argument.shape if isinstance(argument, Tensor) else id(argument))
+        if kind.writes_in_place:
+            if known or self._writes_known(kind, args, kwargs):
+                self._write(kind, args, kwargs, pairs)
+            return ()
+        if name in _ALIASING:
+            return ()
+        outputs = (output,) if type(output) is Tensor else _plain(output)
+        if not known:
+            results: Sequence[Labels] = [blank(tensor.shape) for tensor in outputs]
+        else:
+            checked = 0
+            if pairs and not step.newest and name in Hiding.names:
+                checked = self._hiding.look(kind, named(kind, args, kwargs), self)
+                key.append(checked)
+            if name in BY_VALUE or name in GRIDS:
+                results = self._found(kind, args, kwargs, outputs, checked)
+            else:
+                call = tuple(key)
+                remembered = _calls.get(call)
+                if remembered is None:
+                    if len(_calls) > _REMEMBERED:
+                        _calls.clear()
+                    remembered = _calls[call] = self._found(kind, args, kwargs, outputs, checked)
+                results = remembered
+        for tensor, own in zip(outputs, results, strict=False):
+            storage = tensor.untyped_storage()
+            address = storage._cdata
+            found = own.stored.get(tensor.stride())
+            if found is None:
+                self._remember(tensor, own)
+                continue
+            if address not in held:
+                self._keep(storage, address)
+            held[address] = found, tensor.itemsize, step
+        return results
+
+    def _name(self, given: Sequence[Any], key: list[Any], known: bool, pairs: bool) -> tuple[bool, bool]:
+        """As `_result` does it, of the elements of an argument that is a list."""
+        key.append(len(given))
+        for one in given:
+            if isinstance(one, Tensor):
+                found = self._of(one)
+                key.append(found)
+                known = known or not found.blank
+                pairs = pairs or found.key is not None
+            else:
+                key.append(one if type(one) in _SIMPLE else id(one))
+        return known, pairs
 
     def _found(
         self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Tensor], checked: int
     ) -> tuple[Labels, ...]:
         shapes = [tuple(tensor.shape) for tensor in outputs]
-        request = Request(kind, named(kind, args, kwargs), self.of, shapes)
+        request = Request(kind, named(kind, args, kwargs), self.of, shapes, newest=self.step.newest)
         if checked:
-            request.hidden, request.checks = self._hiding.claim(checked)
-        found = self._labels(request, outputs)
+            request.hidden, request.checks = Hiding.claim(checked)
         return tuple(
             one if one is not None and one.shape == shape else spread([self.of(t) for t in request.tensors], shape)
-            for one, shape in zip(found, shapes, strict=True)
+            for one, shape in zip(self._labels(request, outputs), shapes, strict=True)
         )
 
     def _labels(self, request: Request, outputs: Sequence[Tensor]) -> Sequence[Labels | None]:
@@ -241,100 +256,88 @@ class Tracker:
 
     # Writes
 
-    def _write(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Tensor]) -> None:
-        into: list[Tensor] = []
-        for place, name in kind.written:
-            given = args[place] if place < len(args) else kwargs.get(name)
-            into += _outputs(given)
+    def _writes_known(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether memory that a constant is written into, as an argument called by name, is that of something known."""
+        return any(not self._of(tensor).blank for tensor in _written(kind, args, kwargs))
+
+    def _write(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], pairs: bool) -> None:
+        into = _written(kind, args, kwargs)
         given = named(kind, args, kwargs)
         out = {name for _, name in kind.written if name.startswith("out")}
-        replaced = {name: value for name, value in given.items() if name not in out}
         shapes = [tuple(tensor.shape) for tensor in into]
-        request = Request(kind, replaced, self.of, shapes)
-        if self._pairs and kind.name in self._hiding.names:
-            checked = self._hiding.look(kind, given, self)
-            if checked:
-                request.hidden, request.checks = self._hiding.claim(checked)
+        request = Request(kind, {name: value for name, value in given.items() if name not in out}, self.of, shapes)
+        if pairs and kind.name in Hiding.names:
+            request.hidden, request.checks = Hiding.claim(self._hiding.look(kind, given, self))
         found: Sequence[Labels | None]
         if kind.name in _FILLS:
-            whole = [t.numel() == t.untyped_storage().nbytes() // t.itemsize for t in into]
-            found = [
-                blank(s) if all_ and kind.name == "zero" else _standing(self.of(t))
-                for t, s, all_ in zip(into, shapes, whole, strict=True)
-            ]
+            found = [self._filled(kind, tensor) for tensor in into]
         elif kind.name.startswith("_foreach_"):
             found = [self.of(tensor) for tensor in into]
         elif kind.name == "cast":
             source = request.labels("src")
-            own = self.of(into[0])
-            if source is None or (source.blank and shapes[0] == own.shape):
-                found = [_standing(own)]
+            if source is None or source.blank:
+                found = [_standing(self.of(into[0]))]
             else:
                 found = pointwise(Request(kind, {"src": given["src"]}, self.of, shapes))
         else:
             found = self._labels(request, into)
-        for tensor, own in zip(into, found, strict=False):
-            new = own
-            if new is None or new.shape != tuple(tensor.shape):
-                new = spread([self.of(t) for t in request.tensors], tuple(tensor.shape))
+        for i, (tensor, shape) in enumerate(zip(into, shapes, strict=True)):
+            new = found[i] if i < len(found) else None
+            if new is None or new.shape != shape:
+                new = spread([self.of(t) for t in request.tensors], shape)
             self._put(tensor, new)
+
+    def _filled(self, kind: Traits, tensor: Tensor) -> Labels:
+        """A constant in the place of something; memory that is emptied whole belongs nowhere."""
+        whole = tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+        return blank(tensor.shape) if whole and kind.name == "zero" else _standing(self.of(tensor))
 
     def _put(self, tensor: Tensor, new: Labels) -> None:
         """What is written into a tensor, in the labels of its memory."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        held = self._held.get(key)
-        if held is None or held.size != tensor.itemsize:
-            elements = storage.nbytes() // max(1, tensor.itemsize)
+        address, size = storage._cdata, tensor.itemsize
+        held = self._held.get(address)
+        if held is None or held[1] != size:
+            elements = storage.nbytes() // max(1, size)
             if elements == tensor.numel():
                 self._remember(tensor, new)
                 return
-            held = self._held[key] = _Held(blank((elements,)), tensor.itemsize, self.step)
-            self._keep(storage, key)
-        elif held.step is not self.step:
-            self._translate(held)
-        made = written(held.labels, new, tensor.stride(), tensor.storage_offset())
-        self._held[key] = _Held(made, held.size, self.step)
+            base = blank((elements,))
+        else:
+            base = held[0] if held[2] is self.step else self._translate(tensor, held)
+        made = written(base, new, tensor.stride(), int(tensor.storage_offset()))
+        if address not in self._held:
+            self._keep(storage, address)
+        self._held[address] = made, size, self.step
 
-    def _remember(self, tensor: Tensor, found: Labels, given: Any = None) -> None:
+    def _remember(self, tensor: Tensor, found: Labels) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if given is not None and self._is_of(key, given):
-            return  # a view after all
-        strides = tensor.stride()
-        offset = tensor.storage_offset()
-        base = in_memory(found, strides) if not offset else None
+        address, size = storage._cdata, tensor.itemsize
+        strides, offset = tensor.stride(), int(tensor.storage_offset())
+        base = None if offset else in_memory(found, strides)
         if base is None:
-            base = written(blank((max(1, storage.nbytes() // max(1, tensor.itemsize)),)), found, strides, offset)
+            base = written(blank((max(1, storage.nbytes() // max(1, size)),)), found, strides, offset)
             if base.blank and not found.blank and tensor.numel():
                 base = spread([found], base.shape)
-        self._held[key] = _Held(base, tensor.itemsize, self.step)
-        self._keep(storage, key)
+        if address not in self._held:
+            self._keep(storage, address)
+        self._held[address] = base, size, self.step
 
-    def _is_of(self, key: int, given: Any) -> bool:
-        args, kwargs = given
-        return any(t.untyped_storage()._cdata == key for t in _outputs((*args, *kwargs.values())))
-
-    def _keep(self, storage: Any, key: int) -> None:
-        """Keeps the address of a storage from being used again, so that a key never lies."""
-        if key not in self._weak:
-            storage._weak_ref()
-            self._weak.add(key)
-            if len(self._weak) > self._forget_at:
-                self._prune()
-
-    def _prune(self) -> None:
-        gone = [key for key in self._weak if torch.UntypedStorage._expired(key)]  # type: ignore[no-untyped-call]
-        for key in gone:
-            self._weak.discard(key)
-            self._held.pop(key, None)
-            torch.UntypedStorage._free_weak_ref(key)  # type: ignore[no-untyped-call]
-        self._forget_at = 2 * len(self._weak) + 1024
+    def _keep(self, storage: Any, address: int) -> None:
+        """Before a storage is named for the first time: keeps its address from being used again."""
+        storage._weak_ref()
+        if len(self._held) > self._forget_at:
+            expired, free = torch.UntypedStorage._expired, torch.UntypedStorage._free_weak_ref
+            for gone in [key for key in self._held if expired(key)]:  # type: ignore[no-untyped-call]
+                del self._held[gone]
+                free(gone)
+            self._forget_at = 2 * len(self._held) + 1024
 
     def keep(self, tensor: Tensor) -> int:
         """A name for the tensor's memory, which nothing else gets as long as this one lives."""
         storage = tensor.untyped_storage()
-        self._keep(storage, storage._cdata)
+        if storage._cdata not in self._held:
+            self._remember(tensor, blank(tensor.shape))
         return int(storage._cdata)
 
     def passed(self, given: Sequence[Sequence[Tensor]], tensor: Tensor) -> None:
@@ -355,15 +358,13 @@ class Tracker:
                         self._remember(tensor, _carried_on(own, tuple(tensor.shape), ids=ids))
                         return
         except Exception as failed:  # never in the way of a forward pass
-            self._fail(failed)
+            self.note(failed)
 
     def close(self) -> None:
         """Forgets everything."""
-        weak, self._weak = self._weak, set()
-        for key in weak:
-            torch.UntypedStorage._free_weak_ref(key)  # type: ignore[no-untyped-call]
-        self._held.clear()
-        self._calls.clear()
+        held, self._held = self._held, {}
+        for address in held:
+            torch.UntypedStorage._free_weak_ref(address)  # type: ignore[no-untyped-call]
         self._translated.clear()
         self._hiding.clear()
 
@@ -377,15 +378,24 @@ def named(kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def _outputs(tree: Any) -> list[Tensor]:
+def _counted(size: int, dim: int, ndim: int) -> Label | None:
+    return vector(np.arange(size, dtype=np.int32), dim, ndim) if size > 1 else constant(0, ndim)
+
+
+def _written(kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for place, name in kind.written:
+        found += _plain(args[place] if place < len(args) else kwargs.get(name))
+    return found
+
+
+def _plain(tree: Any) -> list[Tensor]:
+    """The tensors in a result or an argument that have memory of their own."""
     if isinstance(tree, Tensor):
-        return (
-            [tree]
-            if type(tree) in (Tensor, nn.Parameter) and tree.layout is torch.strided and not tree.is_nested
-            else []
-        )
+        plain = type(tree) in (Tensor, nn.Parameter) and tree.layout is torch.strided and not tree.is_nested
+        return [tree] if plain else []
     if isinstance(tree, list | tuple):
-        return [tensor for part in tree for tensor in _outputs(part)]
+        return [tensor for part in tree for tensor in _plain(part)]
     return []
 
 
@@ -396,56 +406,64 @@ def _standing(own: Labels) -> Labels:
 
 def translated(old: Labels, then: Step, now: Step) -> Labels:
     """Labels of the step `then` in terms of the step `now`."""
-    slots: dict[int, tuple[int, int]] = {}  # by old slot the new one, and how far positions move
-
-    def slot_of(slot: int) -> tuple[int, int]:
-        if slot not in slots:
-            stream = then.streams[slot]
-            for number, other in enumerate(now.streams):
-                if other.sequence is stream.sequence:
-                    slots[slot] = number, stream.start - other.start
-                    break
-            else:
-                now.streams.append(stream)
-                slots[slot] = len(now.streams) - 1, 0
-        return slots[slot]
-
-    row = old.row
-    made: list[tuple[Label | None, int]] = []
-    for part, slot in ((old.position, old.slot), (old.key, old.key_slot)):
-        if part is None or slot < 0:
-            made.append((None, -1))
-            continue
-        new, shift = slot_of(slot)
-        moved = part
-        if shift:
-            values = np.where(part.values == NONE, NONE, part.values + shift)
-            values = np.where(values >= 0, NONE, values)  # was cut off: this step's own stand there
-            moved = label(values)  # type: ignore[assignment]
-        made.append((moved, new))
-        stream = now.streams[new]
-        if row is not None and stream.row_from is not None and stream is not then.streams[slot]:
-            source = np.asarray(stream.row_from, np.int32)
-            if row.values.size == source.size and np.array_equal(row.values.reshape(-1), source):
-                row = label(np.arange(source.size).reshape(row.values.shape))
-            elif source.size and not np.array_equal(source, np.arange(source.size)):
-                row = None
+    row, position, key = old.row, old.position, old.key
+    slot, key_slot = old.slot, old.key_slot
+    if position is not None:
+        slot, shift = _slot(then, now, slot)
+        position = _moved(position, shift)
+        if row is not None and row.dims:
+            row = _continued(row, then.streams[old.slot], now.streams[slot])
+    if key is not None:
+        key_slot, shift = _slot(then, now, key_slot)
+        key = _moved(key, shift)
     bounds: dict[int, int] = {}
-    for slot, last in old.bounds:
-        new, shift = slot_of(slot)
+    for number, last in old.bounds:
+        new, shift = _slot(then, now, number)
         bounds[new] = max(bounds.get(new, last + shift), last + shift)
     checks = 0
-    for number, check in enumerate(then.checks):
+    for number, check in enumerate(then.checks if old.checks else ()):
         if old.checks >> number & 1:
             place = next((i for i, other in enumerate(now.checks) if other is check), None)
             if place is None:
                 place = len(now.checks)
                 now.checks.append(check)
             checks |= 1 << place
-    (position, slot), (key, key_slot) = made
     return labels(
         old.shape, row, position, key, slot=slot, key_slot=key_slot, bounds=bounds, checks=checks, hidden=old.hidden
     )
+
+
+def _slot(then: Step, now: Step, slot: int) -> tuple[int, int]:
+    """Where a stream of another step is in this one, and how far its positions move."""
+    stream = then.streams[slot]
+    for number, other in enumerate(now.streams):
+        if other.sequence is stream.sequence:
+            return number, stream.start - other.start
+    now.streams.append(stream)
+    return len(now.streams) - 1, 0
+
+
+def _moved(part: Label, shift: int) -> Label | None:
+    if not shift:
+        return part
+    values = part.values + np.int32(shift) if part.complete else _shifted(part.values, shift)
+    if part.high + shift >= 0:
+        values = np.where(values >= 0, NONE, values)  # was cut off: this step's own stand there
+    return label(values)
+
+
+def _continued(row: Label, stream: Stream, other: Stream) -> Label | None:
+    """Rows of a stream that goes on in another order, in that order."""
+    if other.row_from is None or other is stream:
+        return row
+    source = np.asarray(other.row_from, np.int32)
+    if row.values.size == source.size and np.array_equal(row.values.reshape(-1), source):
+        return label(np.arange(source.size).reshape(row.values.shape))
+    return None
+
+
+def _shifted(values: Any, shift: int) -> Any:
+    return np.where(values == NONE, NONE, values + np.int32(shift))
 
 
 def _carried_on(own: Labels, shape: tuple[int, ...], *, ids: bool) -> Labels:
