@@ -202,11 +202,13 @@ def _finish(
     with session.unseen.guard("what was still on its way from the device"):  # what it said before is kept
         observer.settle()
         watched += [(site, index, float(element)) for site, index, element in observer.watched]
-    step = observer.step
-    tokens = None if redact or not step.tokens else tuple(map(tuple, step.tokens))
+    step, whole = session.places.step, session.steps.whole
+    tokens = None if redact or not whole else tuple(tuple(n for n in row if n is not None) for row in whole)
+    if tokens is not None and whole is not None and any(None in row for row in whole):
+        tokens = None  # some positions hold no token
     if tokens is not None and piece is None:
         piece = getattr(getattr(model, "tokenizer", None), "piece", None)
-    texts = {} if tokens is None or piece is None else _texts(sorted(session.seen), piece)
+    texts = {} if tokens is None or piece is None else _texts(sorted(session.steps.seen), piece)
     dtype = recording.header.dtype
     if _floating(model) is None:  # what it is given decides in which dtype it runs
         dtype = next((entry.form.dtype for entry in observer.entries if entry.form.dtype in FORMATS), dtype)
@@ -227,6 +229,7 @@ def _finish(
     session.names.origins.forget()
     session.names.frames.clear()
     observer.calls.forget()
+    session.places.close()
 
 
 def _records(observer: Observer, header: Header, family: Family | None) -> list[Record]:
