@@ -9,6 +9,8 @@ an independent run in float64: see tests/truth. At the level of operators an ans
 be known agrees and nothing misleading is said; at those of modules and layers it is enough that nothing false is.
 """
 
+# ruff: noqa: E402  the path to the faults comes before what is imported from there
+
 import argparse
 import functools
 import json

@@ -63,7 +63,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 ROWS: tuple[Row, ...] = (
     *(Row(name="control, forward", root=10, family=name, make=lambda name=name: _plain(name)) for name in DECODERS),
-    *(Row(name="control, left padding", root=2, family=name, make=lambda name=name: _padded(name)) for name in DECODERS),
+    *(Row(name="control, left padding", root=2, family=name,
+        make=lambda name=name: _padded(name)) for name in DECODERS),
     *(Row(name="control, sampling", root=7, family=name, make=lambda name=name: _sampled(name)) for name in DECODERS),
     *(Row(name="control, forward", root=10, family=name, make=_other(*how)) for name, how in OTHERS.items()),
 )  # fmt: skip

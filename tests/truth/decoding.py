@@ -406,7 +406,8 @@ def soft_prompt(name: str) -> Planted:
     return Planted(
         model=model, run=run,
         expected=Expected(
-            sites=("layers.0.input_layernorm*", "/*"), kinds=("weight",), position=1, unsure=("position",), outcome="reached",
+            sites=("layers.0.input_layernorm*", "/*"), kinds=("weight",), position=1, unsure=("position",),
+                outcome="reached",
             origin=Origin(kinds=("weight",), names=("soft_prompt",), finite=False), says=("soft_prompt",),
             never=("finite operands", "overflows in"),
         ),

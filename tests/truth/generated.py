@@ -103,7 +103,8 @@ def _fits(family: str, plant: str) -> bool:
     parts = DECODERS[family].parts
     experts = parts.down.endswith("experts")
     return {
-        "query": parts.queries is not None, "value": parts.values is not None, "up": bool(parts.up), "down": not experts,
+        "query": parts.queries is not None, "value": parts.values is not None, "up": bool(parts.up),
+            "down": not experts,
         "product": parts.product is not None, "scores": parts.queries is not None,
         "residual": parts.residual and not experts, "autocast": not experts, "batch": not experts,
         "generation": not experts,

@@ -112,7 +112,8 @@ DECODERS: dict[str, Family] = {
         ),
     ),
     "qwen3moe": _decoder(
-        "Qwen3Moe", replace(_EXPERT, queries=None), moe_intermediate_size=32, num_experts=4, decoder_sparse_step=1, norm_topk_prob=True,
+        "Qwen3Moe", replace(_EXPERT, queries=None), moe_intermediate_size=32, num_experts=4, decoder_sparse_step=1,
+            norm_topk_prob=True,
         **_EXPERTS,
     ),
     "mixtral": _decoder("Mixtral", _EXPERT, num_local_experts=4, sliding_window=None, **_EXPERTS),

@@ -1,6 +1,5 @@
 """Labels, interference, and the small print: numbers, names and formats in what is said."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +7,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from truth.decoders import AT, IDS, forward, here, lost_places, only_row
+from truth.decoders import AT, IDS, forward, here
 from truth.models import decoder
 from truth.plain import BFLOAT, INF, NAN, SINGLE, Lines, broke, counting, full, lines, rows, source
 from truth.plain_origins import PART
 from truth.plants import answer
-from truth.row import Expected, Planted, Row
+from truth.row import Planted, Row
 
 X = counting()
 W = {"w": torch.ones(4)}
@@ -122,7 +121,8 @@ def cubed(name: str) -> Planted:
     model.half()
     return Planted(
         model=model, run=forward,
-        expected=broke("layers.1.input_layernorm/pow.0", "pow", "overflow", step=0,                        label="^(?!.*squares)", outcome="reached", **here()),
+        expected=broke("layers.1.input_layernorm/pow.0", "pow", "overflow", step=0,
+            label="^(?!.*squares)", outcome="reached", **here()),
     )  # fmt: skip
 
 
@@ -248,14 +248,19 @@ def said(code: Callable[..., Any], x: Tensor, value: float, *says: str, operator
 def no_parameters() -> Planted:
     """The dtype is that of the tensors, since there are no parameters."""
     return lines(lambda m, x: x * x - 1, full(300.0), wide=True, expected=broke(
-        "/mul.0", "mul", "overflow", value=90000.0, says=("float16",), never=("float32 is", "float32 overflows")))  # fmt: skip
+        "/mul.0", "mul", "overflow", value=90000.0, says=("float16",),
+            never=("float32 is", "float32 overflows")))  # fmt: skip
 
 
 ROWS: tuple[Row, ...] = (
-    *(Row(name="a scaled gate", root=8, family=f, make=lambda f=f: scaled_gate(f)) for f in ("llama", "gemma", "qwen2")),  # type: ignore[misc]
-    *(Row(name="a projection that casts", root=8, family=f, make=lambda f=f: late_cast(f)) for f in ("llama", "mistral")),  # type: ignore[misc]
-    *(Row(name="an attention of the user's own", root=8, family=f, make=lambda f=f: own_attention(f)) for f in ("llama", "qwen2")),  # type: ignore[misc]
-    *(Row(name="a norm of the user's own", root=8, family=f, make=lambda f=f: cubed(f)) for f in ("llama", "mistral")),  # type: ignore[misc]
+    *(Row(name="a scaled gate", root=8, family=f, make=lambda f=f: scaled_gate(f)) for f in ("llama", "gemma",
+        "qwen2")),  # type: ignore[misc]
+    *(Row(name="a projection that casts", root=8, family=f, make=lambda f=f: late_cast(f)) for f in ("llama",
+        "mistral")),  # type: ignore[misc]
+    *(Row(name="an attention of the user's own", root=8, family=f,
+        make=lambda f=f: own_attention(f)) for f in ("llama", "qwen2")),  # type: ignore[misc]
+    *(Row(name="a norm of the user's own", root=8, family=f, make=lambda f=f: cubed(f)) for f in ("llama",
+        "mistral")),  # type: ignore[misc]
     *rows(
         9,
         ("a custom operator that draws", lambda: lines(
@@ -282,7 +287,8 @@ ROWS: tuple[Row, ...] = (
         ("an input that is written to", read_only_input),
         ("control, no elements", lambda: lines(lambda m, x: x[:, :0] * m.w, X, parameters=W, expected=None)),
         ("control, no dimensions", lambda: lines(lambda m, x: (x * m.w).sum() * 1, X, parameters=W, expected=None)),
-        ("control, integers alone", lambda: lines(lambda m, i: i * 2 + 1, torch.arange(6), parameters=W, expected=None)),
+        ("control, integers alone", lambda: lines(lambda m, i: i * 2 + 1, torch.arange(6), parameters=W,
+            expected=None)),
         ("control, what draws", lambda: lines(
             lambda m, x: (nn.functional.dropout(x * m.w, 0.5, True), torch.rand(3)), X, parameters=W, expected=None)),
     ),
@@ -305,7 +311,8 @@ ROWS: tuple[Row, ...] = (
         ("no parameters", no_parameters),
         ("bfloat16", lambda: lines(
             lambda m, x: x * m.w * x, full(1e30), parameters=W, dtype=BFLOAT, wide=True,
-            expected=broke("/mul.1", "mul", "overflow", value=1e60, says=("bfloat16",), never=(r"\bfloat16 overflows",)))),
+            expected=broke("/mul.1", "mul", "overflow", value=1e60, says=("bfloat16",),
+                never=(r"\bfloat16 overflows",)))),
         ("float64", lambda: lines(
             lambda m, x: x * m.w * x, full(1e200), parameters=W, dtype=torch.float64,
             expected=broke("/mul.1", "mul", "overflow", value=INF, never=("bfloat16, float32", "wider range")))),
@@ -317,6 +324,7 @@ ROWS: tuple[Row, ...] = (
         ("control, subnormal numbers", lambda: lines(lambda m, x: x * m.w, full(1e-7), parameters=W, expected=None)),
         ("control, float8", lambda: lines(
             lambda m, x: (x * m.w).to(torch.float8_e4m3fn).to(x.dtype), X, parameters=W, expected=None)),
-        ("control, a part with a norm", lambda: lines(PART, X, modules=lambda: {"part": nn.LayerNorm(4)}, expected=None)),
+        ("control, a part with a norm", lambda: lines(PART, X, modules=lambda: {"part": nn.LayerNorm(4)},
+            expected=None)),
     ),
 )  # fmt: skip

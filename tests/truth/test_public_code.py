@@ -9,12 +9,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from truth.models import decoder
-from truth.told import IDS, first, says, says_not, silent, told
 
 import stabilitykit as sk
 from stabilitykit.errors import MisuseError
 from stabilitykit.recorder.statistics import measure
+from truth.models import decoder
+from truth.told import IDS, first, says, says_not, silent, told
 
 NAN, INF, HALF = math.nan, math.inf, torch.float16
 GIVEN = torch.tensor([[[1.0, 2, 3, 4], [5, 6, 7, 8]]]).half()

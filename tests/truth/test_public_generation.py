@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+
 from truth.decoding import ALL, HalfRotary, Sanitised
 from truth.experts import Recurrent
 from truth.models import decoder, new
 from truth.plants import answer
 from truth.told import COARSE, IDS, first, logits, says, says_not, silent, told, unresolved
-from transformers import DynamicCache
 
 SAMPLER = ("top_p = None", "temperature None", "top_k = None")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+
+from stabilitykit.diagnosis.verdict import weights_sentence
+from stabilitykit.recorder.weights import check_weights
 from truth.models import decoder, new, t5, whisper
 from truth.others import HalfNorm, run_t5, run_whisper
 from truth.plants import answer
 from truth.told import COARSE, IDS, does_not_exclude, first, logits, says, says_not, silent, told
-
-from stabilitykit.diagnosis.verdict import weights_sentence
-from stabilitykit.recorder.weights import check_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's use of transformers
 PADDED = torch.tensor([[0, 0, 0, 11, 12, 13, 14], [21, 22, 23, 24, 25, 26, 27]])
@@ -168,7 +168,9 @@ def test_weights_that_a_format_cannot_hold_are_named_with_element_and_value() ->
 def test_a_scale_of_a_quantised_block_that_is_not_finite_is_told_by_its_block() -> None:
     rows = torch.ones(4, 512)
     rows[1, 256:] = math.inf
-    stored = check_weights([("blk.0.ffn_down.weight", rows)], ["float16", "bfloat16"], blocks={"blk.0.ffn_down.weight": 256})
+    stored = check_weights(
+        [("blk.0.ffn_down.weight", rows)], ["float16", "bfloat16"], blocks={"blk.0.ffn_down.weight": 256}
+    )
     for dtype in ("float16", "bfloat16"):
         worst = stored[dtype].worst[0]
         assert (worst.nonfinite, worst.index, worst.block) == (256, (1, 256), 3)

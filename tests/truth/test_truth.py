@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
 from truth.row import Row
 from truth.score import judge
 from truth.table import CONTROLS, TABLE
