@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -307,7 +308,7 @@ def cache_slot(name: str, slot: int = 2) -> Planted:
     model, parts = decoder(name).half(), DECODERS[name].parts
 
     def run(m: Any) -> Tensor:
-        cache = DynamicCache(config=m.config)
+        cache: Any = DynamicCache(config=m.config)
         m(IDS, past_key_values=cache)
         cache.layers[1].values[0, 0, slot, 5] = math.nan
         return m(torch.tensor([[20]]), past_key_values=cache).logits
@@ -356,7 +357,7 @@ def autocast(name: str, position: int = AT) -> Planted:
     )  # fmt: skip
 
 
-class Forced(LogitsProcessor):  # type: ignore[misc]
+class Forced(LogitsProcessor):
     """Lets only the next of these tokens be drawn."""
 
     def __init__(self, length: int, tokens: tuple[int, ...]) -> None:
@@ -423,7 +424,7 @@ PLANTS: tuple[tuple[str, int, Callable[..., Planted]], ...] = (
 )
 
 ROWS: tuple[Row, ...] = tuple(
-    Row(name=text, root=root, family=name, make=lambda name=name, plant=plant: plant(name))  # type: ignore[misc]
+    Row(name=text, root=root, family=name, make=partial(plant, name))
     for name in DECODERS
     for text, root, plant in PLANTS
     if _has(DECODERS[name].parts, plant)

@@ -19,7 +19,7 @@ PLACE = ("row", "rows", "position", "positions", "token")  # experts take tokens
 
 
 def routed(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What the experts of the second layer are given: tokens [L, D], their experts and those experts' weights [L, K]."""
+    """What the experts of the second layer are given: tokens [L, D], and their experts and weights [L, K]."""
     seen: list[Any] = []
     hook = model.get_submodule(EXPERTS).register_forward_pre_hook(lambda module, args: seen.append(args))
     with torch.no_grad():

@@ -23,8 +23,8 @@ def ended(
     site: str = "",
     **rest: Any,
 ) -> Expected:
-    """A break whose damage is gone in the end. In a harmless one the result is what a wider format gives; None where the
-    code itself says what stands for a number that is too large.
+    """A break whose damage is gone in the end. In a harmless one the result is what a wider format gives; None where
+    the code itself says what stands for a number that is too large.
     """
     says = (r"harmless|nothing is lost|no effect|same (value|result)|changes nothing",) if harmless else ()
     return broke(

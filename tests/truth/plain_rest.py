@@ -1,6 +1,7 @@
 """Labels, interference, and the small print: numbers, names and formats in what is said."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,15 +253,15 @@ def no_parameters() -> Planted:
             never=("float32 is", "float32 overflows")))  # fmt: skip
 
 
+_OWN: tuple[tuple[str, Callable[[str], Planted], tuple[str, ...]], ...] = (
+    ("a scaled gate", scaled_gate, ("llama", "gemma", "qwen2")),
+    ("a projection that casts", late_cast, ("llama", "mistral")),
+    ("an attention of the user's own", own_attention, ("llama", "qwen2")),
+    ("a norm of the user's own", cubed, ("llama", "mistral")),
+)
+
 ROWS: tuple[Row, ...] = (
-    *(Row(name="a scaled gate", root=8, family=f, make=lambda f=f: scaled_gate(f)) for f in ("llama", "gemma",
-        "qwen2")),  # type: ignore[misc]
-    *(Row(name="a projection that casts", root=8, family=f, make=lambda f=f: late_cast(f)) for f in ("llama",
-        "mistral")),  # type: ignore[misc]
-    *(Row(name="an attention of the user's own", root=8, family=f,
-        make=lambda f=f: own_attention(f)) for f in ("llama", "qwen2")),  # type: ignore[misc]
-    *(Row(name="a norm of the user's own", root=8, family=f, make=lambda f=f: cubed(f)) for f in ("llama",
-        "mistral")),  # type: ignore[misc]
+    *(Row(name=name, root=8, family=f, make=partial(plant, f)) for name, plant, families in _OWN for f in families),
     *rows(
         9,
         ("a custom operator that draws", lambda: lines(
