@@ -1,7 +1,6 @@
 """A record in the making: what is known when a tensor is made, and the record once everything is."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -18,8 +17,8 @@ from stabilitykit.recorder.rounding import Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
 from stabilitykit.records import Break, Header, Record, flat_index, index_at
+from stabilitykit.records.layers import layer_of
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
 
 
@@ -190,7 +189,7 @@ class Entry:
         site_of: Callable[[Origin], str] = lambda origin: origin.name,
     ) -> Record:
         """The record, when everything is known. Without a header there are no tokens in it."""
-        layer = _LAYER.search(self.module)
+        layer = layer_of(self.module)
         broke = self.broke
         shows_tokens = header is not None and header.tokens is not None
         if broke is not None:
@@ -218,7 +217,7 @@ class Entry:
             label=label(self.site, family, self.role),
             module=self.module,
             operator=self.operator,
-            layer=int(layer[1]) if layer else None,
+            layer=layer[1] if layer else None,
             dtype=self.form.dtype,
             shape=shape,
             **{name: getattr(statistics, name) for name in _SHARED},

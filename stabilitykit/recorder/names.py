@@ -270,8 +270,10 @@ class Names:
     ) -> None:
         """The result has the origin of its operand, or is a constant where no operand is floating."""
         origins = [operand.origin for operand in operands]
-        mixed = any(origin is not origins[0] for origin in origins)
-        if len({id(origin) for origin in origins if origin.kind != "computed"}) > 1:  # whose fault it was, if any
+        mixed = False
+        for origin in origins:
+            mixed = mixed or origin is not origins[0]
+        if mixed and len({id(origin) for origin in origins if origin.kind != "computed"}) > 1:  # whose fault it was
             for operand in operands[kind.writes_in_place :]:
                 self.look(operand)
         number = placed(args, kwargs)

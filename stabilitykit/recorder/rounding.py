@@ -16,18 +16,16 @@ from stabilitykit.recorder.masks import Call, Operand
 from stabilitykit.recorder.origins import Origin
 
 _CALLS = 64
-_BYTES = 1 << 18  # of a call's operands: norms' mean squares, gains, single tokens
+_ELEMENTS = 1 << 16  # of a call's operands and result: norms' mean squares, gains, single tokens
 _DEPTH = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The call that made a tensor, and how that lay in memory."""
+    """The call that made a tensor, and that tensor as it lay in memory."""
 
     call: Call
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    output: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +43,14 @@ class Calls:
         self._kept: deque[Origin] = deque()
 
     def keep(self, origin: Origin, call: Call, output: Tensor) -> None:
-        size = output.nbytes
-        for operand in call.operands:
-            size += operand.tensor.nbytes
-        if size > _BYTES:
+        size = output.numel()
+        if size > _ELEMENTS:
             return
-        origin.made = Made(call, tuple(output.shape), output.stride(), int(output.storage_offset()))
+        for operand in call.operands:
+            size += operand.tensor.numel()
+        if size > _ELEMENTS:
+            return
+        origin.made = Made(call, output)
         self._kept.append(origin)
         if len(self._kept) > _CALLS:
             self._kept.popleft().made = None
@@ -102,9 +102,10 @@ def _wide(operand: Operand, spoilt: list[Rounded], is_still: Callable[[Tensor, O
 
     try:
         before = len(spoilt)
-        result = torch.empty_strided(made.shape, made.stride, dtype=torch.float64)
+        lay = made.output
+        result = torch.empty_strided(lay.shape, lay.stride(), dtype=torch.float64)
         result.copy_(run_wide(call, wide))
-        seen = result.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - made.offset)
+        seen = result.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - lay.storage_offset())
     except (RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         return tensor.double()
     lost = ((tensor == 0) & (seen != 0) & seen.isfinite()) | (tensor.isinf() & seen.isfinite())

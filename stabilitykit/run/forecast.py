@@ -116,6 +116,7 @@ def forecast(
         source.tokens,
         matmul=preferred_matmul(dtype, subject.device.type),
         formats=names,
+        position_peaks=True,
         redact=redact,
         progress=progress,
     )

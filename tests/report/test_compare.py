@@ -52,8 +52,8 @@ def test_the_same_results_have_not_changed(tmp_path: Path) -> None:
     assert (found.key, found.title) == ("against", "Against A toy")
     assert found.opening.startswith("What changed since the report in before, by 5 cases finished in both.")
     assert summary(found) == (
-        "**Nothing changed** in all 5 common cases: neither first breaks nor peaks, errors of the logits or memory, so "
-        "far as both reports hold them."
+        "**Nothing changed** in all 5 common cases: neither first breaks nor tokens, peaks, errors of the logits or "
+        "memory, so far as both reports hold them."
     )
     assert not tables(found)
 
