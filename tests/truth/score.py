@@ -69,7 +69,7 @@ def judge(row: Row, level: str) -> Judgement:
     elif expected is None:
         score, why = _of_control(said)
     elif level == "operators":
-        score, why = _of_operators(expected, said)
+        score, why = operators_score(expected, said)
     else:
         score, why = _of_modules(expected, said, bare)
     if not same and raised is None:
@@ -199,7 +199,7 @@ def matches(pattern: str, site: str) -> bool:
     return fnmatchcase(site, pattern.replace("[", "[[]"))
 
 
-def _of_operators(expected: Expected, said: dict[str, Any] | None) -> tuple[Score, list[str]]:
+def operators_score(expected: Expected, said: dict[str, Any] | None) -> tuple[Score, list[str]]:
     assert said is not None
     first, verdict = said["first_break"], said["verdict"]
     if not expected.sites:
