@@ -58,7 +58,7 @@ class _Run:
             return Outcome(name="none", broke=broke)
         told = {one.harmless for one in endings}
         harmless = False if False in told else None if None in told else True
-        return Outcome(name="absorbed", broke=broke, ending=endings[0], harmless=harmless)
+        return Outcome(name="absorbed", broke=broke, ending=_last_word(endings, self.after(broke)), harmless=harmless)
 
     def _reaches(self, broke: Record) -> bool:
         """Whether something not finite came out of the model, or an error was raised, in the break's step or later."""
@@ -112,6 +112,12 @@ def tells_outputs(recording: Recording) -> bool:
         record.absorbs or (record.broke is not None and (record.broke.origin_kind or record.broke.positions))
         for record in recording
     )
+
+
+def _last_word(endings: Sequence[Ending], records: Sequence[Record]) -> Ending:
+    """The first ending after which nothing is lost any more, else the first of all."""
+    lost = max((record.order for record in records if record.lost), default=-1)
+    return next((one for one in endings if one.record.order > lost), endings[0])
 
 
 def _endings(records: Sequence[Record]) -> list[Ending]:
