@@ -110,8 +110,8 @@ class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
     `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
-    in the making, in order of execution, `forms` what tensors of a shape share within one `step`. `judgements` wait for a device that the pass must not wait
-    for; `broken`: something broke. `watched` are the elements that were asked for.
+    in the making, in order of execution, `forms` what tensors of a shape share within one step. `judgements` wait for a
+    device that the pass must not wait for; `broken`: something broke. `watched` are the elements that were asked for.
     """
 
     options: Options

@@ -135,9 +135,9 @@ class Origins:
             storage._weak_ref()
             if len(self._held) > self._forget_at:
                 expired, free = torch.UntypedStorage._expired, torch.UntypedStorage._free_weak_ref
-                for gone in [address for address in self._held if expired(address)]:  # type: ignore[no-untyped-call]
+                for gone in [address for address in self._held if expired(address)]:
                     del self._held[gone]
-                    free(gone)
+                    free(gone)  # type: ignore[no-untyped-call]
                 self._forget_at = 2 * len(self._held) + 256
         self._held[key] = origin
 

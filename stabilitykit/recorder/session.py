@@ -103,7 +103,7 @@ class Session:
             for index, tensor in enumerate(floating(output)):
                 self._module_output(frame, index, tensor)
         if self._begins(frame):
-            self.steps.ended(frame.kwargs, output)
+            self.steps.ended(frame.module, frame.args, frame.kwargs, output)
         if self.observer.judgements and len(self.names.frames) == 1:
             self.observer.settle()
 
