@@ -193,12 +193,12 @@ class Entry:
         header: Header | None = None,
         *,
         family: Family | None = None,
+        shows_tokens: bool = False,
         site_of: Callable[[Origin], str] = lambda origin: origin.name,
     ) -> Record:
-        """The record, when everything is known. Without a header there are no tokens in it."""
+        """The record, when everything is known."""
         layer = layer_of(self.module)
         broke = self.broke
-        shows_tokens = header is not None and header.tokens is not None
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
             source, rounded = self.came_from, self.rounded

@@ -127,7 +127,7 @@ class Session:
             self._outputs += [(step, self.names.origins.of(tensor)) for tensor in floating(output)]
             if output is None and sys.exc_info()[1] is not None and self.observer.broken:
                 self._raised.add(step)
-            self.steps.ended(frame.kwargs, output)
+            self.steps.ended(frame.module, frame.args, frame.kwargs, output)
         if self.observer.judgements and len(self.names.frames) == 1:
             self.observer.settle()
 

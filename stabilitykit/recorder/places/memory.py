@@ -102,8 +102,7 @@ def _seen(
         d = wide[0]
         moving = _moving(steps[d], steps[d] * of[d], shape, strides, offset)
         if not moving:
-            one: NDArray[np.int32] = values.reshape(-1)[offset // steps[d] % of[d]].reshape((1,) * len(shape))
-            return one
+            return np.reshape(values.reshape(-1)[offset // steps[d] % of[d]], (1,) * len(shape))
         if len(moving) == 1 and not strides[moving[0]] % steps[d]:
             m = moving[0]
             first, pace = offset // steps[d] % of[d], strides[m] // steps[d]
@@ -219,6 +218,9 @@ def _put(
         if size > 1
         and ((old is not None and d in old.dims) or varies & set(moving[d]) or np.unique(there[d]).size != size)
     ]
+    rest = prod(of[d] for d in range(len(of)) if d not in wanted)
+    if _combined([there[d] for d in wanted], [of[d] for d in wanted]) * rest != prod(shape):
+        wanted = [d for d, size in enumerate(of) if size > 1]  # some of the rest are left out now here, now there
     room = [of[d] if d in wanted else 1 for d in range(len(of))]
     if prod(room) > LARGEST or varies - {m for d in wanted for m in moving[d]}:
         return None
@@ -231,3 +233,15 @@ def _put(
         return None
     values[tuple(place)] = value
     return values
+
+
+def _combined(places: list[NDArray[np.int64]], sizes: list[int]) -> int:
+    """How many combinations of coordinates there are; 0 where they are too many to count."""
+    if not places:
+        return 1
+    if prod(np.broadcast_shapes(*(place.shape for place in places))) > LARGEST:
+        return 0
+    codes: NDArray[np.int64] = np.zeros((), np.int64)
+    for place, size in zip(places, sizes, strict=True):
+        codes = codes * size + place
+    return int(np.unique(codes).size)

@@ -216,7 +216,7 @@ def reduced(of: Labels, dims: Sequence[int], shape: tuple[int, ...], keepdim: bo
             continue
         values = part.values
         if any(values.shape[d] > 1 for d in axes):
-            values, lost = _agreed(values, axes)
+            values, lost = agreeing(values, axes)
             harmless = part is of.key and slot == of.slot and closed(of)
             if lost and slot >= 0 and not harmless:
                 widen(bounds, {slot: part.high})
@@ -229,7 +229,7 @@ def reduced(of: Labels, dims: Sequence[int], shape: tuple[int, ...], keepdim: bo
     )
 
 
-def _agreed(values: Array, axes: tuple[int, ...]) -> tuple[NDArray[np.int32], bool]:
+def agreeing(values: Array, axes: tuple[int, ...]) -> tuple[NDArray[np.int32], bool]:
     """One number for all along these dimensions where they agree, NONE elsewhere; whether there is such a place."""
     high = values.max(axis=axes, keepdims=True)
     low = np.where(values == NONE, np.iinfo(np.int32).max, values).min(axis=axes, keepdims=True)

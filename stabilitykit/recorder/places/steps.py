@@ -7,16 +7,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabilitykit.recorder.places.labels import NONE
+from stabilitykit.recorder.places.merge import agreeing
 from stabilitykit.recorder.places.streams import (
     Entering,
     Ids,
     Step,
     Stream,
     cache_of,
+    cached,
     cached_keys,
     entering,
     entering_part,
     held,
+    named,
 )
 from stabilitykit.recorder.places.track import Tracker
 
@@ -54,9 +57,9 @@ class Steps:
             return step
 
     def _begin(self, module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
-        start = held(kwargs)
+        given = dict(named(module, args, kwargs))
+        start, cache = held(given), cache_of(given)
         step = Step(self.tracker.step.number + 1, start)
-        cache = cache_of(kwargs)
         found = entering(module, args, kwargs)
         before = self._before(cache, start)
         rows_from = None if before is None else self._rows_from(cache, before)
@@ -73,6 +76,9 @@ class Steps:
                 self._continue(stream, before, rows_from)
             self.tracker.enter(one, stream)
             first = stream if own and first is None else first
+        if first is not None and first.row_from is not None:
+            for tensor in cached(cache):
+                self.tracker.renumber(tensor, first.rows)
         self._hold(cache, first)
         return step
 
@@ -102,15 +108,14 @@ class Steps:
             self.tracker.enter(one, stream)
             self._hold(cache_of(kwargs), stream)
 
-    def ended(self, kwargs: Mapping[str, Any], output: Any) -> None:
+    def ended(self, module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """After a call: which memory its cache has now."""
         try:
-            self._ended(kwargs, output)
+            self._ended(cache_of(dict(named(module, args, kwargs))), output)
         except Exception as failed:
             self.tracker.note(failed)
 
-    def _ended(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        cache = cache_of(kwargs)
+    def _ended(self, cache: Any, output: Any) -> None:
         made = getattr(output, "past_key_values", None)
         if cache is None and made is not None and self._last is not None:
             self._hold(made, self._last)
@@ -153,14 +158,15 @@ class Steps:
         labels = self.tracker.of(keys)
         if labels.row is None:
             return same if before.rows == 1 and keys.shape[0] == 1 else ()
-        if labels.row.dims not in ((), (0,)) or not labels.row.complete:
+        agreed, differ = agreeing(labels.row.values, tuple(range(1, keys.ndim)))
+        rows: list[int] = agreed.reshape(-1).tolist()
+        if differ or NONE in rows:
             return ()
-        rows: list[int] = labels.row.values.reshape(-1).tolist()
         return tuple(rows * keys.shape[0] if len(rows) == 1 else rows)
 
     def _continue(self, stream: Stream, before: Stream, rows_from: Sequence[int] | None) -> None:
         """`stream` goes on from where a cache ends that holds `before`, or a part of it that begins at the first."""
-        stream.sequence = before.sequence
+        stream.sequence, stream.after = before.sequence, before
         if rows_from is None:
             rows_from = tuple(range(before.rows))
         if len(rows_from) != stream.rows:

@@ -19,7 +19,7 @@ class Stream:
 
     `counts` is what its positions count. `tokens` are the ids of this call, by row, and `before` those of the positions
     before it, as far as a cache holds them; None where they are not known. Streams of one `sequence` continue each
-    other. `row_from` tells which row of the one before each row continues, where that is another one.
+    other. `row_from` tells which row of `after`, the one before, each row continues, where that is another one.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Stream:
     tokens: Sequence[Ids] | None = None
     before: Sequence[Ids] | None = None
     sequence: object = field(default_factory=object)
+    after: "Stream | None" = None
     row_from: Sequence[int] | None = None
 
     @property
@@ -223,18 +224,25 @@ def held(kwargs: Mapping[str, Any]) -> int:
     return int(positions.flatten()[0]) if isinstance(positions, Tensor) and positions.numel() else 0
 
 
-def cached_keys(cache: Any) -> Tensor | None:
-    """The first tensor of keys that a cache holds, where it can be found."""
+def cached(cache: Any) -> Iterator[Tensor]:
+    """The keys and values that a cache holds, as far as they can be found; their first dimension counts rows."""
     for inner in ("self_attention_cache", "cache"):
         cache = getattr(cache, inner, cache)
     layers = getattr(cache, "layers", None)
+    parts: list[Any] = []
     if isinstance(layers, list | tuple):
-        found = (getattr(layer, "keys", None) for layer in layers)
-        return next((keys for keys in found if isinstance(keys, Tensor) and keys.ndim > 1), None)
-    for name in ("key_cache", "_keys"):
-        keys = getattr(cache, name, None)
-        if isinstance(keys, list | tuple) and keys and isinstance(keys[0], Tensor):
-            return keys[0]
-    while isinstance(cache, list | tuple) and cache:
-        cache = cache[0]
-    return cache if isinstance(cache, Tensor) else None
+        parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    elif isinstance(cache, list | tuple):
+        parts = [part for layer in cache for part in (layer if isinstance(layer, list | tuple) else [layer])]
+    else:
+        for name in ("key_cache", "value_cache", "_keys", "_values"):
+            own = getattr(cache, name, None)
+            parts += own if isinstance(own, list) else []
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim > 1:
+            yield part
+
+
+def cached_keys(cache: Any) -> Tensor | None:
+    """The first of them."""
+    return next(cached(cache), None)

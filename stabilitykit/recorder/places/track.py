@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.models.operators import Traits
+from stabilitykit.recorder.places import moves  # noqa: F401  which adds its rules
 from stabilitykit.recorder.places.grids import GRIDS, convolved
 from stabilitykit.recorder.places.hiding import FUSED, Hiding
 from stabilitykit.recorder.places.labels import (
@@ -22,7 +23,6 @@ from stabilitykit.recorder.places.labels import (
     blank,
     changed,
     constant,
-    label,
     labels,
     spread,
     vector,
@@ -31,6 +31,7 @@ from stabilitykit.recorder.places.lookup import BY_VALUE, by_indices
 from stabilitykit.recorder.places.memory import in_memory, refined, view, written
 from stabilitykit.recorder.places.rules import RULES, Request, pointwise, unknown
 from stabilitykit.recorder.places.streams import Entering, Step, Stream
+from stabilitykit.recorder.places.translate import translated
 
 _REMEMBERED = 1 << 13  # calls
 _FILLS = frozenset("fill zero normal uniform random exponential bernoulli geometric cauchy log_normal".split())
@@ -333,6 +334,16 @@ class Tracker:
                 free(gone)  # type: ignore[no-untyped-call]
             self._forget_at = 2 * len(self._held) + 1024
 
+    def renumber(self, tensor: Tensor, rows: int) -> None:
+        """Gives what a cache holds, whose rows were put in another order, the numbers that the rows have now."""
+        own = self.of(tensor)
+        if own.position is None or tensor.shape[0] != rows:
+            return
+        row = _counted(rows, 0, tensor.ndim)
+        bounds = dict(own.bounds)
+        found = labels(own.shape, row, own.position, slot=own.slot, bounds=bounds, checks=own.checks)
+        self._put(tensor, found)
+
     def keep(self, tensor: Tensor) -> int:
         """A name for the tensor's memory, which nothing else gets as long as this one lives."""
         storage = tensor.untyped_storage()
@@ -402,68 +413,6 @@ def _plain(tree: Any) -> list[Tensor]:
 def _standing(own: Labels) -> Labels:
     """A constant in the place of something: it belongs where that did, and depends on nothing."""
     return labels(own.shape, own.row, own.position, own.key, slot=own.slot, key_slot=own.key_slot)
-
-
-def translated(old: Labels, then: Step, now: Step) -> Labels:
-    """Labels of the step `then` in terms of the step `now`."""
-    row, position, key = old.row, old.position, old.key
-    slot, key_slot = old.slot, old.key_slot
-    if position is not None:
-        slot, shift = _slot(then, now, slot)
-        position = _moved(position, shift)
-        if row is not None and row.dims:
-            row = _continued(row, then.streams[old.slot], now.streams[slot])
-    if key is not None:
-        key_slot, shift = _slot(then, now, key_slot)
-        key = _moved(key, shift)
-    bounds: dict[int, int] = {}
-    for number, last in old.bounds:
-        new, shift = _slot(then, now, number)
-        bounds[new] = max(bounds.get(new, last + shift), last + shift)
-    checks = 0
-    for number, check in enumerate(then.checks if old.checks else ()):
-        if old.checks >> number & 1:
-            place = next((i for i, other in enumerate(now.checks) if other is check), None)
-            if place is None:
-                place = len(now.checks)
-                now.checks.append(check)
-            checks |= 1 << place
-    return labels(
-        old.shape, row, position, key, slot=slot, key_slot=key_slot, bounds=bounds, checks=checks, hidden=old.hidden
-    )
-
-
-def _slot(then: Step, now: Step, slot: int) -> tuple[int, int]:
-    """Where a stream of another step is in this one, and how far its positions move."""
-    stream = then.streams[slot]
-    for number, other in enumerate(now.streams):
-        if other.sequence is stream.sequence:
-            return number, stream.start - other.start
-    now.streams.append(stream)
-    return len(now.streams) - 1, 0
-
-
-def _moved(part: Label, shift: int) -> Label | None:
-    if not shift:
-        return part
-    values = part.values + np.int32(shift) if part.complete else _shifted(part.values, shift)
-    if part.high + shift >= 0:
-        values = np.where(values >= 0, NONE, values)  # was cut off: this step's own stand there
-    return label(values)
-
-
-def _continued(row: Label, stream: Stream, other: Stream) -> Label | None:
-    """Rows of a stream that goes on in another order, in that order."""
-    if other.row_from is None or other is stream:
-        return row
-    source = np.asarray(other.row_from, np.int32)
-    if row.values.size == source.size and np.array_equal(row.values.reshape(-1), source):
-        return label(np.arange(source.size).reshape(row.values.shape))
-    return None
-
-
-def _shifted(values: Any, shift: int) -> Any:
-    return np.where(values == NONE, NONE, values + np.int32(shift))
 
 
 def _carried_on(own: Labels, shape: tuple[int, ...], *, ids: bool) -> Labels:
