@@ -115,11 +115,15 @@ def tells_outputs(recording: Recording) -> bool:
 
 
 def _endings(records: Sequence[Record]) -> list[Ending]:
-    """Of records from a break on, those that end what is lost."""
-    found = []
-    for at, record in enumerate(records):
-        if record.absorbs:
-            trail = [r for r in records[:at] if r.lost]
-            if trail:
-                found.append(ending(trail, record))
-    return found
+    """Of records from a break on, those that end what is lost, as far as nothing goes past them.
+
+    In x · rsqrt(mean(x²)) an infinite x makes rsqrt finite, and the product NaN: what follows in the module shows it.
+    """
+    absorbing = [at for at, record in enumerate(records) if record.absorbs and any(r.lost for r in records[:at])]
+    ending_it = [at for at in absorbing if not _goes_past(records, at)] or absorbing
+    return [ending([r for r in records[:at] if r.lost], records[at]) for at in ending_it]
+
+
+def _goes_past(records: Sequence[Record], at: int) -> bool:
+    follows = records[at + 1] if at + 1 < len(records) else None
+    return follows is not None and follows.lost > 0 and follows.broke is None and follows.module == records[at].module

@@ -24,9 +24,7 @@ def fact(recording: Recording, record: Record) -> str:
     by = {"scores": "its scale", "expert": "its routing weight"}.get(
         part_of(recording, record), "what it is scaled by next"
     )
-    if fits:
-        return f"Times {by} it would be {number(broke.scaled)}, which {record.dtype} holds."
-    return f"Times {by} it would be {number(broke.scaled)}, which {record.dtype} does not hold either."
+    return f"Times {by} it would be {number(broke.scaled)}, which {record.dtype} holds." if fits else ""
 
 
 def remedy(recording: Recording, record: Record) -> str:
@@ -51,12 +49,9 @@ def holding(record: Record, value: float | None, own: str) -> list[str]:
     """The usual formats that hold `value`, other than the tensor's and the run's own."""
     if value is None or math.isnan(value):
         return []
-    low = ("float16",) if record.dtype.startswith("float8") else ()
-    others = [name for name in (*low, *_NORMAL) if name not in (record.dtype, own)]
-    held = [name for name in others if not FORMATS[name].overflows(value) and _is_wider(name, record.dtype)]
-    if held or not others:
-        return held
-    return []
+    eighth = record.dtype.startswith("float8")  # of a run in a wider dtype, which may hold it
+    others = [name for name in (("float16", *_NORMAL) if eighth else _NORMAL) if eighth or name != own]
+    return [name for name in others if not FORMATS[name].overflows(value) and _is_wider(name, record.dtype)]
 
 
 def _is_wider(name: str, dtype: str) -> bool:
