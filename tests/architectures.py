@@ -35,7 +35,7 @@ _SOUND: dict[str, Any] = {
     "conv_dim": (16, 16, 16), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_feat_extract_layers": 3,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 32,
 }  # fmt: skip
-_PER_LAYER = {"vocab_size_per_layer_input": 120, "hidden_size_per_layer_input": 8}
+_PER_LAYER: dict[str, Any] = {"vocab_size_per_layer_input": 120, "hidden_size_per_layer_input": 8}
 
 Example = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model, and the arguments of a call of it."""
@@ -94,7 +94,8 @@ def _built(model: str, config: str, **sizes: Any) -> nn.Module:
         made = kind(**{name: size for name, size in sizes.items() if name != "head_dim"})
     if attention is not None:
         made._attn_implementation = attention
-    return getattr(transformers, model)(made)
+    built: nn.Module = getattr(transformers, model)(made)
+    return built
 
 
 def _clip() -> Example:
@@ -222,9 +223,6 @@ OTHERS: dict[str, Callable[[], Example]] = {
         num_attention_heads=4, attn_implementation="eager", size=64,
     ),
 }  # fmt: skip
-
-
-# Diffusers
 
 
 def _diffusers(name: str, given: Callable[[], dict[str, Any]], **sizes: Any) -> Callable[[], Example]:
@@ -421,7 +419,7 @@ TORCH: dict[str, Callable[[], Example]] = {
         (2, 7, 16), (2, 7, 16),
     ),
     "linear algebra": _function(
-        lambda x: (torch.linalg.inv(x), torch.linalg.svdvals(x), torch.linalg.det(x), torch.matrix_exp(x),
+        lambda x: (torch.linalg.inv(x), torch.linalg.svd(x).S, torch.linalg.det(x), torch.matrix_exp(x),
                    torch.linalg.solve(x, x.mT), torch.linalg.norm(x), torch.linalg.matrix_power(x, 3)),
         (6, 6),
     ),

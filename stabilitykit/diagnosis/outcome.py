@@ -54,19 +54,23 @@ class _Run:
         if not ended and self._reaches(broke):
             return Outcome(name="reached", broke=broke)
         endings = [] if level != "operators" else ended or _endings(self.after(broke))
+        if not ended and self.steps[broke.step][-1].lost:  # nothing that was seen came after it
+            endings = []
         if not endings:
             return Outcome(name="none", broke=broke)
         told = {one.harmless for one in endings}
         harmless = False if False in told else None if None in told else True
-        return Outcome(name="absorbed", broke=broke, ending=endings[0], harmless=harmless)
+        return Outcome(name="absorbed", broke=broke, ending=_last_word(endings, self.after(broke)), harmless=harmless)
 
     def _reaches(self, broke: Record) -> bool:
         """Whether something not finite came out of the model, or an error was raised, in the break's step or later."""
         header = self.recording.header
         if header.error is not None or any(step >= broke.step for step in header.lost_steps):
             return True
-        logits = None if self.tells else logits_of(self.recording, broke.step)
-        return logits is not None and logits.lost > 0
+        logits = logits_of(self.recording, broke.step)
+        if logits is None or not logits.lost:
+            return False
+        return not self.tells or not any(r.absorbs and r.order > logits.order for r in self.steps[broke.step])
 
     def _ended_harmlessly(self, at: int) -> list[Ending]:
         """How a break ended, harmlessly, before another one, so that it is the other one which reached the output."""
@@ -112,6 +116,12 @@ def tells_outputs(recording: Recording) -> bool:
         record.absorbs or (record.broke is not None and (record.broke.origin_kind or record.broke.positions))
         for record in recording
     )
+
+
+def _last_word(endings: Sequence[Ending], records: Sequence[Record]) -> Ending:
+    """The first ending after which nothing is lost any more, else the first of all."""
+    lost = max((record.order for record in records if record.lost), default=-1)
+    return next((one for one in endings if one.record.order > lost), endings[0])
 
 
 def _endings(records: Sequence[Record]) -> list[Ending]:

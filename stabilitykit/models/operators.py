@@ -70,6 +70,7 @@ class Traits:
     name: str  # "add" for add.Tensor and add_.Tensor, "matmul" for mm, bmm, addmm and linear
     composite: bool  # takes itself apart into others
     own: frozenset[str]  # of a composite: the backends that have a kernel of it instead
+    autocast: frozenset[str]  # the backends on which autocasting changes its operands
     tracks_views: bool  # before its kernel runs one that makes its results known as views
     writes_in_place: bool
     written: tuple[tuple[int, str], ...]  # the arguments that it writes into, by place and name
@@ -82,9 +83,14 @@ class Traits:
     func: Any = field(repr=False)  # kept alive, for its address names it
 
 
-_BACKENDS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1", "NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU")
+# Parts of operators that have been autocast, and whose own kernels call some that could be once more.
+_CAST_BEFORE = frozenset({"_cdist_forward", "_euclidean_dist"})
+
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1")
+_BACKENDS = (*_DEVICES, "NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU")
 
 _known: dict[int, Traits] = {}
+_others: dict[int, Any] = {}  # by address too, and kept alive for it
 
 
 def traits(func: Any) -> Traits:
@@ -93,6 +99,15 @@ def traits(func: Any) -> Traits:
     if found is None:
         found = _known[id(func)] = _traits(func)
     return found
+
+
+def _is_operator(func: Any) -> bool:
+    """Whether torch's dispatcher knows it. A mode is also given others: queries of a device, functions of functions."""
+    if id(func) not in _known and id(func) not in _others:
+        known = isinstance(func, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(func.name())  # type: ignore[no-untyped-call]
+        if not known:
+            _others[id(func)] = func
+    return id(func) not in _others
 
 
 def _traits(func: Any) -> Traits:
@@ -110,6 +125,7 @@ def _traits(func: Any) -> Traits:
         name=name,
         composite=composite,
         own=frozenset(backend for backend in _BACKENDS if composite and has_kernel(backend)),
+        autocast=frozenset(backend for backend in _DEVICES if has_kernel(f"Autocast{backend}")),
         tracks_views=bool(has_kernel("ADInplaceOrView")),
         writes_in_place=bool(func._schema.is_mutable),
         written=tuple(
@@ -136,6 +152,8 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     arguments of one before that. Views run as they are. What `operator` itself runs does not come back to it.
     """
 
+    supports_higher_order_operators = True  # torch would else raise at one
+
     def __init__(
         self,
         operator: Callable[[Traits, tuple[Any, ...], dict[str, Any]], Any],
@@ -154,6 +172,8 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not _is_operator(func):
+            return func(*args, **kwargs)
         kind = traits(func)
         if (
             kind.composite
@@ -162,9 +182,11 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             if self._given is not None:
                 args, kwargs = self._given(kind, args, kwargs)
-            with self, _as_called(kind):
-                # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
-                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+            _push_mode(self)  # as `with self` does, without what torch notes of a mode that begins
+            try:
+                return _run_apart(kind, args, kwargs)
+            finally:
+                _pop_mode()
         if kind.view:
             return func(*args, **kwargs)
         return self._operator(kind, args, kwargs)
@@ -189,13 +211,27 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
         self._after = after
         self._failed = failed
 
+    def __exit__(self, *raised: Any) -> None:
+        """Takes itself off, if others that were put on later are still there too, as where tasks of asyncio overlap."""
+        others: list[TorchDispatchMode] = []
+        if any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            while _get_current_dispatch_mode_stack()[-1] is not self:
+                others.append(_pop_mode())
+        if others:
+            for name, before in vars(self).items():  # what torch restores when the last one ends
+                if name.startswith("old_") and name.endswith("_flags"):
+                    vars(others[-1])[name][-1], before[-1] = before[-1], vars(others[-1])[name][-1]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        for mode in reversed(others):
+            _push_mode(mode)
+
     def _watch(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             state = self._before(kind, args, kwargs)
         except Exception as error:
             self._failed(kind, error)
-            return kind.func(*args, **kwargs)
-        output = kind.func(*args, **kwargs)
+            return _run_whole(kind, args, kwargs)
+        output = _run_whole(kind, args, kwargs)
         try:
             self._after(kind, state, args, kwargs, output)
         except Exception as error:
@@ -223,26 +259,83 @@ def unwatched() -> Iterator[None]:
             _push_mode(mode)
 
 
-def _as_called(kind: Traits) -> AbstractContextManager[None]:
-    """Around the parts of a composite in inference mode: with the dispatch keys of its own call, not a mode's.
+def _run_apart(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A composite's parts, with the dispatch keys that torch would have there, not with a mode's.
 
-    Without them views of weights would no longer ask for gradients, which decides how a product is computed. Elsewhere,
-    and where its results become views, a kernel of autograd's has run before, and takes care of what it returns.
+    In inference mode nothing of autograd's has run before; then views of weights still ask for gradients in its parts,
+    which decides how a product is computed. Elsewhere, and where its results become views, such a kernel has.
     """
-    if torch.is_inference_mode_enabled() and not kind.tracks_views:
-        return torch._C._RestorePythonTLSSnapshot()  # type: ignore[attr-defined, no-any-return]
-    return nullcontext()
+    # not `func.decompose`: that prefers formulas in Python, which give other bits than these kernels
+    run, key = kind.func._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd
+    autocast = _in_autocast()
+    inside = autocast and _autocast_inside(kind, args)
+    if not torch.is_inference_mode_enabled() or kind.tracks_views:
+        with _autocasting() if inside else _AS_IT_IS:
+            return run(key, *args, **kwargs)
+    with _as_called(), torch._C._DisableAutocast() if autocast and not inside else _AS_IT_IS:
+        return run(key, *args, **kwargs)
+
+
+def _run_whole(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator; what its kernel calls is autocast as without a mode."""
+    if not _in_autocast():
+        return kind.func(*args, **kwargs)
+    with _autocasting() if _autocast_inside(kind, args) else _AS_IT_IS:
+        return kind.func(*args, **kwargs)
+
+
+def _in_autocast() -> bool:
+    """Whether a block of autocasting is open, though it may turn it off: to a mode it seems off in any case."""
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return nesting > 1
+
+
+def _autocast_inside(kind: Traits, args: tuple[Any, ...]) -> bool:
+    """Whether operators inside this one are autocast: where that is on, and this one has not been autocast itself."""
+    with _as_called():
+        enabled = torch._C._is_any_autocast_enabled()
+    return enabled and kind.name not in _CAST_BEFORE and _device(_first(args)) not in kind.autocast
+
+
+def _autocasting() -> AbstractContextManager[None]:
+    """Autocasting, as it was when the operator was called."""
+    with _as_called():
+        above = torch._C._dispatch_tls_local_exclude_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for device in _DEVICES:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+        if not above.has(key):
+            exclude = exclude.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
+
+
+def _as_called() -> AbstractContextManager[None]:
+    """The dispatch keys that an operator was called with, before a mode got it."""
+    return torch._C._RestorePythonTLSSnapshot()  # type: ignore[attr-defined, no-any-return]
+
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
 def _has_own_kernel(kind: Traits, args: tuple[Any, ...]) -> bool:
     """Whether the device of the first tensor has a kernel of this composite, which is what torch runs there."""
-    first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+    first = _first(args)
     if first is None:
         return False
-    device = first.device.type
-    backend = "PrivateUse1" if device == torch._C._get_privateuse1_backend_name() else device.upper()
-    backend = f"NestedTensor{backend}" if first.is_nested else f"Mkldnn{backend}" if first.is_mkldnn else backend
+    device = _device(first)
+    backend = f"NestedTensor{device}" if first.is_nested else f"Mkldnn{device}" if first.is_mkldnn else device
     return backend in kind.own
+
+
+def _first(args: tuple[Any, ...]) -> Tensor | None:
+    return next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+
+
+def _device(tensor: Tensor | None) -> str:
+    """As dispatch keys call it."""
+    kind = "cpu" if tensor is None else tensor.device.type
+    return "PrivateUse1" if kind == torch._C._get_privateuse1_backend_name() else kind.upper()
 
 
 def moves(

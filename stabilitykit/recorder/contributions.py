@@ -14,7 +14,6 @@ from stabilitykit.models.operators import CONTRACTIONS, traits
 from stabilitykit.recorder.masks import Call, Operand
 
 _SOFTMAX = frozenset({"softmax", "log_softmax"})
-_NARROW = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 @dataclass(slots=True)
@@ -47,6 +46,8 @@ def contributions(call: Call, shape: Sequence[int], index: tuple[int, ...]) -> l
         return _of_pointwise(call, shape, index)
     if call.name in CONTRACTIONS and len(call.operands) >= 2:
         return _of_product(call, index)
+    if "grouped_mm" in call.name and len(call.args) > 2 and len(index) == 2:
+        return _of_grouped(call, index)
     if call.name in _SOFTMAX:
         (logits, *_) = call.operands
         dim = int(call.args[1]) if len(call.args) > 1 else -1
@@ -129,15 +130,35 @@ def _of_product(call: Call, index: tuple[int, ...]) -> list[Contribution]:
     return found
 
 
+def _of_grouped(call: Call, index: tuple[int, ...]) -> list[Contribution]:
+    """A product of rows with the matrix of their group: the experts of a mixture. Rows are in the groups' order."""
+    rows, matrices, *_ = call.operands
+    ends = next(argument for argument in (*call.args, call.kwargs.get("offs")) if _counts(argument))
+    group = int((ends <= index[0]).sum())
+    return [
+        Contribution(rows, rows.tensor[index[0]]),
+        Contribution(matrices, matrices.tensor[group][:, index[1]]),
+    ]
+
+
+def _counts(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and not argument.is_floating_point()
+
+
 def in_float64(call: Call, shape: Sequence[int], index: tuple[int, ...]) -> float | None:
     """The element at `index` of the same operator on the same operands, in float64.
 
     None where that cannot be had: a module, an operator that draws random numbers or is somebody's own (to run it again
     would repeat what it does besides), one without a kernel for float64.
     """
-    if call.func is None or call.func.namespace != "aten" or traits(call.func).seeded:
+    if call.func is None or traits(call.func).seeded:
         return None
     try:
+        if "grouped_mm" in call.name and len(index) == 2:
+            row, column = _of_grouped(call, index)
+            return float(row.values.double() @ column.values.double())
+        if call.func.namespace != "aten":
+            return None
         if any(operand.tensor.is_complex() for operand in call.operands):
             return _element(run_wide(call), index)
         if traits(call.func).pointwise:
@@ -162,7 +183,7 @@ def _run(call: Call, part: Any) -> Tensor:
         if isinstance(argument, Tensor):
             argument = part(argument)
             return argument.to(torch.float64, copy=True) if argument.is_floating_point() else argument
-        return torch.float64 if argument in _NARROW else argument
+        return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
     args = tree_map(widen, call.args)
     if call.name in _SOFTMAX and len(args) > 2:

@@ -186,8 +186,8 @@ def family_of(model: Any) -> Family | None:
     return FAMILIES.get(str(kind).removesuffix("_text") if str(kind) not in FAMILIES else str(kind))
 
 
-# Attention's operators are numbered in the order of a plain model. What the data flow says of a tensor decides whether
-# the number still means that: a cast of a mask is none of the probabilities.
+# Operators are numbered in the order of a plain model. What the data flow says of a tensor decides whether the number
+# still means that: a cast of a mask is none of the probabilities, a norm of somebody's own has no mean square.
 _ROLES: Mapping[str, frozenset[Role | None]] = {
     "matmul.0": frozenset({"scores"}),
     "mul.4": frozenset({"query", "scores", None}),
@@ -198,6 +198,14 @@ _ROLES: Mapping[str, frozenset[Role | None]] = {
     "softmax.0": frozenset({"probabilities"}),
     "cast.0": frozenset({"probabilities"}),
     "matmul.1": frozenset({None}),
+}
+_NORM_ROLES: Mapping[str, Role] = {
+    "pow.0": "squares",
+    "mean.0": "mean square",
+    "add.0": "mean square + eps",
+    "rsqrt.0": "1 / root",
+    "pow.1": "1 / root",
+    "mul.0": "normalised",
 }
 
 
@@ -219,12 +227,13 @@ def label(site: str, family: Family | None, role: Role | None = None) -> str | N
     if not operator:
         return named or None
     if name.endswith("norm"):
-        inside = _OPERATORS["norm"].get(operator)
+        expected = _NORM_ROLES.get(operator)
+        inside = _OPERATORS["norm"].get(operator) if expected is None or role == expected else None
         return f"{inside} in {named}" if inside and named else None
     inside = (family.operators.get(name) or _OPERATORS.get(name, {})).get(operator)
     if name == "self_attn" and inside is not None and not _has_role(inside, operator, role):
         return None
-    return inside
+    return None if name == "mlp" and operator == "mul.0" and role != "product" else inside
 
 
 def _has_role(named: str, operator: str, role: Role | None) -> bool:

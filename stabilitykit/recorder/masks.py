@@ -46,10 +46,7 @@ class Operand:
         if self.origin.hidden is None:
             self.origin.hidden = {}
         if key not in self.origin.hidden:  # nothing is written there without becoming another origin
-            # Attention masks come with four dimensions; what has fewer may be a hidden state, large and negative.
-            is_mask = self.origin.kind in ("constant", "buffer") or tensor.ndim > 3
-            where = blocks(tensor) if is_mask else tensor == -math.inf
-            self.origin.hidden[key] = hidden(where, tensor.stride())
+            self.origin.hidden[key] = hidden(blocks(tensor), tensor.stride())
         return self.origin.hidden[key]
 
     def holds_infinity(self) -> bool:

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
@@ -22,7 +22,7 @@ from stabilitykit.recorder.contributions import placed
 from stabilitykit.recorder.hooks import ModuleHooks
 from stabilitykit.recorder.masks import Operand, blocks, narrowest
 from stabilitykit.recorder.origins import Mask, Origin, Origins, Role, hidden
-from stabilitykit.recorder.roles import role_of_module
+from stabilitykit.recorder.roles import is_norm, role_of_module
 from stabilitykit.recorder.tensors import (
     aside,
     floating,
@@ -55,7 +55,7 @@ class Frame:
     `numbers` count its operators by name. `block` is what it computes of its attention now, `numbers_before` what they
     were when it began with the first one, `of_blocks` the numbers of the entries that its blocks share, by site. A
     recorder that sees no operators keeps the `inputs`; `first_entry` is how many entries it had before. `role` is what
-    attention uses the module's output for.
+    attention uses the module's output for, `given` what a norm is given.
     """
 
     path: str
@@ -65,6 +65,7 @@ class Frame:
     kwargs: dict[str, Any] = field(default_factory=dict)
     first_entry: int = 0
     role: Role | None = None
+    given: Origin | None = None
     inputs: list[Operand] | None = None
     numbers: dict[str, int] = field(default_factory=dict)
     block: QueryBlock | None = None
@@ -152,13 +153,17 @@ class Names:
         there is `unseen`, what they raise becomes a note. What runs inside a backward pass, as checkpointed modules do
         again, is not followed.
         """
-        frames, thread = self.frames, get_ident()
+        frames, thread, in_backward = self.frames, get_ident(), torch._C._current_graph_task_id  # -1: in none
 
-        def elsewhere() -> bool:
-            return get_ident() != thread or torch._C._current_graph_task_id() != -1
+        def failed(path: str, error: Exception) -> None:
+            if unseen is None:
+                raise error
+            unseen.failed(
+                f"what {f'the module {path}' if path else 'the model'} is given or returns", error, "a module"
+            )
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if elsewhere():
+            if not frames or get_ident() != thread or in_backward() != -1:
                 return
             if frames[-1].module is not module:
                 if all(frame.module is not module for frame in frames):
@@ -167,31 +172,34 @@ class Names:
                     frames.pop()
             frame = frames.pop()
             if left is not None:
-                with guarded(frame.path):
+                try:
                     left(frame, output)
+                except Exception as error:
+                    failed(frame.path, error)
 
-        def entering(path: str, by_blocks: bool) -> Callable[..., None]:
-            role = role_of_module(path)
+        def entering(path: str, followed: nn.Module) -> Callable[..., None]:
+            by_blocks = hasattr(type(followed), "query_block")
+            role, norm = role_of_module(path), is_norm(path)
 
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if elsewhere():
+                if module is not followed or get_ident() != thread or in_backward() != -1:  # a copy has its hooks too
                     return
                 frame = Frame(path, module, by_blocks, args=args, kwargs=kwargs, role=role)
+                if norm and args and isinstance(args[0], Tensor):
+                    frame.given = self.origins.of(args[0])
                 frames.append(frame)
                 if entered is not None:
-                    with guarded(path):
+                    try:
                         entered(frame)
+                    except Exception as error:
+                        failed(path, error)
 
             return enter
-
-        def guarded(path: str) -> AbstractContextManager[None]:
-            what = f"what the module {path} is given or returns" if path else "what the model is given or returns"
-            return nullcontext() if unseen is None else unseen.guard(what, "a module")
 
         hooks = ModuleHooks(self._model, stack)
         for path, module in self._modules:
             if only(path):
-                hooks.attach(module, entering(path, hasattr(type(module), "query_block")), leave)
+                hooks.attach(module, entering(path, module), leave)
 
     def of_operator(self, kind: Traits, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> str | None:
         """The site of the result of an operator that is not a view; None for results that have no record: values that

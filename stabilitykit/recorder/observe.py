@@ -10,7 +10,7 @@ from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.models.operators import SELECTIONS
 from stabilitykit.recorder.blocks import Part, part_of
 from stabilitykit.recorder.breaks import Finding, break_at
-from stabilitykit.recorder.contributions import contributions, in_float64
+from stabilitykit.recorder.contributions import contributions, in_float64, placed
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Doubt, Entry, Form, Step
@@ -27,7 +27,7 @@ from stabilitykit.recorder.rounding import Calls, Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import tally
 from stabilitykit.recorder.tensors import aside, is_here, measurable, region
-from stabilitykit.records import Level, index_at
+from stabilitykit.records import Level, flat_index, index_at
 
 DEFAULT_FORMATS = tuple(
     form.name for form in sorted(FORMATS.values(), key=lambda form: -form.precision) if form.bits <= 16
@@ -114,7 +114,7 @@ class Observer:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
-        role = entry.role = role_of(call, frame.role, scores=scores)
+        role = entry.role = role_of(call, frame.role, scores=scores, given=frame.given)
         origin = Origin("computed", site, number, scores=scores, pairs=pairs, role=role)
         seen = Observation(entry, call, values, None if masked is None else masked.where, axes, part, origin)
         row = seen.count(limit, by_position=self.options.position_peaks)
@@ -163,7 +163,9 @@ class Observer:
         origin.trail = next((o.origin.trail for o in call.operands if o.origin.trail is not None), None)
         with aside():
             lowest, highest = (float(end) for end in tensor.aminmax())
-        if math.isnan(lowest) or highest == math.inf:
+        if math.isnan(lowest) or highest == math.inf or (lowest == -math.inf and self._is_new(call, tensor)):
+            if lowest == -math.inf:
+                self._note_overflow(call, tensor, origin)
             if origin.trail is None:
                 site = frame.site(f"constant_{call.name}")
                 entry, axes, _, _ = self._entry(call, tensor, tensor, frame, site, None, scores=False)
@@ -180,10 +182,14 @@ class Observer:
                     origin.leaves = (entry.came_from,)  # handed on by arithmetic
                 else:
                     origin.trail = entry
-        elif lowest == -math.inf and call.name not in SELECTIONS:
-            self._note_overflow(call, tensor, origin)
         if origin.trail is None:
             self.calls.keep(origin, call, tensor)
+
+    @staticmethod
+    def _is_new(call: Call, tensor: Tensor) -> bool:
+        """Whether -inf came of finite numbers: of a mask it would be handed on, or selected."""
+        finite = all(bool(operand.tensor.isfinite().all()) for operand in call.operands)
+        return finite and call.name not in SELECTIONS and placed(call.args, call.kwargs) is None
 
     @staticmethod
     def _was_a_mask(call: Call, entry: Entry) -> bool:
@@ -251,9 +257,11 @@ class Observer:
         for place, operand in enumerate(call.operands):
             if operand.origin.entry is not None and self.entries[operand.origin.entry] is first:
                 self.first = None
-                shape, index, value = operand.tensor.shape, first.broke.index, first.broke.value
-                if tuple(shape) != first.form.shape or seen.values.shape != shape or value is None or place > 0:
+                shape, value = operand.tensor.shape, first.broke.value
+                same = shape.numel() == math.prod(first.form.shape) and operand.tensor.is_contiguous()
+                if not same or seen.values.shape != shape or value is None or place > 0:
                     return
+                index = index_at(flat_index(first.broke.index, first.form.shape), shape)
                 with aside():
                     others = [p.largest for p in contributions(call, shape, index) if p.operand is not operand]
                 if len(others) == 1 and math.isfinite(others[0]) and others[0]:

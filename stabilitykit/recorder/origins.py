@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from stabilitykit.recorder.entry import Entry
     from stabilitykit.recorder.rounding import Made, Rounded
 
-Role = Literal["query", "key", "value", "scores", "probabilities"]
-"""What attention uses a tensor for, as far as the projections' names and the data flow tell."""
+Role = Literal[
+    "query", "key", "value", "scores", "probabilities",  # of attention
+    "given", "squares", "mean square", "mean square + eps", "1 / root", "normalised",  # of a root mean square norm
+    "product",  # of two computed tensors, element by element
+]  # fmt: skip
+"""What a tensor is for, as far as the names of projections and the data flow tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@
 
 Forward hooks tell which module runs; an operator mode sees what no module returns: residual adds, attention scores,
 gate · up. A tensor is measured the moment it exists, because the next operator may overwrite it. The model computes the
-same bits with and without a recorder, and no hook outlives the block. Nothing waits for a device: counts are copied to
-the host while the pass goes on.
+same bits with and without a recorder, and no hook outlives the block. (Only torch.linalg's svdvals, eigvalsh, cond and
+nuclear norm, where no gradient is asked for, take another routine under any operator mode, and other last bits.) What
+the recorder fails at becomes a note in the header; it does not end the pass. Nothing waits for a device: counts are
+copied to the host while the pass goes on.
 """
 
 import sys
@@ -83,8 +85,12 @@ def record(
     `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
     the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
 
+    A backward pass inside the block is not recorded; if it leaves gradients that are not finite, one record says so.
+    Passes in other threads are left alone, and a model belongs to one recording at a time.
+
     Raises MisuseError for what is not a module, for an unknown level, format or matmul mode, for statistics whose names
-    are taken, and for a model or a module of it that went through `torch.compile`. Warns at the end of a block in which
+    are taken, for a model that is being recorded already, or a part of it, and for a model or a module of it that went
+    through `torch.compile`. Warns at the end of a block in which
     no part of the model was called, or in which a statistic failed.
     """
     _check(model, level, formats, matmul)
@@ -121,7 +127,7 @@ def record(
         _finish(model, session, recording, token_text, redact=redact, error=error)
     for failure in session.observer.custom.failures():
         warnings.warn(failure, stacklevel=3)
-    if all(entry.module == OUTSIDE for entry in session.observer.entries):
+    if not session.starts and all(entry.module == OUTSIDE for entry in session.observer.entries):
         warnings.warn(
             "Nothing was recorded: the model was not called inside the block. Call the module that was passed to "
             "record(), or a part of it.",

@@ -1,6 +1,7 @@
 """One recorded block: the steps and tokens of the model, its modules' outputs and its operators' results."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -49,6 +50,7 @@ class Session:
         self.starts: list[int] = []
         self.seen: set[int] = set()
         self._outputs: list[tuple[int, Origin]] = []
+        self._raised: set[int] = set()
         self.autocast: str | None = None
         modules = dict(model.named_modules())
         # what a wrapper's `generate` may call without calling the wrapper
@@ -72,7 +74,7 @@ class Session:
     def lost_steps(self) -> set[int]:
         """The steps whose outputs are not finite, once everything has arrived."""
         entries = self.observer.entries
-        lost = set()
+        lost = set(self._raised)  # what broke was the end of the pass
         for step, origin in self._outputs:
             doubt = None if origin.entry is None else entries[origin.entry].doubt
             refuted = doubt is not None and doubt.lost is not None and not doubt.mask.confirmed
@@ -107,6 +109,8 @@ class Session:
         if frame.module in self._wholes and not any(above.module in self._wholes for above in self.names.frames[1:]):
             step = self.observer.step.number
             self._outputs += [(step, self.names.origins.of(tensor)) for tensor in floating(output)]
+            if output is None and sys.exc_info()[1] is not None and self.observer.broken:
+                self._raised.add(step)
         if self.observer.judgements and len(self.names.frames) == 1:
             self.observer.settle()
 
@@ -251,8 +255,9 @@ class Session:
                 observer.entries[-1].softmax = recompute_softmax(call.func, args, kwargs)
 
     def _failed(self, kind: Traits, error: Exception) -> None:
-        place = self.names.frames[-1].path
-        what = f"the result of {kind.name}" + (f" in {place}" if place else "")
+        frame = self.names.frames[-1]
+        place = f" in {frame.path}" if frame.path and frame.module is not None else ""
+        what = f"the result of {kind.name}{place}"
         self.unseen.failed(what, error, f"operator {kind.name}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, DIFFUSERS, TEXT, TOKENS, TORCH, Example, example
+from architectures import ARCHITECTURES, DIFFUSERS, TEXT, TOKENS, TORCH, Example, Function, example
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -22,10 +22,13 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "grad": nullcontext,
 }
 WITHOUT_GRADIENTS = ("RWKV",)  # transformers' own backward pass raises
+WITHOUT_AUTOCAST = ("DeBERTa", "TransformerEncoder over padding")  # they raise themselves
+SEEN_IN_PART = ("CTCLoss",)
+X = torch.linspace(-1, 1, 2 * 7 * 8).reshape(2, 7, 8)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, about models as small as these
 
-Outcome = dict[str, list[bytes | None]]
+Outcome = dict[str, list[bytes | None]]  # by what it is
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, transformers.utils.ModelOutput):
+    if hasattr(output, "to_tuple"):  # a dataclass of transformers'
         output = output.to_tuple()
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
@@ -48,17 +51,19 @@ def bits(tensor: Tensor) -> bytes:
     return form + tensor.detach().reshape(-1).clone().view(torch.uint8).numpy().tobytes()
 
 
-def outcome(of: Example, mode: str, recorded: dict[str, Any] | None) -> tuple[Outcome, Recording | None]:
+def outcome(
+    of: Example, mode: str, recorded: dict[str, Any] | None, autocast: bool
+) -> tuple[Outcome, Recording | None]:
     """What a pass leaves, and with gradients a backward pass in the same block; recorded with these options."""
     model, args, kwargs = of
     torch.manual_seed(5)
     block = nullcontext() if recorded is None else record(model, formats=(), **recorded)
-    with MODES[mode](), block as recording:
+    with MODES[mode](), torch.autocast("cpu", torch.bfloat16, enabled=autocast), block as recording:
         made = tensors(model(*args, **kwargs))
         differentiable = [one for one in made if one.requires_grad]
         if mode == "grad" and differentiable:
             torch.stack([one.abs().double().square().mean() for one in differentiable]).sum().backward()
-    left = {
+    left: Outcome = {
         "outputs": [bits(one) for one in made],
         "gradients": [None if held.grad is None else bits(held.grad) for held in model.parameters()],
         "buffers": [bits(buffer) for buffer in model.buffers()],
@@ -67,17 +72,19 @@ def outcome(of: Example, mode: str, recorded: dict[str, Any] | None) -> tuple[Ou
     return left, recording
 
 
-def compare(table: dict[str, Callable[[], Example]], name: str, mode: str, **options: Any) -> Recording:
+def compare(
+    table: dict[str, Callable[[], Example]], name: str, mode: str, *, autocast: bool = False, **options: Any
+) -> Recording:
     """The recording, of a pass that left the same."""
     if mode == "grad" and name in WITHOUT_GRADIENTS:
         pytest.skip("its backward pass raises without a recorder too")
-    alone, _ = outcome(example(table, name), mode, None)
-    recorded, recording = outcome(example(table, name), mode, options)
+    alone, _ = outcome(example(table, name), mode, None, autocast)
+    recorded, recording = outcome(example(table, name), mode, options, autocast)
     for what, left in alone.items():
         assert left == recorded[what], what
     assert recording is not None
     assert len(recording) > 0
-    assert not any("could not be seen" in note for note in recording.header.notes)
+    assert name in SEEN_IN_PART or not any("could not be seen" in note for note in recording.header.notes)
     return recording
 
 
@@ -107,6 +114,30 @@ def test_modules_of_torch(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", ["Llama", "DINOv2", "SigLIP", "GRU", "TransformerEncoder over padding", "bicubic"])
 def test_those_that_tell_most(name: str, mode: str) -> None:
     compare(ARCHITECTURES | TORCH, name, mode)
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", sorted((ARCHITECTURES | TORCH).keys() - set(WITHOUT_AUTOCAST)))
+def test_under_autocast(name: str, mode: str) -> None:
+    compare(ARCHITECTURES | TORCH, name, mode, autocast=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_of_others_under_autocast(mode: str) -> None:
+    """Their own products are autocast, as without a recorder."""
+
+    def squared(x: Tensor) -> Tensor:
+        return x @ x.mT
+
+    squared.__annotations__ = {"x": Tensor, "return": Tensor}
+    operator = torch.library.custom_op("stabilitykit_tests::squared", mutates_args=())(squared)
+
+    def small() -> Example:
+        return Function(lambda x: (operator(x), torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist"))), (X,), {}
+
+    recording = compare({"small": small}, "small", mode, autocast=True)
+    assert recording.at("/squared.0").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("mode", MODES)
