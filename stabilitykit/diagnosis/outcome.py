@@ -8,6 +8,8 @@ from stabilitykit.diagnosis.harmless import Ending, ending
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.records import Record, Recording
 
+OUTSIDE = ("outside/", "backward/")
+
 OutcomeName = Literal["none", "reached", "absorbed"]
 
 
@@ -53,8 +55,9 @@ class _Run:
         ended = self._ended_harmlessly(at)
         if not ended and self._reaches(broke):
             return Outcome(name="reached", broke=broke)
-        endings = [] if level != "operators" else ended or _endings(self.after(broke))
-        if not ended and self.steps[broke.step][-1].lost:  # nothing that was seen came after it
+        endings = [] if level != "operators" else ended or self._endings(self.after(broke))
+        inside = [record for record in self.steps[broke.step] if not record.site.startswith(OUTSIDE)]
+        if not ended and inside and inside[-1].lost:  # of what ended it nothing was seen
             endings = []
         if not endings:
             return Outcome(name="none", broke=broke)
@@ -85,8 +88,21 @@ class _Run:
         absorbing = [record.order for record in between if record.absorbs]
         if not absorbing or any(record.lost for record in between if record.order > absorbing[-1]):
             return []
-        endings = _endings(between)
+        endings = self._endings(between)
         return endings if all(one.harmless for one in endings) else []
+
+    def _endings(self, records: Sequence[Record]) -> list[Ending]:
+        """Of records from a break on, those that end what is lost, as far as nothing goes past them.
+
+        In x · rsqrt(mean(x²)) an infinite x leaves rsqrt finite, and the product NaN: what follows in the module shows
+        it.
+        """
+        absorbing = [at for at, record in enumerate(records) if record.absorbs and any(r.lost for r in records[:at])]
+        ending_it = [at for at in absorbing if not _goes_past(records, at)] or absorbing
+        broke = records[0].broke
+        sites = () if broke is None else broke.operand_sites
+        made_of = next((r for r in self.steps[records[0].step] if len(sites) == 1 and r.site == sites[0]), None)
+        return [ending([r for r in records[:at] if r.lost], records[at], made_of) for at in ending_it]
 
 
 def outcome(recording: Recording) -> Outcome | None:
@@ -122,16 +138,6 @@ def _last_word(endings: Sequence[Ending], records: Sequence[Record]) -> Ending:
     """The first ending after which nothing is lost any more, else the first of all."""
     lost = max((record.order for record in records if record.lost), default=-1)
     return next((one for one in endings if one.record.order > lost), endings[0])
-
-
-def _endings(records: Sequence[Record]) -> list[Ending]:
-    """Of records from a break on, those that end what is lost, as far as nothing goes past them.
-
-    In x · rsqrt(mean(x²)) an infinite x makes rsqrt finite, and the product NaN: what follows in the module shows it.
-    """
-    absorbing = [at for at, record in enumerate(records) if record.absorbs and any(r.lost for r in records[:at])]
-    ending_it = [at for at in absorbing if not _goes_past(records, at)] or absorbing
-    return [ending([r for r in records[:at] if r.lost], records[at]) for at in ending_it]
 
 
 def _goes_past(records: Sequence[Record], at: int) -> bool:

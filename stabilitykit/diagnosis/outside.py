@@ -5,6 +5,7 @@ import re
 
 from stabilitykit.diagnosis.causes import Cause
 from stabilitykit.diagnosis.logits import logits_of
+from stabilitykit.diagnosis.outcome import OUTSIDE
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Record, Recording
 from stabilitykit.words import number
@@ -15,7 +16,7 @@ _LOSSES = ("nll_loss", "cross_entropy")
 
 def is_outside(record: Record) -> bool:
     """Whether code that is not the model's made the record; the kit's own sampler counts as part of the model."""
-    return record.site.startswith(("outside/", "backward/"))
+    return record.site.startswith(OUTSIDE)
 
 
 def is_backward(record: Record) -> bool:
