@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from stabilitykit.diagnosis.causes import Cause, CauseName
 from stabilitykit.diagnosis.origins import may_be_weights, of_file, of_origin
 from stabilitykit.diagnosis.outcome import decisive
-from stabilitykit.diagnosis.outside import of_labels, of_outside
+from stabilitykit.diagnosis.outside import of_labels, of_outside, shortened
 from stabilitykit.diagnosis.ranges import fact, remedy
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Record, Recording
@@ -106,10 +106,15 @@ def _masked_row(first: Record) -> Cause:
             "of -inf is 0 / 0.",
             "Give masked positions half of the dtype's minimum, or pass a boolean mask.",
         )
+    made = (
+        ""
+        if broke.outside is None
+        else f" What hides them comes from outside the model, from {shortened(broke.outside)}."
+    )
     return Cause(
         "masked-row",
         "A row of the attention mask hides every key (-inf throughout), and the softmax of such a row is 0 / 0, in any "
-        "dtype. Every number before the mask is in range.",
+        f"dtype. Every number before the mask is in range.{made}",
         "Let each position see at least itself, whatever padding or a sliding window hides from it, or use a finite "
         "number in place of -inf, such as half of the dtype's minimum.",
     )
@@ -162,10 +167,13 @@ def _rounded(first: Record) -> Cause:
             "Compute this in float32.",
         )
     wider = "float64" if first.dtype == "float32" else "float32"
-    least = "" if form is None else f", at least {form.smallest_normal:.2g}"
     told = "" if was is None else f" In {wider} it is {number(was)}, and the result finite."
+    least = "" if form is None else f": its least number is {form.smallest_subnormal:.2g}"
+    other = f", or use an eps that {first.dtype} does not round to 0{least}"
+    if (first.operator or "").startswith("log"):
+        other = ", or use log_softmax" if "softmax" in (broke.rounded_site or "") else ""
     return Cause(
         "rounding",
         f"That is this dtype's rounding: {source} is 0 in {first.dtype} alone.{told}",
-        f"Compute this in {wider}, or use an eps that {first.dtype} does not round to 0{least}.",
+        f"Compute this in {wider}{other}.",
     )

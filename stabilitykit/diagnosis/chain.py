@@ -10,6 +10,7 @@ from typing import Literal
 
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import Outcome, decisive, tells_outputs
+from stabilitykit.diagnosis.outside import is_outside
 from stabilitykit.records import Record, Recording
 from stabilitykit.records.layers import is_layer
 from stabilitykit.words import counted
@@ -89,7 +90,7 @@ def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:
     yield _link("break", first, f"{broke.kind}: {counted(first.lost, 'element')} lost{at}{token}")
 
     after = [r for r in recording if r.step == first.step and r.order >= first.order]
-    nan = next((r for r in after if r.nan), None)
+    nan = next((r for r in after if r.nan and is_outside(r) == is_outside(first)), None)
     if nan is not None and nan is not first and nan.broke is None:
         how = _INVALID.get(nan.operator or "", "an invalid operation")
         yield _link("first NaN", nan, f"{how} makes {counted(nan.nan, 'NaN', 'NaN')}")
@@ -113,7 +114,7 @@ def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:
 
 def _first_line(error: str, most: int = 200) -> str:
     """An error's message without the tensors that some of them print."""
-    line = error.strip().partition("\n")[0]
+    line = error.strip().partition("\n")[0].removesuffix(":")
     return line if len(line) <= most else f"{line[:most]}..."
 
 

@@ -5,7 +5,7 @@ and a scale or a logarithm on the way changes that by an amount which the finite
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,21 @@ from stabilitykit.words import number
 
 _CLAMPS = ("clamp", "clamp_max", "clamp_min", "hardtanh", "relu6", "minimum", "maximum")
 _REPLACES = ("where", "masked_fill", "index_fill", "index_put", "nan_to_num")
+_MONOTONE: dict[str, Callable[[float], float]] = {
+    "tanh": math.tanh,
+    "erf": math.erf,
+    "atan": math.atan,
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x)),
+    "hardsigmoid": lambda x: min(max(x / 6 + 0.5, 0.0), 1.0),
+    "exp": lambda x: math.exp(x) if x < 0 else math.inf,
+    "expm1": lambda x: math.expm1(x) if x < 0 else math.inf,
+    "elu": lambda x: math.expm1(x) if x < 0 else x,
+    "selu": lambda x: 1.7580993408473766 * math.expm1(x) if x < 0 else x,
+    "softplus": lambda x: math.log1p(math.exp(x)) if x < 0 else x,
+    "relu": lambda x: max(x, 0.0),
+    "reciprocal": lambda x: 1 / x,
+    "rsqrt": lambda x: 1 / math.sqrt(x) if x > 0 else math.nan,
+}
 _UNCHANGED = ("cast", "neg", "abs", "clone", "cat", "index", "index_select", "gather")
 
 
@@ -27,14 +42,14 @@ class Ending:
     harmless: bool | None
 
 
-def ending(trail: Sequence[Record], absorbs: Record) -> Ending:
-    """`trail` holds what was lost, in order, from the break to what `absorbs` read."""
+def ending(trail: Sequence[Record], absorbs: Record, made_of: Record | None = None) -> Ending:
+    """`trail` holds what was lost, in order, from the break to what `absorbs` read; the break was `made_of` one."""
     last = trail[-1]
     signs = (last.positive_inf > 0, last.negative_inf > 0)
     how = _how(absorbs, *signs)
     if last.nan or not any(signs):
         return Ending(absorbs, how, False if absorbs.operator == "nan_to_num" else None)
-    return Ending(absorbs, how, _is_same(absorbs, last, _carried(trail), trail[0]))
+    return Ending(absorbs, how, _is_same(absorbs, last, _carried(trail, made_of), trail[0]))
 
 
 def _how(record: Record, positive: bool, negative: bool) -> str:
@@ -54,6 +69,7 @@ def _how(record: Record, positive: bool, negative: bool) -> str:
         "div": "a number divided by infinity is 0",
         "reciprocal": "1 / infinity is 0",
         "rsqrt": "1 / √infinity is 0",
+        "atan": "atan of an infinity is π/2 or -π/2",
         "pow": "a negative power of infinity is 0",
         "exp": "exp of minus infinity is 0",
         "softmax": "the softmax of minus infinity is 0",
@@ -67,12 +83,17 @@ def _how(record: Record, positive: bool, negative: bool) -> str:
     return known.get(operator, f"{operator or 'the module'} returns finite numbers again")
 
 
-def _carried(trail: Sequence[Record]) -> float | None:
+def _carried(trail: Sequence[Record], made_of: Record | None) -> float | None:
     """A lower bound on the magnitude of the true value where the last of the trail is infinite; None for no bound."""
     first, broke = trail[0], trail[0].broke
     if broke is None:
         return None
     bound: float | None = broke.limit
+    if broke.kind == "overflow" and broke.count == 1 and broke.value is not None:
+        bound = max(broke.limit, abs(broke.value))
+    elif broke.kind == "overflow" and first.operator == "exp" and first.lost == first.elements:
+        least = None if made_of is None else made_of.minimum
+        bound = max(broke.limit, math.exp(min(least, 709.0))) if least is not None else bound
     if broke.kind == "division-by-zero":
         bound = None if broke.rounded_site is not None else math.inf
     elif broke.kind == "reduction":
@@ -112,39 +133,41 @@ def _is_hardly_moved(before: Record, after: Record, bound: float) -> bool:
 
 def _is_same(record: Record, last: Record, bound: float | None, first: Record) -> bool | None:
     """Whether the operator makes of every magnitude from `bound` up what it made of an infinity."""
-    operator = record.operator or ""
-    if operator in ("div", "reciprocal", "rsqrt", "pow", "nan_to_num"):
+    operator, form = record.operator or "", FORMATS.get(record.dtype, FLOAT32)
+    if operator in ("pow", "nan_to_num"):
         return False
     if operator == "cast":
         return False if record.dtype.startswith("float8") else None
     if operator in _REPLACES:
         return _replaced(record, last)
+    if operator == "div":  # what is divided is not known, but what grows as exp does leaves little of it
+        return None if first.operator == "exp" else False
     if bound is None:
         return None
     if operator in _CLAMPS:
         return _is_clamped_alike(record, last, bound, first)
     positive, negative = last.positive_inf > 0, last.negative_inf > 0
-    form = FORMATS.get(record.dtype, FLOAT32)
-    near_one, near_zero = (form.precision + 1) * math.log(2), (form.precision - form.emin) * math.log(2)
     if operator == "softmax":
-        return None if last.minimum is None or last.minimum + bound < near_zero else True
+        gap = (form.precision - form.emin) * math.log(2)
+        return None if last.minimum is None or last.minimum + bound < gap else True
     if operator in ("max", "amax"):
         return True if record.minimum is not None and record.minimum > -bound else None
-    needed = {
-        "tanh": near_one / 2 + 1,
-        "erf": math.sqrt(near_one),
-        "sigmoid": near_zero if negative else near_one,
-        "hardsigmoid": 3.0,
-        "exp": near_zero,
-        "expm1": near_one,
-        "elu": near_one,
-        "selu": near_one,
-        "softplus": near_zero,
-        "relu": 0.0,
-    }
-    if operator not in needed or (positive and operator not in ("tanh", "erf", "sigmoid", "hardsigmoid")):
+    function = _MONOTONE.get(operator)
+    if function is None:
         return None
-    return True if bound >= needed[operator] else None
+    ends = [bound] if positive else []
+    ends += [-bound] if negative else []
+    if all(rounded(function(end), form) == rounded(function(math.copysign(math.inf, end)), form) for end in ends):
+        return True
+    return False if operator in ("reciprocal", "rsqrt") and first.operator != "exp" else None
+
+
+def rounded(value: float, form: NumberFormat) -> float:
+    """The nearest number of the format, ties to even; of its range nothing is asked."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    unit = math.ldexp(1.0, max(math.frexp(value)[1] - 1, form.emin) - form.precision + 1)
+    return round(value / unit) * unit
 
 
 def _is_clamped_alike(record: Record, last: Record, bound: float, first: Record) -> bool | None:

@@ -10,7 +10,11 @@ def logits_of(recording: Recording, step: int = 0) -> Record | None:
     made = [at for at, r in enumerate(of_step) if is_head(r.site) or r.label in LOGITS]
     if not made:
         return None
-    head = of_step[made[-1]]
-    following = of_step[made[-1] + 1 : made[-1] + 4]
-    capped = [r.operator for r in following] == ["div", "tanh", "mul"] and following[-1].shape == head.shape
-    return following[-1] if capped and is_head(head.site) else head
+    head, later = of_step[made[-1]], of_step[made[-1] + 1 :]
+    if not is_head(head.site):
+        return head
+    capped = [r.operator for r in later[:3]] == ["div", "tanh", "mul"] and later[2].elements == head.elements
+    if capped:
+        return later[2]
+    returned = (r for r in later if r.site.endswith("/output") and r.elements == head.elements)
+    return next(returned, head)

@@ -71,8 +71,7 @@ def _of_buffer(header: Header, broke: Break, name: str) -> Cause:
         )
     return Cause(
         "weights",
-        f"The buffer {name} was not finite to begin with. Whether it was made so or became so in a cast to "
-        f"{header.dtype} is not known.",
+        f"Whether the buffer was made so or became so in a cast to {header.dtype} is not known.",
         f"Look at how the model makes {name}: if its numbers are finite there, keep it in a format that holds them.",
     )
 
@@ -144,7 +143,7 @@ def _of_input(broke: Break) -> Cause:
             f"What code outside the model made{what} was not finite before the model touched it.",
             "Look at that code: the model did not make it so.",
         )
-    what = f"The input {name}" if name else "An input"
+    what = "It" if name else "An input"
     return Cause("input", f"{what} was not finite before the model touched it.", "Check what is passed to the model.")
 
 
@@ -156,13 +155,13 @@ def _of_constant() -> Cause:
     )
 
 
-def constant_source(record: Record, broke: Break) -> str:
-    """`masked_fill puts inf there`, or where a constant was made: `a constant that full makes is not`."""
+def constant_source(broke: Break) -> str:
+    """`because of inf, which the code itself puts in`, or `because of a constant that full made`."""
     name = broke.origin_name
     try:
         number_put = None if name is None else float(name)
     except ValueError:
         number_put = None
     if number_put is not None:
-        return f"{record.operator or 'the code'} puts {name} there"
-    return f"a constant{'' if name is None else f', made by {name},'} is not"
+        return f"because of {name}, which the code itself puts in"
+    return f"because of a constant that {name or 'the code'} made"

@@ -8,6 +8,8 @@ from stabilitykit.diagnosis.harmless import Ending, ending
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.records import Record, Recording
 
+OUTSIDE = ("outside/", "backward/")
+
 OutcomeName = Literal["none", "reached", "absorbed"]
 
 
@@ -53,7 +55,10 @@ class _Run:
         ended = self._ended_harmlessly(at)
         if not ended and self._reaches(broke):
             return Outcome(name="reached", broke=broke)
-        endings = [] if level != "operators" else ended or _endings(self.after(broke))
+        endings = [] if level != "operators" else ended or self._endings(self.after(broke))
+        inside = [record for record in self.steps[broke.step] if not record.site.startswith(OUTSIDE)]
+        if not ended and inside and inside[-1].lost:  # of what ended it nothing was seen
+            endings = []
         if not endings:
             return Outcome(name="none", broke=broke)
         told = {one.harmless for one in endings}
@@ -65,8 +70,10 @@ class _Run:
         header = self.recording.header
         if header.error is not None or any(step >= broke.step for step in header.lost_steps):
             return True
-        logits = None if self.tells else logits_of(self.recording, broke.step)
-        return logits is not None and logits.lost > 0
+        logits = logits_of(self.recording, broke.step)
+        if logits is None or not logits.lost:
+            return False
+        return not self.tells or not any(r.absorbs and r.order > logits.order for r in self.steps[broke.step])
 
     def _ended_harmlessly(self, at: int) -> list[Ending]:
         """How a break ended, harmlessly, before another one, so that it is the other one which reached the output."""
@@ -81,8 +88,21 @@ class _Run:
         absorbing = [record.order for record in between if record.absorbs]
         if not absorbing or any(record.lost for record in between if record.order > absorbing[-1]):
             return []
-        endings = _endings(between)
+        endings = self._endings(between)
         return endings if all(one.harmless for one in endings) else []
+
+    def _endings(self, records: Sequence[Record]) -> list[Ending]:
+        """Of records from a break on, those that end what is lost, as far as nothing goes past them.
+
+        In x · rsqrt(mean(x²)) an infinite x leaves rsqrt finite, and the product NaN: what follows in the module shows
+        it.
+        """
+        absorbing = [at for at, record in enumerate(records) if record.absorbs and any(r.lost for r in records[:at])]
+        ending_it = [at for at in absorbing if not _goes_past(records, at)] or absorbing
+        broke = records[0].broke
+        sites = () if broke is None else broke.operand_sites
+        made_of = next((r for r in self.steps[records[0].step] if len(sites) == 1 and r.site == sites[0]), None)
+        return [ending([r for r in records[:at] if r.lost], records[at], made_of) for at in ending_it]
 
 
 def outcome(recording: Recording) -> Outcome | None:
@@ -120,12 +140,6 @@ def _last_word(endings: Sequence[Ending], records: Sequence[Record]) -> Ending:
     return next((one for one in endings if one.record.order > lost), endings[0])
 
 
-def _endings(records: Sequence[Record]) -> list[Ending]:
-    """Of records from a break on, those that end what is lost."""
-    found = []
-    for at, record in enumerate(records):
-        if record.absorbs:
-            trail = [r for r in records[:at] if r.lost]
-            if trail:
-                found.append(ending(trail, record))
-    return found
+def _goes_past(records: Sequence[Record], at: int) -> bool:
+    follows = records[at + 1] if at + 1 < len(records) else None
+    return follows is not None and follows.lost > 0 and follows.broke is None and follows.module == records[at].module

@@ -5,6 +5,7 @@ import re
 
 from stabilitykit.diagnosis.causes import Cause
 from stabilitykit.diagnosis.logits import logits_of
+from stabilitykit.diagnosis.outcome import OUTSIDE
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Record, Recording
 from stabilitykit.words import number
@@ -15,8 +16,7 @@ _LOSSES = ("nll_loss", "cross_entropy")
 
 def is_outside(record: Record) -> bool:
     """Whether code that is not the model's made the record; the kit's own sampler counts as part of the model."""
-    broke = record.broke
-    return record.site.startswith(("outside", "backward/")) or (broke is not None and broke.outside is not None)
+    return record.site.startswith(OUTSIDE)
 
 
 def is_backward(record: Record) -> bool:
@@ -27,7 +27,12 @@ def place_outside(record: Record) -> str:
     """`outside the model, in train.py:12: z = m(x) * 1e6 (operator mul)`; the site where no line is known."""
     told = None if record.broke is None else record.broke.outside
     operator = f" (operator {record.operator})" if record.operator else ""
-    return f"outside the model, in {told or record.site}{operator}"
+    return f"outside the model, in {shortened(told) if told else record.site}{operator}"
+
+
+def shortened(code: str, most: int = 100) -> str:
+    """File, line and source, the end of a long line left out."""
+    return code if len(code) <= most else f"{code[:most].rstrip()}..."
 
 
 def processor_of(record: Record) -> str | None:
@@ -41,11 +46,11 @@ def of_outside(recording: Recording, record: Record) -> Cause | None:
     if is_backward(record):
         return _of_backward(recording, record)
     processor = processor_of(record)
-    if processor is not None:
+    if processor is not None and is_outside(record):
         return _of_processor(recording, record, processor)
     if record is logits_of(recording, record.step):
         return None
-    if record.site.startswith(("sampler", "outside")) and record.broke is not None and record.broke.outside is None:
+    if record.site.startswith(("sampler/", "outside/")) and record.broke is not None and record.broke.outside is None:
         found = _of_sampler(recording, record)
         if found is not None:
             return found
@@ -151,7 +156,7 @@ def _of_code(recording: Recording, record: Record) -> Cause:
         value = broke.value
         fits = value is not None and not math.isnan(value) and not FORMATS["float32"].overflows(value)
         wide = fits and (record.dtype == "float16" or record.dtype.startswith("float8"))
-        look = f"Look at {broke.outside or 'that code'}."
+        look = f"Look at {shortened(broke.outside) if broke.outside else 'that code'}."
         return Cause("outside", code, "Compute this in float32, which holds the value." if wide else look)
     operands = " and ".join(number(operand) for operand in broke.operands)
     return Cause("outside", code, f"Look at its operands: {operands}." if operands else "Look at that code.")

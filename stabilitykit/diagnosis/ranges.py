@@ -17,16 +17,11 @@ _NORMAL = ("bfloat16", "float32")
 def fact(recording: Recording, record: Record) -> str:
     """What the operators after the break would have made of the value; empty where that is not known."""
     broke = record.broke
-    if broke is None or broke.scaled is None:
+    if broke is None or broke.scaled is None or not _fits_scaled(record, broke):
         return ""
-    form = FORMATS.get(record.dtype)
-    fits = form is not None and not form.overflows(broke.scaled)
-    by = {"scores": "its scale", "expert": "its routing weight"}.get(
-        part_of(recording, record), "what it is scaled by next"
-    )
-    if fits:
-        return f"Times {by} it would be {number(broke.scaled)}, which {record.dtype} holds."
-    return f"Times {by} it would be {number(broke.scaled)}, which {record.dtype} does not hold either."
+    scales = {"scores": "its scale", "expert": "its routing weight"}
+    by = scales.get(part_of(recording, record), "what it is scaled by next")
+    return f"Times {by} it would be {number(broke.scaled)}, which {record.dtype} holds."
 
 
 def remedy(recording: Recording, record: Record) -> str:
@@ -51,12 +46,9 @@ def holding(record: Record, value: float | None, own: str) -> list[str]:
     """The usual formats that hold `value`, other than the tensor's and the run's own."""
     if value is None or math.isnan(value):
         return []
-    low = ("float16",) if record.dtype.startswith("float8") else ()
-    others = [name for name in (*low, *_NORMAL) if name not in (record.dtype, own)]
-    held = [name for name in others if not FORMATS[name].overflows(value) and _is_wider(name, record.dtype)]
-    if held or not others:
-        return held
-    return []
+    eighth = record.dtype.startswith("float8")  # of a run in a wider dtype, which may hold it
+    others = [name for name in (("float16", *_NORMAL) if eighth else _NORMAL) if eighth or name != own]
+    return [name for name in others if not FORMATS[name].overflows(value) and _is_wider(name, record.dtype)]
 
 
 def _is_wider(name: str, dtype: str) -> bool:
@@ -136,9 +128,15 @@ def _candidate(part: Part, place: Place, broke: Break) -> str:
                 f"keep {kept} in float32, or scale down by one power of two everything that is added up from layer to "
                 "layer, if only norms read it"
             )
-        case "other" if broke.scaled is not None:
+        case "other" if _fits_scaled(place.record, broke):
             return "scale an operand before this operator instead of its result"
     return ""
+
+
+def _fits_scaled(record: Record, broke: Break) -> bool:
+    """Whether the tensor's own format holds what the value is scaled to next."""
+    form = FORMATS.get(record.dtype)
+    return broke.scaled is not None and form is not None and not form.overflows(broke.scaled)
 
 
 def _halvings(record: Record, broke: Break) -> str:

@@ -46,7 +46,7 @@ def first_sentence(recording: Recording, first: Record) -> str:
         case "masked-row":
             return f"{subject} is NaN{count}: every key of that row is masked."
         case "weight" | "input" | "constant":
-            return f"{subject} is the first tensor that is not finite{count}, because {_source(first, broke)}."
+            return f"{subject} is the first tensor that is not finite{count}, {_source(broke)}."
         case "unresolved":
             return f"{subject} is the first tensor that is not finite{count}."
 
@@ -81,26 +81,26 @@ def _is_padding(recording: Recording, broke: Break) -> bool:
 
 def _inside(recording: Recording, first: Record) -> str:
     """The head or the expert, where the break's index or the module's path says which."""
-    if first.operator == "softmax" or (first.operator == "matmul" and part_of(recording, first) == "scores"):
+    if first.operator == "matmul" and part_of(recording, first) == "scores":
         return head_of(recording, first) + expert_of(first)
     return expert_of(first)
 
 
-def _source(first: Record, broke: Break) -> str:
+def _source(broke: Break) -> str:
     source = source_of(broke)
     if broke.kind == "constant":
-        return constant_source(first, broke)
+        return constant_source(broke)
     named = broke.origin_name not in (None, UNNAMED)
     match broke.origin_kind:
         case "input" if named:
-            return f"the input {source} is not"
+            return f"because the input {source} is not"
         case "buffer":
-            return f"the buffer {source} is not"
+            return f"because the buffer {source} is not"
         case "cache":
-            return f"the cache {source} is not" if named else "the cache is not"
+            return f"because {source}, a cache, is not" if named else "because a cache is not"
         case "outside":
-            return f"what comes from outside the model ({source}) is not" if named else "what is passed to it is not"
-    return f"{source} is not"
+            return f"because {source if named else 'what comes'} from outside the model is not"
+    return f"because {source} is not"
 
 
 def _made(record: Record, which: str = ", which") -> str:

@@ -46,8 +46,11 @@ def _named(stored: StoredWeights, kind: WeightCount, total: int, *, always: bool
     most = stored.most(kind)
     if most is None:
         return f"mostly in {stored.worst[0].name}" if always and stored.worst else ""
-    if total == 1 and most.value is not None and kind in ("nonfinite", "overflow"):
-        return _one(most)
+    if kind in ("nonfinite", "overflow"):
+        if total == 1 and most.value is not None:
+            return _one(most)
+        if most.block is not None and int(getattr(most, kind)) == total:
+            return f"in block {most.block} of {most.name}"
     return f"mostly in {most.name}" if always or 2 * int(getattr(most, kind)) > total else ""
 
 

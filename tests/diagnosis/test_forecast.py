@@ -1,5 +1,6 @@
 """Forecasts: exact counts against ml_dtypes, the first site in order, what is refused, and whether they come true."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.diagnosis.forecast import forecast, overflow_becomes, prediction
+from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.models.gemma import build
@@ -87,9 +89,47 @@ def test_a_weight_that_leaves_the_range_is_a_break_too() -> None:
     run = Recording(HEADER, [made(0, "layers.0", 10.0)])
     found = forecast(run, "float8_e4m3fn", stored)
     assert found.breaks
-    assert prediction(run, found).startswith(
-        "Of 100 weights stored in float8_e4m3fn, 2 become NaN, mostly in norm.weight. float8_e4m3fn would hold"
+    assert prediction(run, found) == (
+        "Of 100 weights stored in float8_e4m3fn, 2 become NaN, mostly in norm.weight. float8_e4m3fn would hold every "
+        "activation, not every weight: the largest magnitude of an activation is 10, in layer 0, layers.0, operator "
+        "add: 5.5 bits of headroom below the maximum (448)."
     )
+    one = replace(stored, overflow=1, worst=(replace(worst, overflow=1, index=(3,), value=500.0),))
+    assert prediction(run, forecast(run, "float8_e4m3fn", one)).startswith(
+        "Of 100 weights stored in float8_e4m3fn, 1 becomes NaN, norm.weight[3], 500. float8_e4m3fn would hold every "
+        "activation, not every weight"
+    )
+
+
+def test_the_parameter_that_is_named_has_the_most_of_what_is_counted() -> None:
+    worst = [
+        WeightCounts(name=name, elements=80, overflow=0, subnormal=0, zero=0, nonfinite=0)
+        for name in ("norm.weight", "gate_proj.weight")
+    ]
+    worst = [replace(worst[0], overflow=1, index=(3,), value=70_144.0), replace(worst[1], zero=64, subnormal=3)]
+    stored = StoredWeights(
+        dtype="float16", elements=1000, overflow=1, subnormal=309, zero=64, nonfinite=0, worst=tuple(worst)
+    )
+    assert weights_sentence(stored) == (
+        "Of 1,000 weights stored in float16, 1 becomes infinite (norm.weight[3], 70,144), 64 become zero (mostly in "
+        "gate_proj.weight) and 309 go subnormal."
+    )
+    block = replace(worst[0], overflow=0, nonfinite=256, block=5, block_size=256)
+    lost = replace(stored, overflow=0, nonfinite=256, zero=0, subnormal=0, worst=(block,))
+    assert weights_sentence(lost) == (
+        "Of 1,000 weights stored in float16, 256 are NaN or infinite in the checkpoint itself, in block 5 of "
+        "norm.weight."
+    )
+
+
+def test_the_first_position_that_overflows_is_named_beside_the_largest() -> None:
+    run = Recording(HEADER, [made(0, "layers.0", 90000.0, position_amax=(70000.0, 90000.0, 1.0))])
+    assert prediction(run, forecast(run, "float16")).endswith(
+        "1 element exceeds the maximum, 65,504, the first at token 0 '<bos>'; the largest magnitude there is 90,000, "
+        "at token 1 ' a'."
+    )
+    only = Recording(HEADER, [made(0, "layers.0", 90000.0, position_amax=(7.0, 90000.0, 1.0))])
+    assert "the first" not in prediction(only, forecast(only, "float16")).partition("exceeds")[2]
 
 
 def test_what_cannot_be_forecast_is_refused() -> None:
@@ -116,7 +156,8 @@ def test_what_a_value_past_the_range_becomes(name: str, becomes: str) -> None:
 def test_a_cast_that_saturates_cuts_off() -> None:
     """torch's own cast to e4m3fn on a CPU does; one to 16 bits never does."""
     assert overflow_becomes("float8_e4m3fn", saturating=True) == "±448"
-    assert float(torch.tensor(1e6).to(torch.float8_e4m3fn).float()) == 448.0
+    assert torch.tensor([500.0, 1e6, math.inf]).to(torch.float8_e4m3fn).float().tolist() == [448.0] * 3
+    assert float(torch.tensor(1e6).to(torch.float8_e5m2).float()) == math.inf
     assert overflow_becomes("float8_e5m2", saturating=True) == "±57,344"
     assert overflow_becomes("float16", saturating=True) == "±inf"
     run = Recording(HEADER, [made(0, "layers.0", 70000.0)])

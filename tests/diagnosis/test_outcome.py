@@ -86,7 +86,28 @@ def test_the_first_operator_that_ends_it_is_named() -> None:
     assert (found["absorbed_at"], found["absorbed_by"]) == ("layers.0.self_attn/div.0", "div")
 
 
-@pytest.mark.parametrize("operator", ["tanh", "sigmoid", "erf"])
+def test_what_the_damage_goes_past_does_not_end_it() -> None:
+    """In a norm 1 / √inf is 0, and inf · 0 is NaN; what ends it is the repair of the logits."""
+    norm = "layers.1.input_layernorm"
+    records = [
+        overflow("layers.0", operator="add"),
+        made(3, f"{norm}/mean.0", operator="mean", positive_inf=1),
+        absorbs("rsqrt", f"{norm}/rsqrt.0", order=4),
+        made(5, f"{norm}/mul.0", operator="mul", nan=1),
+        absorbs("nan_to_num", "/nan_to_num.0", order=6),
+    ]
+    found = document(run(*records))["first_break"]
+    assert (found["absorbed_at"], found["harmless"]) == ("/nan_to_num.0", False)
+
+
+def test_what_is_lost_to_the_end_was_not_absorbed() -> None:
+    begun = [overflow("layers.0", operator="add"), absorbs("rsqrt", order=3)]
+    for end, outcome_of_it in (("pooler", "none"), ("model.lm_head", "reached")):
+        recording = Recording(HEADER, [*begun, made(4, end, nan=12)])
+        assert document(recording)["first_break"]["outcome"] == outcome_of_it
+
+
+@pytest.mark.parametrize("operator", ["tanh", "sigmoid", "erf", "atan"])
 def test_what_is_flat_at_infinity_gives_the_true_value_its_end(operator: str) -> None:
     assert harmless(overflow(), absorbs(operator, amax=1.0)) is True
 
@@ -158,6 +179,19 @@ def test_mish_is_right_though_its_exponential_overflows() -> None:
         "float16 maximum, 65,504. It is absorbed in /tanh.0, operator tanh: tanh of infinity is 1, as it is of the "
         "true value, so nothing is lost."
     )
+
+
+@pytest.mark.parametrize(("operand", "same"), [(20.0, True), (12.0, None)])
+def test_one_divided_by_what_grows_as_exp_does_may_be_0_in_any_case(operand: float, same: bool | None) -> None:
+    """1 / (1 + exp(20)) is 2e-9, which float16 rounds to 0; 1 / (1 + exp(12)) it does not."""
+    everything: dict[str, Any] = {"positive_inf": 12, "lost_positions": 3, "lost_channels": 4}
+    nothing_finite: dict[str, Any] = dict.fromkeys(("amax", "rms", "minimum", "maximum", "mean"))
+    seen = broke(operands=(operand,), operand_sites=("/neg.0",), count=12, value=math.exp(operand))
+    exp = made(2, "/exp.0", operator="exp", broke=seen, **everything, **nothing_finite)
+    added = made(3, "/add.0", operator="add", **everything, **nothing_finite)
+    of = made(1, "/neg.0", operator="neg", minimum=operand)
+    assert harmless(of, exp, added, absorbs("reciprocal", "/reciprocal.0", order=4)) is same
+    assert harmless(of, exp, added, absorbs("div", "/div.0", order=4)) is None  # by what is not known
 
 
 @pytest.mark.parametrize(

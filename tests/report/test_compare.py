@@ -223,3 +223,50 @@ def test_reports_without_a_common_case_have_nothing_to_compare(tmp_path: Path) -
 )
 def test_ulps(form: Any, before: float, after: float, expected: float) -> None:
     assert ulps(form, before, after) == expected
+
+
+def parted(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """A run on which nothing breaks, twice, with headers of their own."""
+    return [(run_case(), clean_run(**before)), (run_case(), clean_run(**now))]
+
+
+def test_tokens_that_differ_though_nothing_left_the_range_are_rounding(tmp_path: Path) -> None:
+    errors = [replace(logits_error(), kl_mean=mean) for mean in (0.001, 0.002)]
+    before, now = parted(
+        {"case": {"next_text": " a"}, "logits_error": errors[0]},
+        {"case": {"next_text": "."}, "logits_error": errors[1]},
+    )
+    found = compared(tmp_path, [before], [now])
+    assert tables(found)["against-tokens"] == [
+        ["prose, 3 tokens, with <bos>", "float16", "next token", "`' a'`", "`'.'`"]
+    ]
+    told = found.blocks[1]
+    assert isinstance(told, Prose)
+    assert told.text == (
+        "**Rounding, not range**, in prose, 3 tokens, with <bos> in float16. Greedy decoding takes ' a' before and '.' "
+        "now. Nothing left the range in either run, so the difference is one of rounding. The logits' mean KL "
+        "divergence from the reference is 0.001 before and 0.002 now, in nats a token."
+    )
+    assert "1 row under “Tokens that differ though nothing left the range”" in summary(found)
+
+
+def test_generated_tokens_are_compared_too(tmp_path: Path) -> None:
+    before, now = parted({"tokens": ((2, 7, 9),), "starts": (0, 2)}, {"tokens": ((2, 7, 2),), "starts": (0, 2)})
+    found = compared(tmp_path, [before], [now])
+    told = found.blocks[1]
+    assert isinstance(told, Prose)
+    assert told.text.endswith(
+        "The token at position 2 is '.' before and '<bos>' now. Nothing left the range in either run, so the "
+        "difference is one of rounding. How far the logits differ is not known, for neither run was compared with a "
+        "reference."
+    )
+    other, prompt = parted({"tokens": ((2, 9, 9),), "starts": (0, 2)}, {"tokens": ((2, 7, 9),), "starts": (0, 2)})
+    assert "against-tokens" not in tables(compared(tmp_path / "prompt", [other], [prompt]))
+
+
+@pytest.mark.parametrize("wrong", [{"lost_steps": (0,)}, {"error": "not a probability"}])
+def test_what_is_not_finite_is_not_called_rounding(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    before, now = parted({"case": {"next_text": " a"}}, {"case": {"next_text": "."}} | wrong)
+    assert "against-tokens" not in tables(compared(tmp_path, [before], [now]))
+    broken = [(run_case(), broken_run(case={"next_text": "."}))]
+    assert "against-tokens" not in tables(compared(tmp_path / "broken", [before], broken))
