@@ -66,7 +66,7 @@ def _rows(recording: Recording, broke: Break) -> str:
 
 
 def _generated(recording: Recording, position: int, step: int) -> str:
-    if step > 0 and position == recording.header.first_position(step):
+    if step > 0 and 0 < position == recording.header.first_position(step):  # not a pass from the beginning
         return f", the {ordinal(step)} token generated"
     return ""
 

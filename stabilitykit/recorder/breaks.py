@@ -42,6 +42,7 @@ class Finding:
     origins: tuple[Origin | None, ...] = ()
     origin: Origin | None = None
     rounded: Rounded | None = None
+    of_mask: bool = False  # an operand held the -inf of a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ def judge(
     value = in_float64(call, output.shape, index)
     kind: BreakKind = "masked-row" if masked else _kind(call, value, stored)
     operands = tuple(part.largest for part in parts if part.values.numel())
+    if masked:  # each of a query's keys is hidden, whose positions do not matter
+        axes = axes.of_queries()
     broke = replace(break_at(kind, lost, axes, stored), operands=operands, value=value)
     origins = tuple(None if part.operand is None else part.operand.origin for part in parts if part.values.numel())
     found = Finding(broke, origins, _largest(parts))
@@ -95,6 +98,7 @@ def judge(
         if emptied is not None:
             found.broke = replace(found.broke, outside=emptied.code)
     elif kind in ("invalid", "division-by-zero"):
+        found.of_mask = any(not part.is_finite() for part in parts)
         traced = unrounded(call, output.shape, index, is_still)
         found.rounded = None if traced is None else traced[1]
     return found

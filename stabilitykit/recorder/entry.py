@@ -50,7 +50,7 @@ class Entry:
     `region` is the memory it was measured in; `row` becomes `measured` when somebody asks. A tensor made by blocks has
     what was found in those so far. `broke_on` are the origins of the break's operands, `came_from` is
     the one it came from, `rounded` an operand that rounding had spoilt. `doubt`: whether what a mask hides is hidden
-    shows later. `repeats` is the number of an
+    shows later. `of_mask`: a mask's -inf made the break. `repeats` is the number of an
     entry which this one is again, if it has the same statistics.
     """
 
@@ -73,6 +73,7 @@ class Entry:
     broke_on: tuple[Origin | None, ...] = ()
     came_from: Origin | None = None
     rounded: Rounded | None = None
+    of_mask: bool = False
     absorbs: bool = False
     role: Role | None = None
     doubt: Doubt | None = None
@@ -132,6 +133,7 @@ class Entry:
             causal=self._causal(axes, broke.row, broke.position),
         )
         self.broke_on, self.came_from, self.rounded = finding.origins, finding.origin, finding.rounded
+        self.of_mask = finding.of_mask
 
     def decide(self) -> None:
         """The pass is over: what a mask hid that has turned out to be none counts like everything else."""

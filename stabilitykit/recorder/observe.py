@@ -218,6 +218,14 @@ class Observer:
                     made = of if isinstance(of, Origin) else self.origins.of(tensor)
                     of.overflowed = Rounded(made, value)
 
+    def leave_out(self, operands: Sequence[Operand]) -> None:
+        """NaN that came of a mask's -inf is left out on purpose, so it was no break."""
+        for operand in operands:
+            entry = None if operand.origin.entry is None else self.entries[operand.origin.entry]
+            if entry is not None and entry.of_mask:
+                entry.broke, operand.origin.lost = None, False
+                self.first = None if self.first is entry else self.first
+
     def look_at_choice(self, operand: Operand) -> None:
         """The largest is taken of every row: where a row is hidden whole it is token 0, which nobody chose."""
         mask, tensor = operand.origin.mask, operand.tensor

@@ -223,6 +223,8 @@ class Session:
         else:
             operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
         show_masks(kind.name, operands)
+        if kind.name == "nansum":
+            self.observer.leave_out(operands)
         if kind.name == "argmax" and self.names.frames[-1].module is None:
             self.observer.look_at_choice(operands[0])
         return Call(kind.name, operands, kind.func, seen_args, seen_kwargs)

@@ -61,7 +61,7 @@ def expert_output(name: str, **how: Any) -> Planted:
         expected=Expected(
             sites=(f"{SITE}/matmul.*", f"{SITE}/*mm*", f"{SITE}*"), kinds=("overflow",), step=0, value=value,
             scaled=None if scaled > 60000 else scaled, outcome="reached", unsure=PLACE, channel=0,
-            says=("expert",), never=("starts with",), residual=True, **here(),
+            says=("expert",), residual=True, **here(),
         ),
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def expert_product(name: str) -> Planted:
         symptom=lambda result: only_at(lost_places(model, "model.layers.1.mlp", forward), AT),
         expected=Expected(
             sites=(f"{SITE}/mul.*",), operators=("mul",), kinds=("overflow",), step=0, value=90000.0, channel=0,
-            outcome="reached", unsure=PLACE, never=("starts with",), **here(),
+            outcome="reached", unsure=PLACE, **here(),
         ),
     )  # fmt: skip
 

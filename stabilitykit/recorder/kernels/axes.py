@@ -61,6 +61,13 @@ class Axes:
         position = place[self.position] + self.start
         return max(position, place[-1] + self.first_key) if self.pairs else position
 
+    def of_queries(self) -> "Axes":
+        """The same, where elements that join a query and a key belong to the query."""
+        labels = self.labels
+        if self.scattered and labels is not None:
+            return replace(self, labels=replace(labels, key=None))
+        return replace(self, pairs=False)
+
     def rows_of(self, places: Tensor) -> Tensor | None:
         """As `row_of`, of as many elements as there are rows of indices; -1 where one has none."""
         if self.scattered and self.labels is not None:
