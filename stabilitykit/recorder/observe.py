@@ -32,6 +32,8 @@ DEFAULT_FORMATS = tuple(
 )
 """The formats of at most 16 bits, the most precise first."""
 
+_FORMS = 1 << 12  # that are remembered
+
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
 
 
@@ -110,7 +112,7 @@ class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
     `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
-    in the making, in order of execution, `forms` what tensors of a shape share within one step. `judgements` wait for a
+    in the making, in order of execution, `forms` what tensors of the same labels share. `judgements` wait for a
     device that the pass must not wait for; `broken`: something broke. `watched` are the elements that were asked for.
     """
 
@@ -128,7 +130,8 @@ class Observer:
     def begin(self) -> None:
         """Before a step."""
         self.settle()
-        self.forms.clear()
+        if len(self.forms) > _FORMS:
+            self.forms.clear()
 
     def observe(
         self,

@@ -74,11 +74,11 @@ class Session:
             raise StopAtBreak  # not at the break: the modules it ends return first, and lend it their names
         frame.first_entry = len(observer.entries)
         if frame.module in self._wholes:
-            with aside():
-                if self._begins(frame):
+            if self._begins(frame):
+                with aside():
                     self._begin_step(frame)
-                else:
-                    self.steps.part(frame.args, frame.kwargs)
+            else:
+                self.steps.part(frame.args, frame.kwargs)
         if self.options.level != "operators":
             frame.inputs = self._inputs(frame)
         elif _is_layer(frame.path):
