@@ -15,6 +15,12 @@ from typing import Any
 from stabilitykit.errors import MisuseError
 
 
+def check_new(folder: Path) -> None:
+    """Raises MisuseError unless nothing would be overwritten: unless `folder` is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MisuseError(f"{folder} exists already and is not empty; choose a new or an empty folder.")
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`, which is created if missing; it is renamed to `path` after the block.

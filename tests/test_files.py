@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.files import new_folder, write_bytes, write_json, write_text, written_beside
+from stabilitykit.files import check_new, new_folder, write_bytes, write_json, write_text, written_beside
 
 FAULTS = str(Path(__file__).parent / "faults")
 
@@ -82,6 +82,18 @@ def test_what_cannot_be_written_is_misuse_in_a_sentence(write: Callable[[Path], 
     with pytest.raises(MisuseError, match=rf"Cannot write {tmp_path / 'folder'}: "):
         write(tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "held"]
+
+
+def test_only_a_new_or_an_empty_folder_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("new", "empty"):
+        check_new(tmp_path / name)
+        _folder(tmp_path / name)
+        with pytest.raises(MisuseError, match="not empty; choose a new or an empty folder"):
+            check_new(tmp_path / name)
+    with pytest.raises(MisuseError, match="exists already"):
+        check_new(tmp_path / "file")
 
 
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ class Checkpoint:
     (`embed_tokens.weight`, `layers.3.self_attn.q_proj.weight`); norm gains are `w`, applied as `1 + w`. Tensors are
     memory-mapped where the format allows it: copy before writing to one. `sha256` is that of the file, or of the
     description of random weights. `notes` are facts that every report repeats, such as how the weights were
-    quantised; one that begins with "only" limits what was examined, and every verdict ends with it.
+    quantised; one that begins with "only" limits what was examined, and every verdict ends with it. `blocks` says of
+    dequantised tensors how many elements in a row had a scale in common.
     """
 
     source: str
@@ -68,3 +69,4 @@ class Checkpoint:
     tensors: Mapping[str, "Tensor"]
     vocabulary: Vocabulary
     notes: tuple[str, ...] = field(default=())
+    blocks: Mapping[str, int] = field(default_factory=dict)

@@ -5,8 +5,8 @@ released model with these sizes.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ def read_gemma_pytorch(path: Path, *, cache: Path, progress: Progress | None = N
         sha256=files_sha256(files, cache, progress),
         config=config,
         tensors=LazyTensors(made, lambda name: made[name]()),
+        blocks={name: one.tensor.shape[1:].numel() for name, one in made.items() if one.scaler is not None},
         vocabulary=fitted(sentencepiece_vocabulary(_tokenizer(folder)), config.vocabulary, "tokenizer.model"),
         notes=notes,
     )
@@ -130,9 +131,7 @@ def _config(sizes: GemmaSizes, path: Path) -> tuple[GemmaConfig, tuple[str, ...]
     return config, (f"sizes inferred from the tensors (of no released model); windows and RoPE bases are {family}'s",)
 
 
-def _tensors(
-    raw: Mapping[str, Tensor], embedder: str, config: GemmaConfig
-) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _tensors(raw: Mapping[str, Tensor], embedder: str, config: GemmaConfig) -> Iterator[tuple[str, "_Stored"]]:
     """Hugging Face's names, and how to make each tensor. Unknown names are passed on unchanged."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for name, tensor in raw.items():
@@ -151,16 +150,16 @@ def _tensors(
         if name in _TABLES or name.startswith(_VISION) or _is_scaler(name, raw):
             continue
         if name == embedder:
-            yield "embed_tokens.weight", _whole(tensor, scaler)
+            yield "embed_tokens.weight", _Stored(tensor, scaler)
         elif layer and layer[2] == "self_attn.qkv_proj.weight":
             ends = (0, q, q + kv, q + 2 * kv)
             for part, start, end in zip("qkv", ends, ends[1:], strict=False):
                 scale = None if scaler is None else scaler[start:end]
-                yield f"layers.{layer[1]}.self_attn.{part}_proj.weight", _whole(tensor[start:end], scale)
+                yield f"layers.{layer[1]}.self_attn.{part}_proj.weight", _Stored(tensor[start:end], scale)
         elif layer:
-            yield f"layers.{layer[1]}.{_RENAMED.get(layer[2], layer[2])}", _whole(tensor, scaler)
+            yield f"layers.{layer[1]}.{_RENAMED.get(layer[2], layer[2])}", _Stored(tensor, scaler)
         else:
-            yield name.removeprefix("model."), _whole(tensor, scaler)
+            yield name.removeprefix("model."), _Stored(tensor, scaler)
 
 
 def _is_scaler(name: str, raw: Mapping[str, Tensor]) -> bool:
@@ -169,8 +168,15 @@ def _is_scaler(name: str, raw: Mapping[str, Tensor]) -> bool:
     return name.endswith("weight_scaler") and weight is not None and weight.dtype == torch.int8
 
 
-def _whole(tensor: Tensor, scaler: Tensor | None) -> Callable[[], Tensor]:
-    return lambda: tensor if scaler is None else tensor.float() * scaler.float()[:, None]
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file, with the scaler of each row of an int8 weight; called it is dequantised."""
+
+    tensor: Tensor
+    scaler: Tensor | None
+
+    def __call__(self) -> Tensor:
+        return self.tensor if self.scaler is None else self.tensor.float() * self.scaler.float()[:, None]
 
 
 def _tokenizer(folder: Path) -> Path:

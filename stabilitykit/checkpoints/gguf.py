@@ -92,6 +92,7 @@ def read_gguf(path: str | Path, *, cache: Path, progress: Progress | None = None
         tensors=cached_tensors(cache, sha256, shapes, make, progress),
         vocabulary=vocabulary,
         notes=(_storage(file), TERMS),
+        blocks={ours: block for ours, name in names.items() if (block := file.tensors[name].block) > 1},
     )
 
 

@@ -50,6 +50,11 @@ class GgufTensor:
     type: GGMLQuantizationType
     rows: NDArray[np.uint8]
 
+    @property
+    def block(self) -> int:
+        """Elements of a row that are quantised together; 1 where each is stored by itself."""
+        return int(GGML_QUANT_SIZES[self.type][0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:

@@ -22,22 +22,19 @@ def bound(
     """
     from stabilitykit.bounds.examine import bound as run
     from stabilitykit.cli import screen
-    from stabilitykit.cli.report import add_finding, check_report
-    from stabilitykit.cli.source import print_checkpoint
-    from stabilitykit.records.document import to_document
+    from stabilitykit.cli.report import check_report, conclude
     from stabilitykit.run.source import checkpoint_of
 
     with screen.progress_bar() as progress:
         opened = checkpoint_of(checkpoint, progress)
         check_report(report, opened)
         found = run(opened, dtype=dtype, command=options.command_line(), progress=progress)
-    if report is not None:
-        title = f"What no prompt can make {Path(opened.source).name} exceed in {dtype}"
-        add_finding(report, opened, found, title=title, section="bounds")
-    if as_json:
-        screen.print_json(to_document(found))
-        return
-    print_checkpoint(opened.source, opened.notes)
-    screen.print_bounds(found.sites)
-    if report is not None:
-        screen.print_note(f"Report: {report / 'report.html'}")
+    conclude(
+        opened,
+        found,
+        report=report,
+        title=f"What no prompt can make {Path(opened.source).name} exceed in {dtype}",
+        section="bounds",
+        as_json=as_json,
+        show=lambda: screen.print_bounds(found.sites),
+    )

@@ -81,12 +81,12 @@ def profile(
     if not (0 <= temperature < math.inf):
         raise MisuseError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}.")
     from stabilitykit.cli import screen
+    from stabilitykit.files import check_new
     from stabilitykit.models.subject import Sampling
-    from stabilitykit.run.profile import check_empty
     from stabilitykit.run.profile import profile as run
 
     if out is not None:
-        check_empty(out)
+        check_new(out)
     with screen.progress_bar() as progress:
         found = run(
             checkpoint,

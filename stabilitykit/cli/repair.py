@@ -43,11 +43,9 @@ def repair(
     written.
     """
     from stabilitykit.cli import screen
-    from stabilitykit.cli.report import add_finding, check_report
-    from stabilitykit.cli.source import print_checkpoint
+    from stabilitykit.cli.report import check_report, conclude
+    from stabilitykit.files import check_new
     from stabilitykit.models.devices import parse_device
-    from stabilitykit.records.document import to_document
-    from stabilitykit.remedies.export import check_new
     from stabilitykit.remedies.repair import checkpoint_to_repair
     from stabilitykit.remedies.repair import repair as run
 
@@ -69,19 +67,15 @@ def repair(
             command=options.command_line(),
             progress=progress,
         )
-    if report is not None:
-        title = f"What keeps {Path(opened.source).name} finite in float16"
-        add_finding(report, opened, found.ranking, title=title, section="remedies")
-    written = out if found.finite else None
-    if as_json:
-        paths = {"out": None if written is None else str(written), "report": None if report is None else str(report)}
-        screen.print_json({**to_document(found.ranking), **paths})
-    else:
-        print_checkpoint(opened.source, opened.notes)
-        screen.print_ranking(found.ranking)
-        if written is not None:
-            screen.print_note(f"Repaired checkpoint: {written}")
-        if report is not None:
-            screen.print_note(f"Report: {report / 'report.html'}")
+    conclude(
+        opened,
+        found.ranking,
+        report=report,
+        title=f"What keeps {Path(opened.source).name} finite in float16",
+        section="remedies",
+        as_json=as_json,
+        show=lambda: screen.print_ranking(found.ranking),
+        out=("Repaired checkpoint", out if found.finite else None),
+    )
     if not found.finite:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """`stabilitykit report`: the page, the tables and the figures of a sweep, from its records alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,39 @@ def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
 
     if folder is not None and (folder / "experiment.json").exists():
         Results.open(folder).check_checkpoint(checkpoint.source, checkpoint.sha256)
+
+
+def conclude(
+    checkpoint: "Checkpoint",
+    found: "Finding",
+    *,
+    report: Path | None,
+    title: str,
+    section: str,
+    as_json: bool,
+    show: Callable[[], None],
+    out: tuple[str, Path | None] | None = None,
+) -> None:
+    """The end of a command with a finding: adds it to a report, prints it, and says where it was written.
+
+    `show` prints the finding for people. `out` is what else the command writes, by its name, and where it did so.
+    """
+    from stabilitykit.cli import screen
+    from stabilitykit.cli.source import print_checkpoint
+    from stabilitykit.records.document import to_document
+
+    if report is not None:
+        add_finding(report, checkpoint, found, title=title, section=section)
+    if as_json:
+        paths = {} if out is None else {"out": out[1], "report": report}
+        told = {name: None if path is None else str(path) for name, path in paths.items()}
+        screen.print_json({**to_document(found), **told})
+        return
+    print_checkpoint(checkpoint.source, checkpoint.notes)
+    show()
+    for what, path in (*([] if out is None else [out]), ("Report", report and report / "report.html")):
+        if path is not None:
+            screen.print_note(f"{what}: {path}")
 
 
 def add_finding(folder: Path, checkpoint: "Checkpoint", found: "Finding", *, title: str, section: str) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import chain, verdict, weights_sentence
 from stabilitykit.diagnosis.forecast import Forecast
+from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Recording
 from stabilitykit.records.bounds import SiteBound
 from stabilitykit.records.remedies import Ranking, Score
@@ -100,7 +101,7 @@ def print_weights(recordings: Sequence[Recording]) -> None:
 
 
 def print_verdict(recording: Recording, reference: Recording | None) -> None:
-    broken = recording.first_break() is not None or recording.header.error is not None
+    broken = (recording.first_break() is not None and not is_harmless(recording)) or recording.header.error is not None
     output.print(Text(verdict(recording, reference), style="bold red" if broken else "bold green"))
     output.print()
 

@@ -7,7 +7,6 @@ import typer
 
 import stabilitykit.cli.options as options
 from stabilitykit.choices import LowDtype
-from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:
     from stabilitykit.records.search import Search
@@ -44,16 +43,15 @@ def search(
     more at a time, until a prompt overflows. Each prompt said to overflow was really run. Exits 0 whatever was found.
     """
     from stabilitykit.cli import screen
-    from stabilitykit.cli.report import add_finding, check_report
-    from stabilitykit.cli.source import print_checkpoint
+    from stabilitykit.cli.report import check_report, conclude
+    from stabilitykit.files import check_new
     from stabilitykit.models.devices import parse_device
-    from stabilitykit.records.document import to_document
     from stabilitykit.run.source import checkpoint_of
     from stabilitykit.searches import search as run
 
     parse_device(device)
     if out is not None:
-        _check_new(out)
+        check_new(out)
     with screen.progress_bar() as progress:
         opened = checkpoint_of(checkpoint, progress)
         check_report(report, opened)
@@ -70,32 +68,24 @@ def search(
         )
     if out is not None:
         _write(found, out)
-    if report is not None:
-        title = f"Tokens and prompts that bring {Path(opened.source).name} nearest to overflow in {dtype}"
-        add_finding(report, opened, found, title=title, section="search")
-    if as_json:
-        written = {"out": None if out is None else str(out), "report": None if report is None else str(report)}
-        screen.print_json({**to_document(found), **written})
-        return
-    print_checkpoint(opened.source, opened.notes)
-    screen.print_search(found)
-    if out is not None:
-        screen.print_note(f"Prompts: {out}")
-    if report is not None:
-        screen.print_note(f"Report: {report / 'report.html'}")
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists():
-        raise MisuseError(f"{folder} exists already; choose a new folder for the prompts.")
+    conclude(
+        opened,
+        found,
+        report=report,
+        title=f"Tokens and prompts that bring {Path(opened.source).name} nearest to overflow in {dtype}",
+        section="search",
+        as_json=as_json,
+        show=lambda: screen.print_search(found),
+        out=("Prompts", out),
+    )
 
 
 def _write(found: "Search", out: Path) -> None:
     """The prompts as UTF-8 files that hold their text and nothing else, and everything as search.json."""
-    from stabilitykit.files import new_folder, write_json, write_text
+    from stabilitykit.files import check_new, new_folder, write_json, write_text
     from stabilitykit.records.document import to_document
 
-    _check_new(out)  # it may have come meanwhile
+    check_new(out)  # it may have come meanwhile
     with new_folder(out) as folder:
         for one in found.finds:
             if one.text is not None and one.file is not None:

@@ -1,54 +1,57 @@
 """What a failure was, and what only looked like it: float16's range, or one of its look-alikes.
 
-They all end in the same error. What tells them apart is where the first break sits, of what kind it is, and
-what loading the weights reported.
+They all end in the same error. What tells them apart is where the first break sits, of what kind it is, where its
+damage came from, and what loading the weights reported.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from stabilitykit.diagnosis.chain import logits_of
-from stabilitykit.records import Recording
-from stabilitykit.words import counted, listed
+from stabilitykit.diagnosis.causes import Cause, CauseName
+from stabilitykit.diagnosis.origins import may_be_weights, of_file, of_origin
+from stabilitykit.diagnosis.outcome import decisive
+from stabilitykit.diagnosis.outside import of_labels, of_outside
+from stabilitykit.diagnosis.ranges import fact, remedy
+from stabilitykit.formats import FORMATS
+from stabilitykit.records import Record, Recording
+from stabilitykit.words import counted, listed, number
 
-CauseName = Literal[
-    "range",
-    "int8-scalers-dropped",
-    "parameter-names",
-    "top-k",
-    "top-p",
-    "temperature",
-    "masked-row",
-    "weights",
-    "input",
-    "invalid-operation",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """`sentence` says what happened, `remedy` what to do about it."""
-
-    name: CauseName
-    sentence: str
-    remedy: str
+__all__ = ["Cause", "CauseName", "cause"]
 
 
 def cause(recording: Recording) -> Cause | None:
     """Why the run broke; None when it did not.
 
     Looks at what loading reported first (`case["loading"]`), because wrong weights explain everything after
-    them, then at the first break.
+    them, then at the first break that is not harmless.
     """
-    first = recording.first_break()
-    if first is None or first.broke is None:
+    found = decisive(recording)
+    if found is None or found.broke.broke is None:
         return None
-    case, broke = recording.header.case, first.broke
-    loading = case.get("loading", {})
+    of_loading = _of_loading(recording)
+    if of_loading is not None:
+        return of_loading
+    if found.harmless and found.ending is not None:
+        return Cause("harmless", f"An overflow ends without loss: {found.ending.how}.", "", shown=False)
+    first, broke = found.broke, found.broke.broke
+    by_place = of_outside(recording, first) or of_origin(recording.header, first)
+    if by_place is not None:
+        return by_place
+    match broke.kind:
+        case "unresolved":
+            return _unresolved(recording, first)
+        case "masked-row":
+            return _masked_row(first)
+        case "overflow" | "reduction":
+            said = fact(recording, first)
+            plain = "The number format is too narrow for this value; every operand before it was finite."
+            return Cause("range", said or plain, remedy(recording, first), shown=bool(said))
+    return _invalid(recording, first)
+
+
+def _of_loading(recording: Recording) -> Cause | None:
+    loading = recording.header.case.get("loading", {})
     unexpected: Sequence[str] = loading.get("unexpected", ())
     missing: Sequence[str] = loading.get("missing", ())
-
     scalers = [name for name in unexpected if name.endswith("weight_scaler")]
     if scalers:
         return Cause(
@@ -66,76 +69,103 @@ def cause(recording: Recording) -> Cause | None:
             "it lacks: whatever the memory held was run as weights.",
             "Load with strict=True and rename the parameters it lists.",
         )
+    return None
+
+
+def _unresolved(recording: Recording, first: Record) -> Cause:
+    """What was not seen is not guessed: neither the range of the format nor anything else."""
     weights = recording.header.weights
-    if broke.kind == "weight" and weights is not None and weights.overflow and not weights.nonfinite:
+    if weights is not None and weights.nonfinite and recording.header.checkpoint is not None:
+        return of_file(weights)
+    if recording.header.level != "operators":
+        if weights is not None and weights.overflow:
+            return may_be_weights(weights)
         return Cause(
-            "range",
-            f"Stored in {weights.dtype}, {counted(weights.overflow, 'weight overflows', 'weights overflow')}, mostly "
-            f"in {weights.worst[0].name}; the checkpoint itself is finite.",
-            "Store the weights in a format with a wider range (bfloat16, float32).",
-        )
-    if broke.kind == "weight":
-        return Cause(
-            "weights",
-            f"The weights were not finite to begin with: {', '.join(broke.operand_sites)}.",
-            "Check how the checkpoint was written and cast; no number format helps.",
-        )
-    if broke.kind == "unresolved" and weights is not None and weights.nonfinite:
-        worst, lost = weights.worst[0], counted(weights.nonfinite, "of them is", "of them are")
-        more = ", ..." if worst.nonfinite < weights.nonfinite else ""
-        return Cause(
-            "weights",
-            f"The weights were not finite to begin with: {lost} NaN or infinite in the "
-            f"checkpoint itself ({worst.name}{more}).",
-            "Check how the checkpoint was written and cast; no number format helps.",
-        )
-    if broke.kind == "input":
-        return Cause(
-            "input", "An input was not finite before the model touched it.", "Check what is passed to the model."
-        )
-    if first.site.startswith(("sampler", "outside")) and first is not logits_of(recording, first.step):
-        return _sampler_cause(recording)
-    if broke.kind == "masked-row":
-        return Cause(
-            "masked-row",
-            "A row of the attention mask hides every key (-inf throughout), and the softmax of such a row is 0 / 0, in "
-            "any dtype. Every number before the mask is in range.",
-            "Let each position see at least itself, or use the dtype's minimum in place of -inf.",
-        )
-    if broke.kind in ("overflow", "reduction", "unresolved"):
-        return Cause(
-            "range",
-            "The number format is too narrow for this value; every operand before it was finite.",
-            "Use a format with a wider range (bfloat16, float32), or scale the residual stream down by a power of two.",
+            "unresolved",
+            f"Why is not known: of {recording.header.level} only what they return was recorded, and a value out of "
+            "range, a mask, a weight and an operation without a finite result look alike from there.",
+            "Record operators to see how.",
         )
     return Cause(
-        "invalid-operation",
-        f"{first.operator or first.site} has no finite result for its finite operands ({broke.kind}), in any format.",
-        "Look at its operands; a wider format will not help.",
+        "unresolved",
+        f"How {first.operator or first.site} came to it was not seen: its result could not be computed again in a "
+        "wider format.",
+        "Run the same in float32: if it is finite there, this dtype is the reason.",
     )
 
 
-def _sampler_cause(recording: Recording) -> Cause:
-    case = recording.header.case
-    first = recording.first_break()
-    healthy = "The logits are finite; the failure is the sampler's own, in any dtype."
-    if first is not None and first.broke is not None and first.broke.kind == "overflow":
+def _masked_row(first: Record) -> Cause:
+    broke = first.broke
+    assert broke is not None
+    if broke.rounded_site is not None:
+        was = "" if broke.rounded_from is None else f" ({number(broke.rounded_from)})"
         return Cause(
-            "temperature",
-            f"The logits are finite. Divided by the temperature {case.get('temperature')} they overflow "
-            f"{recording.header.dtype}; in float32 they would not.",
-            "Use greedy decoding instead of a tiny temperature, or divide in float32.",
-        )
-    if case.get("top_k", 1) <= 0:
-        return Cause(
-            "top-k",
-            f"{healthy} top_k = {case.get('top_k')} keeps no token: all probabilities are zero, and renormalising them "
-            "is 0 / 0.",
-            "Use top_k of at least 1; to switch it off, the vocabulary's size.",
+            "masked-row",
+            f"The mask alone does not hide every key of that row: in {broke.rounded_site} score and mask add up to "
+            f"less than the {first.dtype} minimum{was} and become -inf, in this dtype only, and the softmax of a row "
+            "of -inf is 0 / 0.",
+            "Give masked positions half of the dtype's minimum, or pass a boolean mask.",
         )
     return Cause(
-        "top-p",
-        f"{healthy} top_p = {case.get('top_p')} keeps no token: all probabilities are zero, and renormalising them is "
-        "0 / 0.",
-        "Use top_p between 0 and 1; 1 switches it off.",
+        "masked-row",
+        "A row of the attention mask hides every key (-inf throughout), and the softmax of such a row is 0 / 0, in any "
+        "dtype. Every number before the mask is in range.",
+        "Let each position see at least itself, whatever padding or a sliding window hides from it, or use a finite "
+        "number in place of -inf, such as half of the dtype's minimum.",
+    )
+
+
+def _invalid(recording: Recording, first: Record) -> Cause:
+    """NaN or an exact infinity out of finite operands, which this dtype's rounding may have made what they are."""
+    broke = first.broke
+    assert broke is not None
+    operator = first.operator or first.site
+    if broke.rounded_site is not None:
+        return _rounded(first)
+    labels = of_labels(first)
+    if labels is not None:
+        return labels
+    if operator == "mean" and broke.kind == "invalid":
+        return Cause(
+            "invalid-operation",
+            "It is the mean of no elements, 0 / 0, in any format.",
+            "Look at what is averaged: a tensor without elements, such as the tokens of an expert that got none.",
+        )
+    said = f"{operator} has no finite result for its finite operands ({broke.kind}), in any format."
+    if _was_given(recording, first):
+        return Cause("invalid-operation", said, "Look at its operands; a wider format will not help.")
+    return Cause(
+        "invalid-operation",
+        f"{said} Whether a wider format would have given it these operands is not known.",
+        "Look at its operands, and compare them with those of a run in a wider format.",
+    )
+
+
+def _was_given(recording: Recording, first: Record) -> bool:
+    """Whether no operand was computed, so that no rounding of this run made it what it is."""
+    broke = first.broke
+    assert broke is not None
+    computed = {record.site for record in recording if record.step == first.step}
+    return bool(broke.operand_sites) and broke.origin_kind != "computed" and not computed & set(broke.operand_sites)
+
+
+def _rounded(first: Record) -> Cause:
+    broke, form = first.broke, FORMATS.get(first.dtype)
+    assert broke is not None
+    was = broke.rounded_from
+    source = "a constant" if broke.rounded_site == "constant" else broke.rounded_site
+    if was is not None and form is not None and form.overflows(was):
+        return Cause(
+            "rounding",
+            f"That is this dtype's rounding: {source} is infinite in {first.dtype} alone. In a wider format it is "
+            f"{number(was)}, and the result finite.",
+            "Compute this in float32.",
+        )
+    wider = "float64" if first.dtype == "float32" else "float32"
+    least = "" if form is None else f", at least {form.smallest_normal:.2g}"
+    told = "" if was is None else f" In {wider} it is {number(was)}, and the result finite."
+    return Cause(
+        "rounding",
+        f"That is this dtype's rounding: {source} is 0 in {first.dtype} alone.{told}",
+        f"Compute this in {wider}, or use an eps that {first.dtype} does not round to 0{least}.",
     )

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from stabilitykit.diagnosis.logits import logits_of
+from stabilitykit.diagnosis.outcome import Outcome, decisive, tells_outputs
 from stabilitykit.records import Record, Recording
+from stabilitykit.records.layers import is_layer
 from stabilitykit.words import counted
 
-Event = Literal["break", "first NaN", "layer", "logits", "probabilities", "error", "greedy"]
+__all__ = ["Event", "Link", "chain", "logits_of"]
 
-_LOGITS = ("logits", "logits, soft-capped")
+Event = Literal["break", "first NaN", "absorbed", "layer", "logits", "probabilities", "error", "greedy"]
 
 # The only ways these operators make NaN of operands that hold none (IEEE 754, section 7.2).
 _INVALID = {
@@ -50,55 +53,68 @@ class Link:
     text: str
 
 
-def logits_of(recording: Recording, step: int = 0) -> Record | None:
-    """The logits of a step: what the head made, after a soft-cap if there is one. None where there is no head."""
-    made = [r for r in recording if r.step == step and (r.site == "lm_head" or r.label in _LOGITS)]
-    return made[-1] if made else None
-
-
 def chain(recording: Recording) -> tuple[Link, ...]:
     """The links in order of execution; empty when nothing broke and nothing was raised."""
     return tuple(_links(recording))
 
 
 def _links(recording: Recording) -> Iterator[Link]:
-    first = recording.first_break()
-    step = first.step if first else 0
-    if first is not None and first.broke is not None:
-        named = recording.header.named(first.broke.token)
-        at = "" if first.broke.position is None else f" at position {first.broke.position}"
-        token = f" {named}" if named else ""
-        yield _link("break", first, f"{first.broke.kind}: {counted(first.lost, 'element')} lost{at}{token}")
-
-        after = [r for r in recording if r.step == step and r.order >= first.order]
-        nan = next((r for r in after if r.nan), None)
-        if nan is not None and nan is not first:
-            how = _INVALID.get(nan.operator or "", "an invalid operation")
-            yield _link("first NaN", nan, f"{how} makes {counted(nan.nan, 'NaN', 'NaN')}")
-        layers = {r.layer: r for r in after if r.layer is not None and r.site.endswith(f"layers.{r.layer}")}
-        for record in layers.values():
-            if record is not first and record.lost:
-                yield _link("layer", record, _losses(record))
-        logits = logits_of(recording, step)
-        if logits is not None and logits.lost:
-            share = (
-                "every logit is" if logits.lost == logits.elements else counted(logits.lost, "logit is", "logits are")
-            )
-            what = "NaN" if logits.nan == logits.lost else "infinite" if not logits.nan else "NaN or infinite"
-            yield _link("logits", logits, f"{share} {what}")
-        probabilities = next((r for r in after if r.site == "sampler/softmax.0" and r.lost), None)
-        if probabilities is not None:
-            lost = counted(probabilities.nan, "probability is", "probabilities are")
-            yield _link("probabilities", probabilities, f"{lost} NaN")
+    found = decisive(recording)
+    if found is not None:
+        yield from _spread(recording, found)
     if recording.header.error is not None:
-        yield Link(event="error", site="sampler", text=recording.header.error)
+        yield Link(event="error", site="sampler", text=_first_line(recording.header.error))
     greedy = recording.header.case.get("greedy_text")
-    if first is not None and greedy is not None:
-        yield Link(
-            event="greedy",
-            site="sampler",
-            text=f"greedy decoding raises nothing and prints {greedy}, the argmax of NaN",
-        )
+    if found is not None and greedy is not None:
+        of = _chosen(recording)
+        yield Link(event="greedy", site="sampler", text=f"greedy decoding raises nothing and prints {greedy}, {of}")
+
+
+def _chosen(recording: Recording) -> str:
+    """Of what the token is the argmax that greedy decoding takes where its logit is not finite."""
+    logit = recording.header.case.get("greedy_logit")
+    if logit is None:
+        logits = logits_of(recording, max((record.step for record in recording), default=0))
+        logit = "inf" if logits is not None and logits.lost and not logits.nan else "nan"
+    told = {"inf": "the first infinite logit", "-inf": "the first of logits that are all -inf"}
+    return told.get(str(logit), "the argmax of NaN")
+
+
+def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:
+    first, broke = found.broke, found.broke.broke
+    assert broke is not None
+    named = recording.header.named(broke.token)
+    at = "" if broke.position is None else f" at position {broke.position}"
+    token = f" {named}" if named else ""
+    yield _link("break", first, f"{broke.kind}: {counted(first.lost, 'element')} lost{at}{token}")
+
+    after = [r for r in recording if r.step == first.step and r.order >= first.order]
+    nan = next((r for r in after if r.nan), None)
+    if nan is not None and nan is not first and nan.broke is None:
+        how = _INVALID.get(nan.operator or "", "an invalid operation")
+        yield _link("first NaN", nan, f"{how} makes {counted(nan.nan, 'NaN', 'NaN')}")
+    layers = {r.site: r for r in after if r.layer is not None and is_layer(r.site)}
+    for record in layers.values():
+        if record is not first and record.lost:
+            yield _link("layer", record, _losses(record))
+    if found.ending is not None:
+        yield _link("absorbed", found.ending.record, found.ending.how)
+    logits = logits_of(recording, first.step)
+    ends_later = tells_outputs(recording) and first.step not in recording.header.lost_steps
+    if logits is not None and logits.lost and not ends_later:
+        share = "every logit is" if logits.lost == logits.elements else counted(logits.lost, "logit is", "logits are")
+        what = "NaN" if logits.nan == logits.lost else "infinite" if not logits.nan else "NaN or infinite"
+        yield _link("logits", logits, f"{share} {what}")
+    probabilities = next((r for r in after if r.site == "sampler/softmax.0" and r.lost), None)
+    if probabilities is not None:
+        lost = counted(probabilities.nan, "probability is", "probabilities are")
+        yield _link("probabilities", probabilities, f"{lost} NaN")
+
+
+def _first_line(error: str, most: int = 200) -> str:
+    """An error's message without the tensors that some of them print."""
+    line = error.strip().partition("\n")[0]
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def _link(event: Event, record: Record, text: str) -> Link:

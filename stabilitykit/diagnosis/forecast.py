@@ -7,9 +7,10 @@ every dtype. Which those are is what `Record.stored_dtype` says.
 from dataclasses import dataclass
 
 from stabilitykit.diagnosis.layers import peak
-from stabilitykit.diagnosis.verdict import place_of, weights_sentence, where
+from stabilitykit.diagnosis.places import place_of, where
+from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import number_format
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records import Record, Recording, StoredWeights
 from stabilitykit.words import counted, number
 
@@ -60,7 +61,7 @@ def forecast(
     """The forecast for the format called `name`, of a run that recorded counts for it.
 
     With `saturating` casts to 8 bits make the format's maximum of what would overflow, as the OCP's specification
-    allows and NVIDIA's `satfinite` and torch on a CPU do for e4m3fn; wider formats have no such cast.
+    allows, NVIDIA's `satfinite` does, and torch 2.13 on a CPU does to e4m3fn; wider formats have no such cast.
 
     Values are the run's own: those of a float32 run are what a low-precision one computes up to its rounding errors, so
     where a value lies that close to the limit the forecast may name a neighbour. After a first overflow nothing that
@@ -105,26 +106,65 @@ def forecast(
 def prediction(recording: Recording, found: Forecast) -> str:
     """The forecast in a sentence or two."""
     form, first = number_format(found.format), found.first
+    lost = found.weights is not None and found.weights.overflow > 0
     said = ""
-    if found.weights is not None and found.weights.overflow:
+    if found.weights is not None and lost:
         said = weights_sentence(found.weights, saturating=found.saturating) + " "
     if first is None:
         if found.closest is None or found.headroom is None:
             return f"{said}{form.name}: nothing was recorded that it would have to hold."
+        what = "every activation, not every weight" if lost else "every value"
         return (
-            f"{said}{form.name} would hold every value: the largest magnitude is {number(found.closest.amax)}, in "
-            f"{where(found.closest)}: {found.headroom:.1f} bits of headroom below the maximum ({number(form.largest)})."
+            f"{said}{form.name} would hold {what}: the largest magnitude{' of an activation' if lost else ''} is "
+            f"{number(found.closest.amax)}, in {where(found.closest)}: {found.headroom:.1f} bits of headroom below the "
+            f"maximum ({number(form.largest)})."
         )
     at = place_of(recording, first.amax_position, first.amax_row, first.amax_token, first.step)
     return (
         f"{said}{form.name} would {'saturate' if found.saturating else 'overflow'} first in {where(first)}: "
-        f"{counted(found.overflow, 'element exceeds', 'elements exceed')} the maximum, {number(form.largest)}; the "
-        f"largest magnitude there is {number(first.amax)}{at}."
+        f"{counted(found.overflow, 'element exceeds', 'elements exceed')} the maximum, {number(form.largest)}"
+        f"{_earliest(recording, first, form)}; the largest magnitude there is {number(first.amax)}{at}."
     )
 
 
+def first_position(record: Record, form: NumberFormat, rows: int = 1) -> tuple[int, int] | None:
+    """Row and position, counted from the step's first, of the earliest token of which an element overflows.
+
+    None where the run kept no magnitudes by position.
+    """
+    peaks = record.position_amax or ()
+    if not peaks or len(peaks) != record.positions or len(peaks) % rows:
+        return None
+    length = len(peaks) // rows
+    over = [(at % length, at // length) for at, peak in enumerate(peaks) if form.overflows(peak)]
+    if not over:
+        return None
+    position, row = min(over)
+    return row, position
+
+
+def _earliest(recording: Recording, record: Record, form: NumberFormat) -> str:
+    """Where the first of them is, unless the largest is that one: `, the first at token 0 '<bos>'`."""
+    found = first_position(record, form, max(recording.header.rows, 1))
+    if found is None:
+        return ""
+    row, within = found
+    position = within + (recording.header.first_position(record.step) or 0)
+    if (position, row) == (record.amax_position, record.amax_row or 0):
+        return ""
+    tokens = recording.header.tokens
+    ids = tokens[row] if tokens is not None and row < len(tokens) else ()
+    token = ids[position] if position < len(ids) else None
+    at = place_of(recording, position, row, token, record.step)
+    return f", the first{at.removeprefix(',')}"
+
+
 def overflow_becomes(name: str, *, saturating: bool = False) -> str:
-    """What a cast makes of a value above the format's maximum; only those to 8 bits may saturate."""
+    """What a cast makes of a value above the format's maximum; only those to 8 bits may saturate.
+
+    Whether one does is up to who casts: torch 2.13 on a CPU saturates to float8_e4m3fn, infinities included, and makes
+    infinity of what float8_e5m2 does not hold.
+    """
     form = number_format(name)
     if form.saturates(asked=saturating):
         return f"±{number(form.largest)}"

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+from stabilitykit.diagnosis.places import stack_names
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording
+from stabilitykit.records.layers import layer_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,7 @@ _PARTS = {
     "embed_tokens": "embed", "embedder": "embed", "norm": "norm", "lm_head": "logits", "sampler": "sampler",
     "outside": "sampler",
 }  # fmt: skip
+_WRAPPERS = ("language_model", "text_model", "model", "transformer", "encoder", "decoder")
 
 
 def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
@@ -46,12 +49,13 @@ def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
 
     `form` names the format whose overflows are counted; where the run kept no counts for it, `past` is 0.
     """
-    parts: dict[str, list[Record]] = {}
+    stacks = stack_names(record for record in recording if record.layer is not None)
+    parts: dict[tuple[int, int, str], list[Record]] = {}
     for record in recording:
-        part = _part(record)
+        part = _part(record, stacks)
         if part is not None:
             parts.setdefault(part, []).append(record)
-    return [_row(recording, part, parts[part], form) for part in sorted(parts, key=lambda part: _rank(parts[part][0]))]
+    return [_row(recording, part[-1], parts[part], form) for part in sorted(parts, key=lambda part: part[:2])]
 
 
 def stored(recording: Recording) -> Iterator[Record]:
@@ -72,16 +76,23 @@ def peak(records: Iterable[Record]) -> Record | None:
     return max((r for r in records if r.amax is not None), key=lambda r: r.amax or 0.0, default=None)
 
 
-def _part(record: Record) -> str | None:
-    if record.layer is not None:
-        return str(record.layer)
-    return _PARTS.get(record.module.removeprefix("language_model.").split(".")[0])
+def _part(record: Record, stacks: Mapping[str, str]) -> tuple[int, int, str] | None:
+    """The row of a record: the two numbers that it is ordered by, and its name; None for what stands in no table.
 
-
-def _rank(record: Record) -> int:
+    Where a model has several stacks of layers, such as an encoder and a decoder, a row's name says of which it is.
+    """
     if record.layer is not None:
-        return record.layer
-    return -1 if _part(record) == "embed" else 1_000_000
+        found = layer_of(record.module)
+        stack = "" if found is None else found[0]
+        order = list(stacks).index(stack) if stack in stacks else 0
+        return order, record.layer, f"{stacks.get(stack, '')} {record.layer}".strip()
+    path = record.module.split(".")
+    while path[0] in _WRAPPERS and len(path) > 1:
+        path.pop(0)
+    name = _PARTS.get(path[0])
+    if name is None:
+        return None
+    return (-1 if name == "embed" else len(stacks) + 1), 0, name
 
 
 def _row(recording: Recording, part: str, records: list[Record], form: str) -> LayerRow:

@@ -4,22 +4,42 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from stabilitykit.diagnosis.cause import Cause, cause
-from stabilitykit.diagnosis.chain import Link, chain, logits_of
+from stabilitykit.diagnosis.cause import cause
+from stabilitykit.diagnosis.chain import Link, chain
 from stabilitykit.diagnosis.layers import by_step, peak, stored
+from stabilitykit.diagnosis.logits import logits_of
+from stabilitykit.diagnosis.outcome import Outcome, decisive, outcome, tells_outputs
+from stabilitykit.diagnosis.outside import is_backward, is_outside
+from stabilitykit.diagnosis.places import place_of, where
+from stabilitykit.diagnosis.sentences import dependence, first_sentence
+from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.formats import number_format
-from stabilitykit.records import Break, Record, Recording, StoredWeights
-from stabilitykit.records.document import finite_or_text
-from stabilitykit.words import escaped, listed, number, ordinal
+from stabilitykit.records import Record, Recording
+from stabilitykit.records.document import finite_or_text, to_document
+from stabilitykit.words import counted, number
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
+__all__ = ["document", "is_finite", "limits", "place_of", "reference_value", "verdict", "weights_sentence", "where"]
 
 
 def is_finite(recording: Recording) -> bool:
-    """Whether every logit of the last step is finite; without a head, whether every record is."""
+    """Whether every logit of the last step is finite; without a head, whether every record is.
+
+    Where something ended what was lost on the way, or after the head, it is the model's output that counts.
+    """
     step = max((record.step for record in recording), default=0)
     logits = logits_of(recording, step)
-    return logits.lost == 0 if logits is not None else all(record.lost == 0 for record in recording)
+    lost = logits.lost > 0 if logits is not None else any(record.lost for record in recording)
+    if lost and tells_outputs(recording) and _ends(recording, logits):
+        return step not in recording.header.lost_steps
+    return not lost
+
+
+def _ends(recording: Recording, logits: Record | None) -> bool:
+    """Whether what is lost may not be what came out: the head has something after it, or there is no head."""
+    if logits is None:
+        found = outcome(recording)
+        return found is not None and not (is_outside(found.broke) and found.name == "none")
+    return True
 
 
 def reference_value(recording: Recording, reference: Recording | None) -> float | None:
@@ -33,17 +53,17 @@ def reference_value(recording: Recording, reference: Recording | None) -> float 
 
 def document(recording: Recording, reference: Recording | None = None) -> dict[str, Any]:
     """The findings as plain JSON values: a number that is not finite is a string."""
-    header, first = recording.header, recording.first_break()
-    why = cause(recording)
+    header = recording.header
+    why, found = cause(recording), outcome(recording)
     return {
         "checkpoint": header.checkpoint,
         "dtype": header.dtype,
         "tokens": None if header.tokens is None else list(header.tokens[0]),
         "notes": list(header.notes),
-        "weights": None if header.weights is None else dataclasses.asdict(header.weights),
+        "weights": to_document(header.weights),
         "finite": is_finite(recording),
         "verdict": verdict(recording, reference),
-        "first_break": None if first is None else _break_document(recording, first, reference),
+        "first_break": None if found is None else _break_document(recording, found, reference),
         "cause": None if why is None else why.name,
         "chain": [dataclasses.asdict(link) for link in chain(recording)],
         "steps": [dataclasses.asdict(row) for row in by_step(recording)] if len(header.starts) > 1 else None,
@@ -51,8 +71,15 @@ def document(recording: Recording, reference: Recording | None = None) -> dict[s
     }
 
 
-def _break_document(recording: Recording, first: Record, reference: Recording | None) -> dict[str, Any]:
-    broke = _broke(first)
+def _break_document(recording: Recording, found: Outcome, reference: Recording | None) -> dict[str, Any]:
+    first, broke = found.broke, found.broke.broke
+    assert broke is not None
+    origin = None
+    if broke.origin_kind is not None:
+        origin = {"kind": broke.origin_kind, "name": broke.origin_name, "finite": broke.origin_finite}
+    rounded = None
+    if broke.rounded_site is not None:
+        rounded = {"site": broke.rounded_site, "from": finite_or_text(broke.rounded_from)}
     return {
         "site": first.site,
         "label": first.label,
@@ -61,33 +88,43 @@ def _break_document(recording: Recording, first: Record, reference: Recording | 
         "kind": broke.kind,
         "step": first.step,
         "position": broke.position,
+        "positions": list(broke.positions),
         "row": broke.row,
+        "rows": list(broke.rows),
         "channel": broke.channel,
         "count": broke.count,
         "token": recording.header.text_of(broke.token),
         "token_id": broke.token,
         "value": finite_or_text(broke.value),
+        "scaled": finite_or_text(broke.scaled),
         "reference_value": finite_or_text(reference_value(recording, reference)),
         "limit": broke.limit,
         "operands": [finite_or_text(operand) for operand in broke.operands],
         "operand_sites": list(broke.operand_sites),
+        "origin": origin,
+        "rounded": rounded,
+        "outside": broke.outside,
+        "outcome": found.name,
+        "absorbed_at": None if found.ending is None else found.ending.record.site,
+        "absorbed_by": None if found.ending is None else found.ending.record.operator,
+        "harmless": found.harmless,
     }
 
 
 def verdict(recording: Recording, reference: Recording | None = None) -> str:
     """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left."""
-    first = recording.first_break()
-    if first is None:
-        return " ".join([_clean(recording), *limits(recording.header.notes)])
-    parts = [_first_sentence(recording, first), _reference_sentence(recording, reference)]
-    why = cause(recording)
-    if why is not None and (why.name != "range" or _broke(first).kind == "weight"):
-        parts.append(why.sentence)
-    elif why is not None:
-        parts.append(_dependence(recording, first))
+    found, notes = decisive(recording), limits(recording.header.notes)
+    if found is None:
+        return " ".join([_clean(recording), *notes])
+    first, why = found.broke, cause(recording)
+    assert first.broke is not None
+    parts = [_before(recording, first), first_sentence(recording, first), _reference_sentence(recording, reference)]
+    parts.append(why.sentence if why is not None and why.shown else "")
+    parts.append(dependence(recording, first))
     parts.append(_consequences(chain(recording)))
-    parts += [_advice(why), *limits(recording.header.notes)]
-    return " ".join(part for part in parts if part)
+    parts.append(_ending(recording, found))
+    parts.append("" if why is None else why.remedy)
+    return " ".join(part for part in [*parts, *notes] if part)
 
 
 def limits(notes: Sequence[str]) -> list[str]:
@@ -96,43 +133,43 @@ def limits(notes: Sequence[str]) -> list[str]:
 
 
 def _clean(recording: Recording) -> str:
-    dtype = recording.header.dtype
+    header, dtype = recording.header, recording.header.dtype
     top = peak(stored(recording))
     if top is None or top.amax is None:
         return f"{dtype}: nothing was recorded."
+    ending = "" if header.error is None else f" Sampling still raised: {header.error}"
     form = number_format(dtype)
-    ending = "" if recording.header.error is None else f" Sampling still raised: {recording.header.error}"
     place = f"{where(top)}{place_of(recording, top.amax_position, top.amax_row, top.amax_token, top.step)}"
+    headroom = (
+        f"The largest magnitude is {number(top.amax)}, in {place}: {form.headroom(top.amax):.1f} bits of headroom "
+        f"below the maximum ({number(form.largest)})."
+    )
+    if header.lost_steps:
+        steps = "" if len(header.starts) < 2 else f" in {counted(len(header.lost_steps), 'step')}"
+        return (
+            f"What the model returned{steps} is not finite in {dtype}, and no operator or module that was recorded "
+            f"made it so: how it came about was not seen.{ending}"
+        )
+    return f"{dtype} is finite throughout. {headroom}{_unseen(recording)}{ending}"
+
+
+def _unseen(recording: Recording) -> str:
+    if recording.header.level == "operators":
+        return ""
+    what = "layer" if recording.header.level == "layers" else "module"
     return (
-        f"{dtype} is finite throughout. The largest magnitude is {number(top.amax)}, in {place}: "
-        f"{form.headroom(top.amax):.1f} bits of headroom below the maximum ({number(form.largest)}).{ending}"
+        f" Only what each {what} returns was recorded: an overflow inside one that ends there again (x / inf = 0, a "
+        "clamp, tanh, a softmax) cannot be excluded. Record operators to see it."
     )
 
 
-def _first_sentence(recording: Recording, first: Record) -> str:
-    broke, dtype = _broke(first), first.dtype
-    at = place_of(recording, broke.position, broke.row, broke.token, first.step)
-    place = f"{where(first)}{at}"
-    count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
-    match broke.kind:
-        case "overflow":
-            maximum = f"the {dtype} maximum, {number(broke.limit)}"
-            return f"{dtype} overflows in {place}{count}: {_made(first)} exceeds {maximum}."
-        case "reduction":
-            return (
-                f"{dtype} overflows in {place}{count}: the result, {number(broke.value)}, fits, but a partial sum "
-                f"exceeds the {dtype} maximum, {number(broke.limit)}."
-            )
-        case "invalid" | "division-by-zero":
-            lost = "NaN" if broke.kind == "invalid" else "infinite"
-            return f"{place} is {lost}{count}: {_made(first, which='')}."
-        case "masked-row":
-            return f"{place} is NaN{count}: every key of that row is masked."
-        case "weight" | "input" | "constant":
-            source = " and ".join(broke.operand_sites)
-            return f"{place} is the first tensor that is not finite{count}, because {source} is not."
-        case "unresolved":
-            return f"{place} is the first tensor that is not finite{count}; record operators to see how."
+def _before(recording: Recording, first: Record) -> str:
+    """Breaks before the decisive one, all of them harmless."""
+    earlier = [r for r in recording if r.broke is not None and (r.step, r.order) < (first.step, first.order)]
+    if not earlier:
+        return ""
+    others = "" if len(earlier) == 1 else f" and {counted(len(earlier) - 1, 'other place')}"
+    return f"Overflows in {where(earlier[0])}{others} end without loss."
 
 
 def _reference_sentence(recording: Recording, reference: Recording | None) -> str:
@@ -140,18 +177,6 @@ def _reference_sentence(recording: Recording, reference: Recording | None) -> st
     if value is None or reference is None:
         return ""
     return f"The {reference.header.dtype} run has {number(value)} there."
-
-
-def _dependence(recording: Recording, first: Record) -> str:
-    position = _broke(first).position
-    if position is None or first.layer is None:
-        return ""
-    token = _broke(first).token
-    if position == 0:
-        text = escaped(recording.header.text_of(token) or "")
-        named = "" if token is None else f", {text}" if text else f" (id {token})"
-        return f"This depends only on the first token{named}: every prompt that starts with it overflows here."
-    return f"This depends only on the first {position + 1} tokens: every prompt that starts with them overflows here."
 
 
 def _consequences(links: tuple[Link, ...]) -> str:
@@ -175,71 +200,17 @@ def _consequences(links: tuple[Link, ...]) -> str:
     return f"{text} {greedy.text[0].upper()}{greedy.text[1:]}." if greedy is not None else text
 
 
-def _advice(why: Cause | None) -> str:
-    return "" if why is None else why.remedy
-
-
-def _made(record: Record, which: str = ", which") -> str:
-    """The arithmetic that broke, with its numbers: `60,000 + 8,000 = 68,000`, or `exp of operands up to 99 gives inf`.
-
-    To the second one `which` is added, for a verb to follow.
-    """
-    broke = _broke(record)
-    sign = _SIGNS.get(record.operator or "")
-    if sign and len(broke.operands) == 2:
-        return f"{number(broke.operands[0])} {sign} {number(broke.operands[1])} = {number(broke.value)}"
-    operands = " and ".join(number(operand) for operand in broke.operands)
-    of = f" of operands up to {operands}" if operands else ""
-    return f"{record.operator or 'the operator'}{of} gives {number(broke.value)}{which}"
-
-
-def where(record: Record | Link) -> str:
-    """layer 7, residual after MLP (layers.7, operator add)"""
-    layer = "" if record.layer is None else f"layer {record.layer}, "
-    operator = f", operator {record.operator}" if record.operator else ""
-    named = record.label or record.site or ""
-    return f"{layer}{named} ({record.site}{operator})" if named != record.site else f"{layer}{named}{operator}"
-
-
-def place_of(recording: Recording, position: int | None, row: int | None, token: int | None, step: int) -> str:
-    """, at token 0 '<bos>'; empty where the position is not known."""
-    if position is None:
+def _ending(recording: Recording, found: Outcome) -> str:
+    """How what was lost became finite again, and what that means for the model's output."""
+    if found.ending is None:
+        outside = is_outside(found.broke) or is_backward(found.broke)
+        if found.name == "none" and tells_outputs(recording) and not outside:
+            return "What the model returns is finite all the same."
         return ""
-    named = recording.header.named(token)
-    text = f", at token {position}" + (f" {named}" if named else "")
-    if recording.header.rows > 1 and row is not None:
-        text += f" of row {row}"
-    if step > 0 and position == recording.header.first_position(step):
-        text += f", the {ordinal(step)} token generated"
-    return text
-
-
-def weights_sentence(stored: StoredWeights, *, saturating: bool = False) -> str:
-    """What storing the checkpoint in a dtype does to its weights, by a cast that saturates or not; nothing where it
-    does nothing.
-    """
-    form = number_format(stored.dtype)
-    becomes = "infinite" if form.has_infinities else "NaN"
-    if form.saturates(asked=saturating):
-        becomes = f"±{number(form.largest)}"
-    counts = (
-        (
-            stored.nonfinite,
-            "is NaN or infinite in the checkpoint itself",
-            "are NaN or infinite in the checkpoint itself",
-        ),
-        (stored.overflow, f"becomes {becomes}", f"become {becomes}"),
-        (stored.zero, "becomes zero", "become zero"),
-        (stored.subnormal, "goes subnormal", "go subnormal"),
-    )
-    parts = [f"{count:,} {one if count == 1 else many}" for count, one, many in counts if count]
-    if not parts:
-        return ""
-    worst = stored.worst[0].name
-    return f"Of {stored.elements:,} weights stored in {stored.dtype}, {listed(parts)}, mostly in {worst}."
-
-
-def _broke(record: Record) -> Break:
-    if record.broke is None:
-        raise ValueError(f"{record.site} did not break")
-    return record.broke
+    ends = f"It is absorbed in {where(found.ending.record)}: {found.ending.how}"
+    if found.harmless:
+        clamped = " is clamped" in found.ending.how
+        return f"{ends}, as {'the true value is' if clamped else 'it is of the true value'}, so nothing is lost."
+    if found.harmless is False:
+        return f"{ends}. What the model returns is finite, and wrong: it is computed from that."
+    return f"{ends}. What the model returns is finite; whether it is right only a run in a wider format shows."

@@ -1,67 +1,165 @@
 """Why a tensor is not finite: an earlier break passed on, or a break of its own.
 
-A break is an output that is not finite although every floating operand was. The operator is then repeated on
-the same operands in the next wider format, which tells a value too large to store from a sum that overflowed on
-the way to a result that fits, and from an operation that has no finite result in any format.
+The element that broke first is looked at, with the values that it was made of. If one of those is not finite, the
+damage came with it, and its origin says from where: an earlier record, a weight, an input, a constant. If all are
+finite the operator made it, and what the same operands give in float64 tells a value too large to store from a sum that
+overflowed on the way to a result that fits, and from an operation that has no finite result.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
 
-from stabilitykit.checkpoints.mapped import pieces
 from stabilitykit.formats import NumberFormat
-from stabilitykit.models.operators import CONTRACTIONS, POLES, traits
+from stabilitykit.recorder.contributions import Contribution, contributions, in_float64, placed
 from stabilitykit.recorder.kernels.axes import NOWHERE, Axes
-from stabilitykit.recorder.masks import Call, Operand
+from stabilitykit.recorder.masks import Call
 from stabilitykit.recorder.origins import Origin
-from stabilitykit.records import Break, BreakKind, flat_index, index_at
+from stabilitykit.recorder.rounding import Rounded, unrounded
+from stabilitykit.records import Break, BreakKind, OriginKind, flat_index, index_at
 
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+_KINDS: dict[OriginKind, BreakKind] = {
+    "weight": "weight",
+    "buffer": "weight",
+    "input": "input",
+    "cache": "input",
+    "outside": "input",
+    "constant": "constant",
+}
+
+# Where float64 itself gives infinity out of finite operands these grew past its end; elsewhere it is a pole.
+_GROW = frozenset("exp exp2 expm1 sinh cosh prod cumprod logsumexp mul matmul add sub sum addcmul square".split())
 
 
 @dataclass(slots=True)
 class Finding:
-    """A break, and the origins of its operands."""
+    """A break, the origins of its operands, the one it came from, and which operand rounding had spoilt."""
 
     broke: Break
-    origins: tuple[Origin | None, ...]
+    origins: tuple[Origin | None, ...] = ()
+    origin: Origin | None = None
+    rounded: Rounded | None = None
 
 
-def judge(call: Call, output: Tensor, lost: Tensor, axes: Axes, stored: NumberFormat) -> Finding | None:
-    """Looks closer at an `output` that holds a NaN or infinity which no operand that was computed had.
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """No break: `origin`, an operand's, had the damage already."""
+
+    origin: Origin
+
+
+def judge(
+    call: Call,
+    output: Tensor,
+    lost: Tensor,
+    axes: Axes,
+    stored: NumberFormat,
+    *,
+    origin_of: Callable[[Tensor], Origin],
+    is_still: Callable[[Tensor, Origin], bool],
+) -> Finding | Passed:
+    """Looks closer at an `output` that holds a NaN or infinity.
 
     `lost` is True at the elements that are neither finite nor masked, `axes` tells the axes of `output` apart, `stored`
-    is the format that it is stored in. None where an operand that was computed had it after all.
+    is the format that it is stored in. `origin_of` tells where a tensor's values come from, `is_still` whether they are
+    still those.
     """
-    culprit = next((operand for operand in call.operands if _carries_damage(operand)), None)
-    if culprit is not None:
-        kind = culprit.origin.kind
-        if kind == "computed":
-            return None
-        found: BreakKind = "weight" if kind == "weight" else "input"
-        return Finding(_break(found, lost, axes, (), None, stored), (culprit.origin,))
+    if call.func is None:
+        return _of_module(call, lost, axes, stored, origin_of)
+    index = index_at(_earliest(lost, axes), output.shape)
+    parts = contributions(call, output.shape, index)
+    masked = call.name in ("softmax", "log_softmax") and bool(parts) and bool((parts[0].values == -math.inf).all())
+    if not masked:
+        culprit = _culprit(parts, lost, axes, stored)
+        if culprit is not None:
+            return culprit
+        number = placed(call.args, call.kwargs)
+        if number is not None and not math.isnan(number) and any(part.operand is not None for part in parts):
+            number = number if bool(output[index] == number) else None
+        if number is not None:
+            origin = Origin("constant", f"{number:g}", lost=True)
+            return Finding(break_at("constant", lost, axes, stored), (origin,), origin)
+    value = in_float64(call, output.shape, index)
+    kind: BreakKind = "masked-row" if masked else _kind(call, value, stored)
+    operands = tuple(part.largest for part in parts if part.values.numel())
+    broke = replace(break_at(kind, lost, axes, stored), operands=operands, value=value)
+    origins = tuple(None if part.operand is None else part.operand.origin for part in parts if part.values.numel())
+    found = Finding(broke, origins, _largest(parts))
+    if masked:
+        mask = None if parts[0].operand is None else parts[0].operand.origin.mask
+        found.rounded = None if mask is None else mask.overflow()
+        emptied = None if mask is None else mask.empties()
+        if emptied is not None:
+            found.broke = replace(found.broke, outside=emptied.code)
+    elif kind in ("invalid", "division-by-zero"):
+        traced = unrounded(call, output.shape, index, is_still)
+        found.rounded = None if traced is None else traced[1]
+    return found
 
-    flat = _earliest(lost, axes)
-    index = index_at(flat, output.shape)
-    value = _widened(call, index)
-    kind_found = _kind(call, output, index, value, stored)
-    operands, sites = _operands_at(call, output.shape, index)
-    return Finding(_break(kind_found, lost, axes, operands, value, stored), sites)
+
+def _culprit(parts: Sequence[Contribution], lost: Tensor, axes: Axes, stored: NumberFormat) -> Finding | Passed | None:
+    """What brought the damage along, if anything did."""
+    for part in parts:
+        if part.operand is None or part.is_finite():
+            continue
+        origin = part.operand.origin
+        if origin.trail is not None or (origin.kind == "computed" and origin.lost):
+            return Passed(origin)
+        source = origin.source
+        if source is None:
+            if origin.masked is not None and not bool((part.values.isnan() | (part.values == math.inf)).any()):
+                continue  # the -inf of a mask, which this operator does not take for one
+            return Finding(break_at("unresolved", lost, axes, stored), (origin,), None)
+        if source.kind == "constant" and part.operand.tensor.ndim == 0:
+            source = Origin("constant", f"{float(part.values.reshape(-1)[0]):g}")
+        source.lost = True
+        return Finding(break_at(_KINDS[source.kind], lost, axes, stored), (source,), source)
+    return None
 
 
-def _carries_damage(operand: Operand) -> bool:
-    if operand.origin.lost or operand.origin.kind == "computed":
-        return operand.origin.lost
-    tensor = operand.tensor
-    if operand.origin.may_mask:
-        return bool((tensor.isnan() | (tensor == math.inf)).any())
-    return not all(bool(piece.isfinite().all()) for piece in pieces(tensor))  # a head's weight may fill the memory
+def _of_module(
+    call: Call, lost: Tensor, axes: Axes, stored: NumberFormat, origin_of: Callable[[Tensor], Origin]
+) -> Finding | Passed:
+    """What can be told where no operators were seen: only what was plainly not finite before."""
+    unseen = False
+    for operand in call.operands:
+        if Contribution(operand, operand.tensor).is_finite():
+            continue
+        origin = operand.origin
+        if origin.trail is not None or (origin.kind == "computed" and origin.lost):
+            return Passed(origin)
+        source = origin.source
+        if source is None:
+            unseen = True
+        elif source.kind != "constant" and not bool((operand.tensor == -math.inf).any()):
+            source.lost = True
+            return Finding(break_at(_KINDS[source.kind], lost, axes, stored), (source,), source)
+    if not unseen and call.module is not None:
+        for tensor in _own_tensors(call.module):
+            origin = origin_of(tensor)
+            if tensor.is_floating_point() and not Contribution(None, tensor).is_finite():
+                if origin.kind != "weight" and bool((tensor != -math.inf).all()) is False:
+                    continue  # a buffer that is a mask
+                origin.lost = True
+                return Finding(break_at("weight", lost, axes, stored), (origin,), origin)
+    return Finding(break_at("unresolved", lost, axes, stored))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _largest(parts: Sequence[Contribution]) -> Origin | None:
+    held = [part for part in parts if part.values.numel()]
+    if not held:
+        return None
+    part = max(held, key=lambda part: abs(part.largest))
+    if part.operand is None:
+        return Origin("constant", f"{part.largest:g}")
+    return part.operand.origin
 
 
 def _earliest(lost: Tensor, axes: Axes) -> int:
@@ -76,15 +174,10 @@ def _earliest(lost: Tensor, axes: Axes) -> int:
     return flat_index(first.tolist(), axes.shape)
 
 
-def _break(
-    kind: BreakKind,
-    lost: Tensor,
-    axes: Axes,
-    operands: Sequence[float],
-    value: float | None,
-    stored: NumberFormat,
-) -> Break:
-    """Positions are still those of `axes`, and tokens not looked up."""
+def break_at(kind: BreakKind, lost: Tensor, axes: Axes, stored: NumberFormat, outside: str | None = None) -> Break:
+    """A break of which nothing more is known than where elements are `lost`. Positions are still those of `axes`, and
+    tokens not looked up.
+    """
     flat = _earliest(lost, axes)
     place = index_at(flat, axes.shape)
     places = lost.reshape(axes.shape).nonzero()
@@ -97,10 +190,11 @@ def _break(
         channel=place[-1] if place else None,
         token=None,
         index=index_at(flat, lost.shape),
-        operands=tuple(operands),
+        operands=(),
         operand_sites=(),
-        value=value,
+        value=None,
         limit=stored.largest,
+        outside=outside,
         rows=_those(rows, -1),
         positions=_those(positions, NOWHERE),
     )
@@ -110,70 +204,17 @@ def _those(found: Tensor | None, missing: int) -> tuple[int, ...]:
     return () if found is None else tuple(n for n in sorted(set(found.tolist())) if n != missing)
 
 
-def _kind(call: Call, output: Tensor, index: tuple[int, ...], value: float | None, stored: NumberFormat) -> BreakKind:
-    if call.name in ("softmax", "log_softmax") and call.operands:
-        dim = call.args[1] if len(call.args) > 1 else -1
-        row = call.operands[0].tensor.movedim(dim, -1)
-        place = list(index)
-        del place[dim]
-        if bool((row[tuple(place)] == -math.inf).all()):
-            return "masked-row"
+def _kind(call: Call, value: float | None, stored: NumberFormat) -> BreakKind:
     if value is None:
         return "unresolved"
     if math.isnan(value):
         return "invalid"
     if math.isinf(value):
-        return "division-by-zero" if call.name in POLES else "overflow"
-    if stored.overflows(value):
-        return "overflow"
-    return "reduction"
+        return "overflow" if call.name in _GROW or _is_large_power(call) else "division-by-zero"
+    return "overflow" if stored.overflows(value) else "reduction"
 
 
-def _widened(call: Call, index: tuple[int, ...]) -> float | None:
-    """The element at `index` of the same operator on the same operands in the next wider format."""
-    if call.func is None or traits(call.func).seeded:  # drawing again would change the user's
-        return None
-
-    def widen(argument: Any) -> Any:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
-            return argument.to(_WIDER.get(argument.dtype, torch.float64), copy=True)
-        if isinstance(argument, torch.dtype) and argument in _WIDER:
-            return _WIDER[argument]
-        return argument
-
-    args = tree_map(widen, call.args)
-    if call.name in ("softmax", "log_softmax") and len(args) > 2:
-        args = (*args[:2], False)  # half_to_float holds for half operands only
-    try:
-        wide = call.func(*args, **tree_map(widen, call.kwargs))
-    except (RuntimeError, TypeError, IndexError):  # not every kernel exists in every dtype
-        return None
-    result = wide[0] if isinstance(wide, tuple | list) else wide
-    return float((torch.view_as_real(result) if result.is_complex() else result)[index])
-
-
-def _operands_at(
-    call: Call, shape: torch.Size, index: tuple[int, ...]
-) -> tuple[tuple[float, ...], tuple[Origin | None, ...]]:
-    """What the element at `index` was made of; Python scalars have no origin, complex numbers no magnitude here."""
-    if call.func is None or any(operand.tensor.is_complex() for operand in call.operands):
-        return (), ()
-    if traits(call.func).pointwise:
-        values: list[float] = []
-        origins: list[Origin | None] = []
-        rest = list(call.operands)
-        for argument in call.args:
-            if rest and argument is rest[0].tensor:
-                operand = rest.pop(0)
-                values.append(float(operand.tensor.expand(shape)[index]))
-                origins.append(operand.origin)
-            elif isinstance(argument, int | float) and not isinstance(argument, bool):
-                values.append(float(argument))
-                origins.append(None)
-        return tuple(values), tuple(origins)
-    parts = [operand.tensor for operand in call.operands]
-    if call.name in CONTRACTIONS and len(parts) >= 2 and len(index) >= 2:
-        left, right = parts[-2], parts[-1]
-        batch = index[:-2]
-        parts[-2], parts[-1] = left[batch][index[-2]], right[batch][:, index[-1]]
-    return tuple(float(part.abs().max()) for part in parts), tuple(operand.origin for operand in call.operands)
+def _is_large_power(call: Call) -> bool:
+    """pow has a pole where zero is raised to a negative power, and grows elsewhere."""
+    exponent = call.args[1] if call.name == "pow" and len(call.args) > 1 else None
+    return isinstance(exponent, int | float) and exponent > 0

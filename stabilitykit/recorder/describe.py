@@ -13,7 +13,8 @@ from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.kernels.axes import axes_of
 from stabilitykit.recorder.masks import Call
-from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observation, form_of
+from stabilitykit.recorder.observation import Observation, form_of
+from stabilitykit.recorder.observe import DEFAULT_FORMATS
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending
 from stabilitykit.recorder.places.streams import Step, Stream

@@ -1,7 +1,6 @@
 """A record in the making: what is known when a tensor is made, and the record once everything is."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
@@ -11,15 +10,16 @@ from stabilitykit.recorder.blocks import Part
 from stabilitykit.recorder.breaks import Finding
 from stabilitykit.recorder.deviation import DeviationTally
 from stabilitykit.recorder.kernels.axes import Axes
-from stabilitykit.recorder.kernels.layout import Edges
+from stabilitykit.recorder.kernels.layout import Edges, Field
 from stabilitykit.recorder.labels import Family, label
-from stabilitykit.recorder.origins import Origin
+from stabilitykit.recorder.origins import Mask, Origin, Role
 from stabilitykit.recorder.places.streams import Step, Stream
+from stabilitykit.recorder.rounding import Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
 from stabilitykit.records import Break, Header, Record, flat_index, index_at
+from stabilitykit.records.layers import layer_of
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.|$)")
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
 
 
@@ -34,11 +34,23 @@ class Form:
 
 
 @dataclass(slots=True)
+class Doubt:
+    """What `mask` hides, counted in `row` in case it turns out to be no mask, and what broke there if so."""
+
+    mask: Mask
+    row: Row
+    broke: "Entry | None" = None
+    lost: Tensor | None = None
+
+
+@dataclass(slots=True)
 class Entry:
     """`site` is final only when every module around it has returned, and a token's text when the pass is over.
 
     `region` is the memory it was measured in; `row` becomes `measured` when somebody asks. A tensor made by blocks has
-    what was found in those so far. `broke_on` are the origins of the break's operands. `repeats` is the number of an
+    what was found in those so far. `broke_on` are the origins of the break's operands, `came_from` is
+    the one it came from, `rounded` an operand that rounding had spoilt. `doubt`: whether what a mask hides is hidden
+    shows later. `repeats` is the number of an
     entry which this one is again, if it has the same statistics.
     """
 
@@ -59,6 +71,11 @@ class Entry:
     extra: dict[str, float | None] = field(default_factory=dict)
     broke: Break | None = None
     broke_on: tuple[Origin | None, ...] = ()
+    came_from: Origin | None = None
+    rounded: Rounded | None = None
+    absorbs: bool = False
+    role: Role | None = None
+    doubt: Doubt | None = None
     repeats: int | None = None
 
     def take(self, row: Row, part: Part | None) -> None:
@@ -114,7 +131,20 @@ class Entry:
             counts="token" if stream is None else stream.counts,
             causal=self._causal(axes, broke.row, broke.position),
         )
-        self.broke_on = finding.origins
+        self.broke_on, self.came_from, self.rounded = finding.origins, finding.origin, finding.rounded
+
+    def decide(self) -> None:
+        """The pass is over: what a mask hid that has turned out to be none counts like everything else."""
+        doubt, self.doubt = self.doubt, None
+        if doubt is None or doubt.mask.confirmed or self.row is None:
+            return
+        self.row, self.measured = joined(self.row, doubt.row, None), None
+        self.row[Field.MASKED] = 0
+        if doubt.lost is not None:
+            self.take_lost(doubt.lost, self.form.axes, None)
+        if doubt.broke is not None and self.broke is None:
+            self.broke, self.broke_on = doubt.broke.broke, doubt.broke.broke_on
+            self.came_from, self.rounded = doubt.broke.came_from, doubt.broke.rounded
 
     def _stream(self, axes: Axes) -> Stream | None:
         return self.step.streams[axes.slot] if axes.positioned and axes.slot < len(self.step.streams) else None
@@ -167,11 +197,21 @@ class Entry:
         site_of: Callable[[Origin], str] = lambda origin: origin.name,
     ) -> Record:
         """The record, when everything is known."""
-        layer = _LAYER.search(self.module)
+        layer = layer_of(self.module)
         broke = self.broke
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
-            broke = replace(broke, operand_sites=sites, token=broke.token if shows_tokens else None)
+            source, rounded = self.came_from, self.rounded
+            broke = replace(
+                broke,
+                operand_sites=sites,
+                token=broke.token if shows_tokens else None,
+                origin_kind=None if source is None else source.kind,
+                origin_name=None if source is None else site_of(source),
+                origin_finite=None if source is None else not source.lost,
+                rounded_site=None if rounded is None else site_of(rounded.origin),
+                rounded_from=None if rounded is None else rounded.value,
+            )
         statistics, shape = self.statistics, self.form.shape
         row = position = channel = token = None
         if statistics.amax_index is not None:
@@ -181,10 +221,10 @@ class Entry:
             order=order,
             step=self.step.number,
             site=self.site,
-            label=label(self.site, family),
+            label=label(self.site, family, self.role),
             module=self.module,
             operator=self.operator,
-            layer=int(layer[1]) if layer else None,
+            layer=layer[1] if layer else None,
             dtype=self.form.dtype,
             shape=shape,
             **{name: getattr(statistics, name) for name in _SHARED},
@@ -198,6 +238,7 @@ class Entry:
             channels=self.form.axes.shape[-1] if shape else None,
             lost_positions=0 if self.lost_positions is None else int(self.lost_positions),
             lost_channels=0 if self.lost_channels is None else int(self.lost_channels.sum()),
+            absorbs=self.absorbs,
             softmax=None if self.softmax is None else self.softmax.result(),
             deviation=None if self.deviation is None else self.deviation.result(),
             broke=broke,

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stabilitykit.recorder.origins import Role
+
 _MODULES = {
     "embed_tokens": "embedding",
     "input_layernorm": "norm before attention",
@@ -184,8 +186,34 @@ def family_of(model: Any) -> Family | None:
     return FAMILIES.get(str(kind).removesuffix("_text") if str(kind) not in FAMILIES else str(kind))
 
 
-def label(site: str, family: Family | None) -> str | None:
-    """What is made at `site` in a model of this family, or None for a site nobody has named."""
+# Operators are numbered in the order of a plain model. What the data flow says of a tensor decides whether the number
+# still means that: a cast of a mask is none of the probabilities, a norm of somebody's own has no mean square.
+_ROLES: Mapping[str, frozenset[Role | None]] = {
+    "matmul.0": frozenset({"scores"}),
+    "mul.4": frozenset({"query", "scores", None}),
+    "div.0": frozenset({"scores"}),
+    "tanh.0": frozenset({"scores"}),
+    "mul.5": frozenset({"scores"}),
+    "add.2": frozenset({"scores"}),
+    "softmax.0": frozenset({"probabilities"}),
+    "cast.0": frozenset({"probabilities"}),
+    "matmul.1": frozenset({None}),
+}
+_NORM_ROLES: Mapping[str, Role] = {
+    "pow.0": "squares",
+    "mean.0": "mean square",
+    "add.0": "mean square + eps",
+    "rsqrt.0": "1 / root",
+    "pow.1": "1 / root",
+    "mul.0": "normalised",
+}
+
+
+def label(site: str, family: Family | None, role: Role | None = None) -> str | None:
+    """What is made at `site` in a model of this family, or None for a site nobody has named.
+
+    `role` is what attention uses it for, by the data flow.
+    """
     if family is None:
         return None
     module, _, operator = site.partition("/")
@@ -199,6 +227,18 @@ def label(site: str, family: Family | None) -> str | None:
     if not operator:
         return named or None
     if name.endswith("norm"):
-        inside = _OPERATORS["norm"].get(operator)
+        expected = _NORM_ROLES.get(operator)
+        inside = _OPERATORS["norm"].get(operator) if expected is None or role == expected else None
         return f"{inside} in {named}" if inside and named else None
-    return (family.operators.get(name) or _OPERATORS.get(name, {})).get(operator)
+    inside = (family.operators.get(name) or _OPERATORS.get(name, {})).get(operator)
+    if name == "self_attn" and inside is not None and not _has_role(inside, operator, role):
+        return None
+    return None if name == "mlp" and operator == "mul.0" and role != "product" else inside
+
+
+def _has_role(named: str, operator: str, role: Role | None) -> bool:
+    known = _ROLES.get(operator)
+    if known is not None:
+        return role in known
+    word = named.partition(" ")[0].rstrip(",")
+    return role is None or word not in ("query", "key") or role == word

@@ -1,4 +1,4 @@
-"""Observations: one tensor, measured the moment it exists, and the records being built from all of them."""
+"""The observer: every tensor is measured the moment it exists, and the records are built from all of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,23 +9,28 @@ from torch import Tensor
 from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.models.operators import SELECTIONS
 from stabilitykit.recorder.blocks import Part, part_of
-from stabilitykit.recorder.breaks import judge
+from stabilitykit.recorder.breaks import Finding, break_at
+from stabilitykit.recorder.contributions import contributions, in_float64, placed
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.deviation import measure_deviation
-from stabilitykit.recorder.entry import Entry, Form
+from stabilitykit.recorder.entry import Doubt, Entry, Form
 from stabilitykit.recorder.kernels.axes import Axes
-from stabilitykit.recorder.kernels.layout import FLOATS, Field, edges
-from stabilitykit.recorder.masks import Call, may_hide
+from stabilitykit.recorder.kernels.layout import FLOATS, Field
+from stabilitykit.recorder.masks import Call, Operand, are_scores, may_hide
 from stabilitykit.recorder.names import Frame
-from stabilitykit.recorder.origins import Hidden, Origin, Origins, hidden
+from stabilitykit.recorder.observation import Observation, form_of
+from stabilitykit.recorder.origins import Emptied, Hidden, Mask, Origin, Origins, hidden
+from stabilitykit.recorder.outside import code_outside
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.places.folded import axes_for
 from stabilitykit.recorder.places.labels import Labels
 from stabilitykit.recorder.places.track import Tracker
+from stabilitykit.recorder.roles import role_of
+from stabilitykit.recorder.rounding import Calls, Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
-from stabilitykit.recorder.statistics import tally, tally_by_position
-from stabilitykit.recorder.tensors import NAMES, aside, is_here, measurable, region
-from stabilitykit.records import Level
+from stabilitykit.recorder.statistics import tally
+from stabilitykit.recorder.tensors import aside, is_here, measurable, region
+from stabilitykit.records import Level, flat_index, index_at
 
 DEFAULT_FORMATS = tuple(
     form.name for form in sorted(FORMATS.values(), key=lambda form: -form.precision) if form.bits <= 16
@@ -52,68 +57,15 @@ class Options:
     statistics: Sequence[Statistic]
 
 
-@dataclass(slots=True)
-class Observation:
-    """One tensor, as it is measured.
-
-    `entry` is its record in the making, of which it may be one part; `call` made it. `values` are its elements in a
-    dtype that has order and bits, `hidden` where a mask hides them, `axes` which dimension is which. Operators that
-    read it ask `origin`. `lost` is where it is not finite, once that is known.
-    """
-
-    entry: Entry
-    call: Call
-    values: Tensor
-    hidden: Tensor | None
-    axes: Axes
-    part: Part | None
-    origin: Origin
-    lost: Tensor | None = None
-
-    def count(self, limit: float = math.inf, *, by_position: bool = False) -> Row | Tensor:
-        """What a kernel counts of it. An element is hidden only if it is not above `limit`."""
-        against = self.entry.form.edges
-        if by_position and self.axes.position is not None and not self.values.is_meta:
-            with aside():
-                row, peaks = tally_by_position(self.values, against, self.axes, self.hidden, limit)
-                self.entry.take_peaks(peaks, self.part)
-            return row
-        return tally(self.values, against, self.hidden, limit)
-
-    def take(self, row: Row) -> bool:
-        """Adds what was counted to the record; whether elements were lost here that no operand had lost."""
-        self.entry.take(row, self.part)
-        if not row[_NAN] + row[_PLUS] + row[_MINUS]:
-            return False
-        self.origin.lost = True
-        with aside():
-            self.lost = ~self.values.isfinite()
-            if self.hidden is not None:
-                self.lost &= ~self.hidden
-            self.entry.take_lost(self.lost, self.axes, self.part)
-        # else an infinity that was chosen, or one that an operand had
-        return self.call.name not in SELECTIONS and not any(
-            operand.origin.lost for operand in self.call.operands if operand.origin.kind == "computed"
-        )
-
-    def judge(self) -> bool:
-        """Why elements were lost here, for the record; False where an operand had lost them after all."""
-        assert self.lost is not None
-        with aside():
-            stored = FORMATS.get(self.entry.form.dtype, FLOAT32)
-            finding = judge(self.call, self.values, self.lost, self.axes, stored)
-        if finding is not None:
-            self.entry.take_break(finding, self.axes, self.part)
-        return finding is not None
-
-
 @dataclass(slots=True, kw_only=True)
 class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
     `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
-    in the making, in order of execution, `forms` what tensors of the same labels share. `judgements` wait for a
-    device that the pass must not wait for; `broken`: something broke. `watched` are the elements that were asked for.
+    in the making, in order of execution, `forms` what tensors of the same labels share. `judgements` wait for a device
+    that the pass must not wait for; `broken`: something broke. `before` are entries that come before the one of that
+    number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the elements
+    that were asked for.
     """
 
     options: Options
@@ -125,6 +77,9 @@ class Observer:
     forms: dict[tuple[object, ...], Form] = field(default_factory=dict)
     judgements: list[Callable[[], bool]] = field(default_factory=list)
     broken: bool = False
+    first: Entry | None = None  # that broke
+    before: dict[int, list[Entry]] = field(default_factory=dict)
+    calls: Calls = field(default_factory=Calls)
     watched: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -154,19 +109,22 @@ class Observer:
             with aside():
                 values = measurable(tensor)
         masked: Hidden | None = None
+        mask: Mask | None = None
         limit = math.inf
         if hides:
             with aside():
                 found = may_hide(call, values)
             if found is not None:
-                masked, limit = found
+                masked, limit, mask = found
+        scores = are_scores(call, values)
         entry, axes, part = self._entry(call, tensor, values, frame, site, repeats, labels)
         number = len(self.entries)
         if part is not None and frame.of_blocks is not None:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
-        origin = Origin("computed", site, number)
+        role = entry.role = role_of(call, frame.role, scores=scores, given=frame.given)
+        origin = Origin("computed", site, number, scores=scores, role=role)
         seen = Observation(entry, call, values, None if masked is None else masked.where, axes, part, origin)
         row = seen.count(limit, by_position=self.options.position_peaks)
         if masked is not None and (masked.count is None or row[_MASKED] != masked.count):
@@ -175,23 +133,151 @@ class Observer:
                 if masked.count is None or row[_MASKED]:
                     narrowed = hidden(masked.where & (values <= limit), values.stride())
             masked, seen.hidden = narrowed, None if narrowed is None else narrowed.where
-        if masked is not None:
-            origin.masked = replace(masked, stride=tensor.stride())
+        if masked is not None and mask is not None:
+            origin.masked, origin.mask = replace(masked, stride=tensor.stride()), mask
+            self._doubt(seen, mask)
+            if frame.module is None and seen.hidden is not None and seen.hidden.ndim and is_here(values):
+                with aside():
+                    if mask.empties() is None and bool(seen.hidden.all(-1).any()):
+                        mask.emptied = Emptied(code_outside(), number)
         self.origins.remember(tensor, origin)
+        if call.func is not None:
+            self.calls.keep(origin, call, tensor)
+        if frame.module is None:
+            seen.outside = None if is_here(values) and not self._lost(row) else code_outside()
         if call.name == "softmax" and call.operands and values.numel() and values.ndim and not values.is_meta:
             self._add_softmax(seen)
         if self.custom:
             self.custom.take(entry, values, seen.hidden, part)
         self.compare(entry, values, part)
+        self._follow(seen)
 
         if isinstance(row, Tensor):
             self.pending.after(row, lambda row: self._take(seen, row), [values, *(o.tensor for o in call.operands)])
         elif self.pending:
             self.pending.do(lambda: self._take(seen, row))
-        elif part is not None or row[_NAN] or row[_PLUS] or row[_MINUS]:
+        elif part is not None or row[_NAN] or row[_PLUS] or row[_MINUS] or (self.broken and seen.reads_damage()):
             self._take(seen, row)
         else:
             entry.row = row
+
+    @staticmethod
+    def _lost(row: Row | Tensor) -> bool:
+        return isinstance(row, Tensor) or bool(row[_NAN] + row[_PLUS] + row[_MINUS])
+
+    def look_at_constant(self, call: Call, tensor: Tensor, origin: Origin, frame: Frame) -> None:
+        """A result of constants alone. It has no record unless it is not finite and something computed comes of it."""
+        if not is_here(tensor) or tensor.is_meta or not tensor.numel() or tensor.dtype not in FLOATS:
+            return
+        origin.trail = next((o.origin.trail for o in call.operands if o.origin.trail is not None), None)
+        with aside():
+            lowest, highest = (float(end) for end in tensor.aminmax())
+        if math.isnan(lowest) or highest == math.inf or (lowest == -math.inf and self._is_new(call, tensor)):
+            if lowest == -math.inf:
+                self._note_overflow(call, tensor, origin)
+            if origin.trail is None:
+                site = frame.site(f"constant_{call.name}")
+                entry, axes, _ = self._entry(call, tensor, tensor, frame, site, None, None)
+                seen = Observation(entry, call, tensor, None, axes, None, origin)
+                row = seen.count()
+                assert not isinstance(row, Tensor)
+                if frame.module is None:
+                    seen.outside = code_outside()
+                seen.take(row)
+                passed = seen.judge(self.origins)
+                if passed is not None:
+                    origin.trail = passed.trail
+                elif entry.came_from is not None and entry.came_from.lost and not self._was_a_mask(call, entry):
+                    origin.leaves = (entry.came_from,)  # handed on by arithmetic
+                else:
+                    origin.trail = entry
+        if origin.trail is None:
+            self.calls.keep(origin, call, tensor)
+
+    @staticmethod
+    def _is_new(call: Call, tensor: Tensor) -> bool:
+        """Whether -inf came of finite numbers: of a mask it would be handed on, or selected."""
+        finite = all(bool(operand.tensor.isfinite().all()) for operand in call.operands)
+        return finite and call.name not in SELECTIONS and placed(call.args, call.kwargs) is None
+
+    @staticmethod
+    def _was_a_mask(call: Call, entry: Entry) -> bool:
+        """Whether the operand that a break came from held nothing worse than -inf."""
+        for operand in call.operands:
+            if operand.origin is entry.came_from or operand.origin.source is entry.came_from:
+                return not bool((operand.tensor.isnan() | (operand.tensor == math.inf)).any())
+        return False
+
+    def _note_overflow(self, call: Call, tensor: Tensor, of: Origin | Mask) -> None:
+        """Where a mask was added, or made, by arithmetic that left the range: -inf out of finite numbers."""
+        with aside():
+            lost = tensor == -math.inf
+            for operand in call.operands:
+                lost = lost & operand.tensor.isfinite()
+            if bool(lost.any()):
+                index = index_at(int(lost.flatten().int().argmax()), tensor.shape)
+                value = in_float64(call, tensor.shape, index)
+                if value is not None and math.isfinite(value):
+                    made = of if isinstance(of, Origin) else self.origins.of(tensor)
+                    of.overflowed = Rounded(made, value)
+
+    def look_at_choice(self, operand: Operand) -> None:
+        """The largest is taken of every row: where a row is hidden whole it is token 0, which nobody chose."""
+        mask, tensor = operand.origin.mask, operand.tensor
+        emptied = None if mask is None else mask.empties()
+        if emptied is None or not is_here(tensor):
+            return
+        with aside():
+            lost = (tensor == -math.inf).all(-1, keepdim=True).expand(tensor.shape)
+            entry = self.entries[emptied.entry]
+            if bool(lost.any()) and entry.broke is None and tuple(tensor.shape) == entry.form.shape:
+                stored = FORMATS.get(entry.form.dtype, FLOAT32)
+                axes = entry.form.axes
+                entry.take_break(Finding(break_at("masked-row", lost, axes, stored, emptied.code)), axes, None)
+                self.broken = True
+
+    def _doubt(self, seen: Observation, mask: Mask) -> None:
+        """A mask that has yet to be shown to be one: what it hides is counted too, in case that it is none."""
+        assert seen.hidden is not None
+        call, values = seen.call, seen.values
+        if not mask.confirmed and seen.part is None and is_here(values) and not values.is_meta:
+            with aside():
+                row = tally(values, seen.entry.form.edges, ~seen.hidden)
+                assert not isinstance(row, Tensor)
+                doubt = Doubt(mask, row)
+                lost = seen.hidden & ~values.isfinite()
+                if bool(lost.any()) and not seen.reads_damage():
+                    alone = replace(seen, hidden=None, lost=lost)
+                    alone.entry = replace(seen.entry)
+                    if alone.judge(self.origins) is None and alone.entry.broke is not None:
+                        doubt.broke, doubt.lost = alone.entry, lost
+            seen.entry.doubt = doubt
+        if call.name == "add" and mask.overflowed is None and is_here(values) and not values.is_meta:
+            added = [operand for operand in call.operands if operand.origin.may_mask]
+            with aside():
+                if not any(operand.holds_infinity() for operand in added) and float(values.amin()) == -math.inf:
+                    self.origins.remember(values, seen.origin)
+                    self._note_overflow(call, values, mask)
+
+    def _follow(self, seen: Observation) -> None:
+        """What the scale or weight that multiplies a value too large to store would have made of it."""
+        first, call = self.first, seen.call
+        if first is None or call.name not in ("mul", "div") or first.broke is None or first.broke.kind != "overflow":
+            return
+        for place, operand in enumerate(call.operands):
+            if operand.origin.entry is not None and self.entries[operand.origin.entry] is first:
+                self.first = None
+                shape, value = operand.tensor.shape, first.broke.value
+                same = shape.numel() == math.prod(first.form.shape) and operand.tensor.is_contiguous()
+                if not same or seen.values.shape != shape or value is None or place > 0:
+                    return
+                index = index_at(flat_index(first.broke.index, first.form.shape), shape)
+                with aside():
+                    others = [p.largest for p in contributions(call, shape, index) if p.operand is not operand]
+                if len(others) == 1 and math.isfinite(others[0]) and others[0]:
+                    scaled = value * others[0] if call.name == "mul" else value / others[0]
+                    first.broke = replace(first.broke, scaled=scaled)
+                return
 
     def rename(self, entry: Entry, site: str, tensor: Tensor) -> None:
         keep = self.options.keep
@@ -272,17 +358,29 @@ class Observer:
             )
 
     def _take(self, seen: Observation, row: Row) -> None:
-        if seen.take(row):
-            if is_here(seen.values):
-                self.broken |= seen.judge()
-            else:  # which waits for the device, and that the pass must not
-                self.judgements.append(seen.judge)
+        if not seen.take(row):
+            if not seen.origin.lost and seen.reads_damage():
+                if is_here(seen.values):
+                    seen.absorb()
+                else:
+                    self.judgements.append(seen.absorb)
+        elif is_here(seen.values):
+            self.broken |= self._judge(seen)
+        else:  # which waits for the device, and that the pass must not
+            self.judgements.append(lambda: self._judge(seen))
 
-
-def form_of(tensor: Tensor, values: Tensor, shape: tuple[int, ...], axes: Axes, formats: tuple[str, ...]) -> Form:
-    """The form of tensors like this one, of which `values` are measured, in a whole of this shape and axes."""
-    name = NAMES[values.dtype if tensor.is_complex() else tensor.dtype]
-    return Form(name, shape, axes, edges(values.dtype, formats))
+    def _judge(self, seen: Observation) -> bool:
+        """Whether something broke: here, or in a constant that this tensor was made of."""
+        passed = seen.judge(self.origins)
+        if passed is None:
+            self.first = self.first or seen.entry
+            return True
+        trail = passed.trail
+        if trail is None or any(trail in entries for entries in self.before.values()):
+            return False
+        number = seen.origin.entry
+        self.before.setdefault(len(self.entries) if number is None else number, []).append(trail)
+        return True
 
 
 def _is_compared(site: str) -> bool:

@@ -6,8 +6,10 @@
 
 Forward hooks tell which module runs; an operator mode sees what no module returns: residual adds, attention scores,
 gate · up. A tensor is measured the moment it exists, because the next operator may overwrite it. The model computes the
-same bits with and without a recorder, and no hook outlives the block. Nothing waits for a device: counts are copied to
-the host while the pass goes on.
+same bits with and without a recorder, and no hook outlives the block. (Only torch.linalg's svdvals, eigvalsh, cond and
+nuclear norm, where no gradient is asked for, take another routine under any operator mode, and other last bits.) What
+the recorder fails at becomes a note in the header; it does not end the pass. Nothing waits for a device: counts are
+copied to the host while the pass goes on.
 """
 
 import sys
@@ -24,16 +26,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import number_format
+from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
+from stabilitykit.recorder.claims import claim
 from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
 from stabilitykit.recorder.names import OUTSIDE
-from stabilitykit.recorder.observe import DEFAULT_FORMATS, Options
+from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
-from stabilitykit.recorder.session import Session, StopAtBreak
+from stabilitykit.recorder.session import Session
+from stabilitykit.recorder.unseen import StopAtBreak
 from stabilitykit.records import Header, Level, Record, Recording
 
 
@@ -84,8 +88,12 @@ def record(
     block is kept as the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside
     the block.
 
+    A backward pass inside the block is not recorded; if it leaves gradients that are not finite, one record says so.
+    Passes in other threads are left alone, and a model belongs to one recording at a time.
+
     Raises MisuseError for what is not a module, for an unknown level, format or matmul mode, for statistics whose names
-    are taken, and for a model or a module of it that went through `torch.compile`. Warns at the end of a block in which
+    are taken, for a model that is being recorded already, or a part of it, and for a model or a module of it that went
+    through `torch.compile`. Warns at the end of a block in which
     no part of the model was called, or in which a statistic failed.
     """
     _check(model, level, formats, matmul)
@@ -105,6 +113,7 @@ def record(
     error: str | None = None
     try:
         with ExitStack() as stack:
+            stack.enter_context(claim(model))
             if matmul is not None:
                 stack.enter_context(products.matmul(matmul))
             recording.header = replace(recording.header, matmul=products.matmul_in_force())
@@ -121,7 +130,7 @@ def record(
         _finish(model, session, recording, token_text, redact=redact, error=error)
     for failure in session.observer.custom.failures():
         warnings.warn(failure, stacklevel=3)
-    if all(entry.module == OUTSIDE for entry in session.observer.entries):
+    if not session.starts and all(entry.module == OUTSIDE for entry in session.observer.entries):
         warnings.warn(
             "Nothing was recorded: the model was not called inside the block. Call the module that was passed to "
             "record(), or a part of it.",
@@ -156,12 +165,13 @@ def _check(model: nn.Module, level: str, formats: Sequence[str], matmul: str | N
 
 
 def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Header:
-    parameter = next(model.parameters(), torch.empty(0))
+    first = next(model.parameters(), torch.empty(0))
+    parameter = _floating(model)
     return Header(
         checkpoint=getattr(model, "source", None),
         sha256=getattr(model, "sha256", None),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        device=str(parameter.device),
+        dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        device=str(first.device),
         level=session.options.level,
         matmul="native",
         formats=session.options.formats,
@@ -171,8 +181,13 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         notes=tuple(getattr(model, "notes", ())),
         case=dict(case),
         versions=_versions(),
-        machine=machine(str(parameter.device)) | {"threads": torch.get_num_threads()},
+        machine=machine(str(first.device)) | {"threads": torch.get_num_threads()},
     )
+
+
+def _floating(model: nn.Module) -> nn.Parameter | None:
+    """The first parameter that is no integer; quantised weights come before their scales."""
+    return next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def _finish(
@@ -187,7 +202,7 @@ def _finish(
     """Waits for what is on its way, and completes the recording."""
     observer = session.observer
     watched: list[tuple[str, int, float]] = []
-    with suppress(RuntimeError):  # a device that failed has nothing more to say; what it said before is kept
+    with session.unseen.guard("what was still on its way from the device"):  # what it said before is kept
         observer.settle()
         watched += [(site, index, float(element)) for site, index, element in observer.watched]
     step = session.places.step
@@ -195,21 +210,26 @@ def _finish(
     if piece is None:
         piece = getattr(getattr(model, "tokenizer", None), "piece", None)
     texts = {} if redact or piece is None else _texts(sorted(session.steps.seen), piece)
+    dtype = recording.header.dtype
+    if _floating(model) is None:  # what it is given decides in which dtype it runs
+        dtype = next((entry.form.dtype for entry in observer.entries if entry.form.dtype in FORMATS), dtype)
     header = recording.header = replace(
         recording.header,
-        dtype=session.autocast or recording.header.dtype,
+        dtype=session.autocast or dtype,
         watched=tuple(watched),
         rows=step.rows or 0,
         tokens=tokens,
         token_texts=texts,
         starts=tuple(session.starts),
-        notes=(*recording.header.notes, *observer.custom.failures()),
+        lost_steps=tuple(sorted(session.lost_steps())),
+        notes=(*recording.header.notes, *observer.custom.failures(), *session.unseen.notes()),
         error=error,
     )
-    entries, family = observer.entries, family_of(model)
-    recording.records = lambda: _records(entries, header, family, shows_tokens=not redact)
+    family = family_of(model)
+    recording.records = lambda: _records(observer, header, family, shows_tokens=not redact)
     session.names.origins.forget()
     session.names.frames.clear()
+    observer.calls.forget()
     session.places.close()
 
 
@@ -221,11 +241,20 @@ def _complete(whole: Sequence[Sequence[int | None]] | None) -> tuple[tuple[int, 
     return rows if all(len(row) == len(of) for row, of in zip(rows, whole, strict=True)) else None
 
 
-def _records(entries: Sequence[Entry], header: Header, family: Family | None, *, shows_tokens: bool) -> list[Record]:
+def _records(observer: Observer, header: Header, family: Family | None, *, shows_tokens: bool) -> list[Record]:
+    entries = observer.entries
+
     def site_of(origin: Origin) -> str:
+        if origin.trail is not None:
+            return origin.trail.site
         return origin.name if origin.entry is None else entries[origin.entry].site
 
-    whole = [entry for entry in entries if entry.row is not None]
+    whole: list[Entry] = []
+    for number, entry in enumerate(entries):
+        whole += observer.before.get(number, ())
+        if entry.row is not None:
+            entry.decide()
+            whole.append(entry)
     again = {
         id(entry)
         for entry in whole

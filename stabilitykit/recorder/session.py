@@ -1,8 +1,10 @@
 """One recorded block: the steps and tokens of the model, its modules' outputs and its operators' results."""
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stabilitykit.models.operators import SELECTIONS, OperatorMode, Traits
+from stabilitykit.models.operators import SELECTIONS, Traits, WatchMode, adds_up
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
+from stabilitykit.recorder.backward import Backward
 from stabilitykit.recorder.custom import CustomStatistics
-from stabilitykit.recorder.masks import Call, Operand, blocks
+from stabilitykit.recorder.inputs import named_inputs
+from stabilitykit.recorder.masks import Call, Operand, blocks, calls_of_each, show_masks
 from stabilitykit.recorder.names import Frame, Names
 from stabilitykit.recorder.observe import Observer, Options
 from stabilitykit.recorder.origins import Origin
@@ -21,10 +25,8 @@ from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.places.steps import Steps, tensors_of
 from stabilitykit.recorder.places.track import Tracker
 from stabilitykit.recorder.tensors import aside, floating, floating_of_call, has_elements, is_here, region
-
-
-class StopAtBreak(Exception):  # noqa: N818  no error: the first break has been seen
-    """Ends a recorded block early."""
+from stabilitykit.recorder.unseen import StopAtBreak, Unseen
+from stabilitykit.records import OriginKind
 
 
 class Session:
@@ -36,7 +38,9 @@ class Session:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options = options
         self.pending = Pending()
-        self.names = Names(model, masks=True, later=self.pending.do)
+        self.unseen = Unseen()
+        unseen: OriginKind = "outside" if options.level == "operators" else "computed"
+        self.names = Names(model, masks=True, later=self.pending.do, unseen=unseen)
         self.places = Tracker()
         self.steps = Steps(self.places)
         self.observer = Observer(
@@ -46,7 +50,10 @@ class Session:
             pending=self.pending,
             custom=CustomStatistics(options.statistics, self.pending),
         )
+        self.backward = Backward(model, self.observer, self.unseen)
         self.starts: list[int] = []
+        self._outputs: list[tuple[int, Origin]] = []
+        self._raised: set[int] = set()
         self.autocast: str | None = None
         modules = dict(model.named_modules())
         # what a wrapper's `generate` may call without calling the wrapper
@@ -62,9 +69,21 @@ class Session:
         """Follows the model until the end of `stack`."""
         by_layers = self.options.level == "layers"
         only = _is_layer if by_layers else lambda path: True
-        self.names.attach(stack, only=only, entered=self._entered, left=self._left)
+        self.names.attach(stack, only=only, entered=self._entered, left=self._left, unseen=self.unseen)
         if self.options.level == "operators":
-            stack.enter_context(OperatorMode(self._run_operator))
+            stack.enter_context(WatchMode(self._before, self._after, self._failed))
+        stack.enter_context(self.backward.watch())
+
+    def lost_steps(self) -> set[int]:
+        """The steps whose outputs are not finite, once everything has arrived."""
+        entries = self.observer.entries
+        lost = set(self._raised)  # what broke was the end of the pass
+        for step, origin in self._outputs:
+            doubt = None if origin.entry is None else entries[origin.entry].doubt
+            refuted = doubt is not None and doubt.lost is not None and not doubt.mask.confirmed
+            if origin.lost or refuted:
+                lost.add(step)
+        return lost
 
     # Modules
 
@@ -73,6 +92,7 @@ class Session:
         if self.options.stop_at_break and observer.broken:
             raise StopAtBreak  # not at the break: the modules it ends return first, and lend it their names
         frame.first_entry = len(observer.entries)
+        self.backward.ran(frame.module)
         if frame.module in self._wholes:
             if self._begins(frame):
                 with aside():
@@ -103,6 +123,10 @@ class Session:
             for index, tensor in enumerate(floating(output)):
                 self._module_output(frame, index, tensor)
         if self._begins(frame):
+            step = self.places.step.number
+            self._outputs += [(step, self.names.origins.of(tensor)) for tensor in floating(output)]
+            if output is None and sys.exc_info()[1] is not None and self.observer.broken:
+                self._raised.add(step)
             self.steps.ended(frame.module, frame.args, frame.kwargs, output)
         if self.observer.judgements and len(self.names.frames) == 1:
             self.observer.settle()
@@ -121,9 +145,23 @@ class Session:
         for device in devices - {"meta"}:
             if torch.is_autocast_enabled(device):
                 self.autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-        for tensor in floating((args, kwargs)):
-            if self.names.origins.of(tensor).kind == "constant":  # made inside the block
-                self.names.origins.remember(tensor, Origin("input", "input"))
+        self._name_inputs(args, kwargs)
+
+    def _name_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What is passed to the model is an input, whoever made it, unless a record says how it was computed."""
+        origins = self.names.origins
+        module = self.names.frames[-1].module
+        assert module is not None
+        for kind, name, tensor in named_inputs(module, args, kwargs):
+            origin = origins.of(tensor)
+            if origin.kind == "computed" and (self.options.level == "operators" or origin.entry is not None):
+                if origin.leaves and not origin.lost:
+                    leaves = (
+                        leaf if leaf.kind in ("weight", "buffer") else Origin(kind, name) for leaf in origin.leaves
+                    )
+                    origins.remember(tensor, replace(origin, leaves=tuple(leaves)))
+            elif origin.kind not in ("weight", "buffer") and origin.trail is None:
+                origins.remember(tensor, Origin(kind, name))
 
     def _look_for_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which of the constants and inputs that a device's layers are given hide nothing: known before long."""
@@ -160,56 +198,78 @@ class Session:
                     return
             elif entry.region == memory:
                 repeats = origin.entry  # without operators a write in between goes unseen, so the statistics decide
-        call = Call("module", self._inputs(frame) if frame.inputs is None else frame.inputs)
+        given = self._inputs(frame) if frame.inputs is None else frame.inputs
+        if self.options.level == "operators":
+            given = [Operand(tensor, origin), *given]  # what it returns was not computed, or put together
+        call = Call("module", given, module=frame.module)
         self.observer.observe(call, tensor, frame, site, repeats=repeats)  # what hides, only operators tell
 
     # Operators
 
-    def _run_operator(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        func = kind.func
+    def _before(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The operator and its operands, as they are before it runs."""
         seen_args, seen_kwargs = args, kwargs
         tensors = given = floating_of_call(args, kwargs)
         if kind.writes_in_place:
             if self.pending:
-                for place, name in kind.written:
-                    written = args[place] if place < len(args) else kwargs.get(name)
-                    for tensor in floating(written):
-                        self.pending.about_to_write(tensor)
-            if kind.combines:  # what it combines is about to be written over
+                for tensor in _written(kind, args, kwargs):
+                    self.pending.about_to_write(tensor)
+            if kind.combines or adds_up(kind, args, kwargs):  # what it combines is about to be written over
                 seen_args, seen_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
                 tensors = floating_of_call(seen_args, seen_kwargs)
-        names = self.names
-        of = names.origins.of
+        of = self.names.origins.of
         if tensors is given:
             operands = [Operand(tensor, of(tensor)) for tensor in given]
         else:
             operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
-        output = func(*args, **kwargs)
+        show_masks(kind.name, operands)
+        if kind.name == "argmax" and self.names.frames[-1].module is None:
+            self.observer.look_at_choice(operands[0])
+        return Call(kind.name, operands, kind.func, seen_args, seen_kwargs)
+
+    def _after(self, kind: Traits, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         placed = self.places.result(kind, args, kwargs, output)
-        outputs = floating(output)
+        outputs = floating(output) or (_written(kind, args, kwargs) if kind.writes_in_place else [])
         if not outputs:
-            return output
-        site = names.of_result(kind, operands, outputs)
+            return
+        names, operands = self.names, call.operands
+        observer, frame = self.observer, names.frames[-1]
+        site = names.of_result(kind, args, kwargs, operands, outputs)
         if site is None:
-            return output
+            if operands or any(isinstance(argument, Tensor) for argument in args):
+                for tensor in outputs:
+                    origin = names.origins.of(tensor)
+                    if origin.kind == "constant" and origin.trail is None and not kind.factory and not kind.places:
+                        observer.look_at_constant(call, tensor, origin, frame)
+            return
         overwritten: Origin | None = None
         if kind.name == "cast" and kind.writes_in_place:  # what stood there before is no operand
             overwritten = operands.pop(0).origin
         hides = kind.name in SELECTIONS
         for operand in operands:
             hides = hides or operand.origin.may_hide
-        call = Call(kind.name, operands, func, seen_args, seen_kwargs)
         fused = kind.name == FUSED_ATTENTION
-        observer, frame = self.observer, names.frames[-1]
+        each = calls_of_each(call, len(outputs))
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
             labels = placed[i] if len(placed) == len(outputs) else None
-            observer.observe(call, tensor, frame, f"{site}[{i}]" if i else site, hides=hides, labels=labels)
+            observer.observe(each[i], tensor, frame, f"{site}[{i}]" if i else site, hides=hides, labels=labels)
         if overwritten is not None:
-            names.also_lost(of(outputs[0]), [overwritten])  # elsewhere in that memory
+            names.also_lost(names.origins.of(outputs[0]), [overwritten])  # elsewhere in that memory
         if fused and self.options.fused_softmax:
             with aside():
-                observer.entries[-1].softmax = recompute_softmax(func, args, kwargs)
-        return output
+                observer.entries[-1].softmax = recompute_softmax(call.func, args, kwargs)
+
+    def _failed(self, kind: Traits, error: Exception) -> None:
+        frame = self.names.frames[-1]
+        place = f" in {frame.path}" if frame.path and frame.module is not None else ""
+        what = f"the result of {kind.name}{place}"
+        self.unseen.failed(what, error, f"operator {kind.name}")
+
+
+def _written(kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The floating tensors that an operator writes into."""
+    given = (args[place] if place < len(args) else kwargs.get(name) for place, name in kind.written)
+    return [tensor for argument in given for tensor in floating(argument)]
 
 
 def _around(name: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from stabilitykit.recorder.blocks import Part
 from stabilitykit.recorder.kernels import device, plain
 from stabilitykit.recorder.kernels.axes import Axes
-from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, edges
+from stabilitykit.recorder.kernels.layout import FIELDS, SHRINK, Edges, Field, edges
 from stabilitykit.recorder.kernels.positions import position_peaks
 from stabilitykit.recorder.tensors import measurable
 from stabilitykit.records import FormatCounts, index_at
@@ -63,6 +63,8 @@ def measure(tensor: Tensor, formats: Sequence[str], masked: Tensor | None = None
     counts as zero. float8 tensors are measured through float32, which holds all their values.
     """
     tensor = measurable(tensor.detach())
+    if masked is not None:
+        tensor = tensor.masked_fill(masked, 0.0)  # kernels let NaN under a mask count: there it is the model's own
     against = edges(tensor.dtype, tuple(formats))
     row = tally(tensor, against, masked)
     return decode(row.numpy(force=True) if isinstance(row, Tensor) else row, against, tensor.shape)
@@ -125,7 +127,8 @@ def joined(first: Row | None, row: Row, part: Part | None) -> Row:
         row[Field.INDEX] = part.index(int(row[Field.INDEX]))
     if first is None:
         return row
-    both: Row = first + row
+    with np.errstate(over="ignore", invalid="ignore"):  # of float64 sums, for which there is SHRUNK
+        both: Row = first + row
     best = min(first, row, key=lambda one: (-one[Field.AMAX], one[Field.INDEX]))
     both[[Field.AMAX, Field.INDEX]] = best[[Field.AMAX, Field.INDEX]]
     for least in (Field.SMALLEST, Field.MINIMUM):
@@ -140,7 +143,9 @@ def joined(first: Row | None, row: Row, part: Part | None) -> Row:
 def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None = None) -> Statistics:
     """The statistics that a kernel counted of a tensor of this shape, or of as many of its elements."""
     elements = math.prod(shape) if elements is None else elements
-    masked, nan, plus, minus, amax, index, smallest, minimum, maximum, total, squares, scale = row[:FIELDS].tolist()
+    masked, nan, plus, minus, amax, index, smallest, minimum, maximum, total, squares, scale, shrunk = row[
+        :FIELDS
+    ].tolist()
     counted = elements - int(masked + nan + plus + minus)
     counts = partial(
         Statistics,
@@ -175,7 +180,7 @@ def decode(row: Row, against: Edges, shape: Sequence[int], elements: int | None 
         smallest=smallest if nonzero else None,
         minimum=minimum,
         maximum=maximum,
-        mean=total / counted,
+        mean=total / counted if math.isfinite(total) else min(max(shrunk / counted * SHRINK, minimum), maximum),
         rms=math.sqrt(squares / counted) * scale,
         exponent_first=against.lowest + first if exponents else against.own_lowest,
         exponents=tuple(exponents),

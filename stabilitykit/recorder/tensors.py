@@ -24,10 +24,11 @@ _LEAVES = frozenset((int, float, bool, str, type(None), torch.dtype, torch.devic
 def floating(tree: Any) -> list[Tensor]:
     """The floating and complex tensors in nested arguments or results, in order.
 
-    Without those that have no elements to look at: sparse and nested tensors, and subclasses that wrap others.
+    Without those that have no elements to look at: sparse tensors, and subclasses that wrap others. Of a nested tensor
+    it is the memory that all of its parts lie in.
     """
     if type(tree) is Tensor:
-        return [tree] if has_elements(tree) else []
+        return [tree] if has_elements(tree) else _of_nested(tree)
     found: list[Tensor] = []
     _collect(tree, found)
     return found
@@ -41,6 +42,8 @@ def floating_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ten
         if kind is Tensor or kind is nn.Parameter:
             if has_elements(argument):
                 found.append(argument)
+            elif argument.is_nested:
+                found += _of_nested(argument)
         elif kind not in _LEAVES:
             _collect(argument, found)
     if kwargs:
@@ -53,6 +56,8 @@ def _collect(node: Any, found: list[Tensor]) -> None:
     if kind is Tensor or kind is nn.Parameter:
         if has_elements(node):
             found.append(node)
+        elif node.is_nested:
+            found += _of_nested(node)
     elif kind is tuple or kind is list:
         for leaf in node:
             if type(leaf) not in _LEAVES:
@@ -67,6 +72,13 @@ def _collect(node: Any, found: list[Tensor]) -> None:
                 found.append(leaf)
 
 
+def _of_nested(tensor: Tensor) -> list[Tensor]:
+    if not tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in NAMES:
+        return []
+    with aside():
+        return [tensor.values()]
+
+
 def has_elements(tensor: Tensor) -> bool:
     return (
         tensor.dtype in NAMES
@@ -74,6 +86,15 @@ def has_elements(tensor: Tensor) -> bool:
         and not tensor.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether its values lie in memory of its own: not those of sparse tensors, nor of lazy modules before they ran."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def measurable(tensor: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from stabilitykit.records.record import (
     Record,
     Softmax,
     StoredWeights,
+    WeightCount,
     WeightCounts,
+    WeightRole,
     flat_index,
     index_at,
 )
@@ -30,7 +32,9 @@ __all__ = [
     "Recording",
     "Softmax",
     "StoredWeights",
+    "WeightCount",
     "WeightCounts",
+    "WeightRole",
     "flat_index",
     "index_at",
 ]

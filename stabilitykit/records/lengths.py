@@ -18,7 +18,7 @@ import pyarrow as pa
 from stabilitykit.records.document import from_document
 from stabilitykit.records.parquet import read_table, write_table
 from stabilitykit.records.record import Break
-from stabilitykit.records.recording import Header
+from stabilitykit.records.recording import Header, Recording
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,26 @@ class Span:
     broke: Break | None = None
     direct: bool = False
     near: bool = False
+
+    @classmethod
+    def of(cls, recording: Recording, *, first: int, last: int, run: int, direct: bool = False) -> "Span":
+        """With the recording's first break, if it has one."""
+        record = recording.first_break()
+        if record is None or record.broke is None:
+            return cls(first=first, last=last, run=run, direct=direct)
+        return cls(
+            first=first,
+            last=last,
+            run=run,
+            site=record.site,
+            label=record.label,
+            layer=record.layer,
+            operator=record.operator,
+            order=record.order,
+            token_text=recording.header.text_of(record.broke.token),
+            broke=record.broke,
+            direct=direct,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,10 @@ OriginKind = Literal[
     "computed",  # the result of an operator
 ]
 
+WeightCount = Literal["nonfinite", "overflow", "zero", "subnormal"]
+
+WeightRole = Literal["scale", "zero point"]
+
 
 @dataclass(frozen=True, slots=True)
 class FormatCounts:
@@ -133,7 +137,9 @@ class WeightCounts:
     `overflow` is past the largest value, `subnormal` rounds to a non-zero subnormal, `zero` from non-zero to zero;
     `nonfinite` were NaN or infinite before. `index` is that of the first element that is not finite or would overflow,
     else of the first that becomes zero, `value` what it is in the checkpoint, None where there is none. `block` is the
-    number of the quantised block that holds it, in a file that has blocks.
+    number of the quantised block that holds it, row-major, where weights were stored in blocks of `block_size` elements
+    with a scale each: integers are finite, so a `value` that is not comes from its block's scale. `role` is what a
+    tensor is that quantised weights are multiplied by, or shifted by; None for weights and all else.
     """
 
     name: str
@@ -145,6 +151,8 @@ class WeightCounts:
     index: tuple[int, ...] | None = None
     value: float | None = None
     block: int | None = None
+    block_size: int | None = None
+    role: WeightRole | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +160,7 @@ class StoredWeights:
     """All parameters of a checkpoint, stored in `dtype`: sums, and the five parameters with most to lose, worst first.
 
     Worst are those with elements that are not finite or would overflow, then those with most that vanish or go
-    subnormal; parameters with none are left out.
+    subnormal; parameters with none are left out. After the five come those that have most of one kind.
     """
 
     dtype: str
@@ -162,6 +170,11 @@ class StoredWeights:
     zero: int
     nonfinite: int
     worst: tuple[WeightCounts, ...]
+
+    def most(self, kind: WeightCount) -> WeightCounts | None:
+        """The parameter with most elements of this kind; None where none has any."""
+        found = max(self.worst, key=lambda counts: int(getattr(counts, kind)), default=None)
+        return None if found is None or not getattr(found, kind) else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

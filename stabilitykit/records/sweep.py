@@ -64,15 +64,24 @@ class Case:
 
     @property
     def id(self) -> str:
-        """A file name that is the same for equal settings and differs for others."""
-        words = [self.kind, *(f"{name}={value}" for name, value in self.settings.items() if name in _IN_NAME)]
+        """A file name that is the same for equal settings and differs for others.
+
+        Settings since `_IN_EVERY_ID` are left out where they are usual: cases keep their ids when an axis is added.
+        """
+        told = {name: value for name, value in self.settings.items() if name in _IN_EVERY_ID or not _usual(name, value)}
+        words = [self.kind, *(f"{name}={value}" for name, value in told.items() if name in _IN_NAME)]
         readable = re.sub(r"[^A-Za-z0-9.=-]+", "-", "_".join(words)).strip("-")[:80]
-        digest = hashlib.sha256(json.dumps([self.kind, self.settings], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([self.kind, told], sort_keys=True).encode()).hexdigest()
         return f"{readable}-{digest[:10]}"
 
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """The settings without those that have their usual values: what tells it from others, whoever planned them."""
+        return {name: value for name, value in self.settings.items() if not _usual(name, value)}
+
     def __str__(self) -> str:
-        told = {name: value for name, value in self.settings.items() if name in _IN_NAME and value != "all"}
-        return " ".join(_spoken(name, value) for name, value in told.items() if USUAL.get(name) != value)
+        told = {name: value for name, value in self.unusual.items() if name in _IN_NAME and value != "all"}
+        return " ".join(_spoken(name, value) for name, value in told.items())
 
 
 USUAL: Mapping[str, Any] = {
@@ -85,7 +94,14 @@ USUAL: Mapping[str, Any] = {
 }
 """The usual values of settings, which are left out of a case's description."""
 
+_IN_EVERY_ID = ("rescale", "level", "rounding", "temperature", "seed", "matmul")
+"""What is part of an id even where it is usual: the settings of the files that are there. New ones are not added."""
+
 _IN_NAME = ("model", "prompt", "length", "bos", "dtype", "room", *USUAL)
+
+
+def _usual(name: str, value: Any) -> bool:
+    return name in USUAL and USUAL[name] == value
 
 
 def _spoken(name: str, value: Any) -> str:

@@ -22,7 +22,7 @@ from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.choices import ExportDtype
 from stabilitykit.diagnosis.bounds import by_kind
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.files import new_folder, write_json
+from stabilitykit.files import check_new, new_folder, write_json
 from stabilitykit.proof.check import check
 from stabilitykit.proof.write import sha256, write_proof
 from stabilitykit.records.document import to_document
@@ -44,9 +44,9 @@ def export(
     """Writes `repair` of the checkpoint `before` into the new `folder`, aside and then renamed, and returns it.
 
     What was written is read back and compared, bit by bit, and a proof is checked, before it gets its name. Raises
-    MisuseError where `folder` is there already or cannot be written, and for a repair that is not finite or a proof of
-    other weights than float16's; CheckpointError where what was read back is not what was to be written, or a proof is
-    not accepted.
+    MisuseError where `folder` holds something already or cannot be written, and for a repair that is not finite or a
+    proof of other weights than float16's; CheckpointError where what was read back is not what was to be written, or a
+    proof is not accepted.
     """
     check_new(folder)
     if repair.bounds and dtype != "float16":
@@ -69,12 +69,6 @@ def export(
             write_proof(aside, {row.worst.kind: row.worst.bound for row in by_kind(repair.bounds)})
             _check(aside)
     return folder
-
-
-def check_new(folder: Path) -> None:
-    """Raises MisuseError unless there is nothing where `folder` is to be."""
-    if folder.exists():
-        raise MisuseError(f"{folder} exists already; choose a new folder for the repaired checkpoint.")
 
 
 def _check(folder: Path) -> None:

@@ -9,6 +9,7 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.choices import ExportDtype, check_choice
 from stabilitykit.diagnosis.forecast import forecast
 from stabilitykit.errors import MisuseError
+from stabilitykit.files import check_new
 from stabilitykit.formats import FLOAT16
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
@@ -18,7 +19,7 @@ from stabilitykit.models.machine import provenance_of
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.remedies import Ranking, Small
 from stabilitykit.remedies import REMEDIES
-from stabilitykit.remedies.export import check_new, export
+from stabilitykit.remedies.export import export
 from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.proved import prove

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from stabilitykit.diagnosis.rounding import divergence
+from stabilitykit.diagnosis.rounding import sentence as parted
 from stabilitykit.formats import FORMATS, NumberFormat, number_format
 from stabilitykit.records import LogitsError, Recording
 from stabilitykit.records.sweep import Case, Memory, Results
 from stabilitykit.report.blocks import Block, Cell, Column, Prose, Section, Table
 from stabilitykit.report.outcomes import Names, Outcome, outcomes
 from stabilitykit.report.style import share, size
-from stabilitykit.words import count, grouped, listed, sentence
+from stabilitykit.words import code, count, grouped, listed, sentence
 
 # Peaks no further apart are taken for equal: kernels of another shape or machine round differently.
 MOST_ULP = 4.0
@@ -33,9 +35,11 @@ def compare(ours: Results, theirs: Results) -> Section:
     """What changed from `theirs` to `ours`."""
     pairs = _pairs(ours, theirs)
     compared = [pair for pair in pairs if ours.is_done(pair.ours) and theirs.is_done(pair.theirs)]
+    tokens, parts = _token_changes(ours, theirs, compared)
     tables = [
         _case_changes(ours, theirs, pairs),
         _break_changes(ours, theirs, compared),
+        tokens,
         _peak_changes(ours, theirs, compared),
         _logits_changes(ours, theirs, compared),
         _memory_changes(ours, theirs, compared),
@@ -47,7 +51,7 @@ def compare(ours: Results, theirs: Results) -> Section:
         opening=f"What changed since the report in {theirs.folder.name}, by {count(len(compared), 'case')} finished in "
         f"both. Peaks within {MOST_ULP:g} ulp are taken for equal, since "
         "another machine or version rounds differently; a change of rounding alone can move a break next to a limit.",
-        blocks=[*blocks, *(table for table in tables if table.rows)],
+        blocks=[*blocks, *parts, *(table for table in tables if table.rows)],
     )
 
 
@@ -71,7 +75,7 @@ def _pairs(ours: Results, theirs: Results) -> list[_Pair]:
 
 
 def _key(case: Case) -> str:
-    settings = {name: value for name, value in case.settings.items() if name != "text_sha256"}
+    settings = {name: value for name, value in case.unusual.items() if name != "text_sha256"}
     return repr((case.kind, sorted(settings.items())))
 
 
@@ -102,8 +106,8 @@ def _summary(ours: Results, theirs: Results, compared: Sequence[_Pair], changed:
     elif not changed:
         same = "its only common case" if len(compared) == 1 else f"all {len(compared):,} common cases"
         parts.append(
-            f"**Nothing {'else ' if parts else ''}changed** in {same}: neither first breaks nor peaks, errors of the "
-            "logits or memory, so far as both reports hold them."
+            f"**Nothing {'else ' if parts else ''}changed** in {same}: neither first breaks nor tokens, peaks, errors "
+            "of the logits or memory, so far as both reports hold them."
         )
     else:
         found = [f"{count(len(table.rows), 'row')} under “{table.title}”" for table in changed]
@@ -198,6 +202,24 @@ def _sites(outcome: Outcome) -> dict[int, str | None]:
     """The site of the first break, by length, where there is one."""
     broken = [span for span in outcome.spans if span.broke is not None]
     return {length: span.site for span in broken for length in range(span.first, span.last + 1)}
+
+
+def _token_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -> tuple[Table, list[Prose]]:
+    """The tokens at which runs part that stayed finite before and now, and what that means."""
+    rows: list[list[Cell]] = []
+    said: list[Prose] = []
+    for pair in compared:
+        if pair.ours.kind != "run":
+            continue
+        found = divergence(theirs.recording(pair.theirs), ours.recording(pair.ours))
+        if found is None:
+            continue
+        dtype = pair.ours.settings.get("dtype")
+        what = "next token" if found.position is None else f"token {found.position:,}"
+        rows.append([pair.name, dtype, what, *map(code, found.texts)])
+        if not said:
+            said.append(Prose(f"**Rounding, not range**, in {pair.name} in {dtype}. {parted(found)}"))
+    return _changes("against-tokens", "Tokens that differ though nothing left the range", rows), said
 
 
 def _peak_changes(ours: Results, theirs: Results, compared: Sequence[_Pair]) -> Table:

@@ -10,12 +10,13 @@ from typing import Literal
 
 from stabilitykit.diagnosis import Cause, cause, is_finite
 from stabilitykit.diagnosis.layers import peak, stored
+from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.formats import number_format
 from stabilitykit.records import BreakKind, Recording
 from stabilitykit.records.lengths import LengthMap, Span
 from stabilitykit.records.sweep import Case, Results
 
-RANGE_KINDS: tuple[BreakKind, ...] = ("overflow", "reduction", "unresolved")
+RANGE_KINDS: tuple[BreakKind, ...] = ("overflow", "reduction")
 
 _NOT_PART_OF_A_NAME = ("prompt", "length", "bos", "dtype", "text_sha256", "tokens", "checks")
 
@@ -26,7 +27,8 @@ class Outcome:
 
     `spans` are the lengths it speaks of: one for a single run. `largest` is the largest magnitude that was stored or,
     where a value broke, would have been; None where nothing finite is known. `cause` is that of a run that broke,
-    None for a range of lengths. `hidden`: something broke, and the logits are finite all the same.
+    None for a range of lengths. `hidden`: something broke, and the logits are finite all the same. `harmless`:
+    something overflowed and ended as the true value would have, so that the run counts as clean.
     """
 
     case: Case
@@ -38,6 +40,7 @@ class Outcome:
     error: str | None = None
     cause: Cause | None = None
     hidden: bool = False
+    harmless: bool = False
 
     @property
     def first(self) -> Span | None:
@@ -50,11 +53,16 @@ class Outcome:
         return None if self.largest is None else number_format(self.dtype).headroom(self.largest)
 
     @property
+    def is_unresolved(self) -> bool:
+        """Whether something broke of which it was not seen why."""
+        return any(span.broke is not None and span.broke.kind == "unresolved" for span in self.spans)
+
+    @property
     def is_of_range(self) -> bool:
         """Whether something broke, and all that did left the format's range."""
         broken = [span for span in self.spans if span.broke is not None]
         return bool(broken) and all(
-            span.broke.kind in RANGE_KINDS and not (span.site or "").startswith("sampler")
+            span.broke.kind in RANGE_KINDS and not (span.site or "").startswith(("sampler", "outside"))
             for span in broken
             if span.broke is not None
         )
@@ -90,23 +98,12 @@ class Names:
 
 
 def _of_run(case: Case, text: str, recording: Recording) -> Outcome:
-    header, first = recording.header, recording.first_break()
+    harmless = is_harmless(recording)
+    header, first = recording.header, None if harmless else recording.first_break()
     length = len(header.tokens[0]) if header.tokens else max((r.positions or 0 for r in recording), default=0)
     span = Span(first=length, last=length, run=length, direct=True)
-    if first is not None and first.broke is not None:
-        span = Span(
-            first=length,
-            last=length,
-            run=length,
-            site=first.site,
-            label=first.label,
-            layer=first.layer,
-            operator=first.operator,
-            order=first.order,
-            token_text=header.text_of(first.broke.token),
-            broke=first.broke,
-            direct=True,
-        )
+    if not harmless:
+        span = Span.of(recording, first=length, last=length, run=length, direct=True)
     top = peak(stored(recording))
     return Outcome(
         case=case,
@@ -116,8 +113,9 @@ def _of_run(case: Case, text: str, recording: Recording) -> Outcome:
         spans=(span,),
         largest=_largest(None if top is None else top.amax, (span,)),
         error=header.error,
-        cause=cause(recording),
+        cause=None if harmless else cause(recording),
         hidden=first is not None and is_finite(recording),
+        harmless=harmless,
     )
 
 

@@ -36,14 +36,25 @@ def happened(span: Span, dtype: str) -> str:
         case "reduction":
             fits = "the result fits" if broke.value is None else f"the result, {number(broke.value)}, fits"
             return f"{fits}, but a partial sum on the way to it exceeds {maximum}"
+        case "invalid" | "division-by-zero" if broke.rounded_site is not None:
+            lost = "NaN" if broke.kind == "invalid" else "infinite"
+            return f"the result is {lost}, for {dtype} rounds {code(broke.rounded_site)} to 0"
         case "invalid":
             return f"the result is NaN although every operand is finite ({span.operator or 'an invalid operation'})"
         case "division-by-zero":
             return f"the result is infinite although every operand is finite ({span.operator or 'a division'})"
+        case "masked-row" if broke.rounded_site is not None:
+            return (
+                f"score and mask add up to less than the {dtype} minimum in {code(broke.rounded_site)} and become "
+                "-inf, and the softmax of a row of -inf is 0 / 0"
+            )
         case "masked-row":
             return "every key of a row is masked, and its softmax is 0 / 0"
         case "weight" | "input" | "constant":
-            source = listed([code(site) for site in broke.operand_sites], most=2) or f"an operand ({broke.kind})"
-            return f"{source} {'were' if len(broke.operand_sites) > 1 else 'was'} not finite to begin with"
+            names = [broke.origin_name] if broke.origin_name else list(broke.operand_sites)
+            source = listed([code(site) for site in names], most=2) or f"an operand ({broke.kind})"
+            if broke.kind == "constant":
+                return f"the code itself puts NaN or an infinity there ({span.operator or source})"
+            return f"{source} {'were' if len(names) > 1 else 'was'} not finite to begin with"
         case "unresolved":
             return f"inf or NaN; {maximum}. Only a recording of operators shows how it arose"

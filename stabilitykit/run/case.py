@@ -1,5 +1,6 @@
 """One case: a model and a prompt, continued by a token or more, recorded and compared with a reference."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -89,8 +90,10 @@ def run_case(
     Each new token is a forward pass and a draw; the first pass whose last logits are not finite is the last. `mask`
     replaces the model's own, as in its `forward`. `every_logit` makes and records the logits of all positions; with a
     `reference` they are compared with its. `weights` goes into the header. `facts` join what the header's `case` says,
-    and so does `next_text`, the token that greedy decoding takes at the last step, unless redacted. Records say in
-    which dtype a run in float16 stores them. `matmul` is how 16-bit matrix products are computed.
+    and so does `next_text`, the token that greedy decoding takes at the last step, unless redacted. Where that token's
+    own logit is not finite it was not chosen by the model: `greedy_text` is the token then, `greedy_logit` what its
+    logit is, "nan", "inf" or, if all are, "-inf". Records say in which dtype a run in float16 stores them. `matmul` is
+    how 16-bit matrix products are computed.
 
     Raises MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other
     raised.
@@ -136,10 +139,11 @@ def run_case(
             raise
         error = raised
     (logits,) = seen[0]
-    text = subject.piece(int(logits[-1].argmax()))
+    token = int(logits[-1].argmax())
+    text, logit = subject.piece(token), float(logits[-1, token])
     told = {} if options.get("redact") else {"next_text": text}
-    if not bool(logits[-1].isfinite().all()):
-        told["greedy_text"] = text
+    if not math.isfinite(logit):
+        told |= {"greedy_text": text, "greedy_logit": str(logit)}
     recording.header = replace(
         recording.header,
         weights=weights,

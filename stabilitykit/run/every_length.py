@@ -59,11 +59,8 @@ def every_length(
     while top:
         recording = shared[top] = passes.run(top)
         first = recording.first_break()
-        if first is None:
-            spans.append(Span(first=1, last=top, run=top))
-            break
-        held = _position(first) + 1
-        spans.append(_span(first, held, top, top, text=recording.header.text_of(_token(first))))
+        held = 1 if first is None else _position(first) + 1
+        spans.append(Span.of(recording, first=held, last=top, run=top))
         top = held - 1
     spans.reverse()
     if spans[0].broke is None:
@@ -157,26 +154,6 @@ def _position(first: Record) -> int:
     return position or 0
 
 
-def _token(first: Record) -> int | None:
-    return None if first.broke is None else first.broke.token
-
-
-def _span(first: Record, start: int, last: int, run: int, *, direct: bool = False, text: str | None = None) -> Span:
-    return Span(
-        first=start,
-        last=last,
-        run=run,
-        site=first.site,
-        label=first.label,
-        layer=first.layer,
-        operator=first.operator,
-        order=first.order,
-        token_text=text,
-        broke=first.broke,
-        direct=direct,
-    )
-
-
 def _split(span: Span, lengths: Iterable[int], passes: _Passes) -> list[Span]:
     """`span` with each of `lengths` run directly and a span of its own."""
     parts: list[Span] = []
@@ -184,14 +161,8 @@ def _split(span: Span, lengths: Iterable[int], passes: _Passes) -> list[Span]:
     for length in sorted(lengths):
         if length > start:
             parts.append(replace(span, first=start, last=length - 1))
-        recording = passes.run(length)
-        first = recording.first_break()
-        own = Span(first=length, last=length, run=span.run, direct=True)
-        if first is not None:
-            text = recording.header.text_of(_token(first))
-            own = _span(first, length, length, span.run, direct=True, text=text)
-        own = replace(own, near=span.near)
-        parts.append(own)
+        own = Span.of(passes.run(length), first=length, last=length, run=span.run, direct=True)
+        parts.append(replace(own, near=span.near))
         start = length + 1
     if start <= span.last:
         parts.append(replace(span, first=start))

@@ -1,6 +1,5 @@
 """What other formats would make of a prompt, from one run in a dtype that holds all of it."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import DEFAULT_FORMATS
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Recording
+from stabilitykit.records.document import to_document
 from stabilitykit.run.case import Progress, run_case, stage
 from stabilitykit.run.source import SourceOptions, counting, open_source
 
@@ -63,7 +63,7 @@ class Forecasts:
             "closest": None if one.closest is None else one.closest.site,
             "amax": None if one.closest is None else one.closest.amax,
             "headroom": one.headroom,
-            "weights": None if one.weights is None else dataclasses.asdict(one.weights),
+            "weights": to_document(one.weights),
         }
 
 
@@ -109,13 +109,14 @@ def forecast(
     check_choice("dtype", dtype, get_args(WideDtype))
     names = list(dict.fromkeys(number_format(name).name for name in formats)) or list(DEFAULT_FORMATS)
     source = open_source(checkpoint, prompt, progress=progress, **how)
-    weights = check_weights(source.tensors, names, counting(progress, source.bytes))
+    weights = check_weights(source.tensors, names, counting(progress, source.bytes), blocks=source.blocks)
     subject = source.subject_in(dtype, stage("preparing weights", progress))
     run = run_case(
         subject,
         source.tokens,
         matmul=preferred_matmul(dtype, subject.device.type),
         formats=names,
+        position_peaks=True,
         redact=redact,
         progress=progress,
     )

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from stabilitykit.diagnosis import document
 from stabilitykit.errors import MisuseError
-from stabilitykit.files import new_folder
+from stabilitykit.files import check_new, new_folder
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import check_matmul
@@ -53,7 +53,7 @@ class Profile:
 
         Raises MisuseError where the folder holds something already, or cannot be written.
         """
-        check_empty(Path(folder))
+        check_new(Path(folder))
         found = self.documents()
         with new_folder(Path(folder)) as aside:
             for recording in self.recordings:
@@ -128,7 +128,9 @@ def profile(
         checkpoint, prompt, matmul=matmul, more_tokens=left_padding + new_tokens - 1, progress=progress, **how
     )
     chosen = tuple(dtypes or source.dtypes)
-    weights = check_weights(source.tensors, list(dict.fromkeys(chosen)), counting(progress, source.bytes))
+    weights = check_weights(
+        source.tensors, list(dict.fromkeys(chosen)), counting(progress, source.bytes), blocks=source.blocks
+    )
     runs = run_dtypes(
         source.subject_in,
         source.tokens,
@@ -144,9 +146,3 @@ def profile(
         progress=progress,
     )
     return Profile(tokens=tuple(source.tokens), pieces=tuple(map(source.piece, source.tokens)), runs=tuple(runs))
-
-
-def check_empty(folder: Path) -> None:
-    """Raises MisuseError unless `folder` is new or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MisuseError(f"{folder} is not empty; choose a new or an empty folder.")

@@ -1,7 +1,7 @@
 """What a run needs of a checkpoint, whoever runs it: a prompt's tokens, a model in each dtype, the stored weights."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -23,6 +23,7 @@ from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.open import check_options
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
+from stabilitykit.recorder.weights import role_of
 from stabilitykit.run.case import Progress, stage
 
 SubjectIn = Callable[[str, Callable[[int, int], None]], Subject]
@@ -54,7 +55,7 @@ class SourceOptions(ModelOptions, total=False):
 class Source:
     """A prompt's `tokens` and what a token says; the model in a dtype; `tensors` are the weights as stored.
 
-    `bytes` is their size. `dtypes` are those to run in unless others are asked for.
+    `bytes` is their size, `blocks` as in a Checkpoint. `dtypes` are those to run in unless others are asked for.
     """
 
     tokens: list[int]
@@ -62,6 +63,7 @@ class Source:
     subject_in: SubjectIn
     tensors: Iterable[tuple[str, Tensor]]
     bytes: int
+    blocks: Mapping[str, int] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("float16",)
 
 
@@ -187,6 +189,7 @@ def _from_name(
         subject_in=subject_in,
         tensors=((name, scaled(name, tensor)) for name, tensor in opened.tensors.items()),
         bytes=sum(tensor.nbytes for tensor in opened.tensors.values()),
+        blocks=opened.blocks,
     )
 
 
@@ -201,8 +204,9 @@ def _opened(subject: Subject, prompt: _Prompt) -> Source:
         tokens = prompt.tokens(subject.tokenizer.encode, subject.tokenizer.chat)
     else:
         raise MisuseError(f"Expected a checkpoint's name or a model from open_model(), got {type(subject).__name__}.")
-    parameters = dict(subject.module.named_parameters())
-    own = str(next(one.dtype for one in parameters.values() if one.is_floating_point())).removeprefix("torch.")
+    weights = dict(subject.module.named_parameters())
+    own = str(next(one.dtype for one in weights.values() if one.is_floating_point())).removeprefix("torch.")
+    weights |= {name: buffer for name, buffer in subject.module.named_buffers() if role_of(name)}
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
         if dtype != own:
@@ -213,8 +217,8 @@ def _opened(subject: Subject, prompt: _Prompt) -> Source:
         tokens=tokens,
         piece=subject.piece,
         subject_in=subject_in,
-        tensors=parameters.items(),
-        bytes=sum(one.nbytes for one in parameters.values()),
+        tensors=weights.items(),
+        bytes=sum(one.nbytes for one in weights.values()),
         dtypes=(own,),
     )
 

@@ -127,6 +127,8 @@ def test_int8_is_dequantised_row_by_row_one_tensor_at_a_time(generation: int, tm
     assert float(((opened.tensors[name] - checkpoint.tensors[name]).abs() / step).max()) <= 0.5 + 1e-5
     assert opened.tensors[name].dtype == torch.float32
     assert "weights dequantised from int8" in opened.notes
+    assert opened.blocks[name] == opened.tensors[name].shape[1]  # a row shares its scaler
+    assert "norm.weight" not in opened.blocks
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stabilitykit import profile
 from stabilitykit.checkpoints import RELEASED, Checkpoint, GemmaConfig, random_checkpoint
 from stabilitykit.checkpoints.gguf import gemma_config, read_gguf
 from stabilitykit.checkpoints.gguf_file import GgufFile, GgufTensor, read_gguf_file
+from stabilitykit.diagnosis import document
 from stabilitykit.errors import CheckpointError
 
 GENERATIONS = [1, 2, 3]
@@ -125,6 +128,30 @@ def test_every_quantisation_that_the_gguf_package_reads_is_read(
     found = checkpoint.tensors["layers.0.mlp.up_proj.weight"].float().numpy()
     assert found.shape == (256, 256)
     assert np.array_equal(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(("bits", "value"), [(b"\x00\x7c", "inf"), (b"\x00\x7e", "nan")])
+def test_a_block_whose_scale_is_not_finite_is_named(
+    write_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: bytes, value: str
+) -> None:
+    """Before anything runs: block 5 of rows of four is the second of the second row."""
+    spec = "random:gemma3-270m?layers=1&hidden_size=128&feed_forward=128&heads=1&kv_heads=1&head_dim=32&vocabulary=263"
+    path = write_gguf(3, kind=gguf.GGMLQuantizationType.Q8_0, spec=spec)
+    content = bytearray(path.read_bytes())
+    start = content.index(read_gguf_file(path).tensors["blk.0.ffn_up.weight"].rows.tobytes())
+    content[start + 5 * 34 : start + 5 * 34 + 2] = bits  # a block is its float16 scale, then 32 bytes
+    path.write_bytes(content)
+    monkeypatch.setenv("STABILITYKIT_CACHE", str(tmp_path / "cache"))
+    found = profile(path, "Hi", dtypes=["float16", "bfloat16"], level="layers")
+    for dtype in ("float16", "bfloat16"):
+        weights = found[dtype].header.weights
+        assert weights is not None
+        worst = weights.worst[0]
+        assert (worst.name, worst.nonfinite) == ("layers.0.mlp.up_proj.weight", 32)
+        assert (worst.index, worst.block, worst.block_size) == ((1, 32), 5, 32)
+        assert str(worst.value).lstrip("-") in (value, "nan")  # inf times a zero is NaN
+        told = json.loads(json.dumps(document(found[dtype]), allow_nan=False))["weights"]["worst"][0]
+        assert (told["index"], told["block"], told["value"]) == ([1, 32], 5, str(worst.value))
 
 
 def test_the_270m_is_read_as_the_gguf_package_reads_it(gguf_270m: Path, checkpoint_270m: Checkpoint) -> None:

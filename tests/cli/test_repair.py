@@ -97,7 +97,7 @@ def test_misuse_is_one_sentence(stabilitykit: Run, broken: Path, tmp_path: Path)
     for arguments, said in (
         (("repair", "hf:nobody/nothing"), "nobody/nothing"),
         (("repair", str(broken), "--device", "abacus"), "cannot be used here"),
-        (("repair", str(broken), "--out", str(tmp_path)), "exists already; choose a new folder"),
+        (("repair", str(broken), "--out", str(broken)), "is not empty; choose a new or an empty folder"),
         (("repair", str(broken), "--prompts", str(tmp_path / "none.txt")), "none.txt"),
         (("repair", str(broken), "--margin", "30"), "Try a smaller --margin"),
         (("verify", str(tmp_path)), "has no repair.json"),

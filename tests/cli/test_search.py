@@ -55,7 +55,7 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert [case["settings"]["tokens"] for case in planned["cases"]] == [2]
     again = stabilitykit("search", str(pair), "--out", str(out))
     assert again.code == 2
-    assert "exists already; choose a new folder" in again.err
+    assert "exists already and is not empty; choose a new or an empty folder" in again.err
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_misuse_is_one_sentence(stabilitykit: Run, pair: Path, tmp_path: Path) -
         (("search", str(pair), "--limit", "0"), "limit must be at least 1, got 0"),
         (("search", str(pair), "--beam", "-2"), "beam must be at least 1, got -2"),
         (("search", str(pair), "--length", "99999"), "length must be at most 8,191"),
-        (("search", str(pair), "--out", str(tmp_path)), "exists already; choose a new folder"),
+        (("search", str(pair), "--out", str(pair)), "is not empty; choose a new or an empty folder"),
     ):
         result = stabilitykit(*arguments)
         assert result.code == 2, arguments

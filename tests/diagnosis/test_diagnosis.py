@@ -4,59 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from recordings import HEADER, broke, lost_everything, made
 
 from stabilitykit.diagnosis import by_layer, cause, chain, document, is_finite, verdict
-from stabilitykit.records import (
-    Break,
-    BreakKind,
-    FormatCounts,
-    Header,
-    Record,
-    Recording,
-    Softmax,
-    StoredWeights,
-    WeightCounts,
-)
-
-HEADER = Header(
-    checkpoint="toy",
-    sha256=None,
-    dtype="float16",
-    device="cpu",
-    level="operators",
-    matmul="native",
-    formats=("float16",),
-    rows=1,
-    tokens=((2, 7, 9),),
-    token_texts={2: "<bos>", 7: " a", 9: "."},
-)
-
-
-def made(order: int, site: str, **changes: Any) -> Record:
-    """A healthy record of 3 tokens and 4 channels, with changes."""
-    layer = int(site.split(".")[1].split("/")[0]) if site.startswith("layers.") else None
-    healthy = Record(
-        order=order, step=0, site=site, label=None, module=site.partition("/")[0], operator="add", layer=layer,
-        dtype="float16", shape=(1, 3, 4), elements=12, masked=0, nan=0, positive_inf=0, negative_inf=0, zero=0,
-        subnormal=0, amax=8.0, smallest=0.5, minimum=-8.0, maximum=1.0, mean=0.0, rms=1.0, exponent_first=-1,
-        exponents=(11, 0, 0, 0, 1), formats={"float16": FormatCounts(0, 0, 0)}, amax_row=0, amax_position=1,
-        amax_channel=2, amax_token=7, amax_token_text=" a", positions=3, channels=4,
-    )  # fmt: skip
-    return replace(healthy, **changes)
-
-
-def broke(kind: BreakKind = "overflow", position: int = 0, **changes: Any) -> Break:
-    healthy = Break(
-        kind=kind, count=1, row=0, position=position, channel=2, token=(2, 7, 9)[position],
-        index=(0, position, 2), operands=(60000.0, 8000.0),
-        operand_sites=("layers.0/add.0", "layers.0.mlp.down_proj"), value=68000.0, limit=65504.0,
-    )  # fmt: skip
-    return replace(healthy, **changes)
-
-
-def lost_everything(order: int, site: str, **changes: Any) -> Record:
-    return made(order, site, nan=12, amax=None, lost_positions=3, lost_channels=4, **changes)
-
+from stabilitykit.records import BreakKind, FormatCounts, Recording, Softmax, StoredWeights, WeightCounts
 
 BROKEN = [
     made(0, "embed_tokens", label="embedding, scaled"),
@@ -138,7 +89,7 @@ def test_a_later_position_depends_on_the_tokens_up_to_it() -> None:
     [
         ("layers.0", "overflow", {}, "range"),
         ("layers.0", "reduction", {}, "range"),
-        ("layers.0", "unresolved", {}, "range"),
+        ("layers.0", "unresolved", {}, "unresolved"),
         ("layers.0", "invalid", {}, "invalid-operation"),
         ("layers.0.self_attn/softmax.0", "masked-row", {}, "masked-row"),
         ("layers.0", "weight", {}, "weights"),
@@ -181,7 +132,7 @@ def stored_weights(nonfinite: int, overflow: int) -> StoredWeights:
     )
 
 
-@pytest.mark.parametrize(("nonfinite", "name"), [(2, "weights"), (0, "range")])
+@pytest.mark.parametrize(("nonfinite", "name"), [(2, "weights"), (0, "unresolved")])
 def test_what_no_operator_explains_is_the_weights_where_they_were_not_finite(nonfinite: int, name: str) -> None:
     record = made(0, "layers.0", positive_inf=1, broke=broke("unresolved"))
     recording = Recording(replace(HEADER, level="layers", weights=stored_weights(nonfinite, overflow=0)), [record])

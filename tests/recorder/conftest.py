@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from watched import LEVELS
 
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.records import Level
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPECS = {
@@ -29,3 +31,8 @@ def small() -> Callable[..., Gemma]:
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
     return torch.tensor([[2, 70, 71, 72, 73, 74, 75]])
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Level:
+    return request.param

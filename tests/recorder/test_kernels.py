@@ -23,6 +23,7 @@ from torch import Tensor
 from stabilitykit.formats import FORMATS
 from stabilitykit.recorder.kernels import cpu, cpu_softmax, device, machine, plain, plain_softmax, softmax_layout
 from stabilitykit.recorder.kernels.layout import Field, edges
+from stabilitykit.recorder.statistics import decode
 
 KNOWN = tuple(FORMATS)
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -106,13 +107,15 @@ def check_triton_agrees(
 
 
 def check_equal(first: np.ndarray, second: np.ndarray) -> None:
-    exact = [i for i in range(len(first)) if i not in (Field.SUM, Field.SQUARES, Field.SCALE)]
+    exact = [i for i in range(len(first)) if i not in (Field.SUM, Field.SQUARES, Field.SCALE, Field.SHRUNK)]
     np.testing.assert_array_equal(first[exact], second[exact])
     (one, scale), (other, scale_too) = (row[[Field.SQUARES, Field.SCALE]].tolist() for row in (first, second))
     assert math.sqrt(one) * scale == pytest.approx(math.sqrt(other) * scale_too, rel=1e-12, abs=1e-320)
     magnitude = max(abs(first[Field.MINIMUM]), abs(first[Field.MAXIMUM]))
     if math.isfinite(magnitude) and math.isfinite(first[Field.SUM]):
         assert abs(first[Field.SUM] - second[Field.SUM]) <= 1e-7 * magnitude
+    if math.isfinite(magnitude) and not (math.isfinite(first[Field.SUM]) and math.isfinite(second[Field.SUM])):
+        assert abs(first[Field.SHRUNK] - second[Field.SHRUNK]) <= 1e-7 * magnitude
 
 
 def drawn(draw: Callable[..., int], dtype: torch.dtype, elements: int, seed: int) -> Tensor:
@@ -219,6 +222,16 @@ def test_triton_squares_float64_of_any_size(cuda: ModuleType, sizes: tuple[float
     small, large = (torch.full((600,), size, dtype=torch.float64) for size in sizes)
     for tensor in (torch.cat((small, large)), torch.stack((small, large), -1).reshape(-1), small):
         check_triton_agrees(cuda, tensor)
+
+
+@pytest.mark.parametrize("pattern", [(1.7e308,), (1.7e308, -1.7e308), (1.7e308, 1e308, -1.0), (-1.7e308, 5e-324)])
+def test_triton_sums_float64_whose_sum_overflows(cuda: ModuleType, pattern: tuple[float, ...]) -> None:
+    """Among the lanes of a block, and where programs' rows are merged."""
+    for repeats in (2, 1_300):
+        tensor = torch.tensor(pattern, dtype=torch.float64).repeat(repeats)
+        row = check_triton_agrees(cuda, tensor)
+        mean = decode(row, edges(tensor.dtype, KNOWN), tensor.shape).mean
+        assert mean == pytest.approx(sum(value / len(pattern) for value in pattern), abs=1e292)
 
 
 @pytest.mark.parametrize("dtype", list(INTEGERS), ids=str)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from stabilitykit.diagnosis import verdict
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma, KVCache
 from stabilitykit.recorder import record
@@ -262,6 +263,27 @@ def test_a_float32_island_is_judged_as_float32(small: Small, tokens: torch.Tenso
     assert (squares.dtype, squares.broke) == ("float32", None)
     assert squares.formats["float16"].overflow > 0
     assert recording.first_break() is None
+
+
+def test_a_module_without_floating_parameters_is_judged_by_what_it_is_given() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x
+
+    module = Doubled()
+    for value, ends in ((100.0, "finite throughout"), (40_000.0, "exceeds the float16 maximum")):
+        with record(module) as recording:
+            module(torch.full((3,), value, dtype=torch.float16))
+        assert recording.header.dtype == "float16"
+        assert ends in verdict(recording)
+    module.packed = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    with record(module) as recording:
+        module(torch.ones(3, dtype=torch.bfloat16))
+    assert recording.header.dtype == "bfloat16"
+    module.scale = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    with record(module) as recording:
+        module(torch.ones(3))
+    assert recording.header.dtype == "float16"
 
 
 def test_peaks_are_located_by_token_and_channel(small: Small, tokens: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """The statistics agree with float64 arithmetic and with ml_dtypes' casts, on every kind of float."""
 
 import math
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabilitykit.formats import FORMATS, number_format
-from stabilitykit.recorder.statistics import measure
+from stabilitykit.recorder.kernels import cpu, plain
+from stabilitykit.recorder.kernels.layout import edges
+from stabilitykit.recorder.statistics import decode, joined, measure
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TARGETS = {
@@ -79,6 +82,7 @@ def check_against_float64(tensor: torch.Tensor) -> None:
     assert histogram == dict(zip(exponents.tolist(), counts.tolist(), strict=True))
     scale = magnitudes.max() or 1.0
     assert found.rms == pytest.approx(scale * math.sqrt(np.mean((finite / scale) ** 2)), rel=1e-9)
+    assert found.mean == pytest.approx(float(np.mean(finite / scale)) * scale, rel=1e-9, abs=1e-12 * scale)
     for name, target in TARGETS.items():
         if tensor.dtype == torch.float64:
             cast = rounded(finite, name)  # ml_dtypes would go through float32 and round twice
@@ -133,6 +137,35 @@ def test_statistics_of_float16_do_not_overflow_in_float16() -> None:
     found = measure(torch.full((1000,), 60000.0, dtype=torch.float16), ())
     assert found.mean == 60000.0
     assert found.rms == pytest.approx(60000.0)
+
+
+@pytest.mark.parametrize(
+    "values", [[1.7e308, 1.7e308], [-1.7e308] * 3, [1.7e308, 1.7e308, -1.7e308, 1.0], [1.7976931348623157e308] * 7]
+)
+@pytest.mark.parametrize("repeats", [1, 5_000])
+@pytest.mark.parametrize("kernel", ["of a CPU", "plain"])
+def test_a_mean_fits_where_the_sum_does_not(values: list[float], repeats: int, kernel: str) -> None:
+    tensor = torch.tensor(values, dtype=torch.float64).repeat(repeats)
+    against = edges(tensor.dtype, ())
+    row = (plain if kernel == "plain" else cpu).tally(tensor, against)
+    found = decode(np.asarray(row), against, tensor.shape)
+    exact = float(sum(map(Fraction, values)) / len(values))
+    assert found.mean == pytest.approx(exact, rel=1e-12)
+    first, rest = (cpu.tally(part, against) for part in (tensor[:1], tensor[1:]))
+    assert decode(joined(first, rest, None), against, tensor.shape).mean == pytest.approx(exact, rel=1e-12)
+
+
+def test_a_mean_whose_sum_fits_is_the_sum_by_the_count() -> None:
+    values = torch.tensor([1e200, -3e199, 7.0, 1e-300], dtype=torch.float64)  # whose squares do not fit
+    assert measure(values, ()).mean == float(values.sum()) / 4
+
+
+def test_nan_under_a_mask_is_masked() -> None:
+    values = torch.tensor([math.nan, math.inf, -math.inf, 1.0, -0.0])
+    found = measure(values, ("float16",), torch.tensor([True, True, True, False, False]))
+    assert (found.masked, found.nan, found.nonfinite, found.zero, found.mean) == (3, 0, 0, 1, 0.5)
+    shown = measure(values, (), torch.tensor([False, True, True, False, False]))
+    assert (shown.masked, shown.nan) == (2, 1)
 
 
 def test_masked_elements_are_in_no_statistic() -> None:

@@ -120,10 +120,14 @@ def test_one_recording_inside_another_sees_no_measuring(small: Small, tokens: to
     model = small(3)
     with torch.no_grad(), record(model) as alone:
         model(tokens)
-    with torch.no_grad(), record(model) as outer, record(model) as inner:
+    other = small(3)
+    with torch.no_grad(), record(model) as outer, record(other) as inner:
         model(tokens)
-    assert [r.site for r in inner] == [r.site for r in alone]
-    assert len(outer) == len(alone)
+        other(tokens)
+    sites = [r.site for r in alone]
+    assert [r.site for r in outer if r.module != "outside"] == sites
+    assert [r.site for r in inner if r.module != "outside"] == sites
+    assert len(outer) == len(inner) == 2 * len(alone)  # each sees the other's operators
 
 
 def test_a_users_hook_that_raises_before_ours_leaves_the_recorder_standing(small: Small, tokens: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 from swept import clean_map, clean_run, lengths_case, memory, memory_case, plan, run_case, sweep
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.records.sweep import Failure, Results
+from stabilitykit.records.sweep import USUAL, Case, Failure, Results
 
 
 def test_results_are_found_again_by_case(tmp_path: Path) -> None:
@@ -58,6 +58,25 @@ def test_a_case_is_known_by_its_settings() -> None:
     assert str(run_case(length=1)) == "prose 1 token with <bos> float16"
     wild = run_case(prompt="../a b/<c>")
     assert "/" not in wild.id
+
+
+def test_cases_keep_their_ids_when_an_axis_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {
+        "prompt": "prose", "length": "all", "bos": True, "dtype": "float16", **USUAL, "text_sha256": "ab", "tokens": 3,
+        "device": "cpu",
+    }  # fmt: skip
+    case = Case(kind="run", settings=settings)
+    assert (
+        case.id == "run-prompt=prose-length=all-bos=True-dtype=float16-rescale=1.0-level=operators-r-8b10c68858"
+    )  # as files of stored reports are called
+    monkeypatch.setitem(USUAL, "backend", "own")  # an axis of a later version
+    added, other = (Case(kind="run", settings=settings | {"backend": name}) for name in ("own", "transformers"))
+    assert added.id == case.id
+    assert added.unusual == case.unusual
+    assert str(added) == str(case)
+    assert other.id != case.id
+    assert plan([added]).differences(plan([case])) == []
+    assert plan([other]).differences(plan([case])) == ["1 case added and 1 removed"]
 
 
 def test_memory_is_compared_without_the_libraries() -> None:

@@ -103,7 +103,7 @@ def test_nothing_is_overwritten_or_left_half_written(
 ) -> None:
     opened = open_checkpoint(broken)
     found = repair(opened, texts(opened.config, Tokenizer(opened.vocabulary)))
-    with pytest.raises(MisuseError, match="exists already"):
+    with pytest.raises(MisuseError, match="exists already and is not empty"):
         export(opened, found, repaired)
 
     def full(*_: Any, **__: Any) -> None:

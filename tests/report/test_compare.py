@@ -52,8 +52,8 @@ def test_the_same_results_have_not_changed(tmp_path: Path) -> None:
     assert (found.key, found.title) == ("against", "Against A toy")
     assert found.opening.startswith("What changed since the report in before, by 5 cases finished in both.")
     assert summary(found) == (
-        "**Nothing changed** in all 5 common cases: neither first breaks nor peaks, errors of the logits or memory, so "
-        "far as both reports hold them."
+        "**Nothing changed** in all 5 common cases: neither first breaks nor tokens, peaks, errors of the logits or "
+        "memory, so far as both reports hold them."
     )
     assert not tables(found)
 
@@ -74,6 +74,15 @@ def test_a_case_is_the_same_whatever_the_digest_of_its_text(tmp_path: Path) -> N
     )
     assert "The text of prose changed" in summary(found)
     assert "**Nothing else changed**" in summary(found)
+
+
+@pytest.mark.parametrize(("rescale", "same"), [(1.0, True), (2.0, False)])
+def test_a_case_is_the_same_whether_a_usual_setting_is_written_down_or_not(
+    tmp_path: Path, rescale: float, same: bool
+) -> None:
+    found = compared(tmp_path, [(run_case(), clean_run())], [(run_case(rescale=rescale), clean_run())])
+    assert ("**Nothing changed** in its only common case" in summary(found)) == same
+    assert ("nothing to compare" in summary(found)) == (not same)
 
 
 def test_cases_and_states_that_differ_are_listed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
-from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma, build, generate
 from stabilitykit.models.matmul import matmul
 from stabilitykit.models.subject import Sampling
 from stabilitykit.records import LogitsError
@@ -155,6 +155,39 @@ def test_a_run_that_breaks_says_so_and_what_is_left_of_its_logits(checkpoint: Ch
     assert run.error is not None  # of the sampler
     found = run.recording.header.logits_error
     assert found == LogitsError(kl_mean=None, kl_max=None, top1=None, compared=0, positions=len(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("logits", "token", "logit"),
+    [
+        ([-math.inf, -math.inf, -math.inf], 0, "-inf"),
+        ([math.nan, math.nan, math.nan], 0, "nan"),
+        ([1.0, -math.inf, math.nan], 2, "nan"),
+        ([1.0, math.inf, -math.inf], 1, "inf"),
+        ([-math.inf, 1.0, 2.0], 2, None),  # chosen by the model, whatever became of the others
+        ([0.0, 1.0, 2.0], 2, None),
+    ],
+)
+def test_a_token_that_greedy_decoding_takes_without_a_choice_is_told_as_such(
+    checkpoint: Checkpoint, logits: list[float], token: int, logit: str | None
+) -> None:
+    model = build(checkpoint)
+    fill = torch.tensor(logits)
+
+    def replaced(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat((fill, fill.new_full((output.shape[-1] - 3,), -math.inf))).expand(output.shape)
+
+    handle = model.register_forward_hook(replaced)
+    greedy = Sampling(temperature=None)
+    run = run_case(model, TOKENS, sampling=greedy, level="modules")
+    drawn = generate(model, TOKENS, max_new_tokens=1, sampling=greedy)
+    handle.remove()
+    case = run.recording.header.case
+    assert run.error is None
+    assert drawn == ([] if token == model.eos else [token])
+    assert case["next_text"] == model.tokenizer.piece(token)
+    assert case.get("greedy_text") == (None if logit is None else model.tokenizer.piece(token))
+    assert case.get("greedy_logit") == logit
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -37,8 +37,8 @@ def generate(
 
     A list of ids gives a list, a tensor [B, T] a list for each of its rows; rows shorter than T are padded on the
     left, and `padding` [B, T] is True where a real token stands. The same seed gives the same tokens on one machine.
-    Raises MisuseError for an empty prompt, and what the sampler raises when the logits are not finite: greedy
-    decoding hides that and prints token 0, `<pad>`.
+    Raises MisuseError for an empty prompt, and what the sampler raises when the logits are not finite. Greedy
+    decoding raises nothing: of a row with NaN it takes the first NaN, of one of -inf alone token 0, `<pad>`.
     """
     tokens_BT = tokens if isinstance(tokens, Tensor) else torch.tensor([list(tokens)], dtype=torch.int64)
     answers = decode(model, tokens_BT, Continuation(new_tokens=max_new_tokens, sampling=sampling, padding=padding))

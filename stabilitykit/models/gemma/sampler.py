@@ -25,11 +25,11 @@ class Sampler(nn.Module):
     ) -> Tensor:
         """Token ids [B], int64; the logits are left as they are.
 
-        With temperature None the largest logit wins, the first of equals; a row with NaN gives its first NaN, so
-        that a row of NaN gives token 0. Otherwise the logits are divided (in float32, rounded to their dtype),
-        softmax is float32, tokens are kept while the probability before them is at most `top_p` and their rank
-        is below `top_k`, and what is kept is renormalised. On a CPU, probabilities that are none raise torch's
-        RuntimeError; elsewhere SamplingError, before the device asserts.
+        With temperature None the largest logit wins, the first of equals, and nothing is refused: a row with NaN gives
+        its first NaN, so that a row of NaN gives token 0, and so does one of -inf. Otherwise the logits are divided (in
+        float32, rounded to their dtype), softmax is float32, tokens are kept while the probability before them is at
+        most `top_p` and their rank is below `top_k`, and what is kept is renormalised. On a CPU, probabilities that are
+        none raise torch's RuntimeError; elsewhere SamplingError, before the device asserts.
         """
         if temperature is None:
             return logits_BV.argmax(dim=-1)

@@ -55,7 +55,9 @@ _PACKED = struct.Struct("<5qd9q")
 # The places, at an address of their own: a shape, the strides of the tensor and of the mask.
 _STRIDES, _HIDDEN_STRIDES = OUTER + 1, 2 * (OUTER + 1)
 
-_MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = map(int, Field)
+_MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = (
+    int(field) for field in Field if field is not Field.SHRUNK
+)  # SHRUNK stays 0: where a sum overflows, so do the squares, and `plain` counts
 
 
 def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: float = math.inf) -> NDArray[np.float64]:

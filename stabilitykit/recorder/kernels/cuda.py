@@ -18,17 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from stabilitykit.recorder.kernels import device
-from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field
+from stabilitykit.recorder.kernels.layout import FIELDS, SHRINK, Edges, Field
 
 _BLOCK = 1024  # elements that a program looks at together, eight in each thread
 _BLOCK_OF_FLOAT64 = 512
 _BLOCKS = 4  # that one program takes at least: fewer and the second kernel would cost more than it saves
 _COLUMNS = 32  # of a row, that one program of the second kernel adds up
 
-_MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE = (
+_MASKED, _NAN, _PLUS, _MINUS, _AMAX, _INDEX, _SMALLEST, _MINIMUM, _MAXIMUM, _SUM, _SQUARES, _SCALE, _SHRUNK = (
     tl.constexpr(int(field)) for field in Field
 )
 _FIELDS = tl.constexpr(FIELDS)
+_SHRINK = tl.constexpr(1 / SHRINK)
 _STEP = tl.constexpr(32)  # rows that the second kernel reads together
 _LARGE, _SMALL = tl.constexpr(2.0**500), tl.constexpr(2.0**-500)  # beyond these float64's squares leave its range
 _UP, _DOWN = tl.constexpr(2.0**600), tl.constexpr(2.0**-600)
@@ -229,6 +230,7 @@ def count(
     lowest = tl.full([BLOCK], INFINITY, INTEGER)
     highest = tl.full([BLOCK], -INFINITY - 1, INTEGER)
     total = tl.zeros([BLOCK], tl.float64)
+    shrunk = tl.zeros([BLOCK], tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
     large_squares = tl.zeros([BLOCK], tl.float64)
     small_squares = tl.zeros([BLOCK], tl.float64)
@@ -272,6 +274,7 @@ def count(
         value = value_of(tl.where(kept, bits, 0)).to(tl.float64)
         total += value
         if WIDE:
+            shrunk += value * _SHRINK
             magnitude = value_of(tl.where(kept, code, 0))
             is_large, is_small = magnitude > _LARGE, magnitude < _SMALL
             scaled = magnitude * tl.where(is_large, _DOWN, tl.where(is_small, _UP, 1.0))
@@ -291,6 +294,7 @@ def count(
     tl.store(out + _MINIMUM, value_of(ordered(tl.min(lowest, axis=0))).to(tl.float64))
     tl.store(out + _MAXIMUM, value_of(ordered(tl.max(highest, axis=0))).to(tl.float64))
     tl.store(out + _SUM, tl.sum(total, axis=0))
+    tl.store(out + _SHRUNK, tl.sum(shrunk, axis=0))
     middle = tl.sum(squares, axis=0)
     if WIDE:
         large = tl.sum(large_squares, axis=0)
@@ -353,6 +357,7 @@ def merge(table, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         tl.store(out + _PLUS, tl.sum(tl.load(row + _PLUS, mask=given, other=0.0), axis=0))
         tl.store(out + _MINUS, tl.sum(tl.load(row + _MINUS, mask=given, other=0.0), axis=0))
         tl.store(out + _SUM, tl.sum(tl.load(row + _SUM, mask=given, other=0.0), axis=0))
+        tl.store(out + _SHRUNK, tl.sum(tl.load(row + _SHRUNK, mask=given, other=0.0), axis=0))
         squares = tl.load(row + _SQUARES, mask=given, other=0.0)
         scales = tl.load(row + _SCALE, mask=given, other=1.0)
         scale = tl.max(tl.where(squares > 0, scales, 0.0), axis=0)

@@ -23,7 +23,7 @@ class Field(IntEnum):
     """MASKED elements enter nothing else. AMAX and those after it are over finite elements; AMAX is -1 without any.
 
     INDEX is the row-major index of the first element of magnitude AMAX. SMALLEST is inf where all are zero. SQUARES is
-    the sum of (x / SCALE)².
+    the sum of (x / SCALE)². SHRUNK is the sum of x / `SHRINK` where SUM, that of x, may have overflowed: of float64.
     """
 
     MASKED = 0
@@ -38,7 +38,11 @@ class Field(IntEnum):
     SUM = 9
     SQUARES = 10
     SCALE = 11
+    SHRUNK = 12
 
+
+SHRINK = 2.0**64
+"""More than any tensor's elements: so many float64 numbers divided by it have a sum in float64's range."""
 
 FIELDS = len(Field)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stabilitykit.recorder.kernels.layout import FIELDS, Edges, Field, infinity_code
+from stabilitykit.recorder.kernels.layout import FIELDS, SHRINK, Edges, Field, infinity_code
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _EXPONENT_BITS = {torch.float32: 8, torch.float64: 11}
@@ -47,6 +47,8 @@ def tally(tensor: Tensor, edges: Edges, hidden: Tensor | None = None, limit: flo
     scale = row[Field.AMAX].clone() if edges.wide == torch.float64 else torch.ones_like(row[0])  # no square overflows
     scale = torch.where(scale > 0, scale, 1.0)
     row[Field.SUM], row[Field.SQUARES], row[Field.SCALE] = finite.sum(), (finite / scale).square().sum(), scale
+    if edges.wide == torch.float64:
+        row[Field.SHRUNK] = (finite / SHRINK).sum()
     at_least = (codes.shape[0] - torch.searchsorted(codes.sort().values, _bounds(edges, codes.device))).double()
     row[FIELDS : FIELDS + edges.count] = at_least[: edges.count]
     row[FIELDS + edges.count :] = at_least[edges.count : -1] - at_least[edges.count + 1 :]

@@ -67,8 +67,12 @@ def _float32(found: Sequence[Outcome], because: str) -> tuple[str | None, str]:
         case "clean":
             return "float32", f"{lead}{_is(found, 'float32')}."
         case "breaks":
-            of_range = all(o.is_of_range for o in found if o.dtype == "float32" and o.first is not None)
-            cause = "values leave even its range" if of_range else "the number format is not the cause, see the verdict"
+            broken = [o for o in found if o.dtype == "float32" and o.first is not None]
+            cause = "the number format is not the cause, see the verdict"
+            if all(o.is_of_range for o in broken):
+                cause = "values leave even its range"
+            elif any(o.is_unresolved for o in broken):
+                cause = "why is not known, see the verdict"
             return None, f"{lead}{_is(found, 'float32')}: {cause}."
         case "would break":
             return None, f"{lead}float32 did not run, and other dtypes stored values that would overflow it."

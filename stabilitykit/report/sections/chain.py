@@ -6,7 +6,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis import chain, verdict
+from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Record, Recording
+from stabilitykit.records.layers import is_layer
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.outcomes import Names
@@ -23,7 +25,11 @@ TITLE = "From the first break to the error"
 def section(results: Results) -> Section:
     """The chain of the first broken run in the format in question; of another dtype where none in it broke."""
     runs = list(results.runs())
-    broken = [(case, recording) for case, recording in runs if recording.first_break() is not None]
+    broken = [
+        (case, recording)
+        for case, recording in runs
+        if recording.first_break() is not None and not is_harmless(recording)
+    ]
     broken.sort(key=lambda pair: pair[1].header.dtype != results.form.name)
     if not broken:
         return Section(key="chain", title=TITLE, opening=_nothing(results, runs))
@@ -85,7 +91,7 @@ def _layers(recording: Recording) -> list[Record]:
     found = {
         record.layer: record
         for record in recording
-        if record.step == first.step and record.layer is not None and record.site.endswith(f"layers.{record.layer}")
+        if record.step == first.step and record.layer is not None and is_layer(record.site)
     }
     return [found[layer] for layer in sorted(found) if found[layer].positions and found[layer].channels]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
+from stabilitykit.diagnosis.parts import is_stream
 from stabilitykit.diagnosis.verdict import limits
 from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records.sweep import Results
@@ -152,8 +153,10 @@ def _clean(results: Results, found: Sequence[Outcome], dtypes: Sequence[str], *,
     finished = all(results.is_done(case) for case in results.plan.cases if case.runs_prompt)
     lead = f"**Nothing{'' if finished else ' that has finished'} breaks**: " if nothing_broke else ""
     raised = [o.error for o in found if o.dtype in dtypes and o.error is not None]
+    harmless = sum(o.harmless for o in found if o.dtype in dtypes)
+    ended = f" In {count(harmless, 'recorded run')} an overflow ends without loss." if harmless else ""
     but = f" Sampling raised all the same in {count(len(raised), 'run')}: {code(raised[0])}." if raised else ""
-    return f"{lead}{listed(said)} {verb} clean.{but}"
+    return f"{lead}{listed(said)} {verb} clean.{ended}{but}"
 
 
 def _bits(value: float) -> str:
@@ -165,20 +168,29 @@ def _advice(found: Sequence[Outcome], broken: Sequence[str]) -> str:
         return _advice_when_clean(found)
     wrong = next((o for dtype in broken for o in found if o.dtype == dtype and o.first and not o.is_of_range), None)
     if wrong is not None:
-        why = wrong.cause
-        if why is not None:
+        why, kind = wrong.cause, None if wrong.first is None or wrong.first.broke is None else wrong.first.broke.kind
+        if why is not None and why.remedy:
             return f"What to do: {sentence(why.remedy)}"
+        if kind == "unresolved":
+            return "What to do: record operators to see how that came about."
         return "What to do: look at the operands of that break; its cause is not the range of the format."
     wider = [dtype for dtype in ("bfloat16", "float32") if standing(found, dtype) == "clean"]
     likely = [dtype for dtype in ("bfloat16", "float32") if standing(found, dtype) == "would fit"]
-    names = listed(broken)
-    scale = f"to stay in {names}, scale the residual stream down by a power of two first"
+    scale = _scale(found, broken)
     if wider:
         clean = "which is" if len(wider) == 1 else "which are"
-        return f"What to do: use {' or '.join(wider)}, {clean} clean here; {scale}."
+        return f"What to do: use {' or '.join(wider)}, {clean} clean here{scale}."
     if likely:
-        return f"What to do: use {' or '.join(likely)}, whose range holds these values though it did not run; {scale}."
-    return f"What to do: run the sweep in bfloat16 and float32 before choosing one of them; {scale}."
+        return f"What to do: use {' or '.join(likely)}, whose range holds these values though it did not run{scale}."
+    return f"What to do: run the sweep in bfloat16 and float32 before choosing one of them{scale}."
+
+
+def _scale(found: Sequence[Outcome], broken: Sequence[str]) -> str:
+    """How to stay in the dtypes that break, where all of it is the residual stream; after a semicolon."""
+    firsts = [o.first for o in found if o.dtype in broken and o.first is not None]
+    if not all(is_stream(span.label) for span in firsts):
+        return ""
+    return f"; to stay in {listed(broken)}, scale the residual stream down by a power of two first"
 
 
 def _advice_when_clean(found: Sequence[Outcome]) -> str:

@@ -138,7 +138,7 @@ def test_a_break_that_is_not_of_range_is_not_cured_by_a_wider_format(tmp_path: P
     runs = [(run_case(dtype), broken_run(dtype, kind="weight")) for dtype in ("float16", "float32")]
     text = paragraph(made(tmp_path, *runs))
     assert "were not finite to begin with" in text
-    assert "What to do: Check how the checkpoint was written and cast; no number format helps." in text
+    assert "What to do: Look at them in the checkpoint: if it is finite there, load the model in a format" in text
     assert "power of two" not in text
 
 

@@ -1,0 +1,58 @@
+"""What is passed to the model: arguments by name, and the tensors inside its caches."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from stabilitykit.recorder.tensors import floating
+from stabilitykit.records import OriginKind
+
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "past")
+_DEEP = 4  # cache -> list of layers -> layer -> keys
+
+
+def named_inputs(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[OriginKind, str, Tensor]]:
+    """The floating tensors that a call is given: their kind, what the argument or the slot is called, the tensor."""
+    for name, value in _arguments(model, args, kwargs):
+        if value is None or isinstance(value, bool | int | float | str):
+            continue
+        kind: OriginKind = "cache" if name in _CACHES else "input"
+        if isinstance(value, Tensor | list | tuple | dict):
+            for tensor in floating(value):
+                yield kind, name, tensor
+        else:
+            for path, tensor in _inside(value, "", _DEEP):
+                yield kind, path, tensor
+
+
+def _arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    if args:
+        try:
+            names = [
+                p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
+            ]
+        except (TypeError, ValueError):
+            names = []
+        for place, value in enumerate(args):
+            yield (names[place] if place < len(names) else f"argument {place}"), value
+    yield from kwargs.items()
+
+
+def _inside(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that an object holds, by the attributes and indices that lead to them."""
+    if isinstance(value, Tensor):
+        for tensor in floating(value):
+            yield path.removeprefix("."), tensor
+    elif depth and isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _inside(item, f"{path}.{index}", depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _inside(item, f"{path}.{key}", depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        for name, item in vars(value).items():
+            yield from _inside(item, f"{path}.{name}", depth - 1)

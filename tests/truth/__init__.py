@@ -1,0 +1,1 @@
+"""Planted faults with known answers, and how well a diagnosis agrees with them."""
