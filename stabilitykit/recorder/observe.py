@@ -37,6 +37,8 @@ DEFAULT_FORMATS = tuple(
 )
 """The formats of at most 16 bits, the most precise first."""
 
+_FORMS = 1 << 12  # that are remembered
+
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
 
 
@@ -60,10 +62,10 @@ class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
     `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
-    in the making, in order of execution, `forms` what tensors of a shape share within one step. `judgements` wait for a
-    device that the pass must not wait for; `broken`: something broke. `before` are entries that come before the one of
-    that number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the
-    elements that were asked for.
+    in the making, in order of execution, `forms` what tensors of the same labels share. `judgements` wait for a device
+    that the pass must not wait for; `broken`: something broke. `before` are entries that come before the one of that
+    number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the elements
+    that were asked for.
     """
 
     options: Options
@@ -83,7 +85,8 @@ class Observer:
     def begin(self) -> None:
         """Before a step."""
         self.settle()
-        self.forms.clear()
+        if len(self.forms) > _FORMS:
+            self.forms.clear()
 
     def observe(
         self,

@@ -94,11 +94,11 @@ class Session:
         frame.first_entry = len(observer.entries)
         self.backward.ran(frame.module)
         if frame.module in self._wholes:
-            with aside():
-                if self._begins(frame):
+            if self._begins(frame):
+                with aside():
                     self._begin_step(frame)
-                else:
-                    self.steps.part(frame.args, frame.kwargs)
+            else:
+                self.steps.part(frame.args, frame.kwargs)
         if self.options.level != "operators":
             frame.inputs = self._inputs(frame)
         elif _is_layer(frame.path):

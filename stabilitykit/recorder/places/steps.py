@@ -22,6 +22,7 @@ from stabilitykit.recorder.places.streams import (
     named,
 )
 from stabilitykit.recorder.places.track import Tracker
+from stabilitykit.recorder.tensors import aside
 
 
 class _Cache:
@@ -131,7 +132,8 @@ class Steps:
         length = 0 if one.position is None else shape[one.position]
         stream = Stream(one.name, start, rows, length, one.counts)
         if one.ids and not one.tensor.is_meta:
-            stream.tokens = one.tensor.reshape(rows, length).tolist()
+            with aside():
+                stream.tokens = one.tensor.reshape(rows, length).tolist()
             self.seen.update(*stream.tokens)
             if not start:
                 self.whole = stream.tokens
