@@ -339,7 +339,10 @@ def _images() -> tuple[Row, ...]:
     found = []
     for family, (build, layer, up, down, out, attention) in IMAGES.items():
         for path, root in ((up, 5), (down, 5), (out, 8)):
-            make = functools.partial(linear, build, run_pixels, layer.format(path), 2, says=(), never=NO_TEXT)
+            first = 1 if family == "vit" else 0  # a ViT has a class token before its patches, which are counted without
+            make = functools.partial(
+                linear, build, run_pixels, layer.format(path), 2, says=(), never=NO_TEXT, position=2 - first
+            )
             found.append(row(f"{path} of one patch", root, family, make))
         lost, large = (layer.format(f"{part}.weight") for part in (down, up))
         found += [

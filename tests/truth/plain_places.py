@@ -194,7 +194,8 @@ ROWS = rows(
     ("channels before positions", lambda: placed(channels_first, token("/mul.0", "mul", channel=0))),
     ("heads", lambda: placed(heads, token("/mul.0", "mul"))),
     ("no channels left", lambda: placed(summed, token("/mul.0", "mul", value=90000.0, channel=None))),
-    ("rows in another order", lambda: placed(sorted_rows, token("/mul.0", "mul", unsure=("row", "rows", "position", "positions", "token")))),
+    ("rows in another order", lambda: placed(
+        sorted_rows, token("/mul.0", "mul", unsure=("row", "rows", "position", "positions", "token")))),
     ("pooled over positions", lambda: placed(pooled, unknown("/mul.0", "mul", row=1).but(value=None))),
     ("the last positions alone", lambda: placed(last_two, token("/mul.0", "mul"))),
     ("a token put before the others", lambda: placed(
