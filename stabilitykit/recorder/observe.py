@@ -64,8 +64,8 @@ class Observer:
     `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
     in the making, in order of execution, `forms` what tensors of the same labels share. `judgements` wait for a device
     that the pass must not wait for; `broken`: something broke. `before` are entries that come before the one of that
-    number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the elements
-    that were asked for.
+    number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the
+    elements that were asked for.
     """
 
     options: Options
