@@ -9,6 +9,8 @@ an independent run in float64: see tests/truth. At the level of operators an ans
 be known agrees and nothing misleading is said; at those of modules and layers it is enough that nothing false is.
 """
 
+# ruff: noqa: E402  the path to the faults comes before what is imported from there
+
 import argparse
 import functools
 import json
@@ -113,7 +115,8 @@ def section(found: Sequence[tuple[str, Judgement]], seed: int) -> list[Section]:
             f"**{share(operators, 'exact')} of the planted faults are told exactly** at level operators; "
             f"{sum(o.score == 'wrong' for o in operators)} are told wrongly, and in "
             f"{sum(o.score == 'raised' for o in operators)} an error was raised. Of {len(controls)} runs in which "
-            f"nothing is wrong, {sum(o.score != 'exact' for o in controls)} give an alarm. At levels modules and layers "
+            f"nothing is wrong, {sum(o.score != 'exact' for o in controls)} give an alarm. At levels modules and "
+            f"layers "
             f"{sum(o.score in ('wrong', 'raised') for o in coarse)} of {len(coarse):,} answers are wrong. "
             f"Seed {seed}."
         ),

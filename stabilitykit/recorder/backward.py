@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.models.operators import unwatched
-from stabilitykit.recorder.entry import Entry, Step
+from stabilitykit.recorder.entry import Entry
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.names import site_path
 from stabilitykit.recorder.observation import form_of
 from stabilitykit.recorder.observe import Observer
@@ -94,8 +95,8 @@ class Backward:
         assert tensor is not None
         values = measurable(tensor)
         shape = tuple(values.shape)
-        form = form_of(tensor, values, shape, Step(), observer.options.formats, pairs=False)
-        entry = Entry(observer.step, BACKWARD, f"{BACKWARD}/{path}", None, region(tensor), form)
+        form = form_of(tensor, values, shape, Axes(shape), observer.options.formats)
+        entry = Entry(observer.places.step, BACKWARD, f"{BACKWARD}/{path}", None, region(tensor), form)
         lost = ~values.isfinite()
         index = index_at(int(lost.flatten().int().argmax()), shape)
         entry.broke = Break(

@@ -53,9 +53,17 @@ class Part:
             return None
         return flat_index((*lead, *inside), self.shape)
 
-    def axes(self, axes: Axes) -> Axes:
-        """`axes`, those of a tensor of the part's shape, with positions counted in the whole."""
-        return replace(axes, start=self.offsets[0], first_key=self.offsets[1])
+    def whole_axes(self, axes: Axes) -> Axes:
+        """Those of the whole, from `axes`, those of the part."""
+        if axes.position is None or axes.shape[-2:] != self.shape[-2:]:
+            return Axes(self.whole)
+        query, key = self.offsets
+        return replace(
+            axes,
+            shape=(*axes.shape[:-2], *self.whole[-2:]),
+            start=axes.start - query,
+            first_key=axes.first_key - key,
+        )
 
 
 def part_of(shape: tuple[int, ...], block: QueryBlock, *, by_key: bool) -> Part | None:

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from stabilitykit.formats import NumberFormat
 from stabilitykit.recorder.contributions import Contribution, contributions, in_float64, placed
-from stabilitykit.recorder.kernels.axes import Axes
+from stabilitykit.recorder.kernels.axes import NOWHERE, Axes
 from stabilitykit.recorder.masks import Call
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.rounding import Rounded, unrounded
@@ -163,24 +164,28 @@ def _largest(parts: Sequence[Contribution]) -> Origin | None:
 
 def _earliest(lost: Tensor, axes: Axes) -> int:
     """Row-major index of the first lost element at the earliest position."""
-    if axes.position is None:
+    if not axes.positioned:
         return int(lost.flatten().int().argmax())
     places = lost.reshape(axes.shape).nonzero()
-    positions = places[:, axes.position]
-    if axes.pairs:
-        positions = positions.maximum(places[:, -1])
+    positions = axes.positions_of(places)
+    assert positions is not None
+    positions = positions.where(positions != NOWHERE, torch.iinfo(positions.dtype).max)
     first = places[int((positions == positions.min()).int().argmax())]
     return flat_index(first.tolist(), axes.shape)
 
 
 def break_at(kind: BreakKind, lost: Tensor, axes: Axes, stored: NumberFormat, outside: str | None = None) -> Break:
-    """A break of which nothing more is known than where elements are `lost`."""
+    """A break of which nothing more is known than where elements are `lost`. Positions are still those of `axes`, and
+    tokens not looked up.
+    """
     flat = _earliest(lost, axes)
     place = index_at(flat, axes.shape)
+    places = lost.reshape(axes.shape).nonzero()
+    rows, positions = axes.rows_of(places), axes.positions_of(places)
     return Break(
         kind=kind,
         count=int(lost.sum()),
-        row=None if axes.row is None else place[axes.row],
+        row=axes.row_of(place),
         position=axes.position_of(place),
         channel=place[-1] if place else None,
         token=None,
@@ -190,7 +195,13 @@ def break_at(kind: BreakKind, lost: Tensor, axes: Axes, stored: NumberFormat, ou
         value=None,
         limit=stored.largest,
         outside=outside,
+        rows=_those(rows, -1),
+        positions=_those(positions, NOWHERE),
     )
+
+
+def _those(found: Tensor | None, missing: int) -> tuple[int, ...]:
+    return () if found is None else tuple(n for n in sorted(set(found.tolist())) if n != missing)
 
 
 def _kind(call: Call, value: float | None, stored: NumberFormat) -> BreakKind:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
-from stabilitykit.recorder.entry import Entry, Step
+from stabilitykit.recorder.entry import Entry
+from stabilitykit.recorder.kernels.axes import axes_of
 from stabilitykit.recorder.masks import Call
 from stabilitykit.recorder.observation import Observation, form_of
 from stabilitykit.recorder.observe import DEFAULT_FORMATS
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending
+from stabilitykit.recorder.places.streams import Step, Stream
 from stabilitykit.recorder.tensors import NAMES, aside, measurable
 from stabilitykit.records import Record
 
@@ -81,8 +83,11 @@ def describe(
             f"A mask is boolean and of the array's shape, {list(values.shape)}; got {hidden.dtype}, "
             f"{list(hidden.shape)}."
         )
-    step = Step(where.step, where.start, where.rows, where.positions)
-    form = form_of(tensor, values, tuple(values.shape), step, tuple(formats), pairs=where.scores)
+    shape = tuple(values.shape)
+    step = Step(where.step, where.start)
+    step.streams.append(Stream("", where.start, where.rows or 1, where.positions or 0))
+    axes = axes_of(shape, where.rows, where.positions, where.scores)
+    form = form_of(tensor, values, shape, axes, tuple(formats))
     module = where.site.partition("/")[0] if where.module is None else where.module
     entry = Entry(step, module, where.site, where.operator, (0, 0, 0), form)
     seen = Observation(entry, Call("describe", []), values, hidden, form.axes, None, Origin("computed", where.site))

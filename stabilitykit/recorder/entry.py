@@ -1,7 +1,7 @@
 """A record in the making: what is known when a tensor is made, and the record once everything is."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import Edges, Field
 from stabilitykit.recorder.labels import Family, label
 from stabilitykit.recorder.origins import Mask, Origin, Role
+from stabilitykit.recorder.places.streams import Step, Stream
 from stabilitykit.recorder.rounding import Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
@@ -20,21 +21,6 @@ from stabilitykit.records import Break, Header, Record, flat_index, index_at
 from stabilitykit.records.layers import layer_of
 
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
-
-
-@dataclass(slots=True)
-class Step:
-    """A forward pass: `rows` sequences get `length` new tokens, the first of them at the position `start`.
-
-    `tokens` are those of each sequence, with what its cache holds. `rows` and `length` are None where they are not
-    known.
-    """
-
-    number: int = 0
-    start: int = 0
-    rows: int | None = None
-    length: int | None = None
-    tokens: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +96,41 @@ class Entry:
 
     def take_lost(self, lost: Tensor, axes: Axes, part: Part | None) -> None:
         """Where it is lost, a boolean for each element of the tensor or of one more part of it."""
-        folded = lost.reshape(axes.shape)
-        kept = {d for d in (axes.row, axes.position) if d is not None}
-        if axes.position is not None or axes.at_last:
-            others = [dim for dim in range(folded.ndim) if dim not in kept]
-            found = (folded.any(dim=others) if others else folded).sum()
+        found = axes.lost_of(lost)
+        if found is not None:
             self.lost_positions = found if self.lost_positions is None else self.lost_positions + found
+        folded = lost.reshape(axes.shape)
         channels = folded.reshape(-1, folded.shape[-1] if folded.ndim else 1).any(0)
         if part is not None:
             of_part, channels = channels, channels.new_zeros(part.whole[-1])
             channels[part.offsets[1] : part.offsets[1] + len(of_part)] = of_part
         self.lost_channels = channels if self.lost_channels is None else self.lost_channels | channels
 
-    def take_break(self, finding: Finding, part: Part | None) -> None:
+    def take_break(self, finding: Finding, axes: Axes, part: Part | None) -> None:
         """Why elements were lost, of the tensor or of one more part of it; an earlier part's break comes first."""
-        broke = finding.broke
+        broke, stream = finding.broke, self._stream(axes)
+        rows, positions = broke.rows, tuple(self.absolute(at, axes) for at in broke.positions)
+        known = tuple(at for at in positions if at is not None)
         if self.broke is not None:
-            self.broke = replace(self.broke, count=self.broke.count + broke.count)
+            self.broke = replace(
+                self.broke,
+                count=self.broke.count + broke.count,
+                rows=tuple(sorted({*self.broke.rows, *rows})),
+                positions=tuple(sorted({*self.broke.positions, *known})),
+            )
             return
         if part is not None:
             index = index_at(part.index(flat_index(broke.index, part.shape)), part.whole)
             broke = replace(broke, index=index, channel=index[-1])
-        position = self.absolute(broke.position)
-        self.broke = replace(broke, position=position, token=self.token(broke.row, position))
+        position = self.absolute(broke.position, axes)
+        self.broke = replace(
+            broke,
+            position=position,
+            token=self.token(broke.row, position, axes),
+            positions=known,
+            counts="token" if stream is None else stream.counts,
+            causal=self._causal(axes, broke.row, broke.position),
+        )
         self.broke_on, self.came_from, self.rounded = finding.origins, finding.origin, finding.rounded
 
     def decide(self) -> None:
@@ -148,6 +146,21 @@ class Entry:
             self.broke, self.broke_on = doubt.broke.broke, doubt.broke.broke_on
             self.came_from, self.rounded = doubt.broke.came_from, doubt.broke.rounded
 
+    def _stream(self, axes: Axes) -> Stream | None:
+        return self.step.streams[axes.slot] if axes.positioned and axes.slot < len(self.step.streams) else None
+
+    def _causal(self, axes: Axes, row: int | None, position: int | None) -> bool:
+        """Whether, as checked, nothing later than this position of its own sequence took part."""
+        of = axes.labels
+        if of is None or position is None or dict(of.bounds).get(axes.slot, position) > position:
+            return False
+        for number, check in enumerate(self.step.checks):
+            if of.checks >> number & 1:
+                holds = check.tolist()
+                if not (all(holds) if row is None or len(holds) == 1 or row >= len(holds) else holds[row]):
+                    return False
+        return True
+
     @property
     def statistics(self) -> Statistics:
         if self.measured is None:
@@ -157,28 +170,22 @@ class Entry:
 
     @property
     def positions(self) -> int | None:
-        axes = self.form.axes
-        rows = 1 if axes.row is None else axes.shape[axes.row]
-        if axes.position is not None:
-            return rows * axes.shape[axes.position]
-        return rows if axes.at_last else None
+        return self.form.axes.positions
 
     def locate(self, index: tuple[int, ...]) -> tuple[int | None, int | None, int | None]:
         """Row, absolute position and channel of an element of the tensor."""
         axes = self.form.axes
         place = index_at(flat_index(index, self.form.shape), axes.shape)
-        row = None if axes.row is None else place[axes.row]
-        return row, self.absolute(axes.position_of(place)), place[-1] if place else None
+        return axes.row_of(place), self.absolute(axes.position_of(place), axes), place[-1] if place else None
 
-    def absolute(self, position: int | None) -> int | None:
-        if position is None and self.form.axes.at_last:
-            position = (self.step.length or 1) - 1
-        return None if position is None else position + self.step.start
+    def absolute(self, position: int | None, axes: Axes) -> int | None:
+        """From where positions of these axes begin to where their sequence does."""
+        stream = self._stream(axes)
+        return None if position is None or stream is None else position + stream.start
 
-    def token(self, row: int | None, position: int | None) -> int | None:
-        tokens = self.step.tokens
-        ids = tokens[row or 0] if (row or 0) < len(tokens) else ()
-        return ids[position] if position is not None and position < len(ids) else None
+    def token(self, row: int | None, position: int | None, axes: Axes) -> int | None:
+        stream = self._stream(axes)
+        return None if position is None or stream is None else stream.token(row, position)
 
     def record(
         self,
@@ -186,12 +193,12 @@ class Entry:
         header: Header | None = None,
         *,
         family: Family | None = None,
+        shows_tokens: bool = False,
         site_of: Callable[[Origin], str] = lambda origin: origin.name,
     ) -> Record:
-        """The record, when everything is known. Without a header there are no tokens in it."""
+        """The record, when everything is known."""
         layer = layer_of(self.module)
         broke = self.broke
-        shows_tokens = header is not None and header.tokens is not None
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
             source, rounded = self.came_from, self.rounded
@@ -209,7 +216,7 @@ class Entry:
         row = position = channel = token = None
         if statistics.amax_index is not None:
             row, position, channel = self.locate(statistics.amax_index)
-            token = self.token(row, position) if shows_tokens else None
+            token = self.token(row, position, self.form.axes) if shows_tokens else None
         return Record(
             order=order,
             step=self.step.number,
@@ -228,7 +235,7 @@ class Entry:
             amax_token_text=None if header is None else header.text_of(token),
             position_amax=None if self.position_amax is None else tuple(self.position_amax.flatten().tolist()),
             positions=self.positions,
-            channels=shape[-1] if shape else None,
+            channels=self.form.axes.shape[-1] if shape else None,
             lost_positions=0 if self.lost_positions is None else int(self.lost_positions),
             lost_channels=0 if self.lost_channels is None else int(self.lost_channels.sum()),
             absorbs=self.absorbs,

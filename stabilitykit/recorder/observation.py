@@ -8,8 +8,8 @@ from torch import Tensor
 from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.recorder.blocks import Part
 from stabilitykit.recorder.breaks import Passed, judge
-from stabilitykit.recorder.entry import Entry, Form, Step
-from stabilitykit.recorder.kernels.axes import Axes, axes_of
+from stabilitykit.recorder.entry import Entry, Form
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import Field, edges
 from stabilitykit.recorder.masks import Call
 from stabilitykit.recorder.origins import Origin, Origins
@@ -89,17 +89,11 @@ class Observation:
         if isinstance(found, Passed):
             return found.origin
         found.broke = replace(found.broke, outside=found.broke.outside or self.outside)
-        self.entry.take_break(found, self.part)
+        self.entry.take_break(found, self.axes, self.part)
         return None
 
 
-def form_of(
-    tensor: Tensor, values: Tensor, shape: tuple[int, ...], step: Step, formats: tuple[str, ...], *, pairs: bool
-) -> Form:
-    """The form of tensors like this one, of which `values` are measured, in a whole of this shape."""
-    return Form(
-        NAMES[values.dtype if tensor.is_complex() else tensor.dtype],
-        shape,
-        axes_of(shape, step.rows, step.length, pairs),
-        edges(values.dtype, formats),
-    )
+def form_of(tensor: Tensor, values: Tensor, shape: tuple[int, ...], axes: Axes, formats: tuple[str, ...]) -> Form:
+    """The form of tensors like this one, of which `values` are measured, in a whole of this shape and axes."""
+    name = NAMES[values.dtype if tensor.is_complex() else tensor.dtype]
+    return Form(name, shape, axes, edges(values.dtype, formats))

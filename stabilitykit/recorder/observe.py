@@ -13,8 +13,8 @@ from stabilitykit.recorder.breaks import Finding, break_at
 from stabilitykit.recorder.contributions import contributions, in_float64, placed
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.deviation import measure_deviation
-from stabilitykit.recorder.entry import Doubt, Entry, Form, Step
-from stabilitykit.recorder.kernels.axes import Axes, axes_of
+from stabilitykit.recorder.entry import Doubt, Entry, Form
+from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import FLOATS, Field
 from stabilitykit.recorder.masks import Call, Operand, are_scores, may_hide
 from stabilitykit.recorder.names import Frame
@@ -22,6 +22,9 @@ from stabilitykit.recorder.observation import Observation, form_of
 from stabilitykit.recorder.origins import Emptied, Hidden, Mask, Origin, Origins, hidden
 from stabilitykit.recorder.outside import code_outside
 from stabilitykit.recorder.pending import Pending, Row
+from stabilitykit.recorder.places.folded import axes_for
+from stabilitykit.recorder.places.labels import Labels
+from stabilitykit.recorder.places.track import Tracker
 from stabilitykit.recorder.roles import role_of
 from stabilitykit.recorder.rounding import Calls, Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
@@ -56,17 +59,18 @@ class Options:
 class Observer:
     """Measures every tensor it is shown. Nothing waits for a device: what was counted there arrives later.
 
-    `origins` is told what is known of each tensor. `entries` are the records in the making, in order of execution,
-    `forms` what tensors of a shape share within one `step`. `judgements` wait for a device that the pass must not wait
-    for; `broken`: something broke. `before` are entries that come before the one of that number: constants that turned
-    out to be what broke it. `calls` made the last small tensors. `watched` are the elements that were asked for.
+    `origins` is told what is known of each tensor, `places` knows where its elements belong. `entries` are the records
+    in the making, in order of execution, `forms` what tensors of a shape share within one step. `judgements` wait for a
+    device that the pass must not wait for; `broken`: something broke. `before` are entries that come before the one of
+    that number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the
+    elements that were asked for.
     """
 
     options: Options
     origins: Origins
+    places: Tracker
     pending: Pending
     custom: CustomStatistics
-    step: Step = field(default_factory=lambda: Step(-1))
     entries: list[Entry] = field(default_factory=list)
     forms: dict[tuple[object, ...], Form] = field(default_factory=dict)
     judgements: list[Callable[[], bool]] = field(default_factory=list)
@@ -76,10 +80,10 @@ class Observer:
     calls: Calls = field(default_factory=Calls)
     watched: list[tuple[str, int, Tensor]] = field(default_factory=list)
 
-    def begin(self, step: Step) -> None:
+    def begin(self) -> None:
+        """Before a step."""
         self.settle()
         self.forms.clear()
-        self.step = step
 
     def observe(
         self,
@@ -90,10 +94,12 @@ class Observer:
         *,
         hides: bool = False,
         repeats: int | None = None,
+        labels: Labels | None = None,
     ) -> None:
         """Measures what `call` has made in the module of `frame`, or what that module returns.
 
-        `hides`: a mask may hide elements of it. `repeats` is the number of an entry of the same memory.
+        `hides`: a mask may hide elements of it. `repeats` is the number of an entry of the same memory. `labels` tell
+        where its elements belong, if that is known already.
         """
         values = tensor
         if tensor.dtype not in FLOATS:
@@ -108,14 +114,14 @@ class Observer:
             if found is not None:
                 masked, limit, mask = found
         scores = are_scores(call, values)
-        entry, axes, part, pairs = self._entry(call, tensor, values, frame, site, repeats, scores=scores)
+        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats, labels)
         number = len(self.entries)
         if part is not None and frame.of_blocks is not None:
             number = frame.of_blocks.setdefault(site, number)
         if number == len(self.entries):
             self.entries.append(entry)
         role = entry.role = role_of(call, frame.role, scores=scores, given=frame.given)
-        origin = Origin("computed", site, number, scores=scores, pairs=pairs, role=role)
+        origin = Origin("computed", site, number, scores=scores, role=role)
         seen = Observation(entry, call, values, None if masked is None else masked.where, axes, part, origin)
         row = seen.count(limit, by_position=self.options.position_peaks)
         if masked is not None and (masked.count is None or row[_MASKED] != masked.count):
@@ -168,7 +174,7 @@ class Observer:
                 self._note_overflow(call, tensor, origin)
             if origin.trail is None:
                 site = frame.site(f"constant_{call.name}")
-                entry, axes, _, _ = self._entry(call, tensor, tensor, frame, site, None, scores=False)
+                entry, axes, _ = self._entry(call, tensor, tensor, frame, site, None, None)
                 seen = Observation(entry, call, tensor, None, axes, None, origin)
                 row = seen.count()
                 assert not isinstance(row, Tensor)
@@ -223,7 +229,8 @@ class Observer:
             entry = self.entries[emptied.entry]
             if bool(lost.any()) and entry.broke is None and tuple(tensor.shape) == entry.form.shape:
                 stored = FORMATS.get(entry.form.dtype, FLOAT32)
-                entry.take_break(Finding(break_at("masked-row", lost, entry.form.axes, stored, emptied.code)), None)
+                axes = entry.form.axes
+                entry.take_break(Finding(break_at("masked-row", lost, axes, stored, emptied.code)), axes, None)
                 self.broken = True
 
     def _doubt(self, seen: Observation, mask: Mask) -> None:
@@ -307,37 +314,31 @@ class Observer:
         frame: Frame,
         site: str,
         repeats: int | None,
-        *,
-        scores: bool,
-    ) -> tuple[Entry, Axes, Part | None, bool]:
-        """The entry of a tensor that may be a part of it; its own axes; which part; whether it joins positions."""
-        shape, step = values.shape, self.step
-        pairs = False
+        labels: Labels | None,
+    ) -> tuple[Entry, Axes, Part | None]:
+        """The entry of a tensor that may be a part of it; its own axes; which part."""
+        step = self.places.step
+        if labels is None or labels.shape != values.shape:
+            labels = self.places.of(tensor if tensor.shape == values.shape else values)
         block = frame.block if call.func is not None else None
         if block is not None:
+            shape = tuple(values.shape)
             queries, keys = block.stop - block.start, block.last_key - block.first_key
-            pairs = len(shape) > 2 and shape[-2:] == (queries, keys) and scores
-            part = part_of(tuple(shape), block, by_key=pairs)
+            part = part_of(shape, block, by_key=labels.pairs and shape[-2:] == (queries, keys))
             if part is not None:
-                by_position = pairs and block.queries == block.keys  # else keys count those in a cache too
-                axes = part.axes(axes_of(part.shape, step.rows, queries, by_position))
+                axes = axes_for(labels)
                 number = None if frame.of_blocks is None else frame.of_blocks.get(site)
                 if number is not None:
-                    return self.entries[number], axes, part, pairs
-                form = self._form(tensor, values, part.whole, by_position)
-                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part, pairs
-        elif len(shape) > 2 and shape[-1] == shape[-2] == step.length:
-            pairs = scores
-        form = self._form(tensor, values, shape, pairs)
+                    return self.entries[number], axes, part
+                form = form_of(tensor, values, part.whole, part.whole_axes(axes), self.options.formats)
+                return Entry(step, frame.path, site, call.name, region(tensor), form), axes, part
+        key = (tensor.dtype, labels)
+        known = self.forms.get(key)
+        if known is None:
+            axes = axes_for(labels)
+            known = self.forms[key] = form_of(tensor, values, tuple(values.shape), axes, self.options.formats)
         operator = None if call.func is None else call.name
-        return Entry(step, frame.path, site, operator, region(tensor), form, repeats=repeats), form.axes, None, pairs
-
-    def _form(self, tensor: Tensor, values: Tensor, shape: tuple[int, ...], pairs: bool) -> Form:
-        key = (tensor.dtype, shape, pairs)
-        form = self.forms.get(key)
-        if form is None:
-            form = self.forms[key] = form_of(tensor, values, tuple(shape), self.step, self.options.formats, pairs=pairs)
-        return form
+        return Entry(step, frame.path, site, operator, region(tensor), known, repeats=repeats), known.axes, None
 
     def _add_softmax(self, seen: Observation) -> None:
         with aside():

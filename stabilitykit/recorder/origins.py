@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -161,15 +162,18 @@ class Origins:
         self._own = {tensor.untyped_storage()._cdata: Origin("buffer", name) for name, tensor in buffers}
         self._own |= {tensor.untyped_storage()._cdata: self._named[name] for name, tensor in named}
         self._lent: dict[int, tuple[StorageWeakRef, Origin]] = {}
-        self._held: dict[int, tuple[StorageWeakRef, Origin]] = {}
+        self._held: dict[int, Origin] = {}
         self._forget_at = 256
 
     def of(self, tensor: Tensor) -> Origin:
         """A scalar nobody has seen made is a constant."""
         key = tensor.untyped_storage()._cdata
-        held = self._held.get(key) or self._lent.get(key)
-        if held is not None and not (held[1].kind == "constant" and isinstance(tensor, nn.Parameter)):
-            return held[1]  # a parameter is a weight, also where it was made inside the block
+        held = self._held.get(key)
+        if held is not None and not (held.kind == "constant" and isinstance(tensor, nn.Parameter)):
+            return held  # a parameter is a weight, also where it was made inside the block
+        lent = self._lent.get(key)
+        if lent is not None:
+            return lent[1]
         own = self._own.get(key)
         if own is not None:
             return own
@@ -197,21 +201,31 @@ class Origins:
     def is_still(self, tensor: Tensor, origin: Origin) -> bool:
         """Whether nothing has been written into it since it had this origin, as far as was seen."""
         key = tensor.untyped_storage()._cdata
-        held = self._held.get(key) or self._lent.get(key)
-        return held is None or held[1] is origin
+        held = self._held.get(key)
+        if held is None and key in self._lent:
+            held = self._lent[key][1]
+        return held is None or held is origin
 
     def remember(self, tensor: Tensor, origin: Origin) -> None:
         storage = tensor.untyped_storage()
-        own = self._own.get(storage._cdata)
-        if (own is not None and own.kind == "weight") or storage._cdata in self._lent:
+        key = storage._cdata
+        own = self._own.get(key)
+        if (own is not None and own.kind == "weight") or key in self._lent:
             return
-        # The weak reference keeps the storage's address from being used again, so a key never lies.
-        self._held[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
-        if len(self._held) > self._forget_at:
-            self._held = {key: held for key, held in self._held.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
-            self._forget_at = 2 * len(self._held) + 256
+        if key not in self._held:
+            # A weak reference keeps the storage's address from being used again, so a key never lies.
+            storage._weak_ref()
+            if len(self._held) > self._forget_at:
+                expired, free = torch.UntypedStorage._expired, torch.UntypedStorage._free_weak_ref
+                for gone in [address for address in self._held if expired(address)]:
+                    del self._held[gone]
+                    free(gone)  # type: ignore[no-untyped-call]
+                self._forget_at = 2 * len(self._held) + 256
+        self._held[key] = origin
 
     def forget(self) -> None:
-        self._held.clear()
+        held, self._held = self._held, {}
+        for address in held:
+            torch.UntypedStorage._free_weak_ref(address)  # type: ignore[no-untyped-call]
         self._lent.clear()
         self._kept.clear()

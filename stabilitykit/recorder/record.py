@@ -81,9 +81,12 @@ def record(
     tokens out of the recording. `case` goes into the header as it is.
 
     Each call of `model`, or of a module in it that holds the layers, is a step; what runs between two of them, such as
-    a sampler, belongs to the first and has sites that begin with "outside". The tokens are the argument named
-    `input_ids`, or else the first integer tensor of shape [L] or [B, L]. An exception raised in the block is kept as
-    the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside the block.
+    a sampler, belongs to the first and has sites that begin with "outside". Rows and positions are followed from what
+    enters the model: ids (arguments called so, such as `input_ids`, or else the first integer tensor of shape [L] or
+    [B, L] that is called nothing else), embeddings and other floating [B, L, D], and the frames and patches that a
+    convolution makes of sound and images. Where they cannot be followed, none is named. An exception raised in the
+    block is kept as the header's `error` and passed on. Functions compiled by `torch.compile` run uncompiled inside
+    the block.
 
     A backward pass inside the block is not recorded; if it leaves gradients that are not finite, one record says so.
     Passes in other threads are left alone, and a model belongs to one recording at a time.
@@ -202,11 +205,11 @@ def _finish(
     with session.unseen.guard("what was still on its way from the device"):  # what it said before is kept
         observer.settle()
         watched += [(site, index, float(element)) for site, index, element in observer.watched]
-    step = observer.step
-    tokens = None if redact or not step.tokens else tuple(map(tuple, step.tokens))
-    if tokens is not None and piece is None:
+    step = session.places.step
+    tokens = None if redact else _complete(session.steps.whole)
+    if piece is None:
         piece = getattr(getattr(model, "tokenizer", None), "piece", None)
-    texts = {} if tokens is None or piece is None else _texts(sorted(session.seen), piece)
+    texts = {} if redact or piece is None else _texts(sorted(session.steps.seen), piece)
     dtype = recording.header.dtype
     if _floating(model) is None:  # what it is given decides in which dtype it runs
         dtype = next((entry.form.dtype for entry in observer.entries if entry.form.dtype in FORMATS), dtype)
@@ -223,13 +226,22 @@ def _finish(
         error=error,
     )
     family = family_of(model)
-    recording.records = lambda: _records(observer, header, family)
+    recording.records = lambda: _records(observer, header, family, shows_tokens=not redact)
     session.names.origins.forget()
     session.names.frames.clear()
     observer.calls.forget()
+    session.places.close()
 
 
-def _records(observer: Observer, header: Header, family: Family | None) -> list[Record]:
+def _complete(whole: Sequence[Sequence[int | None]] | None) -> tuple[tuple[int, ...], ...] | None:
+    """Ids of whole sequences; None where some positions hold no token, or were not seen."""
+    if not whole:
+        return None
+    rows = tuple(tuple(token for token in row if token is not None) for row in whole)
+    return rows if all(len(row) == len(of) for row, of in zip(rows, whole, strict=True)) else None
+
+
+def _records(observer: Observer, header: Header, family: Family | None, *, shows_tokens: bool) -> list[Record]:
     entries = observer.entries
 
     def site_of(origin: Origin) -> str:
@@ -249,7 +261,10 @@ def _records(observer: Observer, header: Header, family: Family | None) -> list[
         if entry.repeats is not None and entry.statistics == entries[entry.repeats].statistics
     }
     kept = (entry for entry in whole if id(entry) not in again)
-    return [entry.record(order, header, family=family, site_of=site_of) for order, entry in enumerate(kept)]
+    return [
+        entry.record(order, header, family=family, shows_tokens=shows_tokens, site_of=site_of)
+        for order, entry in enumerate(kept)
+    ]
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -16,20 +16,21 @@ from stabilitykit.models.operators import SELECTIONS, Traits, WatchMode, adds_up
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
 from stabilitykit.recorder.backward import Backward
 from stabilitykit.recorder.custom import CustomStatistics
-from stabilitykit.recorder.entry import Step
 from stabilitykit.recorder.inputs import named_inputs
 from stabilitykit.recorder.masks import Call, Operand, blocks, calls_of_each, show_masks
 from stabilitykit.recorder.names import Frame, Names
 from stabilitykit.recorder.observe import Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending, Row
+from stabilitykit.recorder.places.steps import Steps, tensors_of
+from stabilitykit.recorder.places.track import Tracker
 from stabilitykit.recorder.tensors import aside, floating, floating_of_call, has_elements, is_here, region
 from stabilitykit.recorder.unseen import StopAtBreak, Unseen
 from stabilitykit.records import OriginKind
 
 
 class Session:
-    """One recorded block: `starts` are the positions at which its steps begin, `seen` the ids of all tokens.
+    """One recorded block: `starts` are the positions at which its steps begin, `steps` what entered in them.
 
     `autocast` is the dtype that autocasting was to, if it was on.
     """
@@ -40,15 +41,17 @@ class Session:
         self.unseen = Unseen()
         unseen: OriginKind = "outside" if options.level == "operators" else "computed"
         self.names = Names(model, masks=True, later=self.pending.do, unseen=unseen)
+        self.places = Tracker()
+        self.steps = Steps(self.places)
         self.observer = Observer(
             options=options,
             origins=self.names.origins,
+            places=self.places,
             pending=self.pending,
             custom=CustomStatistics(options.statistics, self.pending),
         )
         self.backward = Backward(model, self.observer, self.unseen)
         self.starts: list[int] = []
-        self.seen: set[int] = set()
         self._outputs: list[tuple[int, Origin]] = []
         self._raised: set[int] = set()
         self.autocast: str | None = None
@@ -90,27 +93,41 @@ class Session:
             raise StopAtBreak  # not at the break: the modules it ends return first, and lend it their names
         frame.first_entry = len(observer.entries)
         self.backward.ran(frame.module)
-        outer = self.names.frames[:-1]
-        if frame.module in self._wholes and not any(above.module in self._wholes for above in outer):
+        if frame.module in self._wholes:
             with aside():
-                self._begin_step(frame.args, frame.kwargs)
+                if self._begins(frame):
+                    self._begin_step(frame)
+                else:
+                    self.steps.part(frame.args, frame.kwargs)
         if self.options.level != "operators":
             frame.inputs = self._inputs(frame)
         elif _is_layer(frame.path):
             self._look_for_masks(frame.args, frame.kwargs)
 
+    def _begins(self, frame: Frame) -> bool:
+        """Whether a step begins with this module: no other one that holds the layers runs around it."""
+        return frame.module in self._wholes and not any(
+            above.module in self._wholes for above in self.names.frames if above is not frame
+        )
+
     def _left(self, frame: Frame, output: Any) -> None:
+        if self.options.level != "operators":
+            with aside():
+                given = [tensors_of(one.args, one.kwargs) for one in (frame, *reversed(self.names.frames[1:]))]
+                for tensor in floating(output):
+                    self.places.passed(given, tensor)
         if type(output) is Tensor:
             if has_elements(output):
                 self._module_output(frame, 0, output)
         else:
             for index, tensor in enumerate(floating(output)):
                 self._module_output(frame, index, tensor)
-        if frame.module in self._wholes and not any(above.module in self._wholes for above in self.names.frames[1:]):
-            step = self.observer.step.number
+        if self._begins(frame):
+            step = self.places.step.number
             self._outputs += [(step, self.names.origins.of(tensor)) for tensor in floating(output)]
             if output is None and sys.exc_info()[1] is not None and self.observer.broken:
                 self._raised.add(step)
+            self.steps.ended(frame.module, frame.args, frame.kwargs, output)
         if self.observer.judgements and len(self.names.frames) == 1:
             self.observer.settle()
 
@@ -118,30 +135,16 @@ class Session:
         given = floating_of_call(frame.args, frame.kwargs)
         return [Operand(tensor, self.names.origins.of(tensor)) for tensor in given]
 
-    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before = self.observer.step
-        step = Step(before.number + 1, _held(kwargs), before.rows, before.length)
-        self.observer.begin(step)
+    def _begin_step(self, frame: Frame) -> None:
+        args, kwargs = frame.args, frame.kwargs
+        self.observer.begin()
+        step = self.steps.begin(frame.module, args, kwargs)
         self.names.frames[0].numbers.clear()
         self.starts.append(step.start)
         devices = {tensor.device.type for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for device in devices - {"meta"}:
             if torch.is_autocast_enabled(device):
                 self.autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
-        tensors = [leaf for leaf in tree_leaves((kwargs.get("input_ids"), args, kwargs)) if isinstance(leaf, Tensor)]
-        ids = next((t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.ndim in (1, 2)), None)
-        embedded = next((t for t in tensors if t.is_floating_point() and t.ndim == 3), None)
-        step.tokens = before.tokens
-        if ids is not None:
-            ids = ids.reshape(-1, ids.shape[-1])
-            step.rows, step.length = ids.shape
-            new = [] if ids.is_meta else ids.tolist()
-            self.seen.update(*new)
-            if step.start > 0 and len(before.tokens) == len(new):
-                new = [[*old, *more] for old, more in zip(before.tokens, new, strict=True)]
-            step.tokens = new
-        elif embedded is not None:
-            step.rows, step.length = embedded.shape[:2]
         self._name_inputs(args, kwargs)
 
     def _name_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -225,6 +228,7 @@ class Session:
         return Call(kind.name, operands, kind.func, seen_args, seen_kwargs)
 
     def _after(self, kind: Traits, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        placed = self.places.result(kind, args, kwargs, output)
         outputs = floating(output) or (_written(kind, args, kwargs) if kind.writes_in_place else [])
         if not outputs:
             return
@@ -247,7 +251,8 @@ class Session:
         fused = kind.name == FUSED_ATTENTION
         each = calls_of_each(call, len(outputs))
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
-            observer.observe(each[i], tensor, frame, f"{site}[{i}]" if i else site, hides=hides)
+            labels = placed[i] if len(placed) == len(outputs) else None
+            observer.observe(each[i], tensor, frame, f"{site}[{i}]" if i else site, hides=hides, labels=labels)
         if overwritten is not None:
             names.also_lost(names.origins.of(outputs[0]), [overwritten])  # elsewhere in that memory
         if fused and self.options.fused_softmax:
@@ -279,13 +284,3 @@ def _is_layer(path: str) -> bool:
     """Whether a path is the model itself, a direct child of it, or an element of its outermost list of layers."""
     parent, _, name = path.rpartition(".")
     return not parent or (name.isdigit() and not any(part.isdigit() for part in parent.split(".")))
-
-
-def _held(kwargs: Mapping[str, Any]) -> int:
-    """The number of tokens before those of this call: what its cache holds, or else where its positions begin."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    held = getattr(cache, "get_seq_length", None)
-    if held is not None:
-        return int(held())
-    positions = kwargs.get("input_positions")  # gemma_pytorch's, beside caches that are bare tensors
-    return int(positions.flatten()[0]) if isinstance(positions, Tensor) and positions.numel() else 0

@@ -1,6 +1,7 @@
 """Runs in which nothing is wrong, so nothing may be said."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,31 @@ def _sampled(name: str) -> Planted:
     return Planted(model=decoder(name).half(), run=run, expected=None)
 
 
+def _generated(how: dict[str, Any]) -> Planted:
+    """Ways to generate that move and crop the cache."""
+
+    def run(m: Any) -> Tensor:
+        ids = torch.tensor([[10, 11, 12, 13, 10, 11]])
+        out = m.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, return_dict_in_generate=True,
+            output_logits=True, **how,
+        )  # fmt: skip
+        return torch.cat(out.logits)
+
+    return Planted(model=decoder("llama").half(), run=run, expected=None)
+
+
+GENERATED: dict[str, dict[str, Any]] = {
+    "static cache": {"cache_implementation": "static"},
+    "drafts from the prompt": {"prompt_lookup_num_tokens": 2},
+    "beams": {"num_beams": 3},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "tokens suppressed": {"suppress_tokens": list(range(20, 100)), "min_new_tokens": 2},
+    "sampling by min-p": {"do_sample": True, "min_p": 0.1, "temperature": 0.7},
+    "sampling by typicality": {"do_sample": True, "typical_p": 0.6, "epsilon_cutoff": 1e-3},
+}
+
+
 def _other(build: Callable[[], Any], run: Callable[[Any], Any]) -> Callable[[], Planted]:
     return lambda: Planted(model=new(build).half(), run=run, expected=None)
 
@@ -62,8 +88,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 ROWS: tuple[Row, ...] = (
-    *(Row(name="control, forward", root=10, family=name, make=lambda name=name: _plain(name)) for name in DECODERS),
-    *(Row(name="control, left padding", root=2, family=name, make=lambda name=name: _padded(name)) for name in DECODERS),
-    *(Row(name="control, sampling", root=7, family=name, make=lambda name=name: _sampled(name)) for name in DECODERS),
+    *(Row(name="control, forward", root=10, family=name, make=partial(_plain, name)) for name in DECODERS),
+    *(Row(name="control, left padding", root=2, family=name,
+        make=partial(_padded, name)) for name in DECODERS),
+    *(Row(name="control, sampling", root=7, family=name, make=partial(_sampled, name)) for name in DECODERS),
+    *(Row(name=f"control, {name}", root=7, family="llama", make=partial(_generated, how)) for name,
+        how in GENERATED.items()),
     *(Row(name="control, forward", root=10, family=name, make=_other(*how)) for name, how in OTHERS.items()),
 )  # fmt: skip

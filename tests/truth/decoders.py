@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def linear(
         run=forward,
         symptom=after(model, path, position, channel),
         expected=Expected(
-            sites=(site(path),), operators=("matmul",), kinds=("overflow",), origin=origin, channel=channel, value=value,
+            sites=(site(path),), operators=("matmul",), kinds=("overflow",), origin=origin, channel=channel,
+                value=value,
             step=0, outcome="absorbed" if capped else "reached", harmless=True if capped else None,
             says=("65,504",), residual=writes(name, path), **here(position),
         ),
@@ -104,7 +106,8 @@ def product(name: str, position: int = AT, layer: int = 1, size: float = 300.0, 
         run=forward,
         symptom=symptom,
         expected=Expected(
-            sites=(parts.product.format(layer),), operators=("mul",), kinds=("overflow",), channel=channel, value=size**2,
+            sites=(parts.product.format(layer),), operators=("mul",), kinds=("overflow",), channel=channel,
+                value=size**2,
             origin=Origin(kinds=("computed",), finite=True), step=0, outcome="reached", says=("up_proj|gate",),
             **here(position),
         ),
@@ -128,7 +131,8 @@ def residual(name: str, position: int = AT, channel: int = 5) -> Planted:
         run=forward,
         symptom=symptom,
         expected=Expected(
-            sites=(site(layer), f"{site(layer)}/add.0"), operators=("add",), kinds=("overflow",), channel=channel, value=80000.0,
+            sites=(site(layer), f"{site(layer)}/add.0"), operators=("add",), kinds=("overflow",), channel=channel,
+                value=80000.0,
             origin=Origin(kinds=("computed",), finite=True), step=0, outcome="reached", says=("65,504",),
             residual=True, **here(position),
         ),
@@ -161,7 +165,8 @@ def norm(name: str) -> Planted:
         expected=Expected(
             sites=(site(path),),
             operators=(operator, "native_layer_norm", "layer_norm") if bias is not None else (operator,),
-            kinds=("overflow",), channel=channel, value=None if bias is not None else gain * float(normed[position, channel]),
+            kinds=("overflow",), channel=channel, value=None if bias is not None else gain * float(normed[position,
+                channel]),
             step=0, outcome="reached", **here(position),
         ),
     )  # fmt: skip
@@ -193,7 +198,8 @@ def scores(name: str, position: int = AT) -> Planted:
         symptom=symptom,
         expected=Expected(
             sites=(parts.scores.format(0),), operators=("matmul",), kinds=("overflow",), value=90000.0, row=0,
-            position=position, token=int(IDS[0, position]), scaled=22500.0, step=0, origin=Origin(kinds=("computed",), finite=True),
+            position=position, token=int(IDS[0, position]), scaled=22500.0, step=0,
+                origin=Origin(kinds=("computed",), finite=True),
             outcome="absorbed" if capped else "reached", harmless=True if capped else None,
             says=() if capped else ("22,5|scale",),
         ),
@@ -235,7 +241,8 @@ def embedding(name: str, position: int = AT, channel: int = 9) -> Planted:
         expected=Expected(
             sites=(path, f"{path}/embedding.0"), operators=("embedding",), kinds=("weight",), step=0, channel=channel,
             origin=Origin(kinds=("weight",), names=(f"{path}.weight",), finite=False), outcome="reached",
-            says=(parts.embedding.rpartition(".")[2],), never=(r"(?<!if not, )no number format helps", "overflows in"), **here(position),
+            says=(parts.embedding.rpartition(".")[2],),
+                never=(r"(?<!if not, )no number format helps", "overflows in"), **here(position),
         ),
     )  # fmt: skip
 
@@ -287,7 +294,8 @@ def embedded(name: str, at: int = AT) -> Planted:
         run=run,
         symptom=lambda result: only_at([tuple(p) for p in (~vectors.isfinite()).nonzero().tolist()], at, 5),
         expected=Expected(
-            sites=(f"{site(parts.norm.format(0))}*", "per_layer_model_projection*", "/*", "transformer/*", "embed_dropout*"),
+            sites=(f"{site(parts.norm.format(0))}*", "per_layer_model_projection*", "/*", "transformer/*",
+                "embed_dropout*"),
             kinds=("input",), row=0, position=at, step=0,
             origin=Origin(kinds=("input",), names=("inputs_embeds", "*inputs_embeds*"), finite=False),
             outcome="reached", says=("inputs_embeds",), never=("token 1", "starts with", "finite operands"),
@@ -300,7 +308,7 @@ def cache_slot(name: str, slot: int = 2) -> Planted:
     model, parts = decoder(name).half(), DECODERS[name].parts
 
     def run(m: Any) -> Tensor:
-        cache = DynamicCache(config=m.config)
+        cache: Any = DynamicCache(config=m.config)
         m(IDS, past_key_values=cache)
         cache.layers[1].values[0, 0, slot, 5] = math.nan
         return m(torch.tensor([[20]]), past_key_values=cache).logits
@@ -349,7 +357,7 @@ def autocast(name: str, position: int = AT) -> Planted:
     )  # fmt: skip
 
 
-class Forced(LogitsProcessor):  # type: ignore[misc]
+class Forced(LogitsProcessor):
     """Lets only the next of these tokens be drawn."""
 
     def __init__(self, length: int, tokens: tuple[int, ...]) -> None:
@@ -416,7 +424,7 @@ PLANTS: tuple[tuple[str, int, Callable[..., Planted]], ...] = (
 )
 
 ROWS: tuple[Row, ...] = tuple(
-    Row(name=text, root=root, family=name, make=lambda name=name, plant=plant: plant(name))  # type: ignore[misc]
+    Row(name=text, root=root, family=name, make=partial(plant, name))
     for name in DECODERS
     for text, root, plant in PLANTS
     if _has(DECODERS[name].parts, plant)

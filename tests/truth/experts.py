@@ -19,7 +19,7 @@ PLACE = ("row", "rows", "position", "positions", "token")  # experts take tokens
 
 
 def routed(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What the experts of the second layer are given: tokens [L, D], their experts and those experts' weights [L, K]."""
+    """What the experts of the second layer are given: tokens [L, D], and their experts and weights [L, K]."""
     seen: list[Any] = []
     hook = model.get_submodule(EXPERTS).register_forward_pre_hook(lambda module, args: seen.append(args))
     with torch.no_grad():
@@ -215,8 +215,10 @@ def mamba_weight(name: str, value: float) -> Planted:
     return Planted(
         model=model, run=forward,
         expected=Expected(
-            sites=(f"{name.rpartition('.')[0]}*", f"{MIXER}/convolution*"), kinds=("weight",), step=0, outcome="reached", says=(name.split(".")[-2],),
-            origin=Origin(kinds=("weight",), names=(name,), finite=False), never=("overflows in", r"(?<!if not, )no number format helps"),
+            sites=(f"{name.rpartition('.')[0]}*", f"{MIXER}/convolution*"), kinds=("weight",), step=0,
+                outcome="reached", says=(name.split(".")[-2],),
+            origin=Origin(kinds=("weight",), names=(name,), finite=False),
+                never=("overflows in", r"(?<!if not, )no number format helps"),
         ),
     )  # fmt: skip
 
@@ -273,8 +275,10 @@ MIXTURES = ("qwen3moe", "mixtral")
 
 ROWS: tuple[Row, ...] = (
     *(row("output of an expert", 5, f, expert_output, f) for f in MIXTURES),
-    *(row("output of an expert, batched", 6, f, expert_output, f, experts_implementation="batched_mm") for f in MIXTURES),
-    *(row("output of an expert, grouped", 6, f, expert_output, f, experts_implementation="grouped_mm") for f in MIXTURES),
+    *(row("output of an expert, batched", 6, f, expert_output, f,
+        experts_implementation="batched_mm") for f in MIXTURES),
+    *(row("output of an expert, grouped", 6, f, expert_output, f,
+        experts_implementation="grouped_mm") for f in MIXTURES),
     *(row("one expert for each token", 6, f, expert_output, f, num_experts_per_tok=1) for f in MIXTURES),
     *(row("gate · up of an expert", 6, f, expert_product, f) for f in MIXTURES),
     *(row("stream and two experts", 6, f, experts_sum, f) for f in MIXTURES),

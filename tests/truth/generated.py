@@ -1,5 +1,6 @@
 """Faults drawn at random: a family, a site, a kind, and where; all of them follow from one seed."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -8,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truth import decoders, decoding
-from truth.models import DECODERS
-from truth.plain import INF, NAN, broke, full, lines, source
+from truth import decoders, decoding, others
+from truth.models import DECODERS, Embedder, siglip, t5, vit, whisper
+from truth.plain import BFLOAT, INF, NAN, SINGLE, broke, full, lines, source
 from truth.row import Expected, Planted, Row
 
 Make = Callable[[], Planted]
@@ -26,8 +27,10 @@ def _size(draw: random.Random) -> float:
 
 def _linear(part: str) -> Callable[[random.Random, str], Make]:
     def plant(draw: random.Random, family: str) -> Make:
+        # what attention returns at later positions is too much alike for one of them to be told from the others
+        position = draw.randrange(2) if part == "output" else _position(draw)
         how = {
-            "value": _size(draw), "position": _position(draw), "layer": draw.randrange(2),
+            "value": _size(draw), "position": position, "layer": draw.randrange(2),
             "channel": draw.randrange(16),
         }  # fmt: skip
         return lambda: decoders.linear(family, str(getattr(DECODERS[family].parts, part)), **how)  # type: ignore[arg-type]
@@ -103,11 +106,11 @@ def _fits(family: str, plant: str) -> bool:
     parts = DECODERS[family].parts
     experts = parts.down.endswith("experts")
     return {
-        "query": parts.queries is not None, "value": parts.values is not None, "up": bool(parts.up), "down": not experts,
+        "query": parts.queries is not None, "value": parts.values is not None, "up": bool(parts.up),
+            "down": not experts,
         "product": parts.product is not None, "scores": parts.queries is not None,
         "residual": parts.residual and not experts, "autocast": not experts, "batch": not experts,
         "generation": not experts,
-        # a norm after attention takes the damage of a row that the values of others share
         "attention output": not experts,
     }.get(plant, True)  # fmt: skip
 
@@ -219,14 +222,69 @@ def _put(draw: random.Random) -> tuple[str, Make]:
     return f"{lost} in a {kind}", lambda: lines(lambda m, x: x * m.w + 1, x, expected=expected, **where)  # type: ignore[arg-type]
 
 
+# Layers of models that are no decoders: family, what builds and runs it, a layer, how many places, and whose tokens
+
+_LAYERS: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any], str, int, Tensor | None], ...] = (
+    ("t5", t5, others.run_t5, "encoder.block.0.layer.0.SelfAttention.q", 5, others.ENCODED),
+    ("t5", t5, others.run_t5, "encoder.block.1.layer.0.SelfAttention.k", 5, others.ENCODED),
+    ("t5", t5, others.run_t5, "decoder.block.0.layer.0.SelfAttention.k", 3, others.SHORT),
+    ("whisper", whisper, others.run_whisper, "model.encoder.layers.1.self_attn.q_proj", 8, None),
+    ("whisper", whisper, others.run_whisper, "model.decoder.layers.1.fc1", 3, others.SHORT),
+    ("vit", vit, others.run_pixels, "layers.0.mlp.fc1", 5, None),
+    ("siglip", siglip, others.run_pixels, "encoder.layers.0.self_attn.v_proj", 4, None),
+    ("embedding", Embedder, others.run_embedder, "encoder.encoder.layer.0.attention.self.query", 10, others.PAIR),
+)
+
+
+def _layer(draw: random.Random) -> tuple[str, str, Make]:
+    family, build, run, path, places, ids = draw.choice(_LAYERS)
+    place, value = draw.randrange(places), _size(draw)
+    row, position = divmod(place, 5) if family == "embedding" else (0, place)
+    never = ("starts with",) if ids is not None else ("starts with", r"at token \d")
+    at = None if family == "embedding" else position
+    columns: dict[str, Any] = {"place": place, "value": value, "row": row, "position": position, "says": ()}
+    if ids is not None:
+        columns["token"] = int(ids[row, position])
+    make = functools.partial(others.linear, build, run, path, at, never=never, **columns)
+    return family, path.rpartition(".")[2], make
+
+
+def _pole(draw: random.Random) -> tuple[str, Make]:
+    """A zero that is a zero in any format, or one that only this dtype's rounding made."""
+    small, position = draw.uniform(1e-5, 1e-4), draw.randrange(3)
+    x = full(1.0, 1, 3, 4)
+    if draw.random() < 0.5:
+        x[0, position] = small
+        rounded = broke(
+            "/reciprocal.0", "reciprocal", "division-by-zero", rounded=("/mul.*",), rounded_from=small * small,
+            position=position, never=("in any (format|dtype)", "will not help"),
+        )  # fmt: skip
+        return "a zero by rounding", lambda: lines(lambda m, x: 1 / (x * x), x, wide=True, expected=rounded)
+    x[0, position] = 0.0
+    code, operator, kind = draw.choice(
+        (
+            (lambda m, x: torch.log(x * 1), "log", "division-by-zero"),
+            (lambda m, x: torch.rsqrt(x * 1), "rsqrt", "division-by-zero"),
+            (lambda m, x: (x * 1) / (x * 1), "div", "invalid"),
+        )
+    )
+    dtype = draw.choice((SINGLE, BFLOAT, torch.float16))
+    never = ("wider range", "bfloat16, float32")
+    expected = broke(f"/{operator}.0", operator, kind, no_rounding=True, position=position, never=never)
+    return f"a zero in any format, {operator}", lambda: lines(code, x, wide=False, dtype=dtype, expected=expected)
+
+
 def generate(seed: int, count: int = 200) -> Iterator[Row]:
-    """Two of three rows are of a decoder, the others a few lines of code."""
+    """Half of the rows are of a decoder, a third a few lines of code, the others of another model."""
     draw = random.Random(seed)
     for number in range(count):
-        if number % 3 < 2:
+        if number % 2:
             plant = draw.choice(list(PLANTS))
             family = draw.choice([name for name in DECODERS if _fits(name, plant)])
             yield Row(name=f"{number} {plant}", root=5, family=family, make=PLANTS[plant](draw, family))
-        else:
-            name, make = draw.choice((_code, _code, _put))(draw)
+        elif number % 3:
+            name, make = draw.choice((_code, _code, _put, _pole))(draw)
             yield Row(name=f"{number} {name}", root=3, family="plain", make=make)
+        else:
+            family, name, make = _layer(draw)
+            yield Row(name=f"{number} {name}", root=6, family=family, make=make)

@@ -112,7 +112,8 @@ DECODERS: dict[str, Family] = {
         ),
     ),
     "qwen3moe": _decoder(
-        "Qwen3Moe", replace(_EXPERT, queries=None), moe_intermediate_size=32, num_experts=4, decoder_sparse_step=1, norm_topk_prob=True,
+        "Qwen3Moe", replace(_EXPERT, queries=None), moe_intermediate_size=32, num_experts=4, decoder_sparse_step=1,
+            norm_topk_prob=True,
         **_EXPERTS,
     ),
     "mixtral": _decoder("Mixtral", _EXPERT, num_local_experts=4, sliding_window=None, **_EXPERTS),
@@ -153,10 +154,14 @@ def new(build: Callable[[], nn.Module]) -> Any:
     return copy.deepcopy(_kept(build))
 
 
+def _config(name: str, **settings: Any) -> Any:
+    return getattr(transformers, name)(**settings)
+
+
 def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=VOCABULARY, d_model=HIDDEN, d_kv=16, num_heads=4, d_ff=INNER, num_layers=2,
+        _config(
+            "T5Config", vocab_size=VOCABULARY, d_model=HIDDEN, d_kv=16, num_heads=4, d_ff=INNER, num_layers=2,
             feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False,
             attn_implementation="eager",
         )
@@ -165,8 +170,9 @@ def t5() -> nn.Module:
 
 def whisper() -> nn.Module:
     return transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            d_model=HIDDEN, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        _config(
+            "WhisperConfig", d_model=HIDDEN, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4,
             encoder_ffn_dim=INNER, decoder_ffn_dim=INNER, vocab_size=VOCABULARY, max_source_positions=8,
             max_target_positions=16, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             decoder_start_token_id=1, attn_implementation="eager", begin_suppress_tokens=None, suppress_tokens=None,
@@ -176,8 +182,9 @@ def whisper() -> nn.Module:
 
 def vit() -> nn.Module:
     return transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=INNER, image_size=8,
+        _config(
+            "ViTConfig", hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=INNER,
+                image_size=8,
             patch_size=4, num_channels=3, attn_implementation="eager",
         ),
         add_pooling_layer=False,
@@ -186,8 +193,9 @@ def vit() -> nn.Module:
 
 def siglip() -> nn.Module:
     return transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(
-            hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=INNER, image_size=8,
+        _config(
+            "SiglipVisionConfig", hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
+                intermediate_size=INNER, image_size=8,
             patch_size=4, num_channels=3, attn_implementation="eager",
         )
     )  # fmt: skip
@@ -195,8 +203,9 @@ def siglip() -> nn.Module:
 
 def mamba() -> nn.Module:
     return transformers.MambaForCausalLM(
-        transformers.MambaConfig(
-            vocab_size=VOCABULARY, hidden_size=HIDDEN, state_size=8, num_hidden_layers=2, expand=2, time_step_rank=4,
+        _config(
+            "MambaConfig", vocab_size=VOCABULARY, hidden_size=HIDDEN, state_size=8, num_hidden_layers=2, expand=2,
+                time_step_rank=4,
             tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=None,
         )
     )  # fmt: skip
@@ -204,8 +213,8 @@ def mamba() -> nn.Module:
 
 def bert() -> nn.Module:
     return transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
+        _config(
+            "BertConfig", vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=INNER, max_position_embeddings=64, attn_implementation="eager",
         ),
         add_pooling_layer=False,

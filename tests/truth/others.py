@@ -1,5 +1,6 @@
 """Models that are no decoders of text: T5, Whisper, ViT, SigLIP, an embedding model, and a VAE."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -329,40 +330,25 @@ def row(name: str, root: int, family: str, make: Callable[[], Planted]) -> Row:
     return Row(name=name, root=root, family=family, make=make)
 
 
-PATCH = {"never": NO_TEXT, "says": ("patch",), "position": None}
 IMAGES = {"vit": (vit, "layers.1.{}", "mlp.fc1", "mlp.fc2", "attention.o_proj", "attention"),
-          "siglip": (siglip, "encoder.layers.1.{}", "mlp.fc1", "mlp.fc2", "self_attn.out_proj", "self_attn")}  # fmt: skip
+          "siglip": (siglip, "encoder.layers.1.{}", "mlp.fc1", "mlp.fc2", "self_attn.out_proj",
+              "self_attn")}  # fmt: skip
 
 
 def _images() -> tuple[Row, ...]:
     found = []
     for family, (build, layer, up, down, out, attention) in IMAGES.items():
         for path, root in ((up, 5), (down, 5), (out, 8)):
-            whole = layer.format(path)
-            found.append(
-                row(
-                    f"{path} of one patch",
-                    root,
-                    family,
-                    lambda b=build, w=whole: linear(b, run_pixels, w, 2, says=(), never=NO_TEXT),
-                )
-            )  # type: ignore[misc]
-        found.append(
-            row(
-                "NaN in a weight", 1, family, lambda b=build, w=layer.format(f"{down}.weight"): weight(b, run_pixels, w)
-            )
-        )  # type: ignore[misc]
-        found.append(
-            row(
-                "embedding past the maximum in half",
-                4,
-                family,
-                lambda b=build, w=layer.format(f"{up}.weight"): weight(b, run_pixels, w, 70000.0),
-            )
-        )  # type: ignore[misc]
-        found.append(row("NaN in a pixel", 1, family, lambda b=build: pixels(b, "embeddings*")))  # type: ignore[misc]
-        found.append(row("the last norm's gain", 5, family, lambda b=build, f=family: last_norm(b, f)))  # type: ignore[misc]
-        found.append(row("scores", 5, family, lambda b=build, w=layer.format(attention): image_scores(b, w)))  # type: ignore[misc]
+            make = functools.partial(linear, build, run_pixels, layer.format(path), 2, says=(), never=NO_TEXT)
+            found.append(row(f"{path} of one patch", root, family, make))
+        lost, large = (layer.format(f"{part}.weight") for part in (down, up))
+        found += [
+            row("NaN in a weight", 1, family, functools.partial(weight, build, run_pixels, lost)),
+            row("weight past the maximum", 4, family, functools.partial(weight, build, run_pixels, large, 70000.0)),
+            row("NaN in a pixel", 1, family, functools.partial(pixels, build, "embeddings*")),
+            row("the last norm's gain", 5, family, functools.partial(last_norm, build, family)),
+            row("scores", 5, family, functools.partial(image_scores, build, layer.format(attention))),
+        ]
     return tuple(found)
 
 

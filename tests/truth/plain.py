@@ -27,7 +27,7 @@ class Lines(nn.Module):
         modules: Callable[[], Mapping[str, nn.Module]],
     ) -> None:
         super().__init__()
-        self.forward = functools.partial(code, self)  # type: ignore[method-assign]  # with the names of its arguments
+        self.forward = functools.partial(code, self)  # with the names of its arguments
         for name, tensor in parameters.items():
             self.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))
         for name, tensor in buffers.items():

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from truth.plain import Lines, broke, finite, full, lines, rows
+from truth.plain import Lines, broke, full, lines, rows
 from truth.row import Expected, Planted
+from truth.score import finite
 
 X = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [400.0, -2.0, 1.0, 0.5]]], dtype=torch.float64)  # 400² is past the maximum
 W = {"w": torch.ones(4)}
@@ -22,8 +23,8 @@ def ended(
     site: str = "",
     **rest: Any,
 ) -> Expected:
-    """A break whose damage is gone in the end. In a harmless one the result is what a wider format gives; None where the
-    code itself says what stands for a number that is too large.
+    """A break whose damage is gone in the end. In a harmless one the result is what a wider format gives; None where
+    the code itself says what stands for a number that is too large.
     """
     says = (r"harmless|nothing is lost|no effect|same (value|result)|changes nothing",) if harmless else ()
     return broke(
@@ -155,7 +156,8 @@ ROWS = rows(
     ("sigmoid", lambda: absorbed(
         lambda m, x: torch.sigmoid(big(x) * m.w), X, ended("mul", "sigmoid", harmless=True, value=REAL), parameters=W)),
     ("sigmoid by hand", lambda: absorbed(
-        sigmoid, full(-20.0), ended("exp", ("div", "reciprocal", "mul"), harmless=True, value=485165195.0), parameters=W)),
+        sigmoid, full(-20.0), ended("exp", ("div", "reciprocal", "mul"), harmless=True, value=485165195.0),
+            parameters=W)),
     ("swish by hand", lambda: absorbed(
         swish, full(-20.0), ended("exp", "div", harmless=True, value=485165195.0), parameters=W)),
     ("mish by hand", lambda: absorbed(

@@ -152,7 +152,8 @@ ROWS = rows(
         lambda m, x: torch.cumsum(x * m.w, -1) - 1, full(30000.0), parameters=W, wide=True,
         expected=overflow("cumsum", 90000.0, channel=2))),
     ("a sum", lambda: lines(
-        lambda m, x: (x * m.w).sum(-1) - 1, full(30000.0), parameters=W, wide=True, expected=overflow("sum", 120000.0))),
+        lambda m, x: (x * m.w).sum(-1) - 1, full(30000.0), parameters=W, wide=True,
+            expected=overflow("sum", 120000.0))),
     ("zero by zero", lambda: lines(
         lambda m, x: (x * m.w - x) / (x * m.w - x), X, parameters=W, wide=False, expected=anywhere("div", "invalid"))),
     ("constant rows without an eps", lambda: lines(
@@ -173,7 +174,8 @@ ROWS = rows(
     ("one by zero", lambda: lines(
         lambda m, x: x / (x * m.w - x), X, parameters=W, wide=False, expected=anywhere("div", "division-by-zero"))),
     ("logarithm of zero", lambda: lines(
-        lambda m, x: torch.log(x * m.w - x), X, parameters=W, wide=False, expected=anywhere("log", "division-by-zero"))),
+        lambda m, x: torch.log(x * m.w - x), X, parameters=W, wide=False,
+            expected=anywhere("log", "division-by-zero"))),
     *((f"pole of {name}", lambda name=name, code=code: lines(
         code, full(1.0), parameters=W, wide=False, dtype=SINGLE, expected=anywhere(name, "division-by-zero")))
       for name, code in {

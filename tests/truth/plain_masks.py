@@ -112,7 +112,8 @@ def buffer(code: Any, x: Tensor, value: float, operator: str, **rest: Any) -> Pl
     return lines(
         code, x, parameters=W, buffers={"bias": full(-40000.0, 2, 4)}, wide=True,
         expected=broke(f"/{operator}.0" if operator != "mul" else "/mul.1", operator, "overflow", value=value,
-                       origin=source(("buffer", "computed"), (), True), never=("is masked", "hides", "every key"), **rest),
+                       origin=source(("buffer", "computed"), (), True), never=("is masked", "hides", "every key"),
+                           **rest),
     )  # fmt: skip
 
 
@@ -143,10 +144,12 @@ FAULTS = rows(
         lambda m, x: x * m.w * m.bias, full(2.0), -80000.0, "mul")),
     ("sum of a 4-D input with itself", lambda: lines(
         lambda m, x: x + x, full(-40000.0, 1, 1, 2, 4), wide=True,
-        expected=broke("/add.0", "add", "overflow", value=-80000.0, origin=source("input", "x", True), never=("is masked", "hides", "every key")))),
+        expected=broke("/add.0", "add", "overflow", value=-80000.0, origin=source("input", "x", True),
+            never=("is masked", "hides", "every key")))),
     ("sum of a 4-D input and a 4-D buffer", lambda: lines(
         lambda m, x: (x + m.bias) * 0.5, full(-40000.0, 1, 1, 4, 4), buffers={"bias": full(-33000.0, 1, 1, 4, 4)},
-        wide=True, expected=broke("/add.0", "add", "overflow", value=-73000.0, never=("is masked", "hides", "every key")))),
+        wide=True, expected=broke("/add.0", "add", "overflow", value=-73000.0,
+            never=("is masked", "hides", "every key")))),
     ("scores at plus infinity under a mask of -inf", lambda: lines(
         lambda m, x, mask: attend(x @ x.mT + mask, x), X * 200, CAUSAL, wide=True,
         expected=broke("/matmul.0", "matmul", "overflow", position=0, never=("masked", "every key")))),
@@ -178,7 +181,8 @@ SILENT = rows(
     ("control, large negative buffer that fits", lambda: lines(
         bias, counting(), parameters=W, buffers={"bias": full(-40000.0, 2, 4)}, expected=None)),
     ("control, mask of a float32 minimum cast", lambda: lines(
-        lambda m, x: attend(scores(x) + torch.full((SIZE, SIZE), torch.finfo(torch.float32).min).triu(1).to(x.dtype), x),
+        lambda m, x: attend(scores(x) + torch.full((SIZE, SIZE), torch.finfo(torch.float32).min).triu(1).to(x.dtype),
+            x),
         X, expected=None)),
 )  # fmt: skip
 

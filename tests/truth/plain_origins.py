@@ -143,14 +143,16 @@ def closure() -> Planted:
     outside = torch.tensor([1.0, NAN, 1.0, 1.0]).half()
     return lines(
         lambda m, x: x * m.w * outside, X, parameters=W,
-        expected=broke("/mul.1", "mul", ("constant", "input"), origin=source(("outside", "constant", "input"), (), False),
+        expected=broke("/mul.1", "mul", ("constant", "input"),
+            origin=source(("outside", "constant", "input"), (), False),
                        never=NOT_OVERFLOW),
     )  # fmt: skip
 
 
 def moved(code: Any, value: float, operator: str) -> Planted:
     return lines(
-        code, BIG, wide=True, expected=overflow((f"/{operator}.*",), operator, value, kind=("input", "computed"), never=("finite operands",)),
+        code, BIG, wide=True, expected=overflow((f"/{operator}.*",), operator, value, kind=("input", "computed"),
+            never=("finite operands",)),
     )  # fmt: skip
 
 
@@ -169,7 +171,8 @@ ROWS = rows(
         lambda m, x: (x * m.w).clamp(max=NAN) + 1, X, parameters=W, wide=False,
         expected=constant("/clamp.0", "clamp", "clamp*"))),
     ("nan_to_num that puts infinity in", lambda: lines(
-        lambda m, x: torch.nan_to_num((x - x) / (x - x) if m.training else x * m.w - 8, nan=INF).masked_fill(x > 7, INF) * 2,
+        lambda m, x: torch.nan_to_num((x - x) / (x - x) if m.training else x * m.w - 8, nan=INF).masked_fill(x > 7,
+            INF) * 2,
         X, parameters=W, expected=constant("/masked_fill.0", "masked_fill"))),
     ("an element assigned", lambda: lines(assign, X, wide=False, expected=constant("/*", (), ()))),
     ("elements assigned by a mask", lambda: lines(assign_where, X, wide=False, expected=constant("/*", (), ()))),
@@ -177,7 +180,8 @@ ROWS = rows(
         lambda m, x: F.pad(x * m.w, (0, 1), value=NAN) * 2, X, parameters=W, wide=False,
         expected=constant(("/constant_pad_nd.0", "/pad.0", "/mul.1")))),
     ("concatenated with infinity", lambda: lines(
-        lambda m, x: torch.cat([x * m.w, torch.full((1, 2, 1), INF, dtype=x.dtype)], -1) - 1, X, parameters=W, wide=False,
+        lambda m, x: torch.cat([x * m.w, torch.full((1, 2, 1), INF, dtype=x.dtype)], -1) - 1, X, parameters=W,
+            wide=False,
         expected=constant(("/cat.0", "/sub.0", "/full.0")))),
     ("memory that was not written", lambda: lines(
         unwritten, X, wide=False, expected=constant(("/matmul.0", "/full.0", "/copy.0", "/slice*", "/cast*")))),
@@ -192,7 +196,8 @@ ROWS = rows(
     ("running variance that is NaN", lambda: lines(
         PART, X[0], modules=norm_buffer, dtype=SINGLE, expected=weight("part*", "buffer", "part.running_var"))),
     ("NaN in a bias", lambda: lines(
-        PART, X, modules=lambda: damaged(nn.Linear(4, 4), "bias", NAN), expected=weight("part", "weight", "part.bias"))),
+        PART, X, modules=lambda: damaged(nn.Linear(4, 4), "bias", NAN),
+            expected=weight("part", "weight", "part.bias"))),
     ("infinity in a weight", lambda: lines(
         PART, X, modules=lambda: damaged(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "1.weight", INF),
         expected=weight("part.1", "weight", "part.1.weight"))),
@@ -200,7 +205,8 @@ ROWS = rows(
         PART, counting(1, 2, 6), modules=lambda: damaged(nn.Conv1d(2, 3, 3), "weight", NAN), dtype=SINGLE,
         expected=weight("part", "weight", "part.weight"))),
     ("NaN in a norm's gain", lambda: lines(
-        PART, X, modules=lambda: damaged(nn.LayerNorm(4), "weight", NAN), expected=weight("part*", "weight", "part.weight"))),
+        PART, X, modules=lambda: damaged(nn.LayerNorm(4), "weight", NAN),
+            expected=weight("part*", "weight", "part.weight"))),
     ("a parameter that .half() made infinite", lambda: lines(
         lambda m, x: x + m.w, X, parameters={"w": torch.tensor([1.0, 70000.0, 1, 1])}, wide=True,
         expected=weight("/add.0", "weight", "w", never=(*NOT_OVERFLOW, r"(?<!if not, )no number format helps")))),
@@ -213,26 +219,33 @@ ROWS = rows(
         lambda m, *, pixels: pixels * m.w, parameters=W, named={"pixels": torch.where(X > 7, INF, X)},
         expected=given("/mul.0", "pixels"))),
     ("NaN in an input that lies deeper", lambda: lines(
-        nested, {"pixels": [torch.where(X > 7, NAN, X).half()]}, parameters=W, expected=given("/mul.0", "batch").but(origin=source("input", ("batch", "*pixels*"), False), says=("batch|pixels",)))),
+        nested, {"pixels": [torch.where(X > 7, NAN, X).half()]}, parameters=W,
+            expected=given("/mul.0", "batch").but(origin=source("input", ("batch", "*pixels*"), False),
+                says=("batch|pixels",)))),
     ("a tensor from outside", closure),
     ("index_put that adds", lambda: moved(
         lambda m, x: (x * 1).index_put_((ZERO,), x, accumulate=True) - 1, 180000.0, "index_put")),
     ("scatter that adds", lambda: moved(
-        lambda m, x: (x * 1).scatter(0, torch.zeros(1, 4, dtype=torch.long), x, reduce="add") - 1, 120000.0, "scatter")),
+        lambda m, x: (x * 1).scatter(0, torch.zeros(1, 4, dtype=torch.long), x, reduce="add") - 1, 120000.0,
+            "scatter")),
     ("scatter_add", lambda: moved(
         lambda m, x: (x * 1).scatter_add(0, torch.zeros(1, 4, dtype=torch.long), x) - 1, 120000.0, "scatter_add")),
     ("index_add", lambda: moved(
         lambda m, x: (x * 1).index_add(0, torch.zeros(1, dtype=torch.long), x[:1]) - 1, 120000.0, "index_add")),
     ("index_reduce by product", lambda: lines(
         lambda m, x: (x * 1).index_reduce(0, ZERO[:1], x[:1], "prod") - 1, full(300.0, 2, 4), wide=True,
-        expected=overflow("/index_reduce.0", "index_reduce", 90000.0, kind=("computed", "input"), never=("finite operands",)))),
+        expected=overflow("/index_reduce.0", "index_reduce", 90000.0, kind=("computed", "input"),
+            never=("finite operands",)))),
     ("foreach", lambda: lines(
-        foreach, full(2.0), wide=True, expected=broke("/*foreach_mul*", (), "overflow", value=120000.0, never=("finite operands",)))),
+        foreach, full(2.0), wide=True, expected=broke("/*foreach_mul*", (), "overflow", value=120000.0,
+            never=("finite operands",)))),
     ("a custom operator that writes and returns nothing", lambda: lines(
-        custom, full(2.0), wide=True, expected=broke("/scale*", (), ("overflow", "unresolved"), never=("finite operands",)))),
+        custom, full(2.0), wide=True, expected=broke("/scale*", (), ("overflow", "unresolved"),
+            never=("finite operands",)))),
     ("a view that is written", lambda: lines(
         in_view, full(2.0), wide=True,
-        expected=overflow("/mul.1", "mul", 120000.0, kind=("computed", "constant"), row=0, never=("finite operands",)))),
+        expected=overflow("/mul.1", "mul", 120000.0, kind=("computed", "constant"), row=0,
+            never=("finite operands",)))),
     ("an out argument", lambda: lines(
         out_argument, full(2.0), wide=True, expected=overflow("/mul.0", "mul", 120000.0, kind=("input", "constant")))),
     ("halves of a tensor", lambda: lines(

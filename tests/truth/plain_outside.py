@@ -26,7 +26,7 @@ def linear(dtype: torch.dtype = HALF, scale: float = 0.25) -> nn.Module:
 
 def after(run: Callable[[Any], Any], expected: Expected, **how: Any) -> Planted:
     """What the user does with the model's output; the output itself is finite."""
-    model = how.pop("model", None) or linear(**how)
+    model: Any = linear(**how)
 
     def symptom(result: Any) -> None:
         assert bool(model(X.to(model.weight.dtype)).isfinite().all())
@@ -110,7 +110,8 @@ def backward(
     return Planted(
         model=model.requires_grad_(), run=run, symptom=symptom, grad=True,
         expected=Expected(
-            sites=tuple(f"backward/{one}" for one in names), kinds=("unresolved", "overflow"), says=("backward|gradient",),
+            sites=tuple(f"backward/{one}" for one in names), kinds=("unresolved", "overflow"),
+                says=("backward|gradient",),
             never=(*SAMPLER, "finite throughout"), wider=True, **rest,
         ),
     )  # fmt: skip
@@ -144,9 +145,11 @@ ROWS = rows(
     ("an exponential of the output", lambda: after(metric, outside("exp", "overflow", "plain_outside"))),
     ("NaN that the user writes", lambda: after(filled, outside((), "constant", "plain_outside"))),
     ("what is made before the model is called", lambda: Planted(
-        model=linear(), run=before, expected=broke(OUTSIDE, "mul", "overflow", coarse=("input",), says=("outside",), never=SAMPLER))),
+        model=linear(), run=before, expected=broke(OUTSIDE, "mul", "overflow", coarse=("input",), says=("outside",),
+            never=SAMPLER))),
     ("a temperature of the user's own", lambda: sampler(
-        outside("div", "overflow", "plain_outside").but(never=("temperature None",)), lambda z: torch.softmax(z / 1e-6, -1))),
+        outside("div", "overflow", "plain_outside").but(never=("temperature None",)),
+            lambda z: torch.softmax(z / 1e-6, -1))),
     ("a top-p of the user's own", lambda: sampler(
         outside("div", "invalid", "plain_outside").but(never=("top_p = None",)),
         lambda z: torch.where(z > 9, z, 0) / torch.where(z > 9, z, 0).sum(-1, keepdim=True))),

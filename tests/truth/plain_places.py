@@ -199,13 +199,15 @@ ROWS = rows(
     ("the last positions alone", lambda: placed(last_two, token("/mul.0", "mul"))),
     ("a token put before the others", lambda: placed(
         shifted, broke("/mul.0", "mul", "overflow", row=1, value=90000.0, never=("token 2 '", "id 12")))),
-    ("one position after the other", lambda: placed(loop, token("/mul.*", "mul", unsure=("position", "positions", "token")))),
+    ("one position after the other", lambda: placed(loop,
+        token("/mul.*", "mul", unsure=("position", "positions", "token")))),
     ("two calls", two_steps),
     ("other tokens in the same place", cropped),
     ("padding", padded),
     ("a mask of ones is no tokens", lambda: lines(
         from_mask, named={"inputs_embeds": vectors(), "attention_mask": torch.ones(1, 4).long()}, wide=True,
-        expected=broke("/mul.0", "mul", "overflow", value=90000.0, position=2, never=(r"id 1\b", "starts with", "<bos>")))),
+        expected=broke("/mul.0", "mul", "overflow", value=90000.0, position=2,
+            never=(r"id 1\b", "starts with", "<bos>")))),
     ("time steps are no tokens", lambda: lines(
         of_time, image((1, 2, 3, 1)), torch.tensor([981, 981]), wide=True,
         expected=broke("/mul.0", "mul", "overflow", value=90000.0, never=("981", "starts with", r"at token \d")))),

@@ -1,6 +1,7 @@
 """Labels, interference, and the small print: numbers, names and formats in what is said."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def cubed(name: str) -> Planted:
     model.half()
     return Planted(
         model=model, run=forward,
-        expected=broke("layers.1.input_layernorm/pow.0", "pow", "overflow", step=0,                        label="^(?!.*squares)", outcome="reached", **here()),
+        expected=broke("layers.1.input_layernorm/pow.0", "pow", "overflow", step=0,
+            label="^(?!.*squares)", outcome="reached", **here()),
     )  # fmt: skip
 
 
@@ -247,14 +249,19 @@ def said(code: Callable[..., Any], x: Tensor, value: float, *says: str, operator
 def no_parameters() -> Planted:
     """The dtype is that of the tensors, since there are no parameters."""
     return lines(lambda m, x: x * x - 1, full(300.0), wide=True, expected=broke(
-        "/mul.0", "mul", "overflow", value=90000.0, says=("float16",), never=("float32 is", "float32 overflows")))  # fmt: skip
+        "/mul.0", "mul", "overflow", value=90000.0, says=("float16",),
+            never=("float32 is", "float32 overflows")))  # fmt: skip
 
+
+_OWN: tuple[tuple[str, Callable[[str], Planted], tuple[str, ...]], ...] = (
+    ("a scaled gate", scaled_gate, ("llama", "gemma", "qwen2")),
+    ("a projection that casts", late_cast, ("llama", "mistral")),
+    ("an attention of the user's own", own_attention, ("llama", "qwen2")),
+    ("a norm of the user's own", cubed, ("llama", "mistral")),
+)
 
 ROWS: tuple[Row, ...] = (
-    *(Row(name="a scaled gate", root=8, family=f, make=lambda f=f: scaled_gate(f)) for f in ("llama", "gemma", "qwen2")),  # type: ignore[misc]
-    *(Row(name="a projection that casts", root=8, family=f, make=lambda f=f: late_cast(f)) for f in ("llama", "mistral")),  # type: ignore[misc]
-    *(Row(name="an attention of the user's own", root=8, family=f, make=lambda f=f: own_attention(f)) for f in ("llama", "qwen2")),  # type: ignore[misc]
-    *(Row(name="a norm of the user's own", root=8, family=f, make=lambda f=f: cubed(f)) for f in ("llama", "mistral")),  # type: ignore[misc]
+    *(Row(name=name, root=8, family=f, make=partial(plant, f)) for name, plant, families in _OWN for f in families),
     *rows(
         9,
         ("a custom operator that draws", lambda: lines(
@@ -281,7 +288,8 @@ ROWS: tuple[Row, ...] = (
         ("an input that is written to", read_only_input),
         ("control, no elements", lambda: lines(lambda m, x: x[:, :0] * m.w, X, parameters=W, expected=None)),
         ("control, no dimensions", lambda: lines(lambda m, x: (x * m.w).sum() * 1, X, parameters=W, expected=None)),
-        ("control, integers alone", lambda: lines(lambda m, i: i * 2 + 1, torch.arange(6), parameters=W, expected=None)),
+        ("control, integers alone", lambda: lines(lambda m, i: i * 2 + 1, torch.arange(6), parameters=W,
+            expected=None)),
         ("control, what draws", lambda: lines(
             lambda m, x: (nn.functional.dropout(x * m.w, 0.5, True), torch.rand(3)), X, parameters=W, expected=None)),
     ),
@@ -304,7 +312,8 @@ ROWS: tuple[Row, ...] = (
         ("no parameters", no_parameters),
         ("bfloat16", lambda: lines(
             lambda m, x: x * m.w * x, full(1e30), parameters=W, dtype=BFLOAT, wide=True,
-            expected=broke("/mul.1", "mul", "overflow", value=1e60, says=("bfloat16",), never=(r"\bfloat16 overflows",)))),
+            expected=broke("/mul.1", "mul", "overflow", value=1e60, says=("bfloat16",),
+                never=(r"\bfloat16 overflows",)))),
         ("float64", lambda: lines(
             lambda m, x: x * m.w * x, full(1e200), parameters=W, dtype=torch.float64,
             expected=broke("/mul.1", "mul", "overflow", value=INF, never=("bfloat16, float32", "wider range")))),
@@ -316,6 +325,7 @@ ROWS: tuple[Row, ...] = (
         ("control, subnormal numbers", lambda: lines(lambda m, x: x * m.w, full(1e-7), parameters=W, expected=None)),
         ("control, float8", lambda: lines(
             lambda m, x: (x * m.w).to(torch.float8_e4m3fn).to(x.dtype), X, parameters=W, expected=None)),
-        ("control, a part with a norm", lambda: lines(PART, X, modules=lambda: {"part": nn.LayerNorm(4)}, expected=None)),
+        ("control, a part with a norm", lambda: lines(PART, X, modules=lambda: {"part": nn.LayerNorm(4)},
+            expected=None)),
     ),
 )  # fmt: skip

@@ -28,8 +28,9 @@ def given(model: nn.Module, path: str, run: Run) -> Tensor:
 
 def rows_of(linear: nn.Module) -> Tensor:
     """The weight with one row for each output, as a view that can be written to."""
-    weight: Tensor = linear.weight.data
-    return weight.T if isinstance(linear, Conv1D) else weight
+    weight: Any = linear.weight.data
+    rows: Tensor = weight.T if isinstance(linear, Conv1D) else weight
+    return rows
 
 
 def answer(model: nn.Module, path: str, run: Run, wanted: dict[int, float], channel: int = 0) -> None:

@@ -35,14 +35,17 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """The right answer. None and () mean that it cannot be known, so nothing is compared. Without `sites` nothing of the
-    model broke, and only the words are compared. `unsure` names columns of which it is right to say nothing, too.
+    """The right answer. None and () mean that it cannot be known, so nothing is compared.
 
-    `sites` are patterns of fnmatch, in which a bracket stands for itself; `kinds` and `operators` all that would be
-    right. `rounded` and `rounded_from` say which rounding made an operand zero or infinite. `value` is what the lost element would have been,
-    within 2%, and `scaled` what the next operator would have made of it. `positions` and `rows` are all that broke.
-    `says` are regular expressions, of which each must match the verdict, and `never` those of which none may;
-    both ignore case. `residual`: scaling the residual stream is good advice here, which it is not anywhere else; `wider`: so is a wider format, although the run's own dtype has one.
+    `sites` are patterns of fnmatch, in which a bracket stands for itself; without any, nothing of the model broke and
+    only the words are compared. `kinds` and `operators` are all that would be right, `coarse` the kinds that are right
+    where operators are not seen. `positions` and `rows` are all that broke. `value` is what the lost element would have
+    been, within 2%, and `scaled` what the next operator would have made of it. `rounded` and `rounded_from` say which
+    rounding made an operand zero or infinite. `unsure` names columns of which it is right to say nothing, too.
+
+    `says` are regular expressions, of which each must match the verdict, and `never` those of which none may; both
+    ignore case. `label` is what the break's label must match, if it has one. `residual`: scaling the residual stream
+    is good advice here, which it is not anywhere else; `wider`: so is a wider format, although the run has one.
     """
 
     sites: tuple[str, ...]

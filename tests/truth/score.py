@@ -69,7 +69,7 @@ def judge(row: Row, level: str) -> Judgement:
     elif expected is None:
         score, why = _of_control(said)
     elif level == "operators":
-        score, why = _of_operators(expected, said)
+        score, why = operators_score(expected, said)
     else:
         score, why = _of_modules(expected, said, bare)
     if not same and raised is None:
@@ -199,7 +199,7 @@ def matches(pattern: str, site: str) -> bool:
     return fnmatchcase(site, pattern.replace("[", "[[]"))
 
 
-def _of_operators(expected: Expected, said: dict[str, Any] | None) -> tuple[Score, list[str]]:
+def operators_score(expected: Expected, said: dict[str, Any] | None) -> tuple[Score, list[str]]:
     assert said is not None
     first, verdict = said["first_break"], said["verdict"]
     if not expected.sites:
@@ -212,10 +212,12 @@ def _of_operators(expected: Expected, said: dict[str, Any] | None) -> tuple[Scor
     false: list[str] = []
     unsaid: list[str] = []
     for name, right, found in _columns(expected, first):
-        if found is None and right is not None:
-            unsaid += [] if name in expected.unsure else [name]
-        elif not right:
+        if right:
+            continue
+        if found is not None:
             false.append(f"{name} {found}")
+        elif name not in expected.unsure:
+            unsaid.append(name)
     false += [
         f"says {word!r}" for word in forbidden(expected, said["dtype"]) if re.search(word, verdict, re.IGNORECASE)
     ]
@@ -226,7 +228,7 @@ def _of_operators(expected: Expected, said: dict[str, Any] | None) -> tuple[Scor
     return ("acceptable", unsaid) if unsaid else ("exact", [])
 
 
-def _columns(expected: Expected, first: dict[str, Any]) -> Iterator[tuple[str, bool | None, Any]]:
+def _columns(expected: Expected, first: dict[str, Any]) -> Iterator[tuple[str, bool, Any]]:
     """Each column that is compared: its name, whether it is right, and what was said; None for nothing said."""
     if expected.kinds:
         yield "kind", first["kind"] in expected.kinds, first["kind"]
@@ -242,7 +244,7 @@ def _columns(expected: Expected, first: dict[str, Any]) -> Iterator[tuple[str, b
         wanted = getattr(expected, name)
         if wanted:
             found = first.get(name) or None
-            yield name, found == list(wanted) or (len(wanted) == 1 and not found) or None, found
+            yield name, found == list(wanted) or (len(wanted) == 1 and not found), found
     if expected.value is not None:
         value = first["value"]
         number = None if value is None else float(value)
@@ -269,12 +271,7 @@ def _columns(expected: Expected, first: dict[str, Any]) -> Iterator[tuple[str, b
         yield "outcome", first.get("outcome") == expected.outcome, first.get("outcome")
     if expected.harmless is not None:
         found = first.get("harmless")
-        unknown_is_right = not expected.harmless
-        yield (
-            "harmless",
-            found == expected.harmless or (found is None and unknown_is_right),
-            (False if found is None and unknown_is_right else found),
-        )
+        yield "harmless", found == expected.harmless or (found is None and not expected.harmless), found
 
 
 _NUMBER = r"(-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)"
@@ -294,7 +291,7 @@ def false_sums(text: str) -> list[str]:
     return found
 
 
-def _origin(wanted: Origin, found: dict[str, Any]) -> Iterator[tuple[str, bool | None, Any]]:
+def _origin(wanted: Origin, found: dict[str, Any]) -> Iterator[tuple[str, bool, Any]]:
     kind, name, whether = found.get("kind"), found.get("name"), found.get("finite")
     if wanted.kinds:
         yield "origin", kind in wanted.kinds, kind

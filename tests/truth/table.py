@@ -15,12 +15,14 @@ from truth import (
     plain_outside,
     plain_places,
     plain_rest,
+    wrapping,
 )
 from truth.row import Row
 
 _ALL: tuple[Row, ...] = (
     *decoders.ROWS,
     *decoding.ROWS,
+    *wrapping.ROWS,
     *experts.ROWS,
     *others.ROWS,
     *plain_origins.ROWS,

@@ -166,7 +166,8 @@ def test_an_operator_of_the_users_own_runs_once_and_draws_once() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_sorted_by_expert_are_told_at_their_own_position_or_none(seed: int) -> None:
     torch.manual_seed(seed)
-    config = transformers.Qwen3MoeConfig(
+    kind: Any = transformers.Qwen3MoeConfig
+    config = kind(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=1,
         decoder_sparse_step=1,
@@ -210,9 +211,8 @@ def test_a_cropped_cache_forgets_the_tokens_that_were_rejected() -> None:
 
 def test_a_decoders_position_is_told_by_the_decoders_token() -> None:
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
-    )
+    kind: Any = transformers.T5Config
+    config = kind(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
     model = transformers.T5ForConditionalGeneration(config).eval().half().requires_grad_(False)
     model.decoder.block[0].layer[2].DenseReluDense.wo.weight[4] = 6e4
     encoded, decoded = torch.tensor([[45, 9, 49, 55, 44]]), torch.tensor([[21, 50, 11, 50, 59]])

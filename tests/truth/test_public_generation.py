@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from truth.decoding import ALL, HalfRotary, Sanitised
 from truth.experts import Recurrent
 from truth.models import decoder, new
 from truth.plants import answer
 from truth.told import COARSE, IDS, first, logits, says, says_not, silent, told, unresolved
+from truth.wrapping import ALL, HalfRotary, Sanitised
 
 SAMPLER = ("top_p = None", "temperature None", "top_k = None")
 
@@ -40,12 +40,14 @@ def test_greedy_decoding_over_no_token_is_not_called_healthy() -> None:
     says(told(decoder("llama"), suppressed(do_sample=False)), "SuppressTokens", "token 0")
 
 
-class Compressed(DynamicCache):  # type: ignore[misc]
+class Compressed(DynamicCache):
     """Puts a key of its own into one layer's cache, rounded as it is written."""
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **how: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(keys, values, layer, *args, **how)
-        if keys.shape[-2] == IDS.shape[1] + 1 and layer == 1:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if keys.shape[-2] == IDS.shape[1] + 1 and layer_idx == 1:
             fake = torch.zeros(keys.shape[-1])
             fake[2] = -2e5
             keys = keys.clone()

@@ -1,4 +1,4 @@
-"""Mechanisms that people reported in public, rebuilt on small models: each gets its right answer, in words and in JSON."""
+"""Mechanisms that people reported in public, rebuilt on small models: each gets its right answer."""
 
 import math
 from typing import Any
@@ -135,7 +135,7 @@ def test_a_merged_adapter_is_a_weight_that_overflows_and_on_top_it_is_finite() -
         model = decoder("llama")
         model.model.layers[0].input_layernorm.weight.data[9] = 1e-4  # what the adapter reads is small
         config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["up_proj"])
-        wrapped = peft.get_peft_model(model, config)
+        wrapped: Any = peft.get_peft_model(model, config)
         target = wrapped.base_model.model.model.layers[0].mlp.up_proj
         wrapped.base_model.model.model.layers[0].post_attention_layernorm.weight.data[9] = 1e-4
         target.lora_A["default"].weight.data.zero_()
