@@ -59,6 +59,8 @@ def dependence(recording: Recording, first: Record) -> str:
         return ""
     if is_outside(first) or broke.counts != "token" or _is_padding(recording, broke):
         return ""
+    if "experts" in first.module.split("."):  # which tokens an expert gets may depend on all of them
+        return ""
     if position == 0:
         text = escaped(recording.header.text_of(token) or "")
         named = "" if token is None else f", {text}" if text else f" (id {token})"

@@ -79,6 +79,11 @@ def test_padding_is_no_beginning_of_a_prompt() -> None:
     assert f"{DEPENDS} the first token, <bos>" in said(residual(), **both)
 
 
+def test_which_tokens_an_expert_gets_may_depend_on_all_of_them() -> None:
+    experts = made(2, "layers.1.mlp.experts/matmul.1", operator="matmul", positive_inf=1, broke=broke())
+    assert DEPENDS not in said(experts)
+
+
 def test_frames_and_patches_are_no_prompt() -> None:
     assert DEPENDS not in said(residual(counts="frame", token=None))
 
