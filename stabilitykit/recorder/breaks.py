@@ -52,6 +52,10 @@ class Passed:
     origin: Origin
 
 
+class OfMask:
+    """No break: an infinity that came of a mask's -inf, which operators that are not told of masks hand on."""
+
+
 def judge(
     call: Call,
     output: Tensor,
@@ -61,7 +65,7 @@ def judge(
     *,
     origin_of: Callable[[Tensor], Origin],
     is_still: Callable[[Tensor, Origin], bool],
-) -> Finding | Passed:
+) -> Finding | Passed | OfMask:
     """Looks closer at an `output` that holds a NaN or infinity.
 
     `lost` is True at the elements that are neither finite nor masked, `axes` tells the axes of `output` apart, `stored`
@@ -85,6 +89,9 @@ def judge(
             return Finding(break_at("constant", lost, axes, stored), (origin,), origin)
     value = in_float64(call, output.shape, index)
     kind: BreakKind = "masked-row" if masked else _kind(call, value, stored)
+    of_mask = not masked and any(not part.is_finite() for part in parts)
+    if of_mask and value is not None and math.isinf(value):
+        return OfMask()
     operands = tuple(part.largest for part in parts if part.values.numel())
     if masked:  # each of a query's keys is hidden, whose positions do not matter
         axes = axes.of_queries()
@@ -98,7 +105,7 @@ def judge(
         if emptied is not None:
             found.broke = replace(found.broke, outside=emptied.code)
     elif kind in ("invalid", "division-by-zero"):
-        found.of_mask = any(not part.is_finite() for part in parts)
+        found.of_mask = of_mask
         traced = unrounded(call, output.shape, index, is_still)
         found.rounded = None if traced is None else traced[1]
     return found
@@ -114,7 +121,8 @@ def _culprit(parts: Sequence[Contribution], lost: Tensor, axes: Axes, stored: Nu
             return Passed(origin)
         source = origin.source
         if source is None:
-            if origin.masked is not None and not bool((part.values.isnan() | (part.values == math.inf)).any()):
+            worse = part.values.isnan() if origin.of_mask else part.values.isnan() | (part.values == math.inf)
+            if (origin.of_mask or origin.masked is not None) and not bool(worse.any()):
                 continue  # the -inf of a mask, which this operator does not take for one
             return Finding(break_at("unresolved", lost, axes, stored), (origin,), None)
         if source.kind == "constant" and part.operand.tensor.ndim == 0:

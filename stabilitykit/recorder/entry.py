@@ -127,7 +127,7 @@ class Entry:
         self.broke = replace(
             broke,
             position=position,
-            token=self.token(broke.row, position, axes),
+            token=None if stream is None else stream.token_at(broke.row, broke.position),
             positions=known,
             counts="token" if stream is None else stream.counts,
             causal=self._causal(axes, broke.row, broke.position),
@@ -154,7 +154,10 @@ class Entry:
     def _causal(self, axes: Axes, row: int | None, position: int | None) -> bool:
         """Whether, as checked, nothing later than this position of its own sequence took part."""
         of = axes.labels
-        if of is None or position is None or dict(of.bounds).get(axes.slot, position) > position:
+        stream = self._stream(axes)
+        if of is None or position is None or stream is None or stream.adrift:
+            return False
+        if dict(of.bounds).get(axes.slot, position) > position:
             return False
         for number, check in enumerate(self.step.checks):
             if of.checks >> number & 1:
@@ -183,7 +186,7 @@ class Entry:
     def absolute(self, position: int | None, axes: Axes) -> int | None:
         """From where positions of these axes begin to where their sequence does."""
         stream = self._stream(axes)
-        return None if position is None or stream is None else position + stream.start
+        return None if position is None or stream is None or stream.adrift else position + stream.start
 
     def token(self, row: int | None, position: int | None, axes: Axes) -> int | None:
         stream = self._stream(axes)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.recorder.blocks import Part
-from stabilitykit.recorder.breaks import Passed, judge
+from stabilitykit.recorder.breaks import OfMask, Passed, judge
 from stabilitykit.recorder.entry import Entry, Form
 from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import Field, edges
@@ -86,6 +86,11 @@ class Observation:
             found = judge(
                 self.call, self.values, self.lost, self.axes, stored, origin_of=origins.of, is_still=origins.is_still
             )
+        if isinstance(found, OfMask):
+            self.origin.lost, self.origin.of_mask = False, True
+            masks = (operand.origin.mask for operand in self.call.operands)
+            self.origin.mask = next((mask for mask in masks if mask is not None), None)
+            return self.origin
         if isinstance(found, Passed):
             return found.origin
         found.broke = replace(found.broke, outside=found.broke.outside or self.outside)

@@ -94,7 +94,7 @@ class Origin:
     its record, if it has one. `lost`: it holds an element that is not finite and that no mask hides. Of what was put
     together from several tensors `leaves` are those that were not computed. Of a constant that is not finite `trail` is
     the record in the making of the operator that made it so. `masked` is where a mask, `mask`, hides elements (None:
-    nowhere).
+    nowhere); `of_mask`: it holds infinities that come of a mask's -inf, such as its negative.
 
     `scores`: a product of two computed tensors, or made of one element by element, as attention scores are. `pairs`:
     each element joins two positions. `role`: what attention uses it for. `hidden` remembers where something that was
@@ -109,6 +109,7 @@ class Origin:
     lost: bool = False
     leaves: tuple["Origin", ...] = ()
     trail: "Entry | None" = None
+    of_mask: bool = False
     masked: Hidden | None = None
     mask: Mask | None = None
     scores: bool = False

@@ -81,7 +81,8 @@ class Session:
         for step, origin in self._outputs:
             doubt = None if origin.entry is None else entries[origin.entry].doubt
             refuted = doubt is not None and doubt.lost is not None and not doubt.mask.confirmed
-            if origin.lost or refuted:
+            of_none = origin.of_mask and origin.mask is not None and not origin.mask.confirmed
+            if origin.lost or refuted or of_none:
                 lost.add(step)
         return lost
 

@@ -169,8 +169,9 @@ def image(place: tuple[int, ...]) -> Tensor:
 
 
 def two_steps() -> Planted:
+    """Without a cache the second call begins anew."""
     planted = lines(
-        square, IDS, modules=table(), expected=token("/mul.0", "mul", step=1).but(position=None, positions=())
+        square, IDS, modules=table(), expected=token("/mul.0", "mul", step=1, position=0, positions=(0,), never=())
     )
     return Planted(model=planted.model, run=run_twice, expected=planted.expected)
 

@@ -24,6 +24,8 @@ from stabilitykit.recorder.places.streams import (
 from stabilitykit.recorder.places.track import Tracker
 from stabilitykit.recorder.tensors import aside
 
+_MADE = ("past_key_values", "cache_params")
+
 
 class _Cache:
     """A cache, the stream that it holds, and the memory of its keys when the last step ended."""
@@ -45,6 +47,7 @@ class Steps:
         self.whole: Sequence[Ids] | None = None  # of the last step whose history is known
         self._caches: dict[int, _Cache] = {}
         self._last: Stream | None = None  # of a call whose cache was not seen
+        self._latest: Stream | None = None
 
     def begin(self, module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         """Before a call of the model. What fails in here only makes places unknown."""
@@ -62,6 +65,9 @@ class Steps:
         start, cache = held(given), cache_of(given)
         step = Step(self.tracker.step.number + 1, start)
         found = entering(module, args, kwargs)
+        state = self._caches.get(id(cache))
+        if not start and state is not None and state.of() is cache and cached_keys(cache) is None:
+            start = step.start = state.stream.end  # a state that does not grow cannot say how long it is
         before = self._before(cache, start)
         rows_from = None if before is None else self._rows_from(cache, before)
         self.tracker.begin(step)
@@ -73,6 +79,7 @@ class Steps:
                 continue  # made from something that entered before
             own = one in main and (not decodes or one.name.startswith("decoder"))
             stream = self._stream(one, start if own else 0)
+            stream.adrift = own and not start and self._may_go_on(stream, cache)
             if own and before is not None and first is None:
                 self._continue(stream, before, rows_from)
             self.tracker.enter(one, stream)
@@ -81,7 +88,13 @@ class Steps:
             for tensor in cached(cache):
                 self.tracker.renumber(tensor, first.rows)
         self._hold(cache, first)
+        self._latest = first or self._latest
         return step
+
+    def _may_go_on(self, stream: Stream, cache: Any) -> bool:
+        """Whether a single position without a cache may follow those of the call before."""
+        before = self._latest
+        return cache is None and stream.length == 1 and before is not None and (before.length > 1 or before.adrift)
 
     def part(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A call of a part of the model, which may be given ids or embeddings that were not followed so far."""
@@ -117,7 +130,7 @@ class Steps:
             self.tracker.note(failed)
 
     def _ended(self, cache: Any, output: Any) -> None:
-        made = getattr(output, "past_key_values", None)
+        made = next((held for name in _MADE if (held := getattr(output, name, None)) is not None), None)
         if cache is None and made is not None and self._last is not None:
             self._hold(made, self._last)
             cache = made

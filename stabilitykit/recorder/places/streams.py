@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ class Stream:
     `counts` is what its positions count. `tokens` are the ids of this call, by row, and `before` those of the positions
     before it, as far as a cache holds them; None where they are not known. Streams of one `sequence` continue each
     other. `row_from` tells which row of `after`, the one before, each row continues, where that is another one.
+    `adrift`: it may go on from a state that the model keeps to itself, so that where it begins is not known.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Stream:
     sequence: object = field(default_factory=object)
     after: "Stream | None" = None
     row_from: Sequence[int] | None = None
+    adrift: bool = False
 
     @property
     def end(self) -> int:
@@ -47,6 +50,10 @@ class Stream:
         if self.before is None:
             return None
         return [[*old, *new] for old, new in zip(self.before, self.tokens, strict=True)]
+
+    def token_at(self, row: int | None, position: int | None) -> int | None:
+        """The id at a position that counts from the start of this call; None for none."""
+        return None if position is None else self.token(row, position + self.start)
 
     def token(self, row: int | None, position: int) -> int | None:
         """The id at an absolute position. Without a row there has to be only one."""
@@ -205,9 +212,11 @@ def _tensors(argument: Any) -> Iterator[Tensor]:
                 yield part
 
 
+_CACHES = ("cache", "past_key_values", "cache_params")
+
+
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
-    found = kwargs.get("cache")
-    return kwargs.get("past_key_values") if found is None else found
+    return next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
 
 
 def held(kwargs: Mapping[str, Any]) -> int:
@@ -215,7 +224,8 @@ def held(kwargs: Mapping[str, Any]) -> int:
     cache = cache_of(kwargs)
     count = getattr(cache, "get_seq_length", None)
     if count is not None:
-        return int(count())
+        with suppress(Exception):  # a cache of states alone has no length, and says so
+            return int(count())
     if isinstance(cache, list | tuple):
         keys = cached_keys(cache)
         if keys is not None and keys.ndim == 4:
