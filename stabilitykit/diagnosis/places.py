@@ -27,7 +27,8 @@ def place_of(recording: Recording, position: int | None, row: int | None, token:
     if position is None:
         return ""
     named = recording.header.named(token)
-    text = f", at token {position}" + (f" {named}" if named else "")
+    thing = "position" if token is None and recording.header.tokens is not None else "token"  # a frame, a patch
+    text = f", at {thing} {position}" + (f" {named}" if named else "")
     if recording.header.rows > 1 and row is not None:
         text += f" of row {row}"
     return text + _generated(recording, position, step)

@@ -144,7 +144,7 @@ def _of_module(
         if origin.trail is not None or (origin.kind == "computed" and origin.lost):
             return Passed(origin)
         source = origin.source
-        if source is None:
+        if source is None or (source.looked_at and not source.lost):  # what is not finite was written to it since
             unseen = True
         elif source.kind != "constant" and not bool((operand.tensor == -math.inf).any()):
             source.lost = True

@@ -163,6 +163,8 @@ class Session:
                     origins.remember(tensor, replace(origin, leaves=tuple(leaves)))
             elif origin.kind not in ("weight", "buffer") and origin.trail is None:
                 origins.remember(tensor, Origin(kind, name))
+                if kind == "input" and self.options.level != "operators":  # later the model may have written to it
+                    self.names.look(Operand(tensor, origins.of(tensor)))
 
     def _look_for_masks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which of the constants and inputs that a device's layers are given hide nothing: known before long."""
