@@ -157,7 +157,8 @@ class Entry:
         stream = self._stream(axes)
         if of is None or position is None or stream is None or stream.adrift:
             return False
-        if dict(of.bounds).get(axes.slot, position) > position:
+        bounds = dict(of.bounds)
+        if bounds.pop(axes.slot, position) > position or bounds:  # something later, or of another sequence
             return False
         for number, check in enumerate(self.step.checks):
             if of.checks >> number & 1:

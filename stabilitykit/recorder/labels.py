@@ -6,7 +6,7 @@ given here, and gemma_pytorch's in one of its own.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stabilitykit.recorder.origins import Role
 
@@ -209,10 +209,10 @@ _NORM_ROLES: Mapping[str, Role] = {
 }
 
 
-def label(site: str, family: Family | None, role: Role | None = None) -> str | None:
+def label(site: str, family: Family | None, role: Role | Literal["any"] | None = "any") -> str | None:
     """What is made at `site` in a model of this family, or None for a site nobody has named.
 
-    `role` is what attention uses it for, by the data flow.
+    `role` is what it is for, by the data flow; "any" where a plain model of the family is meant and nothing ran.
     """
     if family is None:
         return None
@@ -228,9 +228,11 @@ def label(site: str, family: Family | None, role: Role | None = None) -> str | N
         return named or None
     if name.endswith("norm"):
         expected = _NORM_ROLES.get(operator)
-        inside = _OPERATORS["norm"].get(operator) if expected is None or role == expected else None
+        inside = _OPERATORS["norm"].get(operator) if expected is None or role in (expected, "any") else None
         return f"{inside} in {named}" if inside and named else None
     inside = (family.operators.get(name) or _OPERATORS.get(name, {})).get(operator)
+    if role == "any":
+        return inside
     if name == "self_attn" and inside is not None and not _has_role(inside, operator, role):
         return None
     return None if name == "mlp" and operator == "mul.0" and role != "product" else inside

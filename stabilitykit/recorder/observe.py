@@ -117,7 +117,7 @@ class Observer:
             if found is not None:
                 masked, limit, mask = found
         scores = are_scores(call, values)
-        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats, labels)
+        entry, axes, part = self._entry(call, tensor, values, frame, site, repeats, labels, scores=scores)
         number = len(self.entries)
         if part is not None and frame.of_blocks is not None:
             number = frame.of_blocks.setdefault(site, number)
@@ -326,6 +326,8 @@ class Observer:
         site: str,
         repeats: int | None,
         labels: Labels | None,
+        *,
+        scores: bool = False,
     ) -> tuple[Entry, Axes, Part | None]:
         """The entry of a tensor that may be a part of it; its own axes; which part."""
         step = self.places.step
@@ -335,7 +337,7 @@ class Observer:
         if block is not None:
             shape = tuple(values.shape)
             queries, keys = block.stop - block.start, block.last_key - block.first_key
-            part = part_of(shape, block, by_key=labels.pairs and shape[-2:] == (queries, keys))
+            part = part_of(shape, block, by_key=scores and shape[-2:] == (queries, keys))
             if part is not None:
                 axes = axes_for(labels)
                 number = None if frame.of_blocks is None else frame.of_blocks.get(site)

@@ -3,6 +3,7 @@
 import functools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -240,9 +241,15 @@ def _layer(draw: random.Random) -> tuple[str, str, Make]:
     family, build, run, path, places, ids = draw.choice(_LAYERS)
     place, value = draw.randrange(places), _size(draw)
     row, position = divmod(place, 5) if family == "embedding" else (0, place)
-    never = ("starts with",) if ids is not None else ("starts with", r"at token \d")
+    # what the first layer projects depends on its own token alone, in both directions
+    alone = re.search(r"(layer|layers|block)\.0\..*\b(q|k|v|query|key|value|[qkv]_proj)$", path) is not None
+    never = (
+        () if ids is not None and alone else ("starts with",) if ids is not None else ("starts with", r"at token \d")
+    )
     at = None if family == "embedding" else position
     columns: dict[str, Any] = {"place": place, "value": value, "row": row, "position": position, "says": ()}
+    if family == "vit":  # has a class token before its patches, which are counted without
+        columns["position"] = position - 1 if position else None
     if ids is not None:
         columns["token"] = int(ids[row, position])
     make = functools.partial(others.linear, build, run, path, at, never=never, **columns)
