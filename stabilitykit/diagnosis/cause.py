@@ -166,14 +166,23 @@ def _rounded(first: Record) -> Cause:
             f"{number(was)}, and the result finite.",
             "Compute this in float32.",
         )
-    wider = "float64" if first.dtype == "float32" else "float32"
+    single = FORMATS["float32"]
+    lost = was is not None and abs(was) < single.smallest_normal  # float32 would round it too, or its inverse overflow
+    wider = "float64" if first.dtype == "float32" or lost else "float32"
     told = "" if was is None else f" In {wider} it is {number(was)}, and the result finite."
     least = "" if form is None else f": its least number is {form.smallest_subnormal:.2g}"
     other = f", or use an eps that {first.dtype} does not round to 0{least}"
     if (first.operator or "").startswith("log"):
         other = ", or use log_softmax" if "softmax" in (broke.rounded_site or "") else ""
+    if was is not None and form is not None and abs(was) > form.smallest_subnormal:
+        onto = f" to {number(broke.operands[0])}" if len(broke.operands) == 1 else ""
+        return Cause(
+            "rounding",
+            f"That is this dtype's rounding: {source} is rounded{onto} in {first.dtype}.{told}",
+            f"Compute this in {wider}.",
+        )
     return Cause(
         "rounding",
-        f"That is this dtype's rounding: {source} is 0 in {first.dtype} alone.{told}",
+        f"That is this dtype's rounding: {source} is 0 in {first.dtype}{'' if lost else ' alone'}.{told}",
         f"Compute this in {wider}{other}.",
     )

@@ -7,7 +7,7 @@ from stabilitykit.diagnosis.causes import Cause
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import OUTSIDE
 from stabilitykit.formats import FORMATS
-from stabilitykit.records import Record, Recording
+from stabilitykit.records import Break, Record, Recording
 from stabilitykit.words import number
 
 _PROCESSOR = re.compile(r"\w*(?:Processor|Warper)")
@@ -95,6 +95,12 @@ def _of_processor(recording: Recording, record: Record, processor: str) -> Cause
             f"The logits are finite. What overflows {record.dtype} is {processor}.",
             "Look at that processor's settings, or let it compute in float32.",
         )
+    if broke.kind != "masked-row":
+        return Cause(
+            "processor",
+            f"The logits are finite. {processor} makes scores that are not.",
+            "Look at that processor's settings: at what it adds, multiplies by and divides by.",
+        )
     return Cause(
         "processor",
         f"The logits are finite. {processor} left no token: every score is -inf, and a softmax of that is 0 / 0. "
@@ -149,6 +155,9 @@ def _of_code(recording: Recording, record: Record) -> Cause:
         return labels
     head = logits_of(recording, record.step)
     model = "The model's output is finite; " if record.step not in recording.header.lost_steps else ""
+    later = any(step > record.step for step in recording.header.lost_steps)
+    if record.step < 0 or later:  # what the user's code made was passed to the model
+        return Cause("outside", "This is not the model's own code, which is given the result.", _look_at(broke))
     if head is not None and not head.lost:
         model = "The logits are finite; "
     code = f"{model}what follows is not the model's." if model else "This is not the model's own code."
@@ -156,10 +165,13 @@ def _of_code(recording: Recording, record: Record) -> Cause:
         value = broke.value
         fits = value is not None and not math.isnan(value) and not FORMATS["float32"].overflows(value)
         wide = fits and (record.dtype == "float16" or record.dtype.startswith("float8"))
-        look = f"Look at {shortened(broke.outside) if broke.outside else 'that code'}."
-        return Cause("outside", code, "Compute this in float32, which holds the value." if wide else look)
+        return Cause("outside", code, "Compute this in float32, which holds the value." if wide else _look_at(broke))
     operands = " and ".join(number(operand) for operand in broke.operands)
     return Cause("outside", code, f"Look at its operands: {operands}." if operands else "Look at that code.")
+
+
+def _look_at(broke: Break) -> str:
+    return f"Look at {shortened(broke.outside) if broke.outside else 'that code'}."
 
 
 def of_labels(record: Record) -> Cause | None:

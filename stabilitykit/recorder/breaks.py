@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.formats import NumberFormat
+from stabilitykit.models.operators import traits
 from stabilitykit.recorder.contributions import Contribution, contributions, in_float64, placed
 from stabilitykit.recorder.kernels.axes import NOWHERE, Axes
 from stabilitykit.recorder.masks import Call
@@ -83,14 +84,18 @@ def judge(
             return culprit
         number = placed(call.args, call.kwargs)
         if number is not None and not math.isnan(number) and any(part.operand is not None for part in parts):
-            number = number if bool(output[index] == number) else None
+            number = number if bool(output[index].abs() == abs(number)) else None
         if number is not None:
             origin = Origin("constant", f"{number:g}", lost=True)
             return Finding(break_at("constant", lost, axes, stored), (origin,), origin)
     value = in_float64(call, output.shape, index)
     kind: BreakKind = "masked-row" if masked else _kind(call, value, stored)
-    of_mask = not masked and any(not part.is_finite() for part in parts)
-    if of_mask and value is not None and math.isinf(value):
+    past = next((p for p in parts if p.operand is None and stored.overflows(p.largest)), None)
+    if past is not None and value is not None and math.isfinite(value) and not stored.overflows(value):
+        origin = Origin("constant", f"{past.largest:g}", lost=True)  # a number that this dtype does not hold
+        return Finding(break_at("constant", lost, axes, stored), (origin,), origin)
+    of_mask = not masked and any(part.operand is not None and not part.is_finite() for part in parts)
+    if of_mask and value is not None and math.isinf(value) and traits(call.func).pointwise:
         return OfMask()
     operands = tuple(part.largest for part in parts if part.values.numel())
     if masked:  # each of a query's keys is hidden, whose positions do not matter

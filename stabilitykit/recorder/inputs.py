@@ -10,6 +10,7 @@ from stabilitykit.recorder.tensors import floating
 from stabilitykit.records import OriginKind
 
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "past")
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _DEEP = 4  # cache -> list of layers -> layer -> keys
 
 
@@ -32,9 +33,7 @@ def named_inputs(
 def _arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if args:
         try:
-            names = [
-                p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
-            ]
+            names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in _BY_PLACE]
         except (TypeError, ValueError):
             names = []
         for place, value in enumerate(args):

@@ -40,7 +40,7 @@ class Operand:
             return masked
         if masked is not None:  # a view of masked memory, in an order of its own, shows its mask by value
             return hidden(blocks(tensor), tensor.stride())
-        if tensor.ndim < 2 or self.origin.clear:
+        if tensor.ndim < 1 or self.origin.clear:
             return None
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if self.origin.hidden is None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from stabilitykit.formats import FLOAT32, FORMATS
@@ -151,6 +152,8 @@ class Observer:
             self.custom.take(entry, values, seen.hidden, part)
         self.compare(entry, values, part)
         self._follow(seen)
+        if call.name == "cast" and tensor.dtype is torch.float8_e4m3fn:
+            self._look_for_saturation(seen)
 
         if isinstance(row, Tensor):
             self.pending.after(row, lambda row: self._take(seen, row), [values, *(o.tensor for o in call.operands)])
@@ -160,6 +163,23 @@ class Observer:
             self._take(seen, row)
         else:
             entry.row = row
+
+    def _look_for_saturation(self, seen: Observation) -> None:
+        """torch's cast to float8_e4m3fn on a CPU makes the maximum of what is past it: finite, and another number."""
+        given = seen.call.operands[-1].tensor if seen.call.operands else None
+        if given is None or not is_here(given) or given.is_meta or given.shape != seen.values.shape or seen.part:
+            return
+        form = FORMATS["float8_e4m3fn"]
+        with aside():
+            past = given.isfinite() & (given.abs() > form.largest)
+            if not bool(past.any()) or not form.overflows(float(given[past].abs().amax())):
+                return
+            broke = break_at("overflow", past, seen.axes, form)
+            value = float(given[broke.index])
+            found = Finding(replace(broke, operands=(value,), value=value), (seen.call.operands[-1].origin,))
+        found.origin = seen.call.operands[-1].origin
+        seen.entry.take_break(found, seen.axes, None)
+        seen.entry.absorbs = self.broken = True
 
     @staticmethod
     def _lost(row: Row | Tensor) -> bool:
@@ -187,6 +207,10 @@ class Observer:
                 passed = seen.judge(self.origins)
                 if passed is not None:
                     origin.trail = passed.trail
+                elif frame.module is None and call.name == "softmax":  # of scores that a processor made anew
+                    origin.trail = entry
+                    self.before.setdefault(len(self.entries), []).append(entry)
+                    self.broken = True
                 elif entry.came_from is not None and entry.came_from.lost and not self._was_a_mask(call, entry):
                     origin.leaves = (entry.came_from,)  # handed on by arithmetic
                 else:
@@ -222,12 +246,22 @@ class Observer:
                     of.overflowed = Rounded(made, value)
 
     def leave_out(self, operands: Sequence[Operand]) -> None:
-        """NaN that came of a mask's -inf is left out on purpose, so it was no break."""
+        """What came of a mask is left out on purpose, so it was no break: NaN by a sum, +inf that was put in by a
+        minimum.
+        """
         for operand in operands:
             entry = None if operand.origin.entry is None else self.entries[operand.origin.entry]
-            if entry is not None and entry.of_mask:
+            if entry is not None and (entry.of_mask or _hides_from_least(entry)):
                 entry.broke, operand.origin.lost = None, False
                 self.first = None if self.first is entry else self.first
+
+    def join(self, outputs: Sequence[Tensor]) -> None:
+        """The results of one operator: damage has not ended in one of them that goes on in another."""
+        origins = [self.origins.of(tensor) for tensor in outputs]
+        if any(origin.lost for origin in origins):
+            for origin in origins:
+                if origin.entry is not None:
+                    self.entries[origin.entry].absorbs = False
 
     def look_at_choice(self, operand: Operand) -> None:
         """The largest is taken of every row: where a row is hidden whole it is token 0, which nobody chose."""
@@ -391,6 +425,12 @@ class Observer:
         number = seen.origin.entry
         self.before.setdefault(len(self.entries) if number is None else number, []).append(trail)
         return True
+
+
+def _hides_from_least(entry: Entry) -> bool:
+    """Whether +inf was put in, and nothing else is wrong."""
+    broke, source = entry.broke, entry.came_from
+    return broke is not None and broke.kind == "constant" and source is not None and source.name == "inf"
 
 
 def _is_compared(site: str) -> bool:

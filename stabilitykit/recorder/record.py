@@ -255,6 +255,7 @@ def _records(observer: Observer, header: Header, family: Family | None, *, shows
         if entry.row is not None:
             entry.decide()
             whole.append(entry)
+    whole += [entry for number, late in observer.before.items() if number >= len(entries) for entry in late]
     again = {
         id(entry)
         for entry in whole

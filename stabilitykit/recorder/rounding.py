@@ -82,7 +82,14 @@ def unrounded(
         value = float(result.expand(shape)[index])
     except (RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         return None
-    if not spoilt or not abs(value) < torch.inf:
+    if not abs(value) < torch.inf:
+        return None
+    if not spoilt:  # neither zero nor infinite: rounded onto another number where the operator has no finite result
+        for operand in call.operands:
+            seen, tensor = wide(operand.tensor), operand.tensor
+            if operand.origin.made is not None and seen.shape == tensor.shape == shape and seen[index] != tensor[index]:
+                spoilt.append(Rounded(operand.origin, float(seen[index])))
+    if not spoilt:
         return None
     return value, spoilt[-1]
 

@@ -28,6 +28,8 @@ from stabilitykit.recorder.tensors import aside, floating, floating_of_call, has
 from stabilitykit.recorder.unseen import StopAtBreak, Unseen
 from stabilitykit.records import OriginKind
 
+_LEAST = frozenset("min amin argmin minimum aminmax cummin".split())
+
 
 class Session:
     """One recorded block: `starts` are the positions at which its steps begin, `steps` what entered in them.
@@ -226,7 +228,7 @@ class Session:
         else:
             operands = [Operand(tensor, of(one)) for tensor, one in zip(tensors, given, strict=True)]
         show_masks(kind.name, operands)
-        if kind.name == "nansum":
+        if kind.name in ("nansum", *_LEAST):
             self.observer.leave_out(operands)
         if kind.name == "argmax" and self.names.frames[-1].module is None:
             self.observer.look_at_choice(operands[0])
@@ -253,14 +255,16 @@ class Session:
         hides = kind.name in SELECTIONS
         for operand in operands:
             hides = hides or operand.origin.may_hide
-        fused = kind.name == FUSED_ATTENTION
+        fused = kind.name in (FUSED_ATTENTION, "_ctc_loss")
         each = calls_of_each(call, len(outputs))
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
             labels = placed[i] if len(placed) == len(outputs) else None
             observer.observe(each[i], tensor, frame, f"{site}[{i}]" if i else site, hides=hides, labels=labels)
+        if len(outputs) > 1 and not fused:  # what goes on in one result has not ended in another
+            observer.join(outputs)
         if overwritten is not None:
             names.also_lost(names.origins.of(outputs[0]), [overwritten])  # elsewhere in that memory
-        if fused and self.options.fused_softmax:
+        if kind.name == FUSED_ATTENTION and self.options.fused_softmax:
             with aside():
                 observer.entries[-1].softmax = recompute_softmax(call.func, args, kwargs)
 
