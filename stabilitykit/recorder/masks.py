@@ -117,8 +117,8 @@ def may_hide(call: Call, output: Tensor) -> tuple[Hidden, float, Mask] | None:
     if call.name in SELECTIONS:
         parts = _placed(call, output)
     elif traits(call.func).pointwise or call.name == "log_softmax":
-        keeps = call.name in ("add", "cast")
-        parts = [o.hides() for o in call.operands if keeps or o.origin.masked is not None or o.holds_infinity()]
+        keeps = call.name in ("add", "cast", "minimum", "fmin")
+        parts = [o.hides() for o in call.operands if keeps or o.origin.masked is not None]
     else:
         return None
     masks = [part for part in parts if part is not None]
