@@ -52,9 +52,6 @@ _MOVES = frozenset(
 # They choose between values: an infinity in the result is intended or came from an operand.
 SELECTIONS = frozenset("where masked_fill index_fill fill tril triu clamp clamp_min clamp_max".split())
 
-# Where a finite operand gives an exact infinity: IEEE 754's division by zero.
-POLES = frozenset("div reciprocal rsqrt log log2 log10 log1p pow".split())
-
 CONTRACTIONS = frozenset({"matmul"})
 
 # They move values, unless asked to combine them with what is there.

@@ -111,8 +111,7 @@ def judge(
             found.broke = replace(found.broke, outside=emptied.code)
     elif kind in ("invalid", "division-by-zero"):
         found.of_mask = of_mask
-        traced = unrounded(call, output.shape, index, is_still)
-        found.rounded = None if traced is None else traced[1]
+        found.rounded = unrounded(call, output.shape, index, is_still)
     return found
 
 
@@ -158,7 +157,7 @@ def _of_module(
         for tensor in _own_tensors(call.module):
             origin = origin_of(tensor)
             if tensor.is_floating_point() and not Contribution(None, tensor).is_finite():
-                if origin.kind != "weight" and bool((tensor != -math.inf).all()) is False:
+                if origin.kind != "weight" and bool((tensor == -math.inf).any()):
                     continue  # a buffer that is a mask
                 origin.lost = True
                 return Finding(break_at("weight", lost, axes, stored), (origin,), origin)

@@ -1,16 +1,15 @@
 """What is passed to the model: arguments by name, and the tensors inside its caches."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from stabilitykit.recorder.places.streams import named
 from stabilitykit.recorder.tensors import floating
 from stabilitykit.records import OriginKind
 
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "past")
-_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _DEEP = 4  # cache -> list of layers -> layer -> keys
 
 
@@ -18,7 +17,7 @@ def named_inputs(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[OriginKind, str, Tensor]]:
     """The floating tensors that a call is given: their kind, what the argument or the slot is called, the tensor."""
-    for name, value in _arguments(model, args, kwargs):
+    for name, value in named(model, args, kwargs):
         if value is None or isinstance(value, bool | int | float | str):
             continue
         kind: OriginKind = "cache" if name in _CACHES else "input"
@@ -28,17 +27,6 @@ def named_inputs(
         else:
             for path, tensor in _inside(value, "", _DEEP):
                 yield kind, path, tensor
-
-
-def _arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    if args:
-        try:
-            names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in _BY_PLACE]
-        except (TypeError, ValueError):
-            names = []
-        for place, value in enumerate(args):
-            yield (names[place] if place < len(names) else f"argument {place}"), value
-    yield from kwargs.items()
 
 
 def _inside(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:

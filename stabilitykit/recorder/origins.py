@@ -96,9 +96,9 @@ class Origin:
     the record in the making of the operator that made it so. `masked` is where a mask, `mask`, hides elements (None:
     nowhere); `of_mask`: it holds infinities that come of a mask's -inf, such as its negative.
 
-    `scores`: a product of two computed tensors, or made of one element by element, as attention scores are. `pairs`:
-    each element joins two positions. `role`: what attention uses it for. `hidden` remembers where something that was
-    not computed, seen in some shape and strides, is a mask; `clear`: nowhere, as a look at all of it has shown.
+    `scores`: a product of two computed tensors, or made of one element by element, as attention scores are. `role`:
+    what it is for. `hidden` remembers where something that was not computed, seen in some shape and strides, is a mask;
+    `clear`: nowhere, as a look at all of it has shown.
     `holds_infinity`: a mask's own, once that is known; `overflowed`: a mask that arithmetic made -inf. `made`: by which
     call, for as long as that is kept.
     """
@@ -113,7 +113,6 @@ class Origin:
     masked: Hidden | None = None
     mask: Mask | None = None
     scores: bool = False
-    pairs: bool = False
     role: Role | None = None
     hidden: dict[tuple[object, ...], Hidden | None] | None = None
     clear: bool = False

@@ -63,8 +63,8 @@ class Calls:
 
 def unrounded(
     call: Call, shape: torch.Size, index: tuple[int, ...], is_still: Callable[[Tensor, Origin], bool]
-) -> tuple[float, Rounded] | None:
-    """What the element at `index` would be had its operands never been rounded, and which of them rounding spoilt.
+) -> Rounded | None:
+    """Which operand rounding spoilt, without which the element at `index` would be finite.
 
     None where nothing on the way is known to have been rounded to zero or infinity, or where the result is not finite
     all the same. `is_still` tells whether a tensor has been written to since.
@@ -91,7 +91,7 @@ def unrounded(
                 spoilt.append(Rounded(operand.origin, float(seen[index])))
     if not spoilt:
         return None
-    return value, spoilt[-1]
+    return spoilt[-1]
 
 
 def _wide(operand: Operand, spoilt: list[Rounded], is_still: Callable[[Tensor, Origin], bool], depth: int) -> Tensor:

@@ -119,7 +119,7 @@ def named(module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, An
     """The arguments of a call, in order; positional ones without a name in the signature are called by number."""
     names = () if module is None or not args else _names(type(module).forward)
     for i, argument in enumerate(args):
-        yield names[i] if i < len(names) else f"#{i}", argument
+        yield names[i] if i < len(names) else f"argument {i}", argument
     yield from kwargs.items()
 
 
