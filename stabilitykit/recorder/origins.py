@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stabilitykit.recorder.tensors import is_here
+from stabilitykit.recorder.tensors import ByStorage, is_here
 from stabilitykit.records import OriginKind
 
 if TYPE_CHECKING:
@@ -162,8 +161,7 @@ class Origins:
         self._own = {tensor.untyped_storage()._cdata: Origin("buffer", name) for name, tensor in buffers}
         self._own |= {tensor.untyped_storage()._cdata: self._named[name] for name, tensor in named}
         self._lent: dict[int, tuple[StorageWeakRef, Origin]] = {}
-        self._held: dict[int, Origin] = {}
-        self._forget_at = 256
+        self._held: ByStorage[Origin] = ByStorage(256)
 
     def of(self, tensor: Tensor) -> Origin:
         """A scalar nobody has seen made is a constant."""
@@ -213,19 +211,10 @@ class Origins:
         if (own is not None and own.kind == "weight") or key in self._lent:
             return
         if key not in self._held:
-            # A weak reference keeps the storage's address from being used again, so a key never lies.
-            storage._weak_ref()
-            if len(self._held) > self._forget_at:
-                expired, free = torch.UntypedStorage._expired, torch.UntypedStorage._free_weak_ref
-                for gone in [address for address in self._held if expired(address)]:
-                    del self._held[gone]
-                    free(gone)  # type: ignore[no-untyped-call]
-                self._forget_at = 2 * len(self._held) + 256
+            self._held.claim(storage)
         self._held[key] = origin
 
     def forget(self) -> None:
-        held, self._held = self._held, {}
-        for address in held:
-            torch.UntypedStorage._free_weak_ref(address)  # type: ignore[no-untyped-call]
+        self._held.release()
         self._lent.clear()
         self._kept.clear()

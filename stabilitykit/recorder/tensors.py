@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from stabilitykit.recorder.kernels.layout import FLOATS
+
+Held = TypeVar("Held")
 
 # Those whose tensors are looked at, by the name that records have.
 NAMES = {
@@ -119,6 +121,33 @@ def is_here(tensor: Tensor) -> bool:
 def is_view_of(tensor: Tensor, other: Tensor) -> bool:
     """Whether both are of the same storage."""
     return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+class ByStorage(dict[int, Held]):
+    """Something for each storage, by its address. Weak references keep an address from being used again, so a key never
+    lies; what has gone is forgotten now and then.
+    """
+
+    def __init__(self, room: int) -> None:
+        """`room`: so many more than were alive the last time may be held before those that have gone are forgotten."""
+        super().__init__()
+        self._room = self._forget_at = room
+
+    def claim(self, storage: torch.UntypedStorage) -> None:
+        """Before a storage is held for the first time."""
+        storage._weak_ref()
+        if len(self) > self._forget_at:
+            expired, free = torch.UntypedStorage._expired, torch.UntypedStorage._free_weak_ref
+            for gone in [address for address in self if expired(address)]:
+                del self[gone]
+                free(gone)  # type: ignore[no-untyped-call]
+            self._forget_at = 2 * len(self) + self._room
+
+    def release(self) -> None:
+        """Forgets everything."""
+        for address in self:
+            torch.UntypedStorage._free_weak_ref(address)  # type: ignore[no-untyped-call]
+        self.clear()
 
 
 @contextmanager

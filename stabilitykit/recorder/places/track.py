@@ -32,6 +32,7 @@ from stabilitykit.recorder.places.memory import in_memory, refined, view, writte
 from stabilitykit.recorder.places.rules import RULES, Request, pointwise, unknown
 from stabilitykit.recorder.places.streams import Entering, Step, Stream
 from stabilitykit.recorder.places.translate import translated
+from stabilitykit.recorder.tensors import ByStorage
 
 _REMEMBERED = 1 << 13  # calls
 _FILLS = frozenset("fill zero normal uniform random exponential bernoulli geometric cauchy log_normal".split())
@@ -59,8 +60,7 @@ class Tracker:
     def __init__(self) -> None:
         self.step = Step(-1)
         self.failures: list[str] = []
-        self._held: dict[int, _Held] = {}
-        self._forget_at = 1024
+        self._held: ByStorage[_Held] = ByStorage(1024)
         self._translated: dict[tuple[int, int], tuple[Labels, Step, Labels]] = {}
         self._hiding = Hiding()
 
@@ -202,7 +202,7 @@ class Tracker:
                 self._remember(tensor, own)
                 continue
             if address not in held:
-                self._keep(storage, address)
+                self._held.claim(storage)
             held[address] = found, tensor.itemsize, step
         return results
 
@@ -308,7 +308,7 @@ class Tracker:
             base = held[0] if held[2] is self.step else self._translate(tensor, held)
         made = written(base, new, tensor.stride(), int(tensor.storage_offset()))
         if address not in self._held:
-            self._keep(storage, address)
+            self._held.claim(storage)
         self._held[address] = made, size, self.step
 
     def _remember(self, tensor: Tensor, found: Labels) -> None:
@@ -321,18 +321,8 @@ class Tracker:
             if base.blank and not found.blank and tensor.numel():
                 base = spread([found], base.shape)
         if address not in self._held:
-            self._keep(storage, address)
+            self._held.claim(storage)
         self._held[address] = base, size, self.step
-
-    def _keep(self, storage: Any, address: int) -> None:
-        """Before a storage is named for the first time: keeps its address from being used again."""
-        storage._weak_ref()
-        if len(self._held) > self._forget_at:
-            expired, free = torch.UntypedStorage._expired, torch.UntypedStorage._free_weak_ref
-            for gone in [key for key in self._held if expired(key)]:
-                del self._held[gone]
-                free(gone)  # type: ignore[no-untyped-call]
-            self._forget_at = 2 * len(self._held) + 1024
 
     def renumber(self, tensor: Tensor, rows: int) -> None:
         """Gives what a cache holds, whose rows were put in another order, the numbers that the rows have now."""
@@ -373,9 +363,7 @@ class Tracker:
 
     def close(self) -> None:
         """Forgets everything."""
-        held, self._held = self._held, {}
-        for address in held:
-            torch.UntypedStorage._free_weak_ref(address)  # type: ignore[no-untyped-call]
+        self._held.release()
         self._translated.clear()
         self._hiding.clear()
 
