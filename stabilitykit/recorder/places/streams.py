@@ -106,18 +106,25 @@ _EMBEDDED = re.compile(r"(^|_)inputs?_embeds$|^input_?embeddings?$|^embeds$")
 _SIGNAL = re.compile(r"feature|pixel|audio|image|video|spectrogram|waveform|input_values|sample|latent")
 
 
-@lru_cache(maxsize=512)
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+def _by_place(forward: Callable[..., Any]) -> tuple[str, ...]:
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):
         return ()
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+@lru_cache(maxsize=512)
+def _of_class(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return _by_place(forward)[1:]
 
 
 def named(module: nn.Module | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The arguments of a call, in order; positional ones without a name in the signature are called by number."""
-    names = () if module is None or not args else _names(type(module).forward)
+    names: tuple[str, ...] = ()
+    if module is not None and args:
+        replaced = vars(module).get("forward")  # on this one module, as accelerate's hooks do
+        names = _of_class(type(module).forward) if replaced is None else _by_place(replaced)
     for i, argument in enumerate(args):
         yield names[i] if i < len(names) else f"argument {i}", argument
     yield from kwargs.items()
