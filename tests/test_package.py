@@ -23,6 +23,7 @@ FLOORS = [
     {"checkpoints", "proof", "records"},
     {"diagnosis", "models"},
     {"recorder"},
+    {"scaling"},
     {"report", "run"},
     {"bounds", "searches", "sweeps"},
     {"remedies"},
