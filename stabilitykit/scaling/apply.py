@@ -10,7 +10,7 @@ from stabilitykit.records.scaling import Factor
 
 
 def factors(factor: Factor, shape: torch.Size) -> Tensor:
-    """What each element of a tensor of this shape is multiplied by: float32, of size 1 along dimensions of one block."""
+    """What multiplies each element of a tensor of this shape: float32, of size 1 along dimensions of one block."""
     made = torch.tensor(factor.exponents, dtype=torch.float32).exp2()
     made = made.reshape([len(factor.ends.get(dim, (0,))) for dim in range(len(shape))])
     for dim, ends in factor.ends.items():
@@ -44,7 +44,7 @@ def with_settings(config: Mapping[str, Any], exponents: Mapping[str, int]) -> di
     made = {key: with_settings(value, {}) if isinstance(value, Mapping) else value for key, value in config.items()}
     for path, exponent in exponents.items():
         *outer, last = path.split(".")
-        inner = made
+        inner: dict[str, Any] = made
         for key in outer:
             inner = inner[key]
         inner[last] *= 2.0**exponent
