@@ -20,8 +20,8 @@ class Factor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """`parameters`: by the model's own name, parameters and persistent buffers that change. `settings`: by the keys that
-    lead to it in the config, joined by dots, the exponent of a setting that changes (an eps, a scale of scores).
+    """`parameters`: by the model's own name, parameters and persistent buffers that change. `settings`: by the keys
+    that lead to it in the config, joined by dots, the exponent of a setting that changes (an eps, a scale of scores).
     """
 
     parameters: Mapping[str, Factor] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""The scale calculus: by which powers of two a model's tensors can be multiplied so that it computes the same function."""
+"""The scale calculus: which powers of two leave what a model computes as it is, to the last bit."""
