@@ -28,7 +28,7 @@ def _alone(model: Any, token: int, channel: int, *silent: nn.Parameter) -> None:
 
 
 def _pad_token(model: Any, run: Run) -> None:
-    """gate · up of the pad token is 46 √32 · 47 √32 = 69,184, times the gain of the norm before; no other reaches 65,504."""
+    """gate · up of the pad token is 46 √32 · 47 √32 = 69,184; that of no other token reaches 65,504."""
     first, second = model.model.layers
     _alone(model, PAD, 0, first.self_attn.o_proj.weight, first.mlp.down_proj.weight, second.self_attn.o_proj.weight)
     second.post_attention_layernorm.weight[0] = 1.0

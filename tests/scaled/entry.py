@@ -1,4 +1,4 @@
-"""An entry of the table: a model that float16 breaks, how it is built, what it is run on, and what is known of a repair."""
+"""An entry of the table: a model that float16 breaks, how it is built, what runs it, and whether it can be repaired."""
 
 import copy
 from collections.abc import Callable, Mapping
