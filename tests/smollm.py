@@ -45,7 +45,7 @@ def written_smollm(gguf: Path, folder: Path) -> Path:
 
 def _model(file: GgufFile) -> transformers.LlamaForCausalLM:
     config = _config(file)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads: dict[str, Any] = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state = {}
     for name, stored in file.tensors.items():
         tensor = torch.from_numpy(np.array(dequantize(stored.rows, stored.type), np.float32)).reshape(stored.shape)
