@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.scaling.apply import scaled, with_settings
+
 Run = Callable[[nn.Module], tuple[Tensor, ...]]
 """Runs a model and returns what has to stay as it is, whatever the model is scaled by."""
 
@@ -55,6 +58,14 @@ class Entry:
         made.load_state_dict(model.state_dict())
         return made
 
+    def scaled(self, model: nn.Module, scaling: Scaling, attention: str | None = None) -> nn.Module:
+        """A model of the scaled settings with `model`'s parameters, scaled."""
+        made = self.same(model, with_settings(self.settings(), scaling.settings), attention)
+        tensors = dict([*made.named_parameters(), *made.named_buffers()])
+        for name, factor in scaling.parameters.items():
+            tensors[name].copy_(scaled(tensors[name], factor))
+        return made
+
 
 def fill(model: nn.Module, seed: int = 0) -> None:
     """Random weights that keep activations near 1 in every layer, each of them a number of bfloat16."""
@@ -65,7 +76,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
         if name.endswith("bias"):
             parameter.copy_(0.1 * drawn)
         elif parameter.ndim < 2 or name.endswith("A_log"):  # gains, and what is learned of a state's decay
-            parameter.add_(0.1 * drawn)
+            parameter.add_((25 * drawn).round() / 256)  # few bits, so that c + w can be scaled without rounding
         elif id(parameter) in embeddings:
             parameter.copy_(drawn)
         else:
