@@ -107,7 +107,7 @@ def _embedder() -> Entry:
         run=_patches(1),
         unseen={"another image": _patches(2)},
         attentions=("none",),
-        obstacle=("patch_ln2", "eps"),
+        obstacle=("patch_ln2", "1e-05 is added to it, which no setting"),
     )
 
 
@@ -115,7 +115,7 @@ CASES = (
     causal("pad token", "Llama", plant=_pad_token, run=padded(9, 6)),
     causal("expert before its weight", "Mixtral", plant=_expert, experts="eager", run=_with(TOKEN)),
     causal("scores before a constant", "Phi", plant=functools.partial(_scores, slice(4, None), 140.0),
-           attentions=("eager",), obstacle=("scor",)),
+           attentions=("eager",), obstacle=("softmax is not homogeneous",)),
     causal("scores before a setting", "Granite", plant=functools.partial(_scores, slice(None), 100.0),
            attentions=("eager",), attention_bias=True, attention_multiplier=2.0**-7),
     _embedder(),

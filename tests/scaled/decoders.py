@@ -95,7 +95,7 @@ DECODERS = (
     causal("Gemma", "Gemma", down(), product()),
     causal("Gemma 2", "Gemma 2", gain(_POST, 1.0), product(), attentions=("eager",)),
     causal("Gemma 3", "Gemma 3", gain(_POST, 1.0), product(), **_SLIDING),
-    causal("Gemma 3n", "Gemma 3n", gain(_POST), obstacle=("clamp", "1e-05")),
+    causal("Gemma 3n", "Gemma 3n", gain(_POST), obstacle=("it is clamped at 1e-05",)),
     causal("Gemma 4", "Gemma 4", gain(_POST), product(), margin=0.0, hidden_size_per_layer_input=0),
     causal("Gemma 4 with per-layer inputs", "Gemma 4", gain(_POST), product(), margin=0.0),
     causal("Gemma 4 MoE", "Gemma 4", gain(_POST), **_MIXTURE),
@@ -115,5 +115,6 @@ DECODERS = (
         plant=planted(Plant(parameter=f"{_GPT}.c_proj.weight", at=f"{_GPT}.c_proj", part=(slice(None), slice(1, 4)))),
     ),
     causal("GPT-NeoX", "GPT-NeoX", down(mlp="gpt_neox.layers.{}.mlp", up="dense_h_to_4h", down="dense_4h_to_h")),
-    causal("OPT", "OPT", down(mlp="model.decoder.layers.{}", up="fc1", down="fc2"), obstacle=("eps", "hard-coded")),
+    causal("OPT", "OPT", down(mlp="model.decoder.layers.{}", up="fc1", down="fc2"),
+           obstacle=("layer_norm", "1e-05 is added to it, which no setting")),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, with_settings
+from stabilitykit.scaling.blueprint import Blueprint
 
 Run = Callable[[nn.Module], tuple[Tensor, ...]]
 """Runs a model and returns what has to stay as it is, whatever the model is scaled by."""
@@ -49,6 +50,9 @@ class Entry:
         fill(model)
         self.plant(model, self.run)
         return model
+
+    def blueprint(self) -> Blueprint:
+        return Blueprint(settings=self.settings(), build=self.build)
 
     def same(
         self, model: nn.Module, settings: Mapping[str, Any] | None = None, attention: str | None = None

@@ -64,7 +64,7 @@ def _whisper() -> Entry:
     return other(
         "Whisper", "Whisper", transformers.WhisperForConditionalGeneration,
         down(mlp="model.encoder.layers.{}", up="fc1", down="fc2", size=CLAMPED),
-        run=answered(ids(7, 2), input_features=noise(2, 8, 64)), obstacle=("gelu",),
+        run=answered(ids(7, 2), input_features=noise(2, 8, 64)), obstacle=("model.encoder.layers.0/add.1",),
     )  # fmt: skip
 
 
@@ -72,11 +72,12 @@ def _images(batch: int, seed: int) -> Tensor:
     return noise(batch, 3, 32, 32, seed=seed)
 
 
-def _decoded(latents: Tensor) -> Run:
-    """The image that an autoencoder makes of these latents."""
+def _coded(images: Tensor, latents: Tensor) -> Run:
+    """The latents that an autoencoder makes of images, and the images that it makes of other latents."""
 
     def run(model: Any) -> tuple[Tensor, ...]:
-        return (model.decode(latents.to(dtype_of(model))).sample,)
+        dtype = dtype_of(model)
+        return model.encode(images.to(dtype)).latent_dist.mode(), model.decode(latents.to(dtype)).sample
 
     return run
 
@@ -91,16 +92,16 @@ def _autoencoder() -> Entry:
         return model
 
     return Entry(
-        name="AutoencoderKL decoder",
+        name="AutoencoderKL",
         settings=lambda: dict(_released("VAE")),
         construct=construct,
         plant=planted(
             Plant(parameter=f"{resnet}.conv2.weight", at=f"{resnet}.conv2", louder=(f"{resnet}.norm2.weight",))
         ),
-        run=_decoded(noise(1, 4, 8, 8)),
-        unseen={"larger": _decoded(noise(2, 4, 12, 16, seed=9))},
+        run=_coded(_images(1, 3), noise(1, 4, 8, 8)),
+        unseen={"larger": _coded(_images(3, 4), noise(2, 4, 12, 16, seed=9))},
         attentions=("sdpa",),
-        obstacle=("eps", "hard-coded"),
+        obstacle=("norm1", "1e-06 is added to it, which no setting"),
     )
 
 
@@ -134,14 +135,14 @@ OTHER = (
     other("ViT", "ViT", transformers.ViTForImageClassification, _VISION(mlp="vit.layers.{}.mlp"), num_labels=10,
           **_looks("logits")),
     other("SigLIP vision", "SigLIP", transformers.SiglipVisionModel, _VISION(mlp="encoder.layers.{}.mlp"),
-          part="vision_config", obstacle=("pooler",), **_looks("pooler_output")),
+          part="vision_config", obstacle=("the model's output keeps its scale",), **_looks("pooler_output")),
     other("SigLIP", "SigLIP", transformers.SiglipModel, _VISION(mlp="vision_model.encoder.layers.{}.mlp"),
           run=called(_LOGITS, input_ids=ids(7), pixel_values=_images(2, 3)),
           unseen={"others": called(_LOGITS, input_ids=ids(12, 6), pixel_values=_images(3, 8))}),
     other("BERT", "BERT", transformers.BertForMaskedLM,
           Plant(parameter=f"bert.{_BERT}.output.dense.weight", at=f"bert.{_BERT}.output.dense",
                 louder=(f"bert.{_BERT}.intermediate.dense.weight",)),
-          obstacle=("cls.predictions", "gelu"), **_tokens("logits")),
+          obstacle=("LayerNorm", "follows layer_norm_eps"), **_tokens("logits")),
     other("BERT without a head", "BERT", transformers.BertModel,
           Plant(parameter=f"{_BERT}.output.dense.weight", at=f"{_BERT}.output.dense",
                 louder=(f"{_BERT}.intermediate.dense.weight",)),

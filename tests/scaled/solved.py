@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
-from scaled.entry import Entry
 from scaled.table import ENTRIES
 from stabilitykit.records.scaling import Factor, Scaling
-from stabilitykit.scaling.blueprint import Blueprint
-from stabilitykit.scaling.peaks import Peaks, measure
-from stabilitykit.scaling.program import Solution, solve, value
-from stabilitykit.scaling.trace import Graph, Parameter, trace
-from stabilitykit.scaling.weights import magnitudes
+from stabilitykit.scaling.find import Traced, look
+from stabilitykit.scaling.program import Solution, value
+from stabilitykit.scaling.trace import Graph, Parameter
 
 _FARTHEST = 6  # the largest exponent that is drawn, of a parameter
 
@@ -25,9 +22,7 @@ _FARTHEST = 6  # the largest exponent that is drawn, of a parameter
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
     model: nn.Module
-    graph: Graph
-    settings: Mapping[str, float]
-    peaks: Peaks
+    traced: Traced
     solution: Solution
 
 
@@ -36,28 +31,11 @@ def solved(name: str) -> Solved:
     """The entry of this name, with the scaling that leaves it its margin."""
     entry = ENTRIES[name]
     model = entry.model()
-    graph = traced(entry, model)
-    peaks = measure(graph, model, [entry.run])
-    weights = magnitudes(graph, model.state_dict().__getitem__)
-    settings = dict(_flat(entry.settings()))
-    solution = solve(graph, peaks, weights, settings=settings, margin=entry.margin)
-    return Solved(model=model, graph=graph, settings=settings, peaks=peaks, solution=solution)
+    traced = look(model, copy.deepcopy(model).bfloat16(), [entry.run], entry.blueprint())
+    return Solved(model=model, traced=traced, solution=traced.solve(margin=entry.margin))
 
 
-def traced(entry: Entry, model: nn.Module) -> Graph:
-    low = copy.deepcopy(model).bfloat16()
-    return trace(low, entry.run, Blueprint(settings=entry.settings(), build=entry.build))
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
-    for key, setting in settings.items():
-        if isinstance(setting, Mapping):
-            yield from _flat(setting, f"{path}{key}.")
-        elif isinstance(setting, int | float) and not isinstance(setting, bool):
-            yield f"{path}{key}", setting
-
-
-def drawn(graph: Graph, settings: Mapping[str, float], seed: int, farthest: int = _FARTHEST) -> Scaling:
+def drawn(graph: Graph, settings: Mapping[str, Any], seed: int, farthest: int = _FARTHEST) -> Scaling:
     """A vertex of the space that the equations leave, far from 0 in a random direction; integers stay integers.
 
     Found with the equations alone, apart from the program that chooses a repair.
@@ -71,9 +49,9 @@ def drawn(graph: Graph, settings: Mapping[str, float], seed: int, farthest: int 
     for place in range(len(graph.integral)):  # what must come out an integer is one more
         equations[len(exponents.equations) + place, count + place] = -1.0
     high = np.full(equations.shape[1], 200.0)
-    for number, unknown in enumerate(exponents.unknowns):
-        if unknown.kind != "filled":
-            high[number] = {"parameter": farthest, "setting": 40}[unknown.kind]
+    for number, one in enumerate(exponents.unknowns):
+        if one.kind != "filled":
+            high[number] = {"parameter": farthest, "setting": 40}[one.kind]
     low = -high
     for parameter in graph.parameters.values():
         for expression in parameter.expressions:
