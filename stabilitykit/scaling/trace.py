@@ -266,7 +266,7 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
 
     def _result(self, call: Call) -> Any:
         shadows = call.all()
-        if not shadows or all(isinstance(one, int) and one == ZERO for one in shadows):
+        if all(isinstance(one, int) and one == ZERO for one in shadows) and not _follows_a_setting(call):
             rule = RULES.get(call.name)
             makes = rule is not None and rule.__module__.endswith(".constants")
             return rule(call) if rule is not None and makes and call.outputs else ZERO
@@ -377,6 +377,12 @@ def _in_order(numbers: Sequence[int]) -> Iterator[int]:
     known: dict[int, int] = {}
     for number in numbers:
         yield known.setdefault(number, len(known))
+
+
+def _follows_a_setting(call: Call) -> bool:
+    """Whether a number that an operator is given has a scale, though none of its tensors may have one."""
+    given = (*call.args, *call.kwargs.values())
+    return any(isinstance(one, float) and call.follows(one) is not None for one in given)
 
 
 def _is_gain(call: Call, known: Known) -> bool:
