@@ -33,6 +33,10 @@ _PER_MILLE = 1000.0
 _TOLERANCE = 1e-6
 
 
+class UnsolvableError(ArithmeticError):
+    """No integers satisfy the equations together with what is fixed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Short:
     """A tensor that stays above the limit, by so many bits. `movable`: an exponent can change it at all."""
@@ -115,6 +119,8 @@ def solve(
     soft: bool = False,
 ) -> Solution:
     """The exponents that cost least among those that leave `margin` bits of headroom everywhere, or lack the fewest.
+
+    Raises UnsolvableError where `fixed` contradicts the equations.
 
     Args:
         graph: the trace.
@@ -268,7 +274,7 @@ class _Problem:
             options={"mip_rel_gap": 0.01, "time_limit": 120},
         )
         if found.x is None:
-            raise ArithmeticError(f"The program of a scaling has no solution: {found.message}")
+            raise UnsolvableError(f"The program of a scaling has no solution: {found.message}")
         return np.asarray(found.x)
 
     def solution(self, found: NDArray[np.float64], peaks: Peaks) -> Solution:
@@ -330,9 +336,17 @@ def _is_above(left: tuple[int, float], middle: tuple[int, float], right: tuple[i
     return (middle[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (middle[0] - left[0])
 
 
-def cheapest_to_give_up(graph: Graph, peaks: Peaks, *, target: NumberFormat = FLOAT16, margin: float) -> list[Equation]:
+def cheapest_to_give_up(
+    graph: Graph,
+    peaks: Peaks,
+    *,
+    margin: float,
+    target: NumberFormat = FLOAT16,
+    fixed: Mapping[str, int] | None = None,
+) -> list[Equation]:
     """The equations whose violation, in bits, is least in sum if every tensor has to have its margin."""
     problem = _Problem(graph, target, margin)
+    problem.bound({}, fixed or {}, {})
     equations = list(graph.exponents.equations.values())
     problem.may_give_up(equations)
     for expression, (peak, _) in peaks.items():

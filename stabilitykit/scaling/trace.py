@@ -4,16 +4,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from stabilitykit.scaling.blueprint import Blueprint, Follows, followers
 from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers
 from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
+from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import CUTS, MOVES, RULES
 from stabilitykit.scaling.rules.moves import moved
 from stabilitykit.scaling.shadows import Shadow, along, same, values
@@ -71,6 +70,7 @@ class Graph:
     integral: set[Expression] = field(default_factory=set)
     unknown_operators: Counter[str] = field(default_factory=Counter)
     operators: int = 0
+    first: str = ""  # the matrix that is used first: an embedding, or the projection of what comes in
 
     @property
     def unused(self) -> list[str]:
@@ -92,54 +92,17 @@ def trace(model: nn.Module, run: Run, blueprint: Blueprint | None = None) -> Gra
     return _Trace(model, follow, blocks).of(run) if blocks else graph
 
 
-class Modules:
-    """Which module is running, and the names of operators in it: the module's path, how often it ran, the operator's
-    name and number.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.running = [""]
-        self._runs: Counter[str] = Counter()
-        self._calls = [f"#{0}"]
-        self._numbers: list[Counter[str]] = [Counter()]
-        self._model = model
-
-    def attach(self, stack: ExitStack, entered: Callable[[str, nn.Module], None] = lambda path, module: None) -> None:
-        for path, module in self._model.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(self._enter, path, entered), prepend=False).remove)
-            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-
-    def _enter(self, path: str, entered: Callable[[str, nn.Module], None], module: nn.Module, args: Any) -> None:
-        self.running.append(path)
-        self._calls.append(f"#{self._runs[path]}" if self._runs[path] else "")
-        self._runs[path] += 1
-        self._numbers.append(Counter())
-        entered(path, module)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running.pop()
-        self._calls.pop()
-        self._numbers.pop()
-
-    def site(self, operator: str) -> str:
-        number = self._numbers[-1][operator]
-        self._numbers[-1][operator] += 1
-        return f"{self.running[-1]}{self._calls[-1]}/{operator}.{number}"
-
-
-class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Trace(Following):  # type: ignore[no-untyped-call]
     def __init__(
         self,
         model: nn.Module,
         follow: Mapping[tuple[str, str], Follows],
         blocks: Mapping[str, tuple[int, tuple[int, ...]]],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
+        super().__init__(model)
         self.follow = follow
         self.exponents = Exponents()
         self.graph = Graph(self.exponents, {})
-        self.modules = Modules(model)
         self.made: dict[str, Shadow] = {}  # what operators made, float32 included
         self.rewritten: dict[int, tuple[Shadow, int]] = {}  # by memory that was written over, its exponent, and when
         self.owners: dict[tuple[str, str], str] = {}  # module path and attribute -> the parameter's first name
@@ -173,7 +136,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stack.enter_context(torch.no_grad())
             for path, module in self.by_module.items():
                 self._introduce(path, module)
-            self.modules.attach(stack, self._introduce)
+            self.attach(stack, self._introduce)
             with self:
                 output = run(self.model)
         for tensor in numbers(output):
@@ -214,7 +177,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follows(self, value: float) -> Expression | None:
         """The exponent of the setting that the one attribute of the innermost module with this value follows."""
-        path = self.modules.running[-1]
+        path = self.running[-1]
         module = self.by_module.get(path)
         names = (
             [name for name, own in vars(module).items() if isinstance(own, float) and own == value] if module else []
@@ -234,20 +197,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             parameter.raw = True
         parameter.added = added
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
-        if schema is None:
-            return output
-        with _disable_current_modes():
-            name = schema.name.partition("::")[2]
-            if name.endswith("_") and not name.endswith("__"):
-                name = name[:-1]
-            self._follow(name, func, args, kwargs, output)
-        return output
-
-    def _follow(self, name: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, name: str, site: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         self.graph.operators += 1
         call = Call(
             name,
@@ -255,7 +205,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args,
             kwargs,
             output,
-            self.modules.site(name),
+            site,
             self.exponents,
             self.known,
             self.follows,
@@ -266,6 +216,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if one.parameter is not None:
                 parameter = self.graph.parameters[one.parameter]
                 parameter.used = True
+                if not self.graph.first and len(parameter.shape) > 1:
+                    self.graph.first = parameter.name
                 parameter.raw = parameter.raw or not (name in MOVES or _is_gain(call, one))
         before = call.first() if call.operands and call.operands[0] is args[0] else ZERO
         made = self._result(call)
