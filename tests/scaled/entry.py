@@ -65,10 +65,15 @@ class Entry:
     def scaled(self, model: nn.Module, scaling: Scaling, attention: str | None = None) -> nn.Module:
         """A model of the scaled settings with `model`'s parameters, scaled."""
         made = self.same(model, with_settings(self.settings(), scaling.settings), attention)
-        tensors = dict([*made.named_parameters(), *made.named_buffers()])
-        for name, factor in scaling.parameters.items():
-            tensors[name].copy_(scaled(tensors[name], factor))
+        scale(made, scaling)
         return made
+
+
+def scale(model: nn.Module, scaling: Scaling) -> None:
+    """Scales the model's parameters and buffers, in place."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, factor in scaling.parameters.items():
+        tensors[name].copy_(scaled(tensors[name], factor))
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
