@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.scaling.blueprint import Blueprint, Follows, followers
-from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers
+from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers, scalar
 from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
 from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import CUTS, MOVES, RULES
@@ -26,6 +26,7 @@ _KNOWN = (
 _MOST_BLOCKS = 64  # of one parameter
 _LOW = (torch.float16, torch.bfloat16)
 # Results of these are read off their operand, or mean nothing yet.
+_KEEP_CONSTANT = MOVES | {"mul", "div", "add", "where", "masked_fill"}
 _UNMEASURED = frozenset("empty empty_like new_empty empty_strided new_empty_strided empty_permuted".split())
 
 
@@ -230,23 +231,26 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
         ):
             shadows = [self._write_over(call, before, shadows[0])]
         rows = self._rows(call, operands)
+        constant = self._constant(call, operands)
         is_view = name in MOVES and bool(operands) and operands[0].parameter is not None
         for place, (tensor, shadow) in enumerate(zip(call.outputs, shadows, strict=False)):
-            source = operands[0].site if name in MOVES and operands else call.site
+            own = result_site(call.site, place)
+            source = operands[0].site if name in MOVES and operands else own
             known = Known(
                 ZERO if shadow is None else shadow,
                 parameter=operands[0].parameter if is_view and len(call.outputs) == 1 else None,
                 rows=rows[place] if rows else None,
                 site=source,
                 at=self.graph.operators,
+                constant=constant,
             )
             if tensor.numel() != 0:
                 self._note(tensor, known)
             if name not in MOVES:
-                self.made[call.site] = known.shadow
+                self.made[own] = known.shadow
                 self._need_integers(known.shadow)
             if tensor.dtype in _LOW and name not in _UNMEASURED and known.parameter is None:
-                self._store(tensor, known, call.site if name not in MOVES or name == "_to_copy" else None)
+                self._store(tensor, known, own if name not in MOVES or name == "_to_copy" else None)
 
     def _write_over(self, call: Call, before: Shadow, made: Shadow) -> Shadow:
         """What an operator that writes in place leaves: in all views of that memory, so that one exponent holds there;
@@ -285,6 +289,15 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
         stored = self.graph.stored.setdefault(source, Stored(self.made.get(source, known.shadow)))
         for one, largest in peaks_of(tensor, known.shadow):
             stored.peaks[one] = max(largest, stored.peaks.get(one, 0.0))
+
+    def _constant(self, call: Call, operands: Sequence[Known]) -> float | None:
+        """The number that scores, say, are multiplied by before a mask is added to them."""
+        if not operands or call.name not in _KEEP_CONSTANT:
+            return None
+        if call.name not in ("mul", "div") or len(call.operands) > 1:
+            return operands[0].constant
+        value = scalar(call.args[1] if call.args[0] is call.operands[0] else call.args[0])
+        return None if value is None or self.follows(value) is not None else value
 
     # Rows: which parts of a parameter's output are cut from one another.
 
@@ -387,6 +400,11 @@ def _follows_a_setting(call: Call) -> bool:
 
 def _is_gain(call: Call, known: Known) -> bool:
     return call.name in ("add", "sub", "rsub") and len(call.operands) == 1 and known.parameter is not None
+
+
+def result_site(site: str, place: int) -> str:
+    """The name of one of the results of an operator."""
+    return f"{site}[{place}]" if place else site
 
 
 def peaks_of(tensor: Tensor, shadow: Shadow) -> Iterator[tuple[Expression, float]]:
