@@ -84,6 +84,10 @@ def _chosen(order: Function) -> Function:
     return lambda x: order(x).to(x.dtype)
 
 
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.float().unflatten(2, (4, 2)))
+
+
 SHAPE = (2, 3, 8)
 IMAGE = (2, 4, 6, 6)
 LINE = (2, 4, 6)
@@ -107,11 +111,10 @@ FREE: dict[str, Callable[[], nn.Module]] = {
     "picked by a mask": cut(lambda x: x[(noise(2, 3, 8) > 0)]),
     "selected by a mask": cut(lambda x: torch.masked_select(x, noise(2, 3, 8) > 0)),
     "taken at": cut(lambda x: torch.take(x, torch.tensor([1, 5, 30]))),
-    "complex": alone(lambda x: torch.view_as_real(torch.view_as_complex(x.float().unflatten(2, (4, 2))))),
-    "complex of halves": cut(lambda x: torch.view_as_real(torch.view_as_complex(x.float().unflatten(2, (4, 2))).conj().resolve_conj())),
+    "complex": alone(lambda x: torch.view_as_real(_complex(x))),
+    "complex of halves": cut(lambda x: torch.view_as_real(_complex(x).conj().resolve_conj())),
     "real and imaginary": alone(
-        lambda x: (torch.view_as_complex(x.float().unflatten(2, (4, 2))).real,
-                   torch.view_as_complex(x.float().unflatten(2, (4, 2))).imag), results=2
+        lambda x: (_complex(x).real, _complex(x).imag), results=2
     ),
     "looked up": alone(
         lambda x: (x.index_select(2, _at(x)), x.gather(2, torch.zeros(2, 3, 1, dtype=torch.long)),
@@ -152,9 +155,9 @@ FREE: dict[str, Callable[[], nn.Module]] = {
                       x.scatter_add(0, torch.zeros(2, 8, dtype=torch.long), y),
                       x.scatter_reduce(0, torch.zeros(2, 8, dtype=torch.long), y, "amax"),
                       x.slice_scatter(y, 0, 0, 2), x.select_scatter(y[0], 0, 1),
-                      x.masked_scatter(x > 0, y.repeat(3, 1)), x.index_reduce(0, _at(x) // 2, y, "amax"),
-                      x.put(torch.tensor([1, 9]), y[0, :2]), x[:, :3].diagonal_scatter(y[0, :3], 0)),
-        (3, 8), (2, 8), results=9,
+                      x.masked_scatter(x > 0, y.repeat(3, 1)), x.put(torch.tensor([1, 9]), y[0, :2]),
+                      x[:, :3].diagonal_scatter(y[0, :3].repeat(1), 0)),
+        (3, 8), (2, 8), results=8,
     ),
     "written in place": alone(_into(lambda x, y: x[:2].copy_(y)), (3, 8), (2, 8)),
     "written into zeros": alone(lambda x: torch.zeros(4, 3, 8, dtype=x.dtype).index_copy_(0, _at(x), x)),
@@ -177,8 +180,8 @@ FREE: dict[str, Callable[[], nn.Module]] = {
     ),
     "dropped": alone(lambda x: (torch.native_dropout(x, 0.5, False)[0], F.rrelu(x, training=False)), results=2),
     "summed": alone(
-        lambda x: (x.sum(), x.sum(-1), x.mean(1), x.std(-1), x.std(), x.nansum(-1), x.norm(dim=-1), x[0].float().trace()
-                   if False else x.norm()), results=8
+        lambda x: (x.sum(), x.sum(-1), x.mean(1), x.std(-1), x.std(), x.nansum(-1), x.norm(dim=-1),
+                   x[0].float().trace(), x.norm()), results=9
     ),
     "summed halves": cut(lambda x: x.sum(-1)),
     "averaged": alone(
@@ -202,7 +205,11 @@ FREE: dict[str, Callable[[], nn.Module]] = {
                    torch.fft.fft(x.float()).abs()), (2, 3, 8), results=3
     ),
     "distances": alone(lambda x, y: torch.cdist(x.float(), y.float(), p=1.0), SHAPE, SHAPE),
-    "bags": alone(lambda x: F.embedding_bag(torch.tensor([[0, 2], [1, 1]]), x[0].float(), mode="sum")),
+    "counts": alone(lambda x: (x.norm(0), torch.cdist(x.float(), x.float(), p=0.0)), results=2),
+    "bags": alone(lambda x: F.embedding_bag(torch.tensor([[0, 2], [1, 1]]), x[0].float(), mode="mean")),
+    "weighted bags": alone(
+        lambda x, w: F.embedding_bag(_at(x)[None], x.float(), mode="sum", per_sample_weights=w.float()), (3, 8), (1, 2)
+    ),
     "added": alone(lambda x, y: (x + y, x - y, torch.rsub(x, y), x + 2 * y, x + 0.0), SHAPE, SHAPE, results=5),
     "masked, added": alone(lambda x: (x + torch.zeros(8, dtype=x.dtype).index_fill(0, _at(x), -1e38)).amax(-1)),
     "chosen": alone(
@@ -220,9 +227,8 @@ FREE: dict[str, Callable[[], nn.Module]] = {
     "between two": alone(lambda x, y: torch.lerp(x, y, 0.25), SHAPE, SHAPE),
     # products
     "times": alone(lambda x, y: (x * y, x / y, 3 * x, x / 3, 3 / y), SHAPE, SHAPE, results=5),
-    "times and added": alone(
-        lambda x, y, z: (x.addcmul(y, z, value=0.5), x.addcdiv(y, z)), SHAPE, SHAPE, SHAPE, results=2
-    ),
+    "times, added": alone(lambda x, y, z: x.addcmul(y, z, value=0.5), SHAPE, SHAPE, SHAPE),
+    "over, added": alone(lambda x, y, z: x.addcdiv(y, z, value=0.5), SHAPE, SHAPE, SHAPE),
     "to a power": alone(
         lambda x: (x.square(), x.abs().sqrt(), x.abs().rsqrt(), x.reciprocal(), x.pow(3), x.abs().pow(0.5)), results=6
     ),
@@ -256,7 +262,9 @@ FREE: dict[str, Callable[[], nn.Module]] = {
                          torch.native_layer_norm(x, (8,), None, None, 0.0)[2], F.group_norm(x, 3, w[:3], b[:3], 0.0)),
         SHAPE, VECTOR, VECTOR, results=4,
     ),
-    "normed by roots": alone(lambda x, w: torch.ops.aten._fused_rms_norm(x.float(), [8], w.float(), 0.0), SHAPE, VECTOR, results=2),
+    "normed by roots": alone(
+        lambda x, w: torch.ops.aten._fused_rms_norm(x.float(), [8], w.float(), 0.0), SHAPE, VECTOR, results=2
+    ),
     "halves normed": cut(lambda x: F.layer_norm(x, (8,), eps=0.0)),
     "attention": alone(
         lambda q, k, v: F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]), SHAPE, SHAPE, SHAPE
@@ -301,9 +309,11 @@ HELD: dict[str, Callable[[], nn.Module]] = {
     "sums of exponentials": alone(_each(lambda x: x.logsumexp(-1), lambda x: x.logcumsumexp(-1)), results=2),
     "rounded": alone(_each(torch.round, torch.floor, torch.ceil, torch.trunc, torch.frac), results=5),
     "remainders": alone(
-        lambda x, y: (x.fmod(y), x.remainder(y), x // y, torch.div(x, y, rounding_mode="trunc")), SHAPE, SHAPE, results=4
+        lambda x, y: (x.fmod(y), x.remainder(y), x // y, torch.div(x, y, rounding_mode="trunc")), SHAPE, SHAPE,
+        results=4,
     ),
     "products of elements": alone(_each(lambda x: x.prod(-1), lambda x: x.cumprod(-1)), results=2),
+    "a slope": alone(lambda x: F.prelu(noise(2, 8).to(x.dtype), x), (1,)),
     "a threshold": alone(lambda x: F.threshold(x, 0.1, 0.0)),
     "a constant added": alone(_each(lambda x: x + 1.5, lambda x: 1.5 - x, lambda x: x - 1.5), results=3),
     "integers added": alone(lambda x: x + torch.arange(8)),
@@ -311,7 +321,8 @@ HELD: dict[str, Callable[[], nn.Module]] = {
         _each(lambda x: torch.where(x > 0, x, 1.5), lambda x: x.masked_fill(x > 0, 1.5)), results=2
     ),
     "a constant bound": alone(
-        _each(lambda x: x.clamp(-0.5, 0.5), lambda x: x.clamp_max(0.5), lambda x: x.clamp_min(1e-5), F.hardtanh), results=4
+        _each(lambda x: x.clamp(-0.5, 0.5), lambda x: x.clamp_max(0.5), lambda x: x.clamp_min(1e-5), F.hardtanh),
+        results=4,
     ),
     "compared with a constant": alone(lambda x: (x > 0.5).to(x.dtype)),
     "padded with a constant": alone(lambda x: F.pad(x, (1, 1), value=1.5)),
@@ -332,7 +343,8 @@ HELD: dict[str, Callable[[], nn.Module]] = {
         )
     ),
     "an eps of its own": alone(
-        lambda x: (F.layer_norm(x, (8,), eps=1e-5), F.group_norm(x, 3, eps=1e-5), F.rms_norm(x, (8,), eps=1e-5)), results=3
+        lambda x: (F.layer_norm(x, (8,), eps=1e-5), F.group_norm(x, 3, eps=1e-5), F.rms_norm(x, (8,), eps=1e-5)),
+        results=3,
     ),
     "a batch's eps": alone(lambda x: F.batch_norm(x, torch.zeros(4), torch.ones(4), eps=1e-5), LINE),
     "drawn": alone(lambda x: F.one_hot(torch.multinomial(x[0].abs(), 8), 8).sum(1).to(x.dtype)),

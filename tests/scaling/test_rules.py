@@ -34,7 +34,7 @@ def test_an_operator_alone(name: str) -> None:
     graph = traced(model)
     assert not graph.unknown_operators
     expected = model()
-    points = [at(model, graph, seed) for seed in range(3)]
+    points = [at(model, graph, seed) for seed in range(6)]
     for found, _ in points:
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
