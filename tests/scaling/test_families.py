@@ -12,7 +12,7 @@ from scaled.table import ENTRIES
 from torch import Tensor
 
 from stabilitykit.scaling.apply import rounded
-from stabilitykit.scaling.find import obstacles
+from stabilitykit.scaling.explain import obstacles
 
 EXACT = [entry for entry in ENTRIES.values() if not entry.obstacle]
 EVERY = pytest.mark.parametrize("entry", ENTRIES.values(), ids=str)
