@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from stabilitykit.formats import FLOAT16
 from stabilitykit.records.provenance import CheckpointProvenance
 from stabilitykit.records.scaling import Scaling
 
@@ -61,9 +62,10 @@ class Change:
     """What a scaling does to a model's weights and settings.
 
     `moved` of the `parameters` are multiplied by powers of two, and the `settings`, by their keys in the config, joined
-    by dots. `gains_rounded` counts, by norm, gains that float32 had to round, and `approximate` is the largest difference
-    from what float32 returned before, in parts of the largest magnitude of that; None where every bit was kept.
-    `before` and `after` count small float16 weights.
+    by dots. `gains_rounded` counts, by norm, gains that float32 had to round; `approximate` is the largest difference
+    from what float32 returned before, in parts of the largest magnitude of that, None where every bit was kept.
+    `before` and `after` count small float16 weights. `residual` is the exponent of the residual stream, None where
+    layers differ or it is not known.
     """
 
     moved: int
@@ -73,19 +75,20 @@ class Change:
     before: Small
     after: Small
     approximate: float | None = None
+    residual: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking(CheckpointProvenance):
     """`scores` of a model's remedies, the best first, and the `scaling` among them: none where nothing has to change.
 
-    `peak` is the largest value that float16 has to store on the choosing inputs, as float32 computes it, `site` where it
-    was, and `scaled_peak` and `scaled_site` the same of the scaled model. `margin` was asked for, in bits above that,
-    and `shortfall` is how many of them could not be had. `obstacles` are sentences: what stands in the way of an exact
-    scaling that leaves the margin. `islands` are the sites that overflow float16. `left_out` says, by its name, why a
-    remedy does not apply. `carried` names the score of what a folder carries; there are no scores where nothing was
-    ranked. Where it was `proved`, no prompt can overflow float16, and `measured` counts the small weights that `margin`
-    alone would lead to.
+    `peak` is the largest value that float16 has to store on the choosing inputs, as float32 computes it, `site` where
+    it was, and `scaled_peak` and `scaled_site` the same of the scaled model. `margin` was asked for, in bits above
+    that, and `shortfall` is how many of them could not be had. `obstacles` are sentences: what stands in the way of an
+    exact scaling that leaves the margin. `islands` are the sites that overflow float16. `left_out` says, by its name,
+    why a remedy does not apply. `carried` names the score of what a folder carries; there are no scores where nothing
+    was ranked. Where it was `proved`, no prompt can overflow float16, and `measured` counts the small weights that
+    `margin` alone would lead to.
     """
 
     margin: float
@@ -103,6 +106,11 @@ class Ranking(CheckpointProvenance):
     left_out: Mapping[str, str] = field(default_factory=dict)
     measured: Small | None = None
     schema: int = 2
+
+    @property
+    def scaled_headroom(self) -> float:
+        """Bits from `scaled_peak` up to the maximum of float16."""
+        return FLOAT16.headroom(self.scaled_peak)
 
     @property
     def proved(self) -> bool:

@@ -43,7 +43,7 @@ def _around(model: nn.Module) -> Iterator[None]:
         yield
 
 
-_CLAMP = Remedy(
+CLAMP = Remedy(
     name="clamp",
     summary="Clamps every sum of the residual stream to ±65,504, as published patches do; what exceeds it is lost.",
     around=_around,
@@ -53,4 +53,4 @@ _CLAMP = Remedy(
 
 def clamp(seen: Seen) -> Remedy | LeftOut:
     """For models with a list of layers."""
-    return _CLAMP if stacks(seen.model) else LeftOut("clamp", NO_STACK)
+    return CLAMP if stacks(seen.model) else LeftOut(CLAMP.name, NO_STACK)

@@ -17,6 +17,7 @@ from stabilitykit.records.scaling import Factor, Scaling
 from stabilitykit.remedies.places import overflowing_in
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.seen import Seen
+from stabilitykit.words import counted
 
 _NAME = "routing weights in experts"
 _WEIGHTS = "top_k_weights"  # what an experts module of transformers is given beside hidden states and the index
@@ -51,8 +52,8 @@ def expert_outputs(seen: Seen) -> Remedy | LeftOut:
     ]  # fmt: skip
     return Remedy(
         name=_NAME,
-        summary=f"Multiplies the experts' last projections by 2^-{exponent} and their routing weights by 2^{exponent}, in "
-        f"the {len(paths)} layers where they overflow: the same function, to the last bit in float32.",
+        summary=f"Multiplies experts' last projections by 2^-{exponent} and their routing weights by 2^{exponent}, in "
+        f"{counted(len(paths), 'layer')} where they overflow: the same function, to the last bit in float32.",
         scaling=Scaling(parameters=dict.fromkeys(scaled, Factor(exponents=(-exponent,)))),
         around=around,
         exportable=False,

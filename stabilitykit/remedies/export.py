@@ -1,14 +1,12 @@
-"""A repaired checkpoint as a folder that plain transformers runs in float16, and the means to check it.
+"""A repaired model as a folder that plain transformers runs in float16, and the means to check it.
 
 FOLDER/
-  config.json, model.safetensors, tokenizer and generation config
-  repair.json   what was changed, by which factor; hashes and figures, before and after
+  config.json, weights, tokenizer and generation config
+  repair.json   what was changed, by which powers of two; hashes and figures, before and after
   proof.json    of a proved repair: bounds that no prompt can exceed
   README.md     the same for people, the terms of the weights, and how to verify
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,27 +19,22 @@ from stabilitykit.checkpoints import Checkpoint, GemmaConfig, open_checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.choices import ExportDtype
 from stabilitykit.diagnosis.bounds import by_kind
+from stabilitykit.diagnosis.remedies import how_scaled, in_the_way, moved
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.files import check_new, new_folder, write_json
 from stabilitykit.proof.check import check
 from stabilitykit.proof.write import sha256, write_proof
 from stabilitykit.records.document import to_document
+from stabilitykit.remedies.original import GemmaOriginal, scaled_checkpoint
 from stabilitykit.remedies.repaired import Repair
-from stabilitykit.remedies.rescale import stored_gains
+from stabilitykit.run.case import Progress, stage
 
-SCHEMA = 2
+SCHEMA = 3
 FACTS = "repair.json"
 
 
-def export(
-    before: Checkpoint,
-    repair: Repair,
-    folder: Path,
-    dtype: ExportDtype = "float16",
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Writes `repair` of the checkpoint `before` into the new `folder`, aside and then renamed, and returns it.
+def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, progress: Progress | None = None) -> Path:
+    """Writes a repaired model into the new `folder`, aside and then renamed, and returns it.
 
     What was written is read back and compared, bit by bit, and a proof is checked, before it gets its name. Raises
     MisuseError where `folder` holds something already or cannot be written, and for a repair that is not finite or a
@@ -51,24 +44,44 @@ def export(
     check_new(folder)
     if repair.bounds and dtype != "float16":
         raise MisuseError("A proof holds for weights stored in float16 only; leave out either --dtype or --proved.")
-    if not repair.ranking.repaired.finite:
+    if not repair.finite:
         raise MisuseError(
-            "The repaired checkpoint is not finite in float16 on the held-out texts, so it is not written. Try a "
-            "larger --margin, or --prompts with texts like those that it has to run."
+            "The repaired model is not finite in float16 on the held-out texts, so it is not written. Try a larger "
+            "--margin, or --prompts with texts like those that it has to run."
         )
-    after = repair.rescaled.checkpoint
-    source = Path(before.source)
     with new_folder(folder) as aside:
-        files = write_folder(after, aside, dtype, source=source if source.is_dir() else None, progress=progress)
-        gains = stored_gains(after, getattr(torch, dtype))
-        facts = _facts(before, repair, dtype, {path.name: sha256(path) for path in files}, gains)
-        write_json(aside / FACTS, facts)
-        (aside / "README.md").write_text(_readme(before, repair, dtype, sum(gains.values())), encoding="utf-8")
-        _compare(open_checkpoint(aside), after, getattr(torch, dtype))
+        gains = _write(repair, aside, dtype, progress)
+        hashes = {path.name: sha256(path) for path in sorted(aside.iterdir())}
+        write_json(aside / FACTS, _facts(repair, dtype, hashes, gains))
+        (aside / "README.md").write_text(_readme(repair, dtype, sum(gains.values())), encoding="utf-8")
         if repair.bounds:
             write_proof(aside, {row.worst.kind: row.worst.bound for row in by_kind(repair.bounds)})
             _check(aside)
     return folder
+
+
+def _write(repair: Repair, aside: Path, dtype: ExportDtype, progress: Progress | None) -> dict[str, int]:
+    """Writes the model, reads it back, and returns how many gains of each norm storing it in `dtype` rounded."""
+    original = repair.original
+    assert isinstance(original, GemmaOriginal)
+    after = scaled_checkpoint(original.checkpoint, repair.ranking.scaling)
+    source = Path(original.source)
+    folder = source if source.is_dir() else None
+    write_folder(after, aside, dtype, source=folder, progress=stage("writing", progress))
+    _compare(open_checkpoint(aside), after, getattr(torch, dtype))
+    return stored_gains(after, getattr(torch, dtype))
+
+
+def stored_gains(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
+    """How many gains of each norm are rounded by storing the checkpoint in `dtype`; norms without any are left out."""
+    found = {}
+    for name in checkpoint.tensors:
+        if name.endswith("norm.weight"):  # no other is read: a scaled tensor is computed on request
+            tensor = checkpoint.tensors[name]
+            lost = int((tensor.float() != tensor.to(dtype).float()).sum())
+            if lost:
+                found[name] = lost
+    return found
 
 
 def _check(folder: Path) -> None:
@@ -93,23 +106,18 @@ def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> Non
             )
 
 
-def _facts(
-    before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str], gains: dict[str, int]
-) -> dict[str, Any]:
-    after = repair.rescaled.checkpoint
+def _facts(repair: Repair, dtype: str, hashes: dict[str, str], gains: dict[str, int]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "remedy": "rescale",
-        "rms_norm_eps": {"before": before.config.rms_eps, "after": after.config.rms_eps},
         "dtype": dtype,
-        "weights_sha256": hashes,
+        "sha256": hashes,
         "gains_rounded_in_storage": gains,
         "ranking": to_document(repair.ranking),
     }
 
 
-def _readme(before: Checkpoint, repair: Repair, dtype: str, gains: int) -> str:
-    after, ranking = repair.rescaled.checkpoint, repair.ranking
+def _readme(repair: Repair, dtype: str, gains: int) -> str:
+    original, ranking = repair.original, repair.ranking
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("stabilitykit.remedies", "."),
         undefined=jinja2.StrictUndefined,
@@ -117,20 +125,20 @@ def _readme(before: Checkpoint, repair: Repair, dtype: str, gains: int) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     ).get_template("readme.md.jinja")
+    scores = {score.name: score for score in ranking.scores}
     return template.render(
-        name=Path(before.source).name,
-        source=before.source,
+        name=Path(original.source.removeprefix("hf:")).name,
+        source=original.source,
         facts=FACTS,
         dtype=dtype,
-        exponent=round(math.log2(ranking.gamma)),
-        eps=(before.config.rms_eps, after.config.rms_eps),
-        config=before.config,
-        betas=", ".join(f"2^{round(math.log2(beta))}" for beta in ranking.inner),
+        how=how_scaled(ranking),
+        in_the_way=in_the_way(ranking),
+        moved=moved(ranking.scaling),
         gains=gains,
         ranking=ranking,
         score=ranking.repaired,
-        plain=ranking["float16"],
-        wide=ranking["bfloat16"],
-        is_random=before.source.startswith("random:"),
+        plain=scores.get("float16"),
+        wide=scores.get("bfloat16"),
+        is_gemma=isinstance(original, GemmaOriginal) and not original.source.startswith("random:"),
         version=version("stabilitykit"),
     )

@@ -28,6 +28,11 @@ def float32_islands(seen: Seen) -> Remedy | LeftOut:
     """Keeps in float32 what overflowed, for any model; left out where nothing did."""
     if not seen.overflowing:
         return LeftOut(NAME, "No tensor overflows float16, so none has to be float32.")
+    return keeping_in_float32(seen)
+
+
+def keeping_in_float32(seen: Seen) -> Remedy:
+    """What `seen` says is overflowing in float32; where nothing is, no bit changes."""
     layout = _layout(seen.low)
     kept = frozenset(layout.operators.get(site, site) for site in seen.overflowing)
 

@@ -37,8 +37,8 @@ def float32_norms(seen: Seen) -> Remedy | LeftOut:
 
     return Remedy(
         name=_NAME,
-        summary=f"Computes in float32 the {counted(len(paths), 'norm')} that overflow inside, and rounds what they return "
-        "to float16.",
+        summary=f"Computes in float32 the {counted(len(paths), 'norm')} that overflow inside, and rounds what they "
+        "return to float16.",
         around=around,
         exportable=False,
     )
@@ -46,7 +46,9 @@ def float32_norms(seen: Seen) -> Remedy | LeftOut:
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """The module's own weights and what it is given in float32; what it returns in the weights' dtype, or the input's."""
+    """The module's own weights and what it is given in float32; what it returns in the weights' dtype, or that of what
+    it was given.
+    """
     own = {name: one.data for name, one in module.named_parameters(recurse=False)}
     dtypes: list[torch.dtype] = []
 

@@ -52,7 +52,11 @@ def _around(model: nn.Module) -> Iterator[None]:
             if isinstance(module, _FUSED):
                 stack.enter_context(in_float32(module))
         for module in model.modules():
-            if module not in found and module not in layers and next(module.parameters(recurse=False), None) is not None:
+            if (
+                module not in found
+                and module not in layers
+                and next(module.parameters(recurse=False), None) is not None
+            ):
                 stack.callback(module.register_forward_pre_hook(narrow_given).remove)
         yield
 

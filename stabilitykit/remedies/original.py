@@ -1,11 +1,11 @@
 """The model to repair, which can be opened as often as needed: in each dtype, as it is or scaled."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.checkpoint import LazyTensors
@@ -30,8 +30,17 @@ class Original(Protocol):
     @property
     def notes(self) -> tuple[str, ...]: ...
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The config, nested as the keys of a scaling's settings are."""
+        ...
+
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> Subject:
         """The model in `dtype`, its weights and settings scaled in float32 before they are rounded to it, once."""
+        ...
+
+    def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
+        """The parameters of `subject`, which is this model in float32, by their names in it, each once."""
         ...
 
 
@@ -54,8 +63,15 @@ class GemmaOriginal:
     def notes(self) -> tuple[str, ...]:
         return self.checkpoint.notes
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return asdict(self.checkpoint.config)
+
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> GemmaSubject:
         return GemmaSubject(build(scaled_checkpoint(self.checkpoint, scaling), dtype=dtype, device=self.device))
+
+    def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
+        return self.checkpoint.tensors.items()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +99,33 @@ class HuggingFaceOriginal:
     def notes(self) -> tuple[str, ...]:
         return self.first.notes
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        found: dict[str, Any] = self.first.causal.config.to_dict()
+        return found
+
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> hf.HuggingFaceModel:
         """In float32 and unchanged it is the same model each time: do not write to its weights."""
         if dtype == "float32" and scaling == UNCHANGED:
             return self.first
-        settings = with_settings(self.first.causal.config.to_dict(), scaling.settings) if scaling.settings else None
+        settings = with_settings(self.settings, scaling.settings) if scaling.settings else None
         opened = hf.open_model(self.name, whole=True, dtype=parse_dtype(dtype), settings=settings, **self.how)
         wide, low = dict(_named(self.first.module)), dict(_named(opened.module))
         with torch.no_grad():
             for name, factor in scaling.parameters.items():
                 low[name].data = scaled(wide[name], factor).to(low[name].dtype)
         return opened
+
+    def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
+        return subject.module.named_parameters()
+
+
+def setting(settings: Mapping[str, Any], key: str) -> float:
+    """A number in nested settings, by the keys that lead to it, joined by dots. Raises KeyError where there is none."""
+    found: Any = settings
+    for part in key.split("."):
+        found = found[part]
+    return float(found)
 
 
 def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
@@ -107,7 +139,7 @@ def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
     if absent:
         raise KeyError(*sorted(absent))
 
-    def made(name: str) -> torch.Tensor:
+    def made(name: str) -> Tensor:
         tensor, factor = checkpoint.tensors[name], scaling.parameters.get(name)
         return tensor if factor is None else scaled(tensor, factor)
 
@@ -120,6 +152,6 @@ def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
     )
 
 
-def _named(module: torch.nn.Module) -> Any:
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()

@@ -1,5 +1,7 @@
 """Where a remedy acts in a model, whoever wrote it."""
 
+from typing import Any
+
 from torch import nn
 
 from stabilitykit.recorder.names import site_path
@@ -44,6 +46,6 @@ def overflowing_in(seen: Seen, operator: str | None = None) -> list[nn.Module]:
 
 def width(model: nn.Module) -> int:
     """How many numbers the residual stream has for a token, as the config says; 0 where it says nothing."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0))

@@ -1,7 +1,7 @@
 """The power of two in an attention's scale, taken from the scores to the queries that they are made of.
 
-Attention often stores q · k before it is multiplied by a scale such as 1 / sqrt(64) = 2^-3. With queries times 2^-3, and
-a scale of 1, every score is what it was, bit for bit, and what is stored on the way is no larger than that.
+Attention often stores q · k before it is multiplied by a scale such as 1 / sqrt(64) = 2^-3. With queries times 2^-3,
+and a scale of 1, every score is what it was, bit for bit, and what is stored on the way is no larger than that.
 """
 
 import math
@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from stabilitykit.remedies.places import overflowing_in
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.seen import Seen
+from stabilitykit.words import counted
 
 _NAME = "scale on queries"
 _SCALES = ("scaling", "scale")
-_QUERIES = ("q_norm", "query_norm", "q_proj", "q_b_proj", "query")  # the last of them that an attention has is first here
+_QUERIES = (
+    "q_norm",
+    "query_norm",
+    "q_proj",
+    "q_b_proj",
+    "query",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +56,9 @@ def query_scale(seen: Seen) -> Remedy | LeftOut:
     powers = " or ".join(f"2^-{exponent}" for exponent in exponents)
     return Remedy(
         name=_NAME,
-        summary=f"Multiplies queries, not scores, by the {powers} in the scale of attention, in the {len(found)} layers "
-        "whose scores overflow before it: the same function, to the last bit in float32.",
+        summary=f"Multiplies queries, not scores, by the {powers} in the scale of attention, in "
+        f"{counted(len(found), 'layer')} whose scores overflow before it: the same function, to the last bit in "
+        "float32.",
         around=around,
         exportable=False,
     )

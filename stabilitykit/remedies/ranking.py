@@ -39,7 +39,6 @@ def rank(
     plain run. `reference`, the `original` in float32, is opened unless given; it and one model for each different set
     of weights are in memory at once. Weights that do not fit are streamed.
     """
-    reference = reference or original.open()
     models: list[tuple[str, Scaling, Subject]] = []
     runs = []
     for remedy in remedies:
@@ -48,6 +47,25 @@ def rank(
         if not known:
             models.append((remedy.dtype, remedy.scaling, model))
         runs.append(_Run(remedy, model))
+    return sorted(_scores(reference or original.open(), runs, held_out, progress), key=_place)
+
+
+def compare(
+    original: Original,
+    remedy: Remedy,
+    subject: Subject,
+    held_out: Sequence[Inputs],
+    *,
+    progress: Progress | None = None,
+) -> Score:
+    """The score of `subject` under `remedy`, whatever its weights are, against `original` in float32."""
+    (score,) = _scores(original.open(), [_Run(remedy, subject)], held_out, progress)
+    return score
+
+
+def _scores(
+    reference: Subject, runs: "Sequence[_Run]", held_out: Sequence[Inputs], progress: Progress | None
+) -> list[Score]:
     done, total = 0, (len(held_out) + 1) * len(runs)
     for inputs in held_out:
         with torch.inference_mode():
@@ -64,7 +82,7 @@ def rank(
             progress(f"headroom: {run.remedy.name}", done, total)
         done += 1
         scores.append(run.score(held_out, runs[0].seconds))
-    return sorted(scores, key=_place)
+    return scores
 
 
 def _place(score: Score) -> tuple[bool, float]:
@@ -132,7 +150,9 @@ class _Run:
             self.surprise.append(_surprise(ours, compared.log_totals, theirs))
 
     def score(self, held_out: Sequence[Inputs], plain: Sequence[float]) -> Score:
-        kl, same, surprise = (torch.cat(parts) if parts else torch.empty(0) for parts in (self.kl, self.same, self.surprise))
+        kl, same, surprise = (
+            torch.cat(parts) if parts else torch.empty(0) for parts in (self.kl, self.same, self.surprise)
+        )
         blocks = torch.stack([block.mean() for block in torch.split(kl, _BLOCK)]) if kl.numel() else kl
         known = kl.numel() > 0
         tokens = max(one.numel() for one in held_out[0].values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies.original import UNCHANGED
 
 Around = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -23,7 +24,7 @@ class Remedy:
     name: str
     summary: str
     dtype: str = "float16"
-    scaling: Scaling = Scaling()
+    scaling: Scaling = UNCHANGED
     around: Around = lambda model: nullcontext()
     extra: Callable[[int], int] = lambda tokens: 0
     exportable: bool = True
@@ -33,7 +34,7 @@ class Remedy:
 
         The other must scale nothing.
         """
-        assert other.scaling == Scaling()
+        assert other.scaling == UNCHANGED
 
         @contextmanager
         def around(model: nn.Module) -> Iterator[None]:

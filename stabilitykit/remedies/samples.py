@@ -38,8 +38,8 @@ def samples_for(
     held_out: int | None = None,
 ) -> Samples:
     """Windows of the kit's own texts, as many as have `held_out` tokens, and the user's `prompts` among those that
-    choose; or `inputs`, safetensors files with tensors by the names of the model's arguments, for any model. Of these the
-    first chooses and the others rank; one alone does both.
+    choose; or `inputs`, safetensors files with tensors by the names of the model's arguments, for any model. Of these
+    the first chooses and the others rank; one alone does both.
 
     Raises MisuseError, with what to do, for a model that reads no text and is given no `inputs`, and for files that
     cannot be read.
@@ -79,7 +79,7 @@ def of_texts(subject: Subject, found: Texts) -> Samples:
 
 
 class Answer(NamedTuple):
-    """What one forward pass returned that is compared: `values` [..., V], and whether they are `logits` of V choices."""
+    """What a forward pass returned that is compared: `values` [..., V], and whether they are `logits` of V choices."""
 
     values: Tensor
     logits: bool
@@ -88,8 +88,8 @@ class Answer(NamedTuple):
 def answer(module: nn.Module, inputs: Inputs) -> Answer:
     """One forward pass: its logits where there are any, else the first floating tensor that it returns.
 
-    Floating inputs are cast to the dtype of the model's weights, and all are moved to its device. Raises MisuseError for
-    inputs that the model cannot be called with.
+    Floating inputs are cast to the dtype of the model's weights, and all are moved to its device. Raises MisuseError
+    for inputs that the model cannot be called with.
     """
     weight = next(one for one in module.parameters() if one.is_floating_point())
     moved = {
@@ -102,8 +102,8 @@ def answer(module: nn.Module, inputs: Inputs) -> Answer:
         output = module(**moved)
     except (TypeError, ValueError) as error:  # an argument too many, or too few
         raise MisuseError(
-            f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {error}. Give it what its forward takes "
-            "with --inputs FILE, a safetensors file."
+            f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {error}. Give it what its forward "
+            "takes with --inputs FILE, a safetensors file."
         ) from error
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):

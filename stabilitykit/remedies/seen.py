@@ -63,7 +63,7 @@ def look(
 
 
 def run_in_16_bits(original: Original, subject: Subject, inputs: Inputs) -> Recording:
-    """The records of a pass in 16 bits, as float16 would store them: without values where that can be, else in bfloat16.
+    """The records of a pass in 16 bits, as float16 stores them: without values where that can be, else in bfloat16.
 
     bfloat16 stores the same tensors, and nothing overflows in it, nor does code run that is for float16 alone.
     """
@@ -79,6 +79,4 @@ def run_in_16_bits(original: Original, subject: Subject, inputs: Inputs) -> Reco
 def _recorded(model: nn.Module, inputs: Inputs) -> Recording:
     with torch.inference_mode(), record(model, formats=()) as low:
         answer(model, inputs)
-    return Recording(
-        low.header, [replace(one, dtype="float16") if one.dtype == "bfloat16" else one for one in low]
-    )
+    return Recording(low.header, [replace(one, dtype="float16") if one.dtype == "bfloat16" else one for one in low])

@@ -7,16 +7,17 @@ from typing import Any
 
 from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.proof.check import Checked, check
 from stabilitykit.proof.write import sha256
 from stabilitykit.records.document import from_document
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.remedies.export import FACTS, SCHEMA
-from stabilitykit.remedies.ranking import rank
+from stabilitykit.remedies.original import GemmaOriginal, setting
+from stabilitykit.remedies.ranking import compare
 from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.remedies.repair import open_original
+from stabilitykit.remedies.samples import samples_for
 from stabilitykit.run.case import Progress, stage
-from stabilitykit.run.windows import texts
 
 TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another order
 
@@ -58,22 +59,26 @@ def verify(folder: str | Path, *, progress: Progress | None = None) -> Verified:
     facts = read_facts(folder)
     problems = [
         f"{name} has changed since it was written: its SHA-256 differs"
-        for name, wanted in facts["weights_sha256"].items()
+        for name, wanted in facts["sha256"].items()
         if not (folder / name).is_file() or sha256(folder / name) != wanted
     ]
     ranking = from_document(Ranking, facts["ranking"])
-    before, after = open_checkpoint(ranking.checkpoint), open_checkpoint(folder)
-    if before.sha256 != ranking.sha256:
+    original = open_original(ranking.checkpoint, progress=progress)
+    if original.sha256 != ranking.sha256:
         raise CheckpointError(
             f"{folder} was made from {ranking.checkpoint} with SHA-256 {ranking.sha256[:12]}, which now has "
-            f"{before.sha256[:12]}. Bring the original back."
+            f"{original.sha256[:12]}. Bring the original back."
         )
-    if after.config.rms_eps != facts["rms_norm_eps"]["after"]:
-        problems.append(f"rms_norm_eps is {after.config.rms_eps:g} and was {facts['rms_norm_eps']['after']:g}")
-    promised = ranking.repaired.kl_mean
-    exported = Remedy(name="this folder", summary="The exported weights in float16.", change=lambda checkpoint: after)
-    windows = texts(before.config, Tokenizer(before.vocabulary)).held_out
-    (score,) = rank(before, [exported], windows, progress=progress)
+    assert isinstance(original, GemmaOriginal)
+    after = open_checkpoint(folder)
+    for key, known in ranking.change.settings.items():
+        found = setting(GemmaOriginal(after).settings, key)
+        if found != known.after:
+            problems.append(f"{key} is {found:g} and was {known.after:g}")
+    promised = None if ranking.repaired is None else ranking.repaired.kl_mean
+    exported = Remedy(name="this folder", summary="The exported weights in float16.")
+    held_out = samples_for(original.open()).held_out
+    score = compare(original, exported, GemmaOriginal(after).open("float16"), held_out, progress=progress)
     if not score.finite or score.kl_mean is None:
         problems.append("in float16 it is not finite")
     elif promised is not None and score.kl_mean > promised * (1 + TOLERANCE):

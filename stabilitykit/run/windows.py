@@ -3,22 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.run.prompts import parse_prompt, tokens
+from stabilitykit.run.prompts import Reads, parse_prompt, tokens
 
 KINDS = ("prose", "code", "scripts")
 WINDOW = 512  # tokens at most, what a text begins with among them
 HELD_OUT = 3  # windows of each kind: 4,608 tokens in all
-
-
-class Reads(Protocol):
-    """A tokenizer, the kit's own or transformers'."""
-
-    def encode(self, text: str, *, bos: bool = True) -> list[int]: ...
-
-    def piece(self, token: int) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +56,9 @@ def texts(
         prompt = parse_prompt(f"@{file.absolute()}", Path())
         found = (*(begin if bos else ()), *tokens(prompt, tokenizer, bos=False, length=None))
         if len(found) > context:
-            raise MisuseError(f"{file} has {len(found):,} tokens, and the model's context holds {context:,}; shorten it.")
+            raise MisuseError(
+                f"{file} has {len(found):,} tokens, and the model's context holds {context:,}; shorten it."
+            )
         choosing.append(found)
     return Texts(choosing=tuple(choosing), held_out=tuple(held))
 

@@ -119,7 +119,7 @@ def open_model(
 
 
 def _class(transformers: Any, config: Any, whole: bool) -> Any:
-    """What to load a folder of this config with: the causal language model's class, or the one that the config names."""
+    """What loads a folder of this config: the causal language model's class, or the one that the config names."""
     if not whole:
         return transformers.AutoModelForCausalLM
     (named, *_) = getattr(config, "architectures", None) or ("",)
