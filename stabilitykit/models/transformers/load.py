@@ -87,7 +87,7 @@ def open_model(
                 ignore_mismatched_sizes=True,  # refused by name
                 **how,
             )
-    _check_loading(name, loading)
+    check_loading(name, loading)
     tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
     notes = _notes(config, tokenizer, loading, target)
     if stream:
@@ -109,7 +109,7 @@ def open_model(
     )
 
 
-def _check_loading(name: str, loading: Mapping[str, Any]) -> None:
+def check_loading(name: str, loading: Mapping[str, Any]) -> None:
     """Raises CheckpointError, by name, for weights that transformers would fill with random numbers."""
     missing = sorted(map(str, loading.get("missing_keys", ())))
     reshaped = [
