@@ -1,4 +1,4 @@
-"""A scaling: the powers of two by which a model's parameters and settings are multiplied, so that it computes the same."""
+"""A scaling: the powers of two that multiply a model's parameters and settings, so that it computes the same."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

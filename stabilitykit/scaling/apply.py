@@ -55,12 +55,12 @@ def rounded(tensor: Tensor, factor: Factor) -> int:
 
 
 def with_settings(config: Mapping[str, Any], exponents: Mapping[str, int]) -> dict[str, Any]:
-    """The nested `config` with the settings at these dotted keys multiplied by powers of two."""
+    """The nested `config` with the settings at these dotted keys times powers of two. Integers stay integers."""
     made = {key: with_settings(value, {}) if isinstance(value, Mapping) else value for key, value in config.items()}
     for path, exponent in exponents.items():
         *outer, last = path.split(".")
         inner: dict[str, Any] = made
         for key in outer:
             inner = inner[key]
-        inner[last] *= 2.0**exponent
+        inner[last] = type(inner[last])(inner[last] * 2.0**exponent)
     return made
