@@ -73,7 +73,7 @@ def write_safetensors(
                         f"{tensor.name} must be made of pieces of {tensor.dtype} and of {tensor.nbytes} bytes in all, "
                         f"got one of {piece.dtype} and {piece.nbytes} bytes, where {left} were left"
                     )
-                raw = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+                raw = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
                 file.write(raw)
                 digest.update(raw)
                 left -= piece.nbytes

@@ -22,7 +22,7 @@ from stabilitykit.checkpoints.safetensors_writer import Written, write_safetenso
 from stabilitykit.choices import ExportDtype
 from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.plain import load_placeholders, read_settings
-from stabilitykit.models.transformers.stored_names import Stored, placeholders, stored_factors
+from stabilitykit.models.transformers.stored_names import ONE, Stored, placeholders, stored_factors
 from stabilitykit.proof.write import sha256
 from stabilitykit.records.repaired_folder import Cast, WrittenFolder
 from stabilitykit.records.scaling import Factor, Scaling
@@ -32,7 +32,6 @@ from stabilitykit.scaling.apply import factors, of_rows, scaled, with_settings
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"}
 _INDICES = (".safetensors.index.json", ".bin.index.json")
 _LEFTOVERS = {".git", ".cache", ".huggingface"}
-_ONE = Factor(exponents=(0,))
 
 
 def write_scaled(
@@ -93,7 +92,7 @@ def write_scaled(
 
 
 def _planned(name: str, tensor: Tensor, stored: Stored, casts: dict[str, Cast]) -> Written:
-    factor = stored.factors.get(name, _ONE)
+    factor = stored.factors.get(name, ONE)
     dtype = stored.dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
     if any(factor.exponents) and not tensor.is_floating_point():
         raise CheckpointError(f"{name} is to be multiplied by a power of two, and holds {tensor.dtype}.")
@@ -124,7 +123,7 @@ def _counted(name: str, before: Cast, piece: Tensor, factor: Factor, made: Tenso
         )
     back = (made.to(wide.dtype) + factor.added) / factors(factor, piece.shape).to(wide) - factor.added
     return Cast(
-        rounded=before.rounded + int(((back != wide) & (wide == wide)).sum()),  # noqa: PLR0124  NaN stays NaN
+        rounded=before.rounded + int(((back != wide) & ~wide.isnan()).sum()),
         subnormal=before.subnormal + int(((made.abs() < torch.finfo(made.dtype).tiny) & (made != 0)).sum()),
         zero=before.zero + int(((made == 0) & (wide != 0)).sum()),
     )

@@ -20,7 +20,8 @@ from stabilitykit.records.scaling import Factor
 from stabilitykit.words import listed
 
 aten = torch.ops.aten
-_ONE = Factor(exponents=(0,))
+ONE = Factor(exponents=(0,))
+"""What leaves a tensor as it is."""
 # What leaves every element where it is.
 _SAME = {aten.detach, aten.alias, aten._to_copy, aten.clone, aten.contiguous, aten.lift_fresh}
 # What moves elements, and does nothing else to them.
@@ -46,25 +47,30 @@ class Stored:
     unused: tuple[str, ...]
 
 
-class Traced(Tensor):
-    """A tensor without values that knows from which others it was made, and how."""
+_Made = tuple[Any, tuple[Any, ...], dict[str, Any], int]
+"""An operator, its arguments, and which of its results it was; -1 for the only one."""
 
-    made: tuple[Any, tuple[Any, ...], dict[str, Any], int] | str
+
+class Traced(Tensor):
+    """A tensor without values that knows how it was made, from a tensor in the files or by an operator from others."""
+
+    made: _Made | str
     blank: Tensor
 
     @staticmethod
-    def __new__(cls, blank: Tensor, made: tuple[Any, tuple[Any, ...], dict[str, Any], int] | str) -> "Traced":
-        self: Traced = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, blank.shape, strides=blank.stride(), dtype=blank.dtype, device="meta"
+    def __new__(cls, blank: Tensor, made: _Made | str) -> "Traced":
+        meta = torch.device("meta")
+        self: Traced = torch.Tensor._make_wrapper_subclass(
+            cls, blank.shape, strides=blank.stride(), dtype=blank.dtype, device=meta
         )
         self.blank, self.made = blank, made
         return self
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's would print values
         return f"Traced({self.made if isinstance(self.made, str) else self.made[0]})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = {key: value for key, value in (kwargs or {}).items() if key not in ("device", "pin_memory")}
         if func._schema.is_mutable:  # as a parameter is filled with random numbers: it is no longer what was stored
             target = args[0]
@@ -97,23 +103,13 @@ def stored_factors(model: nn.Module, stored: Mapping[str, Tensor], factors: Mapp
     different things.
     """
     homes = _homes(model)
-    tied = _tied(model, homes, stored)
-    unknown = sorted(factors.keys() - homes.keys())
-    if unknown:
-        raise MisuseError(
-            f"A scaling must name parameters of the model that {type(model).__name__} makes of the folder, and "
-            f"{listed(unknown, 3)} {'is' if len(unknown) == 1 else 'are'} none. Was it made for another class?"
-        )
-    wanted = {name: factors.get(name, factors.get(tied.get(name, name), _ONE)) for name in homes}
-    for one, other in tied.items():
-        if one in factors:
-            wanted[other] = factors[one]
+    wanted = by_every_name(model, stored, factors)
     consumers: dict[str, list[str]] = {}
     for name, tensor in homes.items():
         for source in dict.fromkeys(_sources(tensor)):
             consumers.setdefault(source, []).append(name)
-    fed = {name for names in consumers.values() for name in names}
-    lost = [name for name in factors if name not in fed and tied.get(name) not in fed]
+    fed = {id(homes[name]) for names in consumers.values() for name in names}
+    lost = [name for name in factors if id(homes[name]) not in fed]
     if lost:
         raise CheckpointError(f"{listed(lost, 3)}: in none of the folder's files, so it cannot be scaled there.")
     return Stored(
@@ -123,27 +119,43 @@ def stored_factors(model: nn.Module, stored: Mapping[str, Tensor], factors: Mapp
     )
 
 
+def by_every_name(model: nn.Module, stored: Mapping[str, Tensor], factors: Mapping[str, Factor]) -> dict[str, Factor]:
+    """The factor of each parameter and persistent buffer, under each of the names that tied ones have.
+
+    Arguments and errors are those of `stored_factors`.
+    """
+    homes = _homes(model)
+    unknown = sorted(factors.keys() - homes.keys())
+    if unknown:
+        raise MisuseError(
+            f"A scaling must name parameters of the model that {type(model).__name__} makes of the folder, and "
+            f"{listed(unknown, 3)} {'is' if len(unknown) == 1 else 'are'} none. Was it made for another class?"
+        )
+    groups: dict[str, set[str]] = {name: {name} for name in homes}
+    for one, other in _tied(model, homes, stored):
+        joined = groups[one] | groups[other]
+        groups |= dict.fromkeys(joined, joined)
+    return {name: next((factors[one] for one in sorted(groups[name]) if one in factors), ONE) for name in homes}
+
+
 def _homes(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by each of their names."""
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
 
 
-def _tied(model: nn.Module, homes: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names that stand for one parameter in the loaded model, though their placeholders may be two: each to another.
+def _tied(model: nn.Module, homes: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Pairs of names that stand for one parameter in the loaded model, though their placeholders may be two.
 
     transformers ties two stored tensors where their values are equal.
     """
-    pairs: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, tensor in homes.items():
-        if first.setdefault(id(tensor), name) != name:
-            pairs[name] = first[id(tensor)]
+        yield name, first.setdefault(id(tensor), name)
     for name, other in getattr(model, "all_tied_weights_keys", {}).items():
         if name in homes and other in homes and homes[name] is not homes[other]:
             one, two = list(_sources(homes[name])), list(_sources(homes[other]))
             if len(one) == len(two) and all(equal(stored[a], stored[b]) for a, b in zip(one, two, strict=True)):
-                pairs[name] = other
-    return pairs
+                yield name, other
 
 
 def _sources(tensor: Any) -> Iterator[str]:
@@ -248,8 +260,8 @@ def _spread(
             before = maps[one][index]
             if bool(((before != _UNSET) & (before != asked)).any()):
                 raise CheckpointError(
-                    f"{one} becomes part of {name} and of another parameter, or is there twice, with different factors: "
-                    "no factor of the stored tensor can say that."
+                    f"{one} becomes part of {name} and of another parameter, or is there twice, with different "
+                    "factors: no factor of the stored tensor can say that."
                 )
             maps[one][index] = asked
 
