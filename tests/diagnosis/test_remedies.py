@@ -30,8 +30,7 @@ def test_nothing_to_change_and_nothing_that_helps() -> None:
     assert recommendation(ranking(score("scaling", None))) == "No remedy keeps the held-out texts finite."
     lost = ranking(score("bfloat16", 1e-3, dtype="bfloat16"), score("scaling", None))
     assert recommendation(lost) == (
-        "Closest to float32 is bfloat16. Scaling is not finite on the held-out texts, so there is nothing to "
-        "export."
+        "Closest to float32 is bfloat16. Scaling is not finite on the held-out texts, so there is nothing to export."
     )
 
 

@@ -33,6 +33,11 @@ from stabilitykit.models.transformers.model import HuggingFaceModel
 from stabilitykit.models.transformers.tokenizer import TOKENIZER_FILES, HuggingFaceTokenizer, open_tokenizer
 from stabilitykit.words import counted, listed
 
+# Which of transformers' doors is tried where a config does not name its class.
+_DOORS = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
+)  # fmt: skip
+
 
 def open_model(
     name: str,
@@ -84,10 +89,11 @@ def open_model(
                 f"Streamed weights are cast as they are read, but those of {name} are quantised, and become what they "
                 "are while the library loads them. Leave out --stream."
             )
+        kind = named_class(transformers, config, trust_remote_code) if whole else transformers.AutoModelForCausalLM
         if stream:
-            model, loading = _streamed(_class(transformers, config, whole), folder, config, target, place, how)
+            model, loading = _streamed(kind, folder, config, target, place, how)
         else:
-            model, loading = _class(transformers, config, whole).from_pretrained(
+            model, loading = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=target,
@@ -96,7 +102,7 @@ def open_model(
                 ignore_mismatched_sizes=True,  # refused by name
                 **how,
             )
-    _check_loading(name, loading)
+    check_loading(name, loading)
     tokenizer = _tokenizer(folder, name, trust_remote_code, whole)
     notes = _notes(config, tokenizer, loading, target, whole)
     if stream:
@@ -118,14 +124,23 @@ def open_model(
     )
 
 
-def _class(transformers: Any, config: Any, whole: bool) -> Any:
-    """What loads a folder of this config: the causal language model's class, or the one that the config names."""
-    if not whole:
-        return transformers.AutoModelForCausalLM
-    (named, *_) = getattr(config, "architectures", None) or ("",)
-    brought = getattr(config, "auto_map", None) or {}
-    auto = next((kind for kind, place in brought.items() if place.rpartition(".")[2] == named), "")
-    return getattr(transformers, named, None) or getattr(transformers, auto, None) or transformers.AutoModel
+def named_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
+    """The class that a config names, whatever it reads and returns, or that transformers has for its type.
+
+    Raises CheckpointError where there is none.
+    """
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    found = getattr(transformers, named, None) if named else None
+    if found is not None:
+        return found
+    for door in _DOORS:
+        try:
+            with torch.device("meta"):
+                return type(getattr(transformers, door).from_config(config, trust_remote_code=trust_remote_code))
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise
+    raise CheckpointError(f"transformers has no model for a config of the type {config.model_type!r}.")
 
 
 def _tokenizer(folder: Path, name: str, trust_remote_code: bool, whole: bool) -> HuggingFaceTokenizer | None:
@@ -135,7 +150,7 @@ def _tokenizer(folder: Path, name: str, trust_remote_code: bool, whole: bool) ->
     return open_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
-def _check_loading(name: str, loading: Mapping[str, Any]) -> None:
+def check_loading(name: str, loading: Mapping[str, Any]) -> None:
     """Raises CheckpointError, by name, for weights that transformers would fill with random numbers."""
     missing = sorted(map(str, loading.get("missing_keys", ())))
     reshaped = [
