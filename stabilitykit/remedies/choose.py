@@ -1,23 +1,129 @@
 """The scaling that keeps a model finite in float16 on the inputs that choose, or what stands in its way."""
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stabilitykit.formats import FLOAT16
+from torch import Tensor, nn
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.models.gemma import Gemma
+from stabilitykit.models.gemma.kv_cache import KVCache
+from stabilitykit.models.subject import Subject
 from stabilitykit.records.scaling import Scaling
-from stabilitykit.remedies.original import GemmaOriginal, Original
-from stabilitykit.remedies.proved import by_norms
-from stabilitykit.remedies.seen import Seen
+from stabilitykit.remedies.original import Original
+from stabilitykit.remedies.samples import Inputs, kept
+from stabilitykit.run.case import Progress
+from stabilitykit.scaling.find import Traced, look, obstacles
+from stabilitykit.scaling.program import Solution
+from stabilitykit.scaling.trace import Run
+
+_TRACED = 24  # tokens of the prompt that is traced
+_STEPS = 2  # and steps with a cache after it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    scaling: Scaling
-    shortfall: float = 0.0
-    obstacles: tuple[str, ...] = ()
+    """`peak` is the largest value that float16 has to store of the scaled model, and `site` where.
+
+    `shortfall` is by how many bits the margin is missed, `obstacles` are sentences that say why. An `exact` scaling
+    keeps the function; where there is none that fits, `approximate` is one that gives up what matters little.
+    """
+
+    exact: Scaling
+    peak: float
+    site: str
+    shortfall: float
+    obstacles: tuple[str, ...]
+    residual: int | None
+    approximate: Scaling | None
 
 
-def choose(original: Original, seen: Seen, margin: float) -> Choice:
-    bits = max(0, math.ceil(margin - FLOAT16.headroom(seen.peak)))
-    assert isinstance(original, GemmaOriginal)
-    return Choice(scaling=by_norms(original.checkpoint, 2.0**-bits))
+def choose(
+    original: Original, subject: Subject, inputs: Sequence[Inputs], margin: float, progress: Progress | None = None
+) -> Choice:
+    """The scaling for `original`, which `subject` is in float32, as run on `inputs`.
+
+    Raises MisuseError where a parameter takes no part in any of these runs.
+    """
+
+    def announce(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(what, done, total)
+
+    low = original.open("bfloat16").module
+    runs = [_running(one) for one in inputs]
+    try:
+        traced = look(subject.module, low, [_short(subject, inputs[0]), *runs], original.blueprint(), announce=announce)
+    except MisuseError:  # a short run may leave out an expert
+        traced = look(subject.module, low, [_one_by_one(runs)], original.blueprint(), announce=announce)
+    announce("choosing", 0, 1)
+    solution = traced.solve(margin=margin)
+    peak, site = _largest(traced, solution)
+    over = max((one.bits for one in solution.short), default=0.0)
+    nearly = traced.solve(margin=margin, soft=True) if over > margin else None
+    fits = nearly is not None and max((one.bits for one in nearly.short), default=0.0) <= margin
+    return Choice(
+        exact=solution.scaling,
+        peak=peak,
+        site=site,
+        shortfall=over,
+        obstacles=obstacles(traced, solution, margin),
+        residual=None,
+        approximate=nearly.scaling if nearly is not None and fits else None,
+    )
+
+
+def _largest(traced: Traced, solution: Solution) -> tuple[float, str]:
+    """The largest value of the scaled model, which is a power of two times what was measured."""
+    found = (
+        (peak * 2.0 ** solution.of(traced.graph, expression), site)
+        for expression, (peak, site) in traced.peaks.items()
+    )
+    return max(found, default=(0.0, ""))
+
+
+def _running(inputs: Inputs) -> Run:
+    return lambda module: kept(module, inputs)
+
+
+def _one_by_one(runs: Sequence[Run]) -> Run:
+    return lambda module: [run(module) for run in runs]
+
+
+def _short(subject: Subject, inputs: Inputs) -> Run:
+    """The beginning of a text, and steps with a cache after it where there are any; inputs of other kinds whole."""
+    ids = inputs.get("input_ids")
+    if ids is None or set(inputs) != {"input_ids"} or ids.shape[1] <= _TRACED + _STEPS:
+        return _running(inputs)
+    begin, steps = ids[:, :_TRACED], ids[:, _TRACED : _TRACED + _STEPS].split(1, dim=1)
+    if isinstance(subject.module, Gemma):
+        return _cached_gemma(begin, steps)
+    generates: Callable[[], bool] | None = getattr(subject.module, "can_generate", None)
+    if generates is None or not generates():
+        return _running({"input_ids": begin})
+    return _cached(begin, steps)
+
+
+def _cached_gemma(begin: Tensor, steps: Sequence[Tensor]) -> Run:
+    def run(module: Any) -> list[Tensor]:
+        length = begin.shape[1] + len(steps)
+        cache = KVCache(module.config, batch=len(begin), length=length, dtype=module.dtype, device=module.device)
+        return [module(ids.to(module.device), cache=cache) for ids in (begin, *steps)]
+
+    return run
+
+
+def _cached(begin: Tensor, steps: Sequence[Tensor]) -> Run:
+    def run(module: nn.Module) -> list[Tensor]:
+        made, cache = [], None
+        device = next(module.parameters()).device
+        for ids in (begin, *steps):
+            output = module(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            made.append(output.logits)
+            if cache is None:  # as of models that keep a state of another kind
+                break
+        return made
+
+    return run

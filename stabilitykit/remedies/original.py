@@ -1,5 +1,6 @@
 """The model to repair, which can be opened as often as needed: in each dtype, as it is or scaled."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -12,10 +13,12 @@ from stabilitykit.checkpoints.checkpoint import LazyTensors
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma.model import blank
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.subject import Subject
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, with_settings
+from stabilitykit.scaling.blueprint import Blueprint
 
 UNCHANGED = Scaling()
 
@@ -37,6 +40,10 @@ class Original(Protocol):
 
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> Subject:
         """The model in `dtype`, its weights and settings scaled in float32 before they are rounded to it, once."""
+        ...
+
+    def blueprint(self) -> Blueprint:
+        """How the model is made of its settings."""
         ...
 
     def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
@@ -65,7 +72,12 @@ class GemmaOriginal:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return asdict(self.checkpoint.config)
+        return _settings(self.checkpoint.config)
+
+    def blueprint(self) -> Blueprint:
+        return Blueprint(
+            settings=self.settings, build=lambda settings: blank(_config(settings), torch.float32, "transformers")
+        )
 
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> GemmaSubject:
         return GemmaSubject(build(scaled_checkpoint(self.checkpoint, scaling), dtype=dtype, device=self.device))
@@ -104,6 +116,18 @@ class HuggingFaceOriginal:
         found: dict[str, Any] = self.first.causal.config.to_dict()
         return found
 
+    def blueprint(self) -> Blueprint:
+        model = self.first.causal
+        implementation = model.config._attn_implementation
+
+        def build(settings: Mapping[str, Any]) -> nn.Module:
+            config = type(model.config).from_dict(copy.deepcopy(dict(settings)))
+            config._attn_implementation = implementation
+            made: nn.Module = type(model)(config)
+            return made
+
+        return Blueprint(settings=self.settings, build=build)
+
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> hf.HuggingFaceModel:
         """In float32 and unchanged it is the same model each time: do not write to its weights."""
         if dtype == "float32" and scaling == UNCHANGED:
@@ -131,7 +155,7 @@ def setting(settings: Mapping[str, Any], key: str) -> float:
 def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
     """`checkpoint` with its tensors scaled when they are asked for, in float32, and its settings.
 
-    Settings are fields of GemmaConfig. Raises KeyError for a parameter that the checkpoint does not have.
+    Settings are called as in config.json. Raises KeyError for a parameter that the checkpoint does not have.
     """
     if scaling == UNCHANGED:
         return checkpoint
@@ -143,13 +167,28 @@ def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
         tensor, factor = checkpoint.tensors[name], scaling.parameters.get(name)
         return tensor if factor is None else scaled(tensor, factor)
 
-    config = GemmaConfig(**with_settings(asdict(checkpoint.config), scaling.settings))
+    config = _config(with_settings(_settings(checkpoint.config), scaling.settings))
     return replace(
         checkpoint,
         config=config,
         tensors=LazyTensors(checkpoint.tensors, made),
         notes=(*checkpoint.notes, "scaled by powers of two"),
     )
+
+
+_CALLED = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}  # in config.json
+
+
+def _settings(config: GemmaConfig) -> dict[str, Any]:
+    """A config as nested settings, called as in config.json where a scaling may change them."""
+    made = {_CALLED.get(name, name): value for name, value in asdict(config).items()}
+    scalar = made["query_pre_attn_scalar"]
+    return made | {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
+
+
+def _config(settings: Mapping[str, Any]) -> GemmaConfig:
+    names = {called: name for name, called in _CALLED.items()}
+    return GemmaConfig(**{names.get(key, key): value for key, value in settings.items()})
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
