@@ -10,12 +10,15 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.subject import Subject
+from stabilitykit.recorder.names import site_path
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.original import Original
+from stabilitykit.remedies.places import stacks
 from stabilitykit.remedies.samples import Inputs, kept
 from stabilitykit.run.case import Progress
 from stabilitykit.scaling.find import Traced, look, obstacles
 from stabilitykit.scaling.program import Solution
+from stabilitykit.scaling.shadows import values
 from stabilitykit.scaling.trace import Run
 
 _TRACED = 24  # tokens of the prompt that is traced
@@ -69,7 +72,7 @@ def choose(
         site=site,
         shortfall=over,
         obstacles=obstacles(traced, solution, margin),
-        residual=None,
+        residual=_residual(traced, solution, subject.module),
         approximate=nearly.scaling if nearly is not None and fits else None,
     )
 
@@ -80,7 +83,21 @@ def _largest(traced: Traced, solution: Solution) -> tuple[float, str]:
         (peak * 2.0 ** solution.of(traced.graph, expression), site)
         for expression, (peak, site) in traced.peaks.items()
     )
-    return max(found, default=(0.0, ""))
+    peak, site = max(found, default=(0.0, ""))
+    module, _, operator = site.rpartition("/")
+    return peak, f"{site_path(module)}/{operator}"
+
+
+def _residual(traced: Traced, solution: Solution, module: nn.Module) -> int | None:
+    """The exponent of the sums that layers make themselves; None where these differ, or make none."""
+    layers = {name for name, one in module.named_modules() if any(one in list(stack) for stack in stacks(module))}
+    found = {
+        solution.of(traced.graph, expression)
+        for site, stored in traced.graph.stored.items()
+        if site.rpartition("/")[0] in layers and site.rpartition("/")[2].startswith("add.")
+        for expression in values(stored.shadow)
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _running(inputs: Inputs) -> Run:

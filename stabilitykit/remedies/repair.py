@@ -1,8 +1,11 @@
 """A repair: a scaling chosen by measured peaks, every remedy ranked on other inputs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+
+import torch
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.choices import Attention, ExportDtype, check_choice
@@ -12,11 +15,11 @@ from stabilitykit.models.devices import parse_device
 from stabilitykit.models.machine import provenance_of
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
-from stabilitykit.records.remedies import Ranking
+from stabilitykit.records.remedies import Change, Ranking
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.change import change_of, small
-from stabilitykit.remedies.choose import choose
+from stabilitykit.remedies.choose import Choice, choose
 from stabilitykit.remedies.export import export
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
 from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal, HuggingFaceOriginal, Original
@@ -24,7 +27,7 @@ from stabilitykit.remedies.proved import prove
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.repaired import Repair
-from stabilitykit.remedies.samples import Samples, samples_for
+from stabilitykit.remedies.samples import Samples, answer, samples_for
 from stabilitykit.remedies.seen import Seen, look
 from stabilitykit.run.case import Progress, stage
 from stabilitykit.run.source import checkpoint_of
@@ -180,60 +183,86 @@ class _Repairing:
         """With `proved` the model to be carried is the one whose bounds say that no prompt makes it overflow; the one
         chosen by what was measured is ranked beside it.
         """
-        seen = self.look(UNCHANGED, "choosing inputs")
+        seen = look(self.original, self.subject, self.samples.choosing, stage("choosing inputs", self.progress))
         proof = None
         if proved:
             if not isinstance(self.original, GemmaOriginal):
                 raise MisuseError("Bounds are those of Gemma 1, 2 and 3 in the kit's own model; leave out --proved.")
             proof = prove(self.original.checkpoint, progress=self.progress)
-        chosen = choose(self.original, seen, self.margin)
-        scaling = chosen.scaling if proof is None else proof.scaling
-        after = seen if scaling == UNCHANGED else self.look(scaling, "checking the choice")
-        carried, remedies, left_out = self.remedies(seen, chosen.scaling, None if proof is None else proof.scaling)
+        chosen = choose(self.original, self.subject, self.samples.choosing, self.margin, self.progress)
+        remedies, left_out = self.remedies(seen)
+        carried = self.carry(chosen, None if proof is None else proof.scaling, approximate, remedies)
         scores = []
         if ranking:
             scores = rank(
                 self.original, remedies, self.samples.held_out, reference=self.subject, progress=self.progress
             )
+        peak, site = chosen.peak, chosen.site
+        if carried.scaling != chosen.exact:
+            after = self.original.open("float32", carried.scaling)
+            again = look(self.original, after, self.samples.choosing, stage("checking the choice", self.progress))
+            peak, site = again.peak, again.site
         made = Ranking(
             margin=self.margin,
             peak=seen.peak,
             site=seen.site,
-            scaled_peak=after.peak,
-            scaled_site=after.site,
-            scaling=scaling,
-            change=change_of(self.original, self.subject, scaling),
+            scaled_peak=peak,
+            scaled_site=site,
+            scaling=carried.scaling,
+            change=self.change(carried.scaling, chosen),
             islands=tuple(sorted(seen.overflowing)),
             carried=carried.name,
             scores=tuple(scores),
             shortfall=chosen.shortfall,
             obstacles=chosen.obstacles,
             left_out={one.name: one.why for one in left_out},
-            measured=None if proof is None else small(self.original, self.subject, chosen.scaling),
+            measured=None if proof is None else small(self.original, self.subject, chosen.exact),
             **provenance_of(self.original, self.command, self.device),
         )
-        return Repair(original=self.original, ranking=made, bounds=() if proof is None else proof.bounds)
+        return Repair(
+            original=self.original,
+            samples=self.samples,
+            ranking=made,
+            bounds=() if proof is None else proof.bounds,
+        )
 
-    def look(self, scaling: Scaling, what: str) -> Seen:
-        subject = self.subject if scaling == UNCHANGED else self.original.open("float32", scaling)
-        return look(self.original, subject, self.samples.choosing, stage(what, self.progress))
-
-    def remedies(
-        self, seen: Seen, measured: Scaling, proved: Scaling | None
-    ) -> tuple[Remedy, list[Remedy], list[LeftOut]]:
-        """What a folder carries, all that are ranked, the plain run first, and those that do not apply."""
+    def remedies(self, seen: Seen) -> tuple[list[Remedy], list[LeftOut]]:
+        """Those that apply, the plain run first, and those that do not."""
         offers = [offer(seen) for offer in REMEDIES]
-        remedies = [PLAIN, *(one for one in offers if isinstance(one, Remedy))]
+        return [PLAIN, *(one for one in offers if isinstance(one, Remedy))], [
+            one for one in offers if isinstance(one, LeftOut)
+        ]
+
+    def carry(self, chosen: Choice, proved: Scaling | None, approximate: bool, remedies: list[Remedy]) -> Remedy:
+        """What a folder carries; adds all scalings to `remedies`."""
         carried = PLAIN
-        if measured != UNCHANGED:
-            carried = scaling_remedy(measured)
-            remedies += [carried]
-            if any(one.name == FLOAT32_RESIDUAL.name for one in remedies):
-                remedies += [carried + FLOAT32_RESIDUAL]
-        if proved is not None:
+        if chosen.exact != UNCHANGED:
+            carried = scaling_remedy(chosen.exact)
+            remedies.append(carried)
+            remedies += [carried + one for one in remedies if one.name == FLOAT32_RESIDUAL.name]
+        if chosen.approximate is not None:
+            nearly = approximate_remedy(chosen.approximate)
+            remedies.append(nearly)
+            carried = nearly if approximate else carried
+        if proved is not None and proved != UNCHANGED:
             carried = scaling_remedy(proved, proved=True)
             remedies.append(carried)
-        return carried, remedies, [one for one in offers if isinstance(one, LeftOut)]
+        return carried
+
+    def change(self, scaling: Scaling, chosen: Choice) -> Change:
+        """What `scaling` does, and whether float32 keeps every bit of what it returned on the first choosing input."""
+        counted = change_of(self.original, self.subject, scaling)
+        if scaling == UNCHANGED:
+            return counted
+        announce = stage("comparing float32", self.progress)
+        announce(0, 1)
+        inputs = self.samples.choosing[0]
+        with torch.inference_mode():
+            before = answer(self.subject.module, inputs).values
+            after = answer(self.original.open("float32", scaling).module, inputs).values
+        far = float((after - before).abs().max() / before.abs().max()) if not torch.equal(after, before) else None
+        residual = chosen.residual if scaling == chosen.exact else None
+        return replace(counted, approximate=far, residual=residual)
 
 
 def scaling_remedy(scaling: Scaling, *, proved: bool = False) -> Remedy:
@@ -242,3 +271,12 @@ def scaling_remedy(scaling: Scaling, *, proved: bool = False) -> Remedy:
     if proved:
         summary += " Chosen from bounds, so that no prompt can make it overflow."
     return Remedy(name="scaling, proved" if proved else "scaling", summary=summary, scaling=scaling)
+
+
+def approximate_remedy(scaling: Scaling) -> Remedy:
+    return Remedy(
+        name="approximate scaling",
+        summary="Multiplies weights and settings by powers of two where no exact scaling fits: an eps that no setting "
+        "can say, or a bound that never binds, stays as it is, so that what it returns changes a little.",
+        scaling=scaling,
+    )

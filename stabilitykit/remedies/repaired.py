@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from stabilitykit.records.bounds import SiteBound
 from stabilitykit.records.remedies import Ranking
 from stabilitykit.remedies.original import Original
+from stabilitykit.remedies.samples import Samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
-    """The model, how its scaling and the other remedies rank, and where it was proved the bounds of the scaled one."""
+    """The model, what it was run on, how its scaling and the other remedies rank, and where it was proved the bounds of
+    the scaled one.
+    """
 
     original: Original
+    samples: Samples
     ranking: Ranking
     bounds: Sequence[SiteBound] = ()
 
