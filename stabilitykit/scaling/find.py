@@ -79,8 +79,8 @@ def obstacles(traced: Traced, solution: Solution, margin: float, target: NumberF
     worst = max(solution.short, key=lambda one: one.bits)
     limit = f"{target.largest:,.0f}" if target.largest >= 1e3 else f"{target.largest:g}"
     first = (
-        f"{worst.site} reaches {worst.peak:,.0f}, and no exact scaling brings it and all else {margin:g} bits under the "
-        f"{target.name} maximum, {limit}: it stays {worst.bits:.1f} bits above that."
+        f"{worst.site} reaches {worst.peak:,.0f}, and no exact scaling brings it and all else {margin:g} bits under "
+        f"the {target.name} maximum, {limit}: it stays {worst.bits:.1f} bits above that."
     )
     ways = cheapest_to_give_up(traced.graph, traced.peaks, target=target, margin=margin)
     return (first, *(f"At {one.site}, {one.why}." for one in _once(ways)))
