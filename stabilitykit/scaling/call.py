@@ -19,13 +19,14 @@ BEYOND = 6e4  # a constant of this magnitude stands for infinity: a mask's minim
 @dataclass(slots=True)
 class Known:
     """What a trace knows of a tensor: its exponents; the parameter of which it is a view, if that is all it is; of
-    which row of which parameter's dimension its elements were made; and the operator that made it.
+    which row of which parameter's dimension its elements were made; the operator that made it, and how many ran before.
     """
 
     shadow: Shadow = ZERO
     parameter: str | None = None
     rows: "Rows | None" = None
     site: str | None = None
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)

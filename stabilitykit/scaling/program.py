@@ -15,6 +15,7 @@ from stabilitykit.formats import FLOAT16, NumberFormat
 from stabilitykit.records.scaling import Factor, Scaling
 from stabilitykit.scaling.exponents import ZERO, Equation, Expression
 from stabilitykit.scaling.peaks import Peaks
+from stabilitykit.scaling.shadows import values
 from stabilitykit.scaling.trace import Graph, Parameter
 from stabilitykit.scaling.weights import FIRST, Magnitudes
 
@@ -23,7 +24,9 @@ _SHORT = 1e3  # what a bit costs that a tensor lacks
 _GIVEN_UP = 30.0  # what a bit costs by which an equation is given up
 # What an exponent of one costs: of a weight a little, so that no weight is changed in vain; of a gain c + w more, for
 # 2^e (c + w) - c is stored with an absolute error of its own, near -c.
-_MOVED, _GAIN, _SETTING = 1.0, 5.0, 0.1
+_MOVED, _GAIN, _EPS, _SETTING = 1.0, 5.0, 0.1, 3.0
+_TENSOR = 0.01  # and of a tensor of a run, to decide between equals
+_SMALL = 1e-2  # below which a setting is an eps
 _EPS_BIT = 2.0  # what a bit costs by which an eps falls below the smallest number of the format
 _HULL = 24  # a weight's share of subnormals is looked at down to 2^-24
 _PER_MILLE = 1000.0
@@ -130,6 +133,7 @@ def solve(
     if soft:
         problem.may_give_up([one for one in equations if one.softness])
     problem.bound(weights, fixed or {}, settings or {})
+    problem.keep()
     if limited:
         problem.limit(peaks)
     found = problem.solved()
@@ -194,13 +198,13 @@ class _Problem:
                     self._of_weight(unknown, weights[name][number], total, fixed=name in fixed)
         for key, expression in self.graph.settings.items():
             ((unknown, coefficient),) = self.graph.exponents.terms(expression)
-            self._pay(unknown, _SETTING)
-            value = settings.get(key)
+            value = settings.get(key, 0.0)
+            self._pay(unknown, _EPS if value < _SMALL else _SETTING)
             if isinstance(value, int):  # it stays one
                 self.low[unknown] = max(
                     self.low[unknown], -float((value & -value).bit_length() - 1) / float(coefficient)
                 )
-            elif value is not None and 0 < value < 1e-2:
+            elif 0 < value < _SMALL:
                 below = self.column(0.0, math.inf, _EPS_BIT)
                 room = math.log2(value) - math.log2(self.target.smallest_subnormal)
                 self.rows.add([(below, 1.0), (unknown, float(coefficient))], -room, math.inf)
@@ -230,6 +234,15 @@ class _Problem:
             lost = self.column(0.0, math.inf, 1.0)
             for slope, left, low in slopes:
                 self.rows.add([(lost, 1.0), (unknown, -slope)], low - slope * left, math.inf)
+
+    def keep(self) -> None:
+        """Of two scalings that cost the same, the one that changes fewer tensors of a run."""
+        for expression in sorted({one for stored in self.graph.stored.values() for one in values(stored.shadow)}):
+            if expression != ZERO:
+                size = self.column(0.0, math.inf, _TENSOR)
+                for sign in (1.0, -1.0):
+                    terms = [(of, -sign * coefficient) for of, coefficient in self.terms(expression)]
+                    self.rows.add([(size, 1.0), *terms], 0.0, math.inf)
 
     def limit(self, peaks: Peaks) -> None:
         for expression, (peak, _) in peaks.items():

@@ -40,6 +40,13 @@ def values(shadow: Shadow) -> list[int]:
     return [shadow] if isinstance(shadow, int) else torch.unique(shadow).tolist()
 
 
+def same(one: Shadow, other: Shadow) -> bool:
+    """Whether both say the same of every element."""
+    if isinstance(one, int) or isinstance(other, int):
+        return one is other or (isinstance(one, int) and isinstance(other, int) and one == other)
+    return one.shape == other.shape and bool((one == other).all())
+
+
 def elementwise(function: Callable[..., int], *shadows: Shadow) -> Shadow:
     """`function` of each element's values, shapes broadcast as torch does; called once for every combination."""
     if all(isinstance(one, int) for one in shadows):

@@ -16,7 +16,7 @@ from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers
 from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
 from stabilitykit.scaling.rules import CUTS, MOVES, RULES
 from stabilitykit.scaling.rules.moves import moved
-from stabilitykit.scaling.shadows import Shadow, along, values
+from stabilitykit.scaling.shadows import Shadow, along, same, values
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on something, and returns what its caller gets: all of that keeps its scale."""
@@ -141,6 +141,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = Graph(self.exponents, {})
         self.modules = Modules(model)
         self.made: dict[str, Shadow] = {}  # what operators made, float32 included
+        self.rewritten: dict[int, tuple[Shadow, int]] = {}  # by memory that was written over, its exponent, and when
         self.owners: dict[tuple[str, str], str] = {}  # module path and attribute -> the parameter's first name
         self.pieces: dict[tuple[str, int], set[tuple[int, ...]]] = defaultdict(set)
         self.linked: dict[str, tuple[str, int]] = {}  # a bias -> the rows of which parameter it is added to
@@ -202,6 +203,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def known(self, tensor: Tensor) -> Known:
         found: Known = getattr(tensor, _KNOWN)[1] if self._is_known(tensor) else Known()
+        if self.rewritten:
+            shadow, at = self.rewritten.get(tensor.untyped_storage().data_ptr(), (found.shadow, 0))
+            if found.at < at:  # noted before what it shows was written over
+                return Known(shadow, site=found.site)
         return found
 
     def _note(self, tensor: Tensor, known: Known) -> None:
@@ -262,8 +267,16 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parameter = self.graph.parameters[one.parameter]
                 parameter.used = True
                 parameter.raw = parameter.raw or not (name in MOVES or _is_gain(call, one))
+        before = call.first() if call.operands and call.operands[0] is args[0] else ZERO
         made = self._result(call)
         shadows = made if isinstance(made, list) else [made] * len(call.outputs)
+        if (
+            func._schema.is_mutable
+            and len(call.outputs) == 1
+            and call.outputs[0] is args[0]
+            and not same(shadows[0], before)
+        ):
+            shadows = [self._write_over(call, before, shadows[0])]
         rows = self._rows(call, operands)
         is_view = name in MOVES and bool(operands) and operands[0].parameter is not None
         for place, (tensor, shadow) in enumerate(zip(call.outputs, shadows, strict=False)):
@@ -273,6 +286,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parameter=operands[0].parameter if is_view and len(call.outputs) == 1 else None,
                 rows=rows[place] if rows else None,
                 site=source,
+                at=self.graph.operators,
             )
             if tensor.numel() != 0:
                 self._note(tensor, known)
@@ -281,6 +295,17 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._need_integers(known.shadow)
             if tensor.dtype in _LOW and name not in _UNMEASURED and known.parameter is None:
                 self._store(tensor, known, call.site if name not in MOVES or name == "_to_copy" else None)
+
+    def _write_over(self, call: Call, before: Shadow, made: Shadow) -> Shadow:
+        """What an operator that writes in place leaves: in all views of that memory, so that one exponent holds there;
+        in a part of it, that of the rest.
+        """
+        tensor = call.outputs[0]
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.itemsize < storage.nbytes():
+            return call.equal(before, made, why="it is written into a part of another tensor")
+        self.rewritten[storage.data_ptr()] = call.one(made), self.graph.operators
+        return made
 
     def _need_integers(self, shadow: Shadow) -> None:
         for one in values(shadow):

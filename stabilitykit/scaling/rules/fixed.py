@@ -48,11 +48,12 @@ def angle(call: Call) -> Shadow:
 
 
 RULES = {
-    fixed: "_softmax _log_softmax _safe_softmax softmax log_softmax gelu silu tanh sigmoid exp exp2 expm1 log log2 "
-    "log10 log1p logsumexp logcumsumexp sin cos tan asin acos atan sinh cosh erf erfc erfinv softplus elu celu selu "
+    fixed: "_softmax _log_softmax _safe_softmax softmax log_softmax gelu silu tanh sigmoid exp exp2 expm1 log log2 log10 "
+    "log1p logsumexp logcumsumexp sin cos tan asin acos atan sinh cosh erf erfc erfinv softplus elu celu selu "
     "mish hardswish hardsigmoid log_sigmoid_forward logit round floor ceil trunc frac fmod remainder floor_divide "
-    "prod cumprod multinomial threshold softshrink hardshrink digamma lgamma i0 special_expit sinc _euclidean_dist bucketize "
-    "searchsorted histc grid_sampler_2d _scaled_mm fake_quantize_per_tensor_affine_cachemask",
+    "prod cumprod multinomial threshold softshrink hardshrink digamma lgamma i0 special_expit sinc "
+    "_euclidean_dist bucketize searchsorted histc grid_sampler_2d _scaled_mm "
+    "fake_quantize_per_tensor_affine_cachemask",
     gate: "glu",
     number: "_local_scalar_dense item",
     order: "argmax argmin argsort isnan isinf isfinite nonzero any all signbit logical_not logical_and logical_or "
