@@ -11,6 +11,8 @@ from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.backend import explained, imported, quiet
 from stabilitykit.models.transformers.load import check_loading
 
+_ALIGNMENT = 64  # bytes: that of torch's own allocator
+
 # Which of transformers' doors is tried where a config does not name its class.
 _DOORS = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
@@ -51,6 +53,7 @@ def load_plain(
         )  # fmt: skip
     check_loading(str(folder), loading)
     loaded: nn.Module = model.eval().requires_grad_(False)
+    _align(loaded)
     return loaded
 
 
@@ -75,6 +78,16 @@ def load_placeholders(
     check_loading(str(folder), loading)
     loaded: nn.Module = model
     return loaded
+
+
+def _align(model: nn.Module) -> None:
+    """Gives weights that are mapped from a file a place in memory like any other's.
+
+    Where in memory numbers lie decides by which instructions a processor sums them up, and so about the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
