@@ -112,7 +112,7 @@ class FolderCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairedFolder:
-    """All that is known of a folder that holds the model of `source`, scaled: what repair.json says.
+    """All that is known of a folder that holds the model of `source`, scaled, and what is needed to check it again.
 
     `source_sha256` are the digests of the original's files of weights by name. `kind` is the class of transformers'
     whose parameters `scaling` names, None for the one that the config names.
@@ -124,4 +124,3 @@ class RepairedFolder:
     written: WrittenFolder
     check: FolderCheck
     kind: str | None = None
-    schema: int = 3

@@ -1,28 +1,25 @@
 """The scaling that keeps a model finite in float16 on the inputs that choose, or what stands in its way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma import Gemma
-from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder.names import site_path
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.original import Original
 from stabilitykit.remedies.places import stacks
-from stabilitykit.remedies.samples import Inputs, kept
+from stabilitykit.remedies.samples import Inputs
 from stabilitykit.run.case import Progress
 from stabilitykit.scaling.find import Traced, look, obstacles
 from stabilitykit.scaling.program import Solution
 from stabilitykit.scaling.shadows import values
+from stabilitykit.scaling.subjects import blueprint_of, continued
 from stabilitykit.scaling.trace import Run
 
-_TRACED = 24  # tokens of the prompt that is traced
-_STEPS = 2  # and steps with a cache after it
+_TRACED = 24  # tokens of the text that is traced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +52,12 @@ def choose(
             progress(what, done, total)
 
     low = original.open("bfloat16").module
-    runs = [_running(one) for one in inputs]
+    runs = [continued(one, steps=0) for one in inputs]
+    blueprint = blueprint_of(subject.module)
     try:
-        traced = look(subject.module, low, [_short(subject, inputs[0]), *runs], original.blueprint(), announce=announce)
+        traced = look(subject.module, low, [_beginning(inputs[0]), *runs], blueprint, announce=announce)
     except MisuseError:  # a short run may leave out an expert
-        traced = look(subject.module, low, [_one_by_one(runs)], original.blueprint(), announce=announce)
+        traced = look(subject.module, low, [_one_by_one(runs)], blueprint, announce=announce)
     announce("choosing", 0, 1)
     solution = traced.solve(margin=margin)
     peak, site = _largest(traced, solution)
@@ -80,8 +78,7 @@ def choose(
 def _largest(traced: Traced, solution: Solution) -> tuple[float, str]:
     """The largest value of the scaled model, which is a power of two times what was measured."""
     found = (
-        (peak * 2.0 ** solution.of(traced.graph, expression), site)
-        for expression, (peak, site) in traced.peaks.items()
+        (peak * 2.0 ** solution.of(traced.graph, expression), site) for expression, (peak, site) in traced.peaks.items()
     )
     peak, site = max(found, default=(0.0, ""))
     module, _, operator = site.rpartition("/")
@@ -100,47 +97,13 @@ def _residual(traced: Traced, solution: Solution, module: nn.Module) -> int | No
     return found.pop() if len(found) == 1 else None
 
 
-def _running(inputs: Inputs) -> Run:
-    return lambda module: kept(module, inputs)
+def _beginning(inputs: Inputs) -> Run:
+    """The beginning of a text, and steps with a cache after it; inputs of other kinds whole."""
+    texts = {name for name in inputs if name.endswith("input_ids")}
+    if set(inputs) == texts:
+        inputs = {name: one[:, :_TRACED] for name, one in inputs.items()}
+    return continued(inputs)
 
 
 def _one_by_one(runs: Sequence[Run]) -> Run:
-    return lambda module: [run(module) for run in runs]
-
-
-def _short(subject: Subject, inputs: Inputs) -> Run:
-    """The beginning of a text, and steps with a cache after it where there are any; inputs of other kinds whole."""
-    ids = inputs.get("input_ids")
-    if ids is None or set(inputs) != {"input_ids"} or ids.shape[1] <= _TRACED + _STEPS:
-        return _running(inputs)
-    begin, steps = ids[:, :_TRACED], ids[:, _TRACED : _TRACED + _STEPS].split(1, dim=1)
-    if isinstance(subject.module, Gemma):
-        return _cached_gemma(begin, steps)
-    generates: Callable[[], bool] | None = getattr(subject.module, "can_generate", None)
-    if generates is None or not generates():
-        return _running({"input_ids": begin})
-    return _cached(begin, steps)
-
-
-def _cached_gemma(begin: Tensor, steps: Sequence[Tensor]) -> Run:
-    def run(module: Any) -> list[Tensor]:
-        length = begin.shape[1] + len(steps)
-        cache = KVCache(module.config, batch=len(begin), length=length, dtype=module.dtype, device=module.device)
-        return [module(ids.to(module.device), cache=cache) for ids in (begin, *steps)]
-
-    return run
-
-
-def _cached(begin: Tensor, steps: Sequence[Tensor]) -> Run:
-    def run(module: nn.Module) -> list[Tensor]:
-        made, cache = [], None
-        device = next(module.parameters()).device
-        for ids in (begin, *steps):
-            output = module(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
-            made.append(output.logits)
-            if cache is None:  # as of models that keep a state of another kind
-                break
-        return made
-
-    return run
+    return lambda model: [run(model) for run in runs]

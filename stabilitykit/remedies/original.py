@@ -1,6 +1,5 @@
 """The model to repair, which can be opened as often as needed: in each dtype, as it is or scaled."""
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -13,18 +12,22 @@ from stabilitykit.checkpoints.checkpoint import LazyTensors
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import build
-from stabilitykit.models.gemma.model import blank
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers.plain import align
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, with_settings
-from stabilitykit.scaling.blueprint import Blueprint
 
 UNCHANGED = Scaling()
 
 
 class Original(Protocol):
-    """`source`, `sha256` and `notes` say where the weights come from, as in a Checkpoint."""
+    """`source`, `sha256` and `notes` say where the weights come from, as in a Checkpoint. `trust_remote_code`: whether
+    Python code that a folder brings may run.
+    """
+
+    @property
+    def trust_remote_code(self) -> bool: ...
 
     @property
     def source(self) -> str: ...
@@ -42,10 +45,6 @@ class Original(Protocol):
         """The model in `dtype`, its weights and settings scaled in float32 before they are rounded to it, once."""
         ...
 
-    def blueprint(self) -> Blueprint:
-        """How the model is made of its settings."""
-        ...
-
     def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
         """The parameters of `subject`, which is this model in float32, by their names in it, each once."""
         ...
@@ -57,6 +56,7 @@ class GemmaOriginal:
 
     checkpoint: Checkpoint
     device: str = "cpu"
+    trust_remote_code: bool = False
 
     @property
     def source(self) -> str:
@@ -72,12 +72,7 @@ class GemmaOriginal:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return _settings(self.checkpoint.config)
-
-    def blueprint(self) -> Blueprint:
-        return Blueprint(
-            settings=self.settings, build=lambda settings: blank(_config(settings), torch.float32, "transformers")
-        )
+        return asdict(self.checkpoint.config)
 
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> GemmaSubject:
         return GemmaSubject(build(scaled_checkpoint(self.checkpoint, scaling), dtype=dtype, device=self.device))
@@ -97,7 +92,13 @@ class HuggingFaceOriginal:
     @classmethod
     def of(cls, name: str, **how: Any) -> "HuggingFaceOriginal":
         """Opens the folder `name` in float32 for the first time. Raises as `open_model` does."""
-        return cls(name, hf.open_model(name, whole=True, **how), how)
+        first = hf.open_model(name, whole=True, **how)
+        align(first.module)
+        return cls(name, first, how)
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.how.get("trust_remote_code"))
 
     @property
     def source(self) -> str:
@@ -116,24 +117,13 @@ class HuggingFaceOriginal:
         found: dict[str, Any] = self.first.causal.config.to_dict()
         return found
 
-    def blueprint(self) -> Blueprint:
-        model = self.first.causal
-        implementation = model.config._attn_implementation
-
-        def build(settings: Mapping[str, Any]) -> nn.Module:
-            config = type(model.config).from_dict(copy.deepcopy(dict(settings)))
-            config._attn_implementation = implementation
-            made: nn.Module = type(model)(config)
-            return made
-
-        return Blueprint(settings=self.settings, build=build)
-
     def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> hf.HuggingFaceModel:
         """In float32 and unchanged it is the same model each time: do not write to its weights."""
         if dtype == "float32" and scaling == UNCHANGED:
             return self.first
         settings = with_settings(self.settings, scaling.settings) if scaling.settings else None
         opened = hf.open_model(self.name, whole=True, dtype=parse_dtype(dtype), settings=settings, **self.how)
+        align(opened.module)
         wide, low = dict(_named(self.first.module)), dict(_named(opened.module))
         with torch.no_grad():
             for name, factor in scaling.parameters.items():
@@ -155,7 +145,7 @@ def setting(settings: Mapping[str, Any], key: str) -> float:
 def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
     """`checkpoint` with its tensors scaled when they are asked for, in float32, and its settings.
 
-    Settings are called as in config.json. Raises KeyError for a parameter that the checkpoint does not have.
+    Settings are fields of GemmaConfig. Raises KeyError for a parameter that the checkpoint does not have.
     """
     if scaling == UNCHANGED:
         return checkpoint
@@ -167,28 +157,13 @@ def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
         tensor, factor = checkpoint.tensors[name], scaling.parameters.get(name)
         return tensor if factor is None else scaled(tensor, factor)
 
-    config = _config(with_settings(_settings(checkpoint.config), scaling.settings))
+    config = GemmaConfig(**with_settings(asdict(checkpoint.config), scaling.settings))
     return replace(
         checkpoint,
         config=config,
         tensors=LazyTensors(checkpoint.tensors, made),
         notes=(*checkpoint.notes, "scaled by powers of two"),
     )
-
-
-_CALLED = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}  # in config.json
-
-
-def _settings(config: GemmaConfig) -> dict[str, Any]:
-    """A config as nested settings, called as in config.json where a scaling may change them."""
-    made = {_CALLED.get(name, name): value for name, value in asdict(config).items()}
-    scalar = made["query_pre_attn_scalar"]
-    return made | {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
-
-
-def _config(settings: Mapping[str, Any]) -> GemmaConfig:
-    names = {called: name for name, called in _CALLED.items()}
-    return GemmaConfig(**{names.get(key, key): value for key, value in settings.items()})
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

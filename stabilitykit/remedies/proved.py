@@ -70,7 +70,7 @@ def by_norms(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) 
             exponent += beta if leaf == "up_proj" else -beta
         if exponent:
             parameters[name] = Factor(exponents=(exponent,), added=1.0 if leaf in gains else 0.0)
-    return Scaling(parameters=parameters, settings={"rms_norm_eps": 2 * of_gamma} if of_gamma else {})
+    return Scaling(parameters=parameters, settings={"rms_eps": 2 * of_gamma} if of_gamma else {})
 
 
 def _exponent(power: float) -> int:

@@ -20,8 +20,6 @@ from stabilitykit.run.windows import Texts, texts
 Inputs = Mapping[str, Tensor]
 """What one forward pass is given, by the names of its arguments."""
 
-_HIDDEN = ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds")  # what bare models return of hidden states
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
@@ -88,29 +86,18 @@ class Answer(NamedTuple):
 
 
 def answer(module: nn.Module, inputs: Inputs) -> Answer:
-    """One forward pass: its logits where there are any, else the first of what it returns for its caller.
+    """One forward pass: its logits where there are any, else the first tensor of numbers that it returns.
 
     Floating inputs are cast to the dtype of the model's weights, and all are moved to its device. Raises MisuseError
     for inputs that the model cannot be called with.
     """
-    named = _called(module, inputs)
-    name = next(iter(named))
-    return Answer(named[name], logits=name == "logits")
-
-
-def kept(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """As `answer`, with all that a caller may use: every tensor whose scale means something."""
-    return list(_called(module, inputs).values())
-
-
-def _called(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     weight = next(one for one in module.parameters() if one.is_floating_point())
     moved = {
         name: one.to(weight.device, weight.dtype if one.is_floating_point() else one.dtype)
         for name, one in inputs.items()
     }
     if isinstance(module, Gemma):
-        return {"logits": module(moved["input_ids"])}
+        return Answer(module(moved["input_ids"]), logits=True)
     try:
         output = module(**moved)
     except (TypeError, ValueError) as error:  # an argument too many, or too few
@@ -118,11 +105,11 @@ def _called(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
             f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {error}. Give it what its forward "
             "takes with --inputs FILE, a safetensors file."
         ) from error
-    named = dict(output) if isinstance(output, Mapping) else dict(enumerate(tree_leaves(output)))
-    tensors = {str(name): one for name, one in named.items() if isinstance(one, Tensor) and one.is_floating_point()}
-    logits = {name: one for name, one in tensors.items() if "logits" in name}
-    hidden = {name: tensors[name] for name in _HIDDEN if name in tensors}
-    return logits or hidden or tensors
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return Answer(logits, logits=True)
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return Answer(next(one for one in leaves if isinstance(one, Tensor) and one.is_floating_point()), logits=False)
 
 
 def following(module: nn.Module, inputs: Inputs) -> Tensor | None:

@@ -43,7 +43,7 @@ def test_every_bound_lies_within_the_range_and_no_bit_changes(tmp_path: Path, ge
     assert over >= {"layers.*", "layers.*.mlp/mul.0"}
     found = prove(before)
     assert max(one.bound for one in found.bounds) <= 0.95 * 65504
-    assert found.scaling.settings["rms_norm_eps"] < 0
+    assert found.scaling.settings["rms_eps"] < 0
     moved = [f"layers.{layer}.mlp.up_proj.weight" in found.scaling.parameters for layer in range(3)]
     assert moved == [False, True, False]
     after = scaled_checkpoint(before, found.scaling)

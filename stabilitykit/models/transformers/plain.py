@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from stabilitykit.models.transformers.backend import explained, imported, quiet
 from stabilitykit.models.transformers.load import check_loading, named_class
 
+_ALIGNMENT = 64  # bytes: that of torch\'s own allocator
+
 
 def read_settings(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The folder's config as nested settings, with the defaults of what config.json leaves out."""
@@ -45,6 +47,7 @@ def load_plain(
         )  # fmt: skip
     check_loading(str(folder), loading)
     loaded: nn.Module = model.eval().requires_grad_(False)
+    align(loaded)
     return loaded
 
 
@@ -69,6 +72,16 @@ def load_placeholders(
     check_loading(str(folder), loading)
     loaded: nn.Module = model
     return loaded
+
+
+def align(model: nn.Module) -> None:
+    """Gives weights that are mapped from a file a place in memory like any other's.
+
+    Where in memory numbers lie decides by which instructions a processor sums them up, and so about the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:

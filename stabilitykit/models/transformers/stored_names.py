@@ -202,7 +202,7 @@ def _carried(
             raise CheckpointError(f"{source} is part of {listed(spread[source], 3)}, of which not all add to it.")
         exponents[exponents == _UNSET] = 0
         found[source] = _blocks(exponents.reshape(stored[source].shape), added.pop())
-    return found
+    return {source: factor for source, factor in found.items() if any(factor.exponents)}
 
 
 def _moved_by(tensor: Any) -> Any:
