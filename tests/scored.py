@@ -19,7 +19,7 @@ CHANGE = Change(
     moved=4, parameters=30, settings={"rms_norm_eps": Setting(before=1e-6, after=6.25e-8)}, gains_rounded={},
     before=Small(subnormal=10, zero=1), after=Small(subnormal=25, zero=3),
 )  # fmt: skip
-UNCHANGED = {
+UNCHANGED: dict[str, Any] = {
     "scaling": Scaling(), "scaled_peak": 100.0, "peak": 100.0,
     "change": replace(CHANGE, moved=0, settings={}, after=CHANGE.before),
 }  # fmt: skip

@@ -17,7 +17,8 @@ from stabilitykit.diagnosis.forecast import Forecast
 from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Recording
 from stabilitykit.records.bounds import SiteBound
-from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.records.remedies import Ranking
+from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Plan
 from stabilitykit.report.parts import by_layer
@@ -142,9 +143,9 @@ def print_proof(found: Mapping[str, float]) -> None:
     print_blocks([bounds.proof(found)], output)
 
 
-def print_scores(scores: Sequence[Score]) -> None:
-    """The remedies, best first."""
-    print_blocks(remedies.of_scores(scores), output)
+def print_check(check: FolderCheck) -> None:
+    """What a repaired folder was compared with, and how it runs in float16."""
+    print_blocks(remedies.of_check(check), output)
 
 
 def print_ranking(ranking: Ranking) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from stabilitykit.records.remedies import Change, Ranking, Score
+from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.words import counted, listed, number
 
@@ -92,6 +93,16 @@ def in_the_way(ranking: Ranking) -> str | None:
     return said
 
 
+def in_float16(check: FolderCheck) -> str:
+    """How a repaired folder runs in float16."""
+    found = check.float16
+    if found.failure is not None:
+        return f"In float16 it does not run: {found.failure}"
+    if not found.finite:
+        return "In float16 it is not finite."
+    return f"In float16 it is finite, and at most {found.error:.2g} away from float32."
+
+
 def moved(scaling: Scaling) -> list[tuple[str, str]]:
     """The parameters that a scaling multiplies, those of all layers as one, and by which powers of two."""
     found: dict[str, list[int]] = {}
@@ -113,7 +124,10 @@ def _powers(exponents: Sequence[int]) -> str:
 def _losses(change: Change) -> str:
     rounded = sum(change.gains_rounded.values())
     if change.approximate:
-        return f"It is approximate: what float32 returns changes by up to {change.approximate:.1g} of its largest magnitude."
+        return (
+            f"It is approximate: what float32 returns changes by up to {change.approximate:.1g} of its largest "
+            "magnitude."
+        )
     if rounded:
         return f"Of the norms, {counted(rounded, 'gain')} had to be rounded in float32."
     return "Nothing is rounded in float32, where logits keep every bit."

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from remedied import rescale
 from bounds.weights import (
     SHAPES,
     bounds_and_states,
@@ -19,6 +18,7 @@ from bounds.weights import (
     random_states,
     values,
 )
+from remedied import rescale
 
 from stabilitykit.bounds import bound, inequalities
 from stabilitykit.bounds.arithmetic import Arithmetic, Ball

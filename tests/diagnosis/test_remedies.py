@@ -36,8 +36,8 @@ def test_nothing_to_change_and_nothing_that_helps() -> None:
 
 def test_how_it_was_scaled() -> None:
     assert how_scaled(ranking()) == (
-        "The repair scales 4 of 30 parameters by powers of two and rms_norm_eps by 2^-4: the largest value that float16 "
-        "must store, 100,000 in layers.1, becomes 25,000. Nothing is rounded in float32, where logits keep every bit. "
+        "The repair scales 4 of 30 parameters by powers of two and rms_norm_eps by 2^-4: the largest value that float16"
+        " must store, 100,000 in layers.1, becomes 25,000. Nothing is rounded in float32, where logits keep every bit. "
         "In float16 15 more weights are subnormal, 25 in all, and 2 more become zero."
     )
     other = replace(CHANGE, residual=-2, gains_rounded={"norm.weight": 1}, after=Small(subnormal=7, zero=1))

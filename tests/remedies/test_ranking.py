@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +103,8 @@ def test_what_returns_no_logits_is_ranked_by_its_largest_error() -> None:
     made = {"float32": module, "float16": copy.deepcopy(module).half(), "bfloat16": copy.deepcopy(module).bfloat16()}
 
     class Vision:
-        source, sha256, notes, settings = "hf:vit", "", (), {}
+        source, sha256, notes, trust_remote_code = "hf:vit", "", (), False
+        settings: Mapping[str, Any] = {}
 
         def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> Any:
             return SimpleNamespace(module=made[dtype], device=torch.device("cpu"))

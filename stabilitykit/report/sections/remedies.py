@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stabilitykit.diagnosis.remedies import how_scaled, in_the_way, moved, outlier, recommendation
+from stabilitykit.diagnosis.remedies import how_scaled, in_float16, in_the_way, moved, outlier, recommendation
 from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import INK, bits, series_style, share, size
@@ -109,6 +110,26 @@ def of_scores(scores: Sequence[Score]) -> list[Block]:
         note="What no folder of weights can carry needs code around the model.",
     )
     return [measured, said]
+
+
+def of_check(check: FolderCheck) -> list[Block]:
+    """What a repaired folder was compared with, and how it runs in float16."""
+    compared = table(
+        "comparisons",
+        "Numbers that have to be equal, bit by bit",
+        check.comparisons,
+        [
+            (Column("what"), lambda one: one.what),
+            (Column("numbers"), lambda one: one.numbers),
+            (Column("different"), lambda one: one.different),
+            (Column("by up to", format=_short), lambda one: one.largest if one.different else None),
+        ],
+        alarming=lambda one: not one.equal,
+    )
+    said = [in_float16(check)]
+    if not check.original_seen:
+        said.insert(0, "The original was not seen: compared with the folder itself, its scaling undone.")
+    return [Prose(" ".join(said)), compared]
 
 
 def _left_out(ranking: Ranking) -> Table:
