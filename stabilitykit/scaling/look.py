@@ -1,4 +1,4 @@
-"""From a model and what it is run on to the scaling that repairs it, or what stands in the way of one."""
+"""From a model and what it is run on to all that a choice of its scaling needs to know."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import FLOAT16, NumberFormat
 from stabilitykit.scaling.blueprint import Blueprint
-from stabilitykit.scaling.exponents import Equation
 from stabilitykit.scaling.peaks import Peaks, measure
-from stabilitykit.scaling.program import Solution, cheapest_to_give_up, solve
+from stabilitykit.scaling.program import Solution, solve
 from stabilitykit.scaling.trace import Graph, Run, trace
 from stabilitykit.scaling.weights import Magnitudes, magnitudes
 from stabilitykit.words import counted, listed
@@ -70,28 +68,6 @@ def look(
     peaks = measure(graph, model, counting)
     settings = {} if blueprint is None else _flat(blueprint.settings)
     return Traced(graph=graph, peaks=peaks, weights=weights, settings=settings)
-
-
-def obstacles(traced: Traced, solution: Solution, margin: float, target: NumberFormat = FLOAT16) -> tuple[str, ...]:
-    """What stands in the way of an exact scaling that leaves `margin` bits, as sentences; none where nothing does."""
-    if not solution.short:
-        return ()
-    worst = max(solution.short, key=lambda one: one.bits)
-    limit = f"{target.largest:,.0f}" if target.largest >= 1e3 else f"{target.largest:g}"
-    first = (
-        f"{worst.site} reaches {worst.peak:,.0f}, and no exact scaling brings it and all else {margin:g} bits under "
-        f"the {target.name} maximum, {limit}: it stays {worst.bits:.1f} bits above that."
-    )
-    ways = cheapest_to_give_up(traced.graph, traced.peaks, target=target, margin=margin)
-    return (first, *(f"At {one.site}, {one.why}." for one in _once(ways)))
-
-
-def _once(equations: Sequence[Equation]) -> Iterator[Equation]:
-    seen: set[str] = set()
-    for one in equations:
-        if one.why not in seen:
-            seen.add(one.why)
-            yield one
 
 
 def _parameters(model: nn.Module) -> Callable[[str], Tensor]:
