@@ -13,7 +13,8 @@ from stabilitykit.remedies.original import Original
 from stabilitykit.remedies.places import stacks
 from stabilitykit.remedies.samples import Inputs
 from stabilitykit.run.case import Progress
-from stabilitykit.scaling.find import Traced, look, obstacles
+from stabilitykit.scaling.explain import obstacles
+from stabilitykit.scaling.look import Traced, look
 from stabilitykit.scaling.program import Solution
 from stabilitykit.scaling.shadows import values
 from stabilitykit.scaling.subjects import blueprint_of, continued
