@@ -88,9 +88,7 @@ def in_the_way(ranking: Ranking) -> str | None:
         f"Of the {ranking.margin:g} bits of headroom asked for, {ranking.shortfall:.1f} cannot be had by an exact "
         "scaling."
     )
-    if ranking.obstacles:
-        said += f" In the way stands: {' '.join(ranking.obstacles)}"
-    return said
+    return " ".join((said, *ranking.obstacles))
 
 
 def in_float16(check: FolderCheck) -> str:

@@ -55,8 +55,8 @@ def test_what_stands_in_the_way() -> None:
     assert in_the_way(ranking()) is None
     blocked = ranking(margin=2.0, shortfall=1.125, obstacles=("gelu's operand in layers.3 is 35,584.",))
     assert in_the_way(blocked) == (
-        "Of the 2 bits of headroom asked for, 1.1 cannot be had by an exact scaling. In the way stands: gelu's operand "
-        "in layers.3 is 35,584."
+        "Of the 2 bits of headroom asked for, 1.1 cannot be had by an exact scaling. gelu's operand in layers.3 is "
+        "35,584."
     )
 
 
