@@ -1,6 +1,6 @@
 """The real Gemma 3 270M and SmolLM2 135M, once per session, and which tests run.
 
-    pytest                                every test, but of each table a third, which --table-seed chooses
+    pytest                                every test, but of each table a fifth, which --table-seed chooses
     pytest --all                          every case of every table; tests named by :: run whole in any case
     pytest -m "not weights and not slow"  what takes about a minute
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.models.stream import stored_weight
 from stabilitykit.scaling.blueprint import Blueprint
 from stabilitykit.scaling.peaks import Peaks, measure
 from stabilitykit.scaling.program import Solution, solve
@@ -38,7 +40,6 @@ def look(
     runs: Sequence[Run],
     blueprint: Blueprint | None = None,
     *,
-    tensor: Callable[[str], Tensor] | None = None,
     announce: Announce = lambda stage, done, total: None,
 ) -> Traced:
     """Traces the first of `runs` on `low`, and measures all of them on `model`.
@@ -49,7 +50,6 @@ def look(
         runs: each runs a model and returns what its caller gets. The first should take every path through the model
             there is: prefill, steps with a cache, every expert.
         blueprint: how the model is built from its config; without it every eps counts as fixed.
-        tensor: gives a parameter by its name, where the model does not hold it.
         announce: called as the work goes on.
 
     Raises MisuseError where a parameter is never used, so that nothing can be known of its scale.
@@ -63,16 +63,11 @@ def look(
             f"({listed(unused, 3)}), so it is not known what scales with what. Run the model on something that uses "
             "all of it."
         )
-    weights = magnitudes(graph, tensor or _parameters(model), lambda done, total: announce("weights", done, total))
+    weights = magnitudes(graph, partial(stored_weight, model), lambda done, total: announce("weights", done, total))
     counting = _counted(runs, lambda done, total: announce("measuring", done, total))
     peaks = measure(graph, model, counting)
     settings = {} if blueprint is None else _flat(blueprint.settings)
     return Traced(graph=graph, peaks=peaks, weights=weights, settings=settings)
-
-
-def _parameters(model: nn.Module) -> Callable[[str], Tensor]:
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    return lambda name: named[name].detach()
 
 
 def _counted(runs: Sequence[Run], announce: Callable[[int, int], None]) -> Iterator[Run]:
