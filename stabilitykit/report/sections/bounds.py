@@ -93,15 +93,16 @@ def _verdict(row: KindRow) -> str:
     return row.verdict if row.share == row.sites else f"{row.verdict}, {row.share} of {row.sites}"
 
 
-def proof(bounds: Mapping[str, float]) -> Table:
-    """What a checker proved: the bound of the worst layer of each kind of tensor."""
-    return table(
+def proof(bounds: Mapping[str, float], assumptions: Sequence[str]) -> tuple[Table, Prose]:
+    """What a checker proved: the bound of the worst layer of each kind of tensor, and what that takes for granted."""
+    proved = table(
         "proof",
         f"Proved bounds for every prompt (float16 maximum {number(FLOAT16.largest)})",
         bounds.items(),
         [(Column("tensor"), lambda pair: pair[0]), (Column("bound", format=number), lambda pair: pair[1])],
         alarming=lambda pair: pair[1] > FLOAT16.largest,
     )
+    return proved, Prose(" ".join(["Assumed, not examined:", *assumptions]), tone="note")
 
 
 def _sites(bounds: Bounds) -> Table:
