@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from stabilitykit.checkpoints import Checkpoint
+    from stabilitykit.models.machine import Examined
     from stabilitykit.records.sweep import Finding
 
 
@@ -31,7 +31,7 @@ def report(
     write(folder, against=against, form=form, quiet=False)
 
 
-def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
+def check_report(folder: Path | None, checkpoint: "Examined") -> None:
     """Raises MisuseError where `folder` holds a report on another checkpoint, before anything long has run."""
     from stabilitykit.records.sweep import Results
 
@@ -40,7 +40,7 @@ def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
 
 
 def conclude(
-    checkpoint: "Checkpoint",
+    checkpoint: "Examined",
     found: "Finding",
     *,
     report: Path | None,
@@ -72,7 +72,7 @@ def conclude(
             screen.print_note(f"{what}: {path}")
 
 
-def add_finding(folder: Path, checkpoint: "Checkpoint", found: "Finding", *, title: str, section: str) -> None:
+def add_finding(folder: Path, checkpoint: "Examined", found: "Finding", *, title: str, section: str) -> None:
     """Adds `found` to the sweep in `folder`, or to a new one without cases, and draws the report anew."""
     from stabilitykit.records.sweep import Results
     from stabilitykit.sweeps.plan import plan_without_cases

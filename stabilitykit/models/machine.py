@@ -4,11 +4,9 @@ import os
 import platform
 from functools import cache
 from importlib.metadata import version
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
-
-from stabilitykit.checkpoints.checkpoint import Checkpoint
 
 
 @cache
@@ -25,6 +23,19 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+class Examined(Protocol):
+    """What a result is about, such as a Checkpoint; `config` is a dataclass."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def config(self) -> Any: ...
+
+
 class Origin(TypedDict):
     """The fields of a `CheckpointProvenance`."""
 
@@ -36,7 +47,7 @@ class Origin(TypedDict):
     machine: dict[str, Any]
 
 
-def provenance_of(checkpoint: Checkpoint, command: str | None, device: str) -> Origin:
+def provenance_of(checkpoint: Examined, command: str | None, device: str) -> Origin:
     """Where what `command` finds about `checkpoint` on `device` comes from, here and now."""
     return Origin(
         checkpoint=checkpoint.source,

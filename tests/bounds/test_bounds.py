@@ -19,7 +19,7 @@ from bounds.weights import (
     values,
 )
 
-from stabilitykit.bounds import bound, inequalities
+from stabilitykit.bounds import inequalities, walk
 from stabilitykit.bounds.arithmetic import Arithmetic, Ball
 from stabilitykit.bounds.gated_sum import GatedSum, largest_first
 from stabilitykit.bounds.hidden_states import confirm
@@ -168,12 +168,12 @@ def test_the_largest_bounds_are_refined_first() -> None:
 
 
 def test_gelu_is_close_to_a_ramp() -> None:
-    assert 0.1700 < gelu_dip(torch.linspace(-12, 12, 400_001)) < inequalities.GELU_DIP
+    assert 0.1700 < gelu_dip(torch.linspace(-12, 12, 400_001)) < inequalities.DIPS["gelu"]
 
 
 def test_rounded_probabilities_sum_to_little_more_than_one() -> None:
     arithmetic = Arithmetic.of(FLOAT16)
-    allowed = bound.attention_weights(arithmetic, 4096)
+    allowed = walk.attention_weights(arithmetic, 4096)
     for scores in (torch.zeros(4096), torch.randn(4096), torch.linspace(-9, 0, 4096)):
         assert float(torch.softmax(scores, 0).half().double().sum()) <= allowed
     assert 1 < allowed < 1.002

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary, unproved
+from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary, unbounded, unproved
 from stabilitykit.formats import FLOAT16
 from stabilitykit.records.bounds import Bounds, SiteBound
 from stabilitykit.records.sweep import Results
@@ -86,7 +86,8 @@ def blocks(found: Sequence[SiteBound]) -> tuple[Prose, Table]:
         f"bound is within 2% of another row's, and the tables of cos and sin: {len(rows) - len(kept)}.",
         alarming=lambda row: row.verdict.startswith("reachable"),
     )
-    return Prose(summary(found), tone="bad" if unproved(found) else "good"), kinds
+    said = " ".join(filter(None, (summary(found), unbounded(found))))
+    return Prose(said, tone="bad" if unproved(found) else "good"), kinds
 
 
 def _verdict(row: KindRow) -> str:
