@@ -8,7 +8,8 @@ import torch
 
 from stabilitykit.bounds.arithmetic import Arithmetic, outward
 from stabilitykit.bounds.recipe import Decoder, of_gemma
-from stabilitykit.bounds.walk import Bound, LayerMatrices, Walk
+from stabilitykit.bounds.walk import Walk
+from stabilitykit.bounds.weights import Bound, LayerMatrices
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.formats import number_format
 from stabilitykit.models.devices import parse_dtype
@@ -42,17 +43,20 @@ def bound_sites(
     def keep(sites: Iterable[Bound]) -> None:
         for site, bound in sites:
             number = re.match(r"layers\.(\d+)", site)
-            why = bound if isinstance(bound, str) else None
+            layer = int(number[1]) if number else None
             largest = math.inf if isinstance(bound, str) else float(outward(bound.max()))
-            if twice := site in found:  # two operators of one name: the head's, and what makes the layers' own inputs
-                largest = max(largest, found[site].bound)
+            named: str | None = label(site, family)
+            if site in found:  # two operators of one name: the head's, and what makes the layers' own inputs
+                largest, named = max(largest, found[site].bound), None
+            elif layer is not None and recipe.attention[layer].source != layer and "/" in site:
+                named = None  # operators are numbered otherwise where no key is turned
             found[site] = SiteBound(
                 site=site,
-                label=None if twice else label(site, family),
-                layer=int(number[1]) if number else None,
+                label=named,
+                layer=layer,
                 dtype=form.name,
                 bound=largest,
-                unbounded=why,
+                unbounded=bound if isinstance(bound, str) else None,
             )
 
     keep(walk.embedding())

@@ -10,7 +10,7 @@ from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.bounds.families import open_decoder
 from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
 from stabilitykit.bounds.recipe import Decoder
-from stabilitykit.bounds.walk import LayerMatrices
+from stabilitykit.bounds.weights import LayerMatrices
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.huggingface import CONFIG, GENERATIONS, read_config
 from stabilitykit.choices import BoundDtype, check_choice
@@ -24,8 +24,9 @@ from stabilitykit.models.transformers import open_model as open_transformers
 from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.records.bounds import Bounds, Largest, SiteBound, with_largest
 from stabilitykit.run.case import Progress, run_case, stage
+from stabilitykit.run.prompts import parse_prompt, tokens
 from stabilitykit.run.source import checkpoint_of, local_path
-from stabilitykit.run.windows import texts
+from stabilitykit.run.windows import KINDS, WINDOW, texts
 from stabilitykit.words import quoted
 
 
@@ -98,9 +99,10 @@ def _examined(decoder: Decoder, dtype: str, progress: Progress | None) -> tuple[
     with torch.no_grad():
         for weight in subject.module.parameters():
             weight.copy_(weight.to(parse_dtype(dtype)))
-    reading: Any = subject
-    seen = observe(subject, texts(reading, reading.tokenizer).choosing, progress=progress)
-    return with_largest(bounds, "observed", seen), ()
+    tokenizer: Any = subject.tokenizer
+    length = min(WINDOW, subject.context)
+    prompts = [tokens(parse_prompt(kind, Path()), tokenizer, bos=True, length=length) for kind in KINDS]
+    return with_largest(bounds, "observed", observe(subject, prompts, progress=progress)), ()
 
 
 def examine(
@@ -132,10 +134,9 @@ def observe(
 ) -> dict[str, Largest]:
     """The largest finite magnitude at each site over all prompts, and where it was; masked scores are not counted."""
     found: dict[str, Largest] = {}
-    for number, tokens in enumerate(prompts, start=1):
-        for one in run_case(
-            model, tokens, formats=(), every_logit=isinstance(model, Gemma), progress=progress
-        ).recording:
+    every = isinstance(model, Gemma)  # which transformers' generate has no place for
+    for number, ids in enumerate(prompts, start=1):
+        for one in run_case(model, ids, formats=(), every_logit=every, progress=progress).recording:
             if one.amax is None or (one.site in found and found[one.site].value >= one.amax):
                 continue
             token = "" if one.amax_token_text is None else f" {quoted(one.amax_token_text)}"
