@@ -81,7 +81,7 @@ class FolderCheck:
 
     `comparisons` are of numbers that should be equal bit for bit, `float16` is the folder's own run. `gains_rounded`
     counts gains c + w that float32 had to round, which excuse a difference. `kept` are the outputs of the folder with
-    its scaling undone. `not_run` are scaled parameters of modules that none of the runs reached. Without the original
+    its scaling undone, or as it is where weights are quantised. `not_run` are scaled parameters of modules that none of the runs reached. Without the original
     (`original_seen`) the comparisons are with the folder undone and with what was kept.
     """
 
