@@ -52,7 +52,7 @@ def bound(
     """
     check_choice("dtype", dtype, get_args(BoundDtype))
     opened = checkpoint_of(checkpoint, progress)
-    prompts = texts(opened.config, Tokenizer(opened.vocabulary)).choosing
+    prompts = texts(opened.config.context, Tokenizer(opened.vocabulary)).choosing
     return Bounds(
         dtype=dtype,
         sites=tuple(examine(opened, prompts, dtype, progress=progress)),

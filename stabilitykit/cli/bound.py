@@ -1,5 +1,6 @@
 """`stabilitykit bound`: what no prompt can make a tensor exceed, from the weights alone."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -36,5 +37,6 @@ def bound(
         title=f"What no prompt can make {Path(opened.source).name} exceed in {dtype}",
         section="bounds",
         as_json=as_json,
+        config=asdict(opened.config),
         show=lambda: screen.print_bounds(found.sites),
     )

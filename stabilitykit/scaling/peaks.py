@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from stabilitykit.scaling.call import numbers
 from stabilitykit.scaling.exponents import Expression
+from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import MOVES
 from stabilitykit.scaling.shadows import values
-from stabilitykit.scaling.trace import Graph, Modules, Run, peaks_of
+from stabilitykit.scaling.trace import Graph, Run, peaks_of, result_site
 
 Peaks = dict[Expression, tuple[float, str]]
 """By exponent, the largest finite magnitude that a 16-bit run would store, and the operator that makes it."""
@@ -28,7 +28,7 @@ def measure(graph: Graph, model: nn.Module, runs: Iterable[Run]) -> Peaks:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             mode = _Measuring(graph, model, found)
-            mode.modules.attach(stack)
+            mode.attach(stack)
             with mode:
                 run(model)
     peaks: Peaks = {}
@@ -39,26 +39,18 @@ def measure(graph: Graph, model: nn.Module, runs: Iterable[Run]) -> Peaks:
     return peaks
 
 
-class _Measuring(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Measuring(Following):  # type: ignore[no-untyped-call]
     def __init__(self, graph: Graph, model: nn.Module, found: dict[str, dict[Expression, float]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(model)
         self.graph = graph
         self.found = found
-        self.modules = Modules(model)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        schema = getattr(func, "_schema", None)
-        if schema is not None:
-            name = schema.name.partition("::")[2]
-            if name.endswith("_") and not name.endswith("__"):
-                name = name[:-1]
-            site = self.modules.site(name)
-            if site in self.graph.stored and name not in MOVES:
-                with _disable_current_modes():
-                    for tensor in numbers(output):
-                        self._look(site, tensor)
-        return output
+    def after(self, name: str, site: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if name not in MOVES:
+            for place, tensor in enumerate(numbers(output)):
+                own = result_site(site, place)
+                if own in self.graph.stored:
+                    self._look(own, tensor)
 
     def _look(self, site: str, tensor: Tensor) -> None:
         shadow = self.graph.stored[site].shadow

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from stabilitykit.formats import FLOAT16, NumberFormat
@@ -31,6 +31,10 @@ _EPS_BIT = 2.0  # what a bit costs by which an eps falls below the smallest numb
 _HULL = 24  # a weight's share of subnormals is looked at down to 2^-24
 _PER_MILLE = 1000.0
 _TOLERANCE = 1e-6
+
+
+class UnsolvableError(ArithmeticError):
+    """No integers satisfy the equations together with what is fixed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,8 @@ def solve(
     soft: bool = False,
 ) -> Solution:
     """The exponents that cost least among those that leave `margin` bits of headroom everywhere, or lack the fewest.
+
+    Raises UnsolvableError where `fixed` contradicts the equations.
 
     Args:
         graph: the trace.
@@ -254,12 +260,12 @@ class _Problem:
         """By how many bits a tensor with this peak may grow."""
         return math.log2(self.target.largest) - self.margin - math.log2(peak)
 
-    def solved(self) -> NDArray[np.float64]:
+    def solved(self, *, in_integers: bool = True) -> NDArray[np.float64]:
         costs = np.zeros(self.rows.width)
         for column, price in self.cost.items():
             costs[column] = price
         integral = np.zeros(self.rows.width)
-        integral[list(self.integers)] = 1
+        integral[list(self.integers)] = in_integers
         found = milp(
             costs,
             constraints=LinearConstraint(self.rows.matrix(), self.rows.low, self.rows.high),
@@ -268,7 +274,7 @@ class _Problem:
             options={"mip_rel_gap": 0.01, "time_limit": 120},
         )
         if found.x is None:
-            raise ArithmeticError(f"The program of a scaling has no solution: {found.message}")
+            raise UnsolvableError(f"The program of a scaling has no solution: {found.message}")
         return np.asarray(found.x)
 
     def solution(self, found: NDArray[np.float64], peaks: Peaks) -> Solution:
@@ -330,28 +336,24 @@ def _is_above(left: tuple[int, float], middle: tuple[int, float], right: tuple[i
     return (middle[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (middle[0] - left[0])
 
 
-def cheapest_to_give_up(graph: Graph, peaks: Peaks, *, target: NumberFormat = FLOAT16, margin: float) -> list[Equation]:
+def cheapest_to_give_up(
+    graph: Graph,
+    peaks: Peaks,
+    *,
+    margin: float,
+    target: NumberFormat = FLOAT16,
+    fixed: Mapping[str, int] | None = None,
+) -> list[Equation]:
     """The equations whose violation, in bits, is least in sum if every tensor has to have its margin."""
     problem = _Problem(graph, target, margin)
+    problem.bound({}, fixed or {}, {})
     equations = list(graph.exponents.equations.values())
     problem.may_give_up(equations)
     for expression, (peak, _) in peaks.items():
         if expression != ZERO and peak > 0:
             problem.rows.add(problem.terms(expression), -math.inf, problem.room(peak))
-    costs = np.zeros(problem.rows.width)
-    for column, price in problem.cost.items():
-        costs[column] = price
-    low, high = np.array(problem.rows.low), np.array(problem.rows.high)
-    matrix = problem.rows.matrix()
-    equal = low == high
-    found = linprog(
-        costs,
-        A_ub=matrix[~equal],
-        b_ub=high[~equal],
-        A_eq=matrix[equal],
-        b_eq=low[equal],
-        bounds=np.column_stack([problem.low, problem.high]),
-    )
-    if found.x is None:
+    try:
+        found = problem.solved(in_integers=False)
+    except UnsolvableError:
         return []
-    return [one for more, less, one in problem.soft if abs(found.x[more] - found.x[less]) > _TOLERANCE]
+    return [one for more, less, one in problem.soft if abs(found[more] - found[less]) > _TOLERANCE]

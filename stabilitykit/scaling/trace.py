@@ -4,16 +4,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from stabilitykit.scaling.blueprint import Blueprint, Follows, followers
-from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers
+from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers, scalar
 from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
+from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import CUTS, MOVES, RULES
 from stabilitykit.scaling.rules.moves import moved
 from stabilitykit.scaling.shadows import Shadow, along, same, values
@@ -27,6 +26,7 @@ _KNOWN = (
 _MOST_BLOCKS = 64  # of one parameter
 _LOW = (torch.float16, torch.bfloat16)
 # Results of these are read off their operand, or mean nothing yet.
+_KEEP_CONSTANT = MOVES | {"mul", "div", "add", "where", "masked_fill"}
 _UNMEASURED = frozenset("empty empty_like new_empty empty_strided new_empty_strided empty_permuted".split())
 
 
@@ -71,6 +71,7 @@ class Graph:
     integral: set[Expression] = field(default_factory=set)
     unknown_operators: Counter[str] = field(default_factory=Counter)
     operators: int = 0
+    first: str = ""  # the matrix that is used first: an embedding, or the projection of what comes in
 
     @property
     def unused(self) -> list[str]:
@@ -92,54 +93,17 @@ def trace(model: nn.Module, run: Run, blueprint: Blueprint | None = None) -> Gra
     return _Trace(model, follow, blocks).of(run) if blocks else graph
 
 
-class Modules:
-    """Which module is running, and the names of operators in it: the module's path, how often it ran, the operator's
-    name and number.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.running = [""]
-        self._runs: Counter[str] = Counter()
-        self._calls = [f"#{0}"]
-        self._numbers: list[Counter[str]] = [Counter()]
-        self._model = model
-
-    def attach(self, stack: ExitStack, entered: Callable[[str, nn.Module], None] = lambda path, module: None) -> None:
-        for path, module in self._model.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(self._enter, path, entered), prepend=False).remove)
-            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-
-    def _enter(self, path: str, entered: Callable[[str, nn.Module], None], module: nn.Module, args: Any) -> None:
-        self.running.append(path)
-        self._calls.append(f"#{self._runs[path]}" if self._runs[path] else "")
-        self._runs[path] += 1
-        self._numbers.append(Counter())
-        entered(path, module)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running.pop()
-        self._calls.pop()
-        self._numbers.pop()
-
-    def site(self, operator: str) -> str:
-        number = self._numbers[-1][operator]
-        self._numbers[-1][operator] += 1
-        return f"{self.running[-1]}{self._calls[-1]}/{operator}.{number}"
-
-
-class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Trace(Following):  # type: ignore[no-untyped-call]
     def __init__(
         self,
         model: nn.Module,
         follow: Mapping[tuple[str, str], Follows],
         blocks: Mapping[str, tuple[int, tuple[int, ...]]],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
+        super().__init__(model)
         self.follow = follow
         self.exponents = Exponents()
         self.graph = Graph(self.exponents, {})
-        self.modules = Modules(model)
         self.made: dict[str, Shadow] = {}  # what operators made, float32 included
         self.rewritten: dict[int, tuple[Shadow, int]] = {}  # by memory that was written over, its exponent, and when
         self.owners: dict[tuple[str, str], str] = {}  # module path and attribute -> the parameter's first name
@@ -173,7 +137,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stack.enter_context(torch.no_grad())
             for path, module in self.by_module.items():
                 self._introduce(path, module)
-            self.modules.attach(stack, self._introduce)
+            self.attach(stack, self._introduce)
             with self:
                 output = run(self.model)
         for tensor in numbers(output):
@@ -214,7 +178,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follows(self, value: float) -> Expression | None:
         """The exponent of the setting that the one attribute of the innermost module with this value follows."""
-        path = self.modules.running[-1]
+        path = self.running[-1]
         module = self.by_module.get(path)
         names = (
             [name for name, own in vars(module).items() if isinstance(own, float) and own == value] if module else []
@@ -234,20 +198,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             parameter.raw = True
         parameter.added = added
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
-        if schema is None:
-            return output
-        with _disable_current_modes():
-            name = schema.name.partition("::")[2]
-            if name.endswith("_") and not name.endswith("__"):
-                name = name[:-1]
-            self._follow(name, func, args, kwargs, output)
-        return output
-
-    def _follow(self, name: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, name: str, site: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         self.graph.operators += 1
         call = Call(
             name,
@@ -255,7 +206,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args,
             kwargs,
             output,
-            self.modules.site(name),
+            site,
             self.exponents,
             self.known,
             self.follows,
@@ -266,6 +217,8 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if one.parameter is not None:
                 parameter = self.graph.parameters[one.parameter]
                 parameter.used = True
+                if not self.graph.first and len(parameter.shape) > 1:
+                    self.graph.first = parameter.name
                 parameter.raw = parameter.raw or not (name in MOVES or _is_gain(call, one))
         before = call.first() if call.operands and call.operands[0] is args[0] else ZERO
         made = self._result(call)
@@ -278,23 +231,26 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             shadows = [self._write_over(call, before, shadows[0])]
         rows = self._rows(call, operands)
+        constant = self._constant(call, operands)
         is_view = name in MOVES and bool(operands) and operands[0].parameter is not None
         for place, (tensor, shadow) in enumerate(zip(call.outputs, shadows, strict=False)):
-            source = operands[0].site if name in MOVES and operands else call.site
+            own = result_site(call.site, place)
+            source = operands[0].site if name in MOVES and operands else own
             known = Known(
                 ZERO if shadow is None else shadow,
                 parameter=operands[0].parameter if is_view and len(call.outputs) == 1 else None,
                 rows=rows[place] if rows else None,
                 site=source,
                 at=self.graph.operators,
+                constant=constant,
             )
             if tensor.numel() != 0:
                 self._note(tensor, known)
             if name not in MOVES:
-                self.made[call.site] = known.shadow
+                self.made[own] = known.shadow
                 self._need_integers(known.shadow)
             if tensor.dtype in _LOW and name not in _UNMEASURED and known.parameter is None:
-                self._store(tensor, known, call.site if name not in MOVES or name == "_to_copy" else None)
+                self._store(tensor, known, own if name not in MOVES or name == "_to_copy" else None)
 
     def _write_over(self, call: Call, before: Shadow, made: Shadow) -> Shadow:
         """What an operator that writes in place leaves: in all views of that memory, so that one exponent holds there;
@@ -314,7 +270,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _result(self, call: Call) -> Any:
         shadows = call.all()
-        if not shadows or all(isinstance(one, int) and one == ZERO for one in shadows):
+        if all(isinstance(one, int) and one == ZERO for one in shadows) and not _follows_a_setting(call):
             rule = RULES.get(call.name)
             makes = rule is not None and rule.__module__.endswith(".constants")
             return rule(call) if rule is not None and makes and call.outputs else ZERO
@@ -333,6 +289,15 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored = self.graph.stored.setdefault(source, Stored(self.made.get(source, known.shadow)))
         for one, largest in peaks_of(tensor, known.shadow):
             stored.peaks[one] = max(largest, stored.peaks.get(one, 0.0))
+
+    def _constant(self, call: Call, operands: Sequence[Known]) -> float | None:
+        """The number that scores, say, are multiplied by before a mask is added to them."""
+        if not operands or call.name not in _KEEP_CONSTANT:
+            return None
+        if call.name not in ("mul", "div") or len(call.operands) > 1:
+            return operands[0].constant
+        value = scalar(call.args[1] if call.args[0] is call.operands[0] else call.args[0])
+        return None if value is None or self.follows(value) is not None else value
 
     # Rows: which parts of a parameter's output are cut from one another.
 
@@ -427,8 +392,19 @@ def _in_order(numbers: Sequence[int]) -> Iterator[int]:
         yield known.setdefault(number, len(known))
 
 
+def _follows_a_setting(call: Call) -> bool:
+    """Whether a number that an operator is given has a scale, though none of its tensors may have one."""
+    given = (*call.args, *call.kwargs.values())
+    return any(isinstance(one, float) and call.follows(one) is not None for one in given)
+
+
 def _is_gain(call: Call, known: Known) -> bool:
     return call.name in ("add", "sub", "rsub") and len(call.operands) == 1 and known.parameter is not None
+
+
+def result_site(site: str, place: int) -> str:
+    """The name of one of the results of an operator."""
+    return f"{site}[{place}]" if place else site
 
 
 def peaks_of(tensor: Tensor, shadow: Shadow) -> Iterator[tuple[Expression, float]]:

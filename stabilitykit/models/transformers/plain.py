@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.backend import explained, imported, quiet
-from stabilitykit.models.transformers.load import check_loading
+from stabilitykit.models.transformers.load import check_loading, named_class
 
-_ALIGNMENT = 64  # bytes: that of torch's own allocator
-
-# Which of transformers' doors is tried where a config does not name its class.
-_DOORS = (
-    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
-)  # fmt: skip
+_ALIGNMENT = 64  # bytes: that of torch\'s own allocator
 
 
 def read_settings(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -53,7 +47,7 @@ def load_plain(
         )  # fmt: skip
     check_loading(str(folder), loading)
     loaded: nn.Module = model.eval().requires_grad_(False)
-    _align(loaded)
+    align(loaded)
     return loaded
 
 
@@ -80,7 +74,7 @@ def load_placeholders(
     return loaded
 
 
-def _align(model: nn.Module) -> None:
+def align(model: nn.Module) -> None:
     """Gives weights that are mapped from a file a place in memory like any other's.
 
     Where in memory numbers lie decides by which instructions a processor sums them up, and so about the last bit.
@@ -95,17 +89,4 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _kind(transformers: Any, config: Any, kind: Any, trust_remote_code: bool) -> Any:
-    if kind is not None:
-        return kind
-    named = next(iter(getattr(config, "architectures", None) or ()), None)
-    found = getattr(transformers, named, None) if named else None
-    if found is not None:
-        return found
-    for door in _DOORS:
-        try:
-            with torch.device("meta"):
-                return type(getattr(transformers, door).from_config(config, trust_remote_code=trust_remote_code))
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                raise
-    raise CheckpointError(f"transformers has no model for a config of the type {config.model_type!r}.")
+    return named_class(transformers, config, trust_remote_code) if kind is None else kind
