@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.plain import load_plain, read_settings
 from stabilitykit.records.repaired_folder import Comparison, Float16, FolderCheck, Kept
 from stabilitykit.records.scaling import Scaling
@@ -200,7 +201,7 @@ def scale(model: nn.Module, scaling: Scaling) -> None:
 def _low(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Tensor]) -> Float16:
     try:
         got = list(plain_answers(model, prompts))
-    except RuntimeError as error:  # some of transformers' models mix dtypes
+    except CheckpointError as error:
         return Float16(finite=False, failure=str(error))
     if not all(bool(one.isfinite().all()) for one in got):
         return Float16(finite=False)
