@@ -23,19 +23,6 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-class Examined(Protocol):
-    """What a result is about, such as a Checkpoint; `config` is a dataclass."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-    @property
-    def config(self) -> Any: ...
-
-
 class Origin(TypedDict):
     """The fields of a `CheckpointProvenance`."""
 
@@ -47,7 +34,18 @@ class Origin(TypedDict):
     machine: dict[str, Any]
 
 
-def provenance_of(checkpoint: Examined, command: str | None, device: str) -> Origin:
+class Known(Protocol):
+    """A checkpoint, or a model: where its weights come from."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+def provenance_of(checkpoint: Known, command: str | None, device: str) -> Origin:
     """Where what `command` finds about `checkpoint` on `device` comes from, here and now."""
     return Origin(
         checkpoint=checkpoint.source,

@@ -30,6 +30,21 @@ def scaled(tensor: Tensor, factor: Factor) -> Tensor:
     return (wide + factor.added) * times - factor.added if factor.added else wide * times
 
 
+def of_rows(factor: Factor, start: int, stop: int) -> Factor:
+    """The factor of the rows from `start` up to `stop` of a tensor that `factor` multiplies."""
+    ends = factor.ends.get(0)
+    if ends is None:
+        return factor
+    starts = (0, *ends[:-1])
+    kept = [index for index, (first, end) in enumerate(zip(starts, ends, strict=True)) if first < stop and end > start]
+    each = len(factor.exponents) // len(ends)
+    return Factor(
+        exponents=factor.exponents[kept[0] * each : (kept[-1] + 1) * each],
+        ends={**factor.ends, 0: tuple(min(ends[index], stop) - start for index in kept)},
+        added=factor.added,
+    )
+
+
 def rounded(tensor: Tensor, factor: Factor) -> int:
     """How many gains c + w of `tensor` come out other than 2^e (c + w) when they are scaled."""
     if not factor.added:
@@ -40,12 +55,12 @@ def rounded(tensor: Tensor, factor: Factor) -> int:
 
 
 def with_settings(config: Mapping[str, Any], exponents: Mapping[str, int]) -> dict[str, Any]:
-    """The nested `config` with the settings at these dotted keys multiplied by powers of two."""
+    """The nested `config` with the settings at these dotted keys times powers of two. Integers stay integers."""
     made = {key: with_settings(value, {}) if isinstance(value, Mapping) else value for key, value in config.items()}
     for path, exponent in exponents.items():
         *outer, last = path.split(".")
         inner: dict[str, Any] = made
         for key in outer:
             inner = inner[key]
-        inner[last] *= 2.0**exponent
+        inner[last] = type(inner[last])(inner[last] * 2.0**exponent)
     return made
