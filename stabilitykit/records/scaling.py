@@ -26,3 +26,6 @@ class Scaling:
 
     parameters: Mapping[str, Factor] = field(default_factory=dict)
     settings: Mapping[str, int] = field(default_factory=dict)
+
+
+UNCHANGED = Scaling()

@@ -1,9 +1,9 @@
 """Scales everything that a norm reads by a power of two γ: the same function, with more headroom in float16.
 
-RMSNorm ignores the scale of its input, up to eps. `stabilitykit.models.gemma.rescale` holds the recipe and says why
-float32 logits keep every bit; here it is applied to a checkpoint's weights, gains included, so that plain transformers
-runs the result. With γ < 1 the residual stream shrinks by γ, the final norm's output grows by 1 / γ, and more embedding
-entries become subnormal in float16.
+RMSNorm ignores the scale of its input, up to eps: multiply everything that any norm reads by γ and every eps by γ², and
+the logits stay. It is applied to a checkpoint's weights, gains included, so that plain transformers runs the result.
+With γ < 1 the residual stream shrinks by γ, the final norm's output grows by 1 / γ, and more embedding entries become
+subnormal in float16.
 
 Each layer may have another power of two β between its `up_proj` and `down_proj`: up_proj × β and down_proj ÷ β leave
 the layer's output unchanged, and gate · up, which no norm limits, shrinks by β.
@@ -22,8 +22,8 @@ from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.checkpoint import LazyTensors
 from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma.rescale import check_gamma, weight_factor
 from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.scaling.stress import check_gamma
 
 # Families of transformers that look alike, and why the recipe would change what they compute.
 REFUSED: Mapping[str, str] = {
@@ -67,7 +67,7 @@ def rescale(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) -
 
 def matrix_factor(config: GemmaConfig, name: str, gamma: float, inner: Sequence[float] = ()) -> float:
     """The factor of the parameter `name`, unless it is a norm's."""
-    factor = weight_factor(config, name, gamma)
+    factor = _weight_factor(config, name, gamma)
     layer, _, projection = name.removeprefix("layers.").removesuffix(".weight").partition(".mlp.")
     if inner and projection == "up_proj":
         return factor * inner[int(layer)]
@@ -159,3 +159,11 @@ def stored_gains(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, int]:
             if lost:
                 found[name] = lost
     return found
+
+
+def _weight_factor(config: GemmaConfig, name: str, gamma: float) -> float:
+    """What the parameter `name` (`layers.3.mlp.down_proj.weight`) is multiplied by: γ or 1."""
+    scaled = {"embed_tokens", "o_proj", "down_proj"}
+    if config.query_key_norm:  # the norms of q and k read these
+        scaled |= {"q_proj", "k_proj"}
+    return gamma if name.removesuffix(".weight").rpartition(".")[2] in scaled else 1.0

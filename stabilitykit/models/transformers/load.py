@@ -8,6 +8,7 @@ Nothing is fetched: a name is looked for in the local Hugging Face cache. transf
 are first needed; they come with the extra `hf`.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -42,9 +43,12 @@ def open_model(
     adapter: str | Path | None = None,
     stream: bool | None = None,
     trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> HuggingFaceModel:
     """The model in the folder `name`, or of that name on the hub if it lies in the local cache, ready to run.
+
+    `settings` replace what config.json says: the nested dictionary that a config's `to_dict` makes.
 
     `attention` is transformers' choice unless given. `adapter` is the folder of a LoRA or another adapter that peft
     reads. Weights that are quantised stay so and compute in `dtype`. With `stream` each matrix is read by every call
@@ -65,6 +69,7 @@ def open_model(
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on the terminal
     with quiet(transformers), explained(name):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **how)
+        config = config if settings is None else type(config).from_dict(copy.deepcopy(dict(settings)))
         _check_window(config.get_text_config(), name)
         how |= {} if attention is None else {"attn_implementation": attention}
         quantised = getattr(config, "quantization_config", None)
@@ -81,6 +86,7 @@ def open_model(
         else:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype=target,
                 local_files_only=True,
                 output_loading_info=True,
