@@ -49,8 +49,8 @@ def print_json(value: Any) -> None:
 
 
 class ProgressBar:
-    """Called with (what, done, total). On a terminal a bar that shows itself when the work outlasts a second; elsewhere,
-    once it has outlasted ten, a line for each thing that is done, when it begins, after the seconds so far.
+    """Called with (what, done, total). On a terminal a bar that shows itself when the work outlasts a second;
+    elsewhere, once it has outlasted ten, a line for each thing that is done, when it begins, after the seconds so far.
     """
 
     def __init__(self) -> None:
@@ -144,9 +144,9 @@ def print_bounds(found: Sequence[SiteBound]) -> None:
     print_blocks(bounds.blocks(found), output)
 
 
-def print_proof(found: Mapping[str, float]) -> None:
-    """What a checker proved: the bound of the worst layer of each kind of tensor."""
-    print_blocks([bounds.proof(found)], output)
+def print_proof(found: Mapping[str, float], assumptions: Sequence[str]) -> None:
+    """What a checker proved: the bound of the worst layer of each kind of tensor, and what that takes for granted."""
+    print_blocks(bounds.proof(found, assumptions), output)
 
 
 def print_check(check: FolderCheck) -> None:

@@ -194,9 +194,10 @@ class _Repairing:
         carried = self.carry(chosen, None if proof is None else proof.scaling, approximate, remedies)
         scores = []
         if ranking:
-            scores = rank(
+            scores, more = rank(
                 self.original, remedies, self.samples.held_out, reference=self.subject, progress=self.progress
             )
+            left_out += more
         peak, site = chosen.peak, chosen.site
         if carried.scaling != chosen.exact:
             after = self.original.open("float32", carried.scaling)
