@@ -33,8 +33,8 @@ def rank(
     reference: Subject | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Score], list[LeftOut]]:
-    """The remedies' scores over `held_out`, the best first: finite ones by their mean KL, then the others; and those that
-    this model cannot be run with.
+    """The remedies' scores over `held_out`, the best first: finite ones by their mean KL, then the others; and those
+    that this model cannot be run with.
 
     Of a model that returns no logits finite ones go by their largest error. Times are relative to the first remedy, the
     plain run. `reference`, the `original` in float32, is opened unless given; it and one model for each different set
