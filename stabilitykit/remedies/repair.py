@@ -15,7 +15,7 @@ from stabilitykit.models.devices import parse_device
 from stabilitykit.models.machine import provenance_of
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
-from stabilitykit.records.remedies import Change, Ranking
+from stabilitykit.records.remedies import Change, Ranking, Score
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.change import change_of, small
@@ -192,7 +192,7 @@ class _Repairing:
         chosen = choose(self.original, self.subject, self.samples.choosing, self.margin, self.progress)
         remedies, left_out = self.remedies(seen)
         carried = self.carry(chosen, None if proof is None else proof.scaling, approximate, remedies)
-        scores = []
+        scores: list[Score] = []
         if ranking:
             scores, more = rank(
                 self.original, remedies, self.samples.held_out, reference=self.subject, progress=self.progress
