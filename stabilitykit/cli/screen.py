@@ -144,9 +144,9 @@ def print_bounds(found: Sequence[SiteBound]) -> None:
     print_blocks(bounds.blocks(found), output)
 
 
-def print_proof(found: Mapping[str, float]) -> None:
-    """What a checker proved: the bound of the worst layer of each kind of tensor."""
-    print_blocks([bounds.proof(found)], output)
+def print_proof(found: Mapping[str, float], assumptions: Sequence[str]) -> None:
+    """What a checker proved: the bound of the worst layer of each kind of tensor, and what that takes for granted."""
+    print_blocks(bounds.proof(found, assumptions), output)
 
 
 def print_check(check: FolderCheck) -> None:

@@ -39,11 +39,11 @@ def verify(
     problems = proved.problems if proof else found.problems
     head = {"folder": str(folder), "proved" if proof else "verified": not problems, "problems": list(problems)}
     if as_json and proof:
-        screen.print_json(head | {"bounds": proved.bounds})
+        screen.print_json(head | {"assumptions": list(proved.assumptions), "bounds": proved.bounds})
     elif as_json:
         screen.print_json(head | to_document(found.check))
     elif proof:
-        screen.print_proof(proved.bounds)
+        screen.print_proof(proved.bounds, proved.assumptions)
         _print(problems, "Proved: no prompt makes a tensor overflow in float16.")
     else:
         screen.print_check(found.check)

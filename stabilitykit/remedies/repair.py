@@ -16,13 +16,13 @@ from stabilitykit.models.machine import provenance_of
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.records.remedies import Change, Ranking, Score
-from stabilitykit.records.scaling import Scaling
+from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.change import change_of, small
 from stabilitykit.remedies.choose import Choice, choose
 from stabilitykit.remedies.export import export
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
-from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal, HuggingFaceOriginal, Original
+from stabilitykit.remedies.original import GemmaOriginal, HuggingFaceOriginal, Original
 from stabilitykit.remedies.proved import prove
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import LeftOut, Remedy

@@ -13,7 +13,6 @@ from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.records.document import read_document
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Results
-from stabilitykit.remedies.rescale import rescale
 from stabilitykit.report.blocks import Table
 from stabilitykit.report.sections import SECTIONS, shown
 

@@ -17,11 +17,11 @@ from torch import nn
 from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import matmul
-from stabilitykit.records.scaling import Scaling
+from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.bfloat16 import BFLOAT16
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
-from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal
+from stabilitykit.remedies.original import GemmaOriginal
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.repair import PLAIN

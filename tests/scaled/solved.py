@@ -12,7 +12,7 @@ from torch import nn
 
 from scaled.table import ENTRIES
 from stabilitykit.records.scaling import Factor, Scaling
-from stabilitykit.scaling.find import Traced, look
+from stabilitykit.scaling.look import Traced, look
 from stabilitykit.scaling.program import Solution, value
 from stabilitykit.scaling.trace import Graph, Parameter
 
