@@ -2,6 +2,7 @@
 # make test       set up, then run the tests, but of the long tables a part; TABLES=7 chooses another
 # make test-all   every case of every test
 # make test-fast  those that need neither the real weights nor more than some seconds
+# make coverage   the fast tests, and the modules whose lines they run least; compiled kernels are not counted
 # make lint       set up, then check style and types
 # make install    set up alone: .venv with pinned versions
 
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST ?= $(BIN)/python -m pytest
 TABLES ?= 0
 
-.PHONY: install demo test test-all test-fast lint wheel clean
+.PHONY: install demo test test-all test-fast coverage lint wheel clean
 
 install: .venv/.installed
 
@@ -27,6 +28,10 @@ test-all: .venv/.installed-dev
 
 test-fast: .venv/.installed-dev
 	$(PYTEST) -m "not weights and not slow" --table-seed $(TABLES)
+
+coverage: .venv/.installed-dev
+	$(BIN)/python -m coverage run -m pytest -m "not weights and not slow" --table-seed $(TABLES)
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

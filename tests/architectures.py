@@ -145,6 +145,13 @@ TEXT: dict[str, Callable[[], Example]] = {
     "Qwen3": _causal("Qwen3"),
     "Qwen3-MoE": _causal("Qwen3Moe", **_EXPERTS),
     "OLMoE": _causal("Olmoe", **_EXPERTS),
+    "PhiMoE": _causal("Phimoe", **_EXPERTS),
+    "DeepSeek-V3": _tokens(
+        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        **_SIZES | {"head_dim": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+        num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+    ),
     "gpt-oss": _causal("GptOss", attn_implementation="eager", **_EXPERTS),
     "Phi": _causal("Phi"),
     "Phi-3": _causal("Phi3"),

@@ -1,12 +1,13 @@
 """The command line, run in this process: its exit code, its standard output and its standard error."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from stabilitykit.cli import main
+from stabilitykit.cli import main, screen
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Result:
 
 @pytest.fixture
 def stabilitykit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    monkeypatch.setattr(screen, "_LONG", math.inf)  # a line on standard error would depend on how fast a machine is
+
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["stabilitykit", *arguments])
         capsys.readouterr()

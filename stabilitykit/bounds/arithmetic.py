@@ -53,26 +53,32 @@ class Arithmetic:
         """A bound on the stored value, after `operations` more float32 operations and one rounding."""
         return (bound * (1 + WIDE) ** operations * (1 + self.unit) + self.tiny) * _OUTWARD
 
-    def product_error(self, terms: int) -> float:
-        """Of a stored sum of products, relative to Σ|a||b|: (1 + γ)(1 + u) − 1; up to η is added to that."""
-        return (1 + sum_error(terms)) * (1 + self.unit) - 1
+    def product_error(self, terms: int, roundings: int = 1) -> float:
+        """Of a stored sum of products, relative to Σ|a||b|: (1 + γ)(1 + u) − 1; `subnormals` are added to that."""
+        return (1 + sum_error(terms)) * (1 + self.unit) ** roundings - 1
 
-    def norm_radius(self, channels: int) -> float:
+    def subnormals(self, roundings: int) -> float:
+        """η for one rounding; of several each is followed by the relative errors of those after it."""
+        return self.tiny * sum((1 + self.unit) ** after for after in range(roundings))
+
+    def norm_radius(self, channels: int, *, twice: bool = False) -> float:
         """Of an RMSNorm's output ÷ gain, as computed and, but for subnormals, as stored; sqrt(d) if nothing is rounded.
 
         The mean square is a sum of d terms, none negative, so it is within γ_d of the exact one and its root within
-        γ_d / 2; sixteen more operations are more than rsqrt and the two products take.
+        γ_d / 2; sixteen more operations are more than rsqrt and the two products take. Some norms round `twice`: what
+        the gain multiplies, each channel by u and η, and the product.
         """
         computed = math.sqrt(channels) * (1 + sum_error(channels) / 2) * (1 + 16 * WIDE)
-        return computed * (1 + self.unit) * _OUTWARD
+        once = computed * (1 + self.unit) * _OUTWARD
+        return (once + math.sqrt(channels) * self.tiny) * (1 + self.unit) * _OUTWARD if twice else once
 
-    def norm_ball(self, gain: Tensor) -> Ball:
-        """A ball that holds every stored output of an RMSNorm with this gain 1 + w [d].
+    def norm_ball(self, gain: Tensor, *, twice: bool = False) -> Ball:
+        """A ball that holds every stored output of an RMSNorm with this gain [d], as `norm_radius` rounds it.
 
         A stored output is g ∘ m + ε with ||m|| <= r and |ε_i| <= η. With a shift s it is (|g| + s) ∘ m', and since
         (|g_i| |m_i| + η) / (|g_i| + s) is a mean of |m_i| and η / s, ||m'||² <= r² + d (η / s)².
         """
-        radius = math.hypot(self.norm_radius(len(gain)), math.sqrt(len(gain)) / _SHIFT)
+        radius = math.hypot(self.norm_radius(len(gain), twice=twice), math.sqrt(len(gain)) / _SHIFT)
         return Ball(gain.abs() + _SHIFT * self.tiny, radius * _OUTWARD)
 
     @property

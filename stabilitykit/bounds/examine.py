@@ -2,46 +2,60 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from stabilitykit.bounds.bound import LayerMatrices, bound_sites
+import torch
+
+from stabilitykit.bounds.bound import bound_sites
+from stabilitykit.bounds.families import open_decoder
 from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
+from stabilitykit.bounds.recipe import Decoder
+from stabilitykit.bounds.weights import LayerMatrices
 from stabilitykit.checkpoints import Checkpoint
+from stabilitykit.checkpoints.huggingface import CONFIG, GENERATIONS, read_config
 from stabilitykit.choices import BoundDtype, check_choice
+from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import provenance_of
+from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers import open_model as open_transformers
+from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.records.bounds import Bounds, Largest, SiteBound, with_largest
 from stabilitykit.run.case import Progress, run_case, stage
-from stabilitykit.run.source import checkpoint_of
-from stabilitykit.run.windows import texts
+from stabilitykit.run.prompts import parse_prompt, tokens
+from stabilitykit.run.source import checkpoint_of, local_path
+from stabilitykit.run.windows import KINDS, WINDOW, texts
 from stabilitykit.words import quoted
 
 
 def bound(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint: str | Path | Checkpoint | Decoder,
     *,
     dtype: BoundDtype = "float16",
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Bounds:
-    """Bounds every tensor of a Gemma for every prompt of any length, from its weights alone, rounding included.
+    """Bounds every tensor of a decoder for every prompt of any length, from its weights alone, rounding included.
 
     Args:
-        checkpoint: what `open_checkpoint` takes or returned; `hf:NAME` for a folder in the local Hugging Face cache.
+        checkpoint: what `open_checkpoint` takes or returned; `hf:NAME` for a folder in the local Hugging Face cache,
+            which may be a Llama, Mistral, Qwen2, Qwen3 or the text part of a Gemma 4, too.
         dtype: in which results are stored: float16, bfloat16 or float32.
         command: the command line to name in the result, if there was one.
         progress: called with (what is being done, how much of it is done, out of how much).
 
     Returns:
         Bounds, whose `sites` are in order of execution. Beside each `bound`, a magnitude, stand the largest magnitude
-        in three texts (`observed`) and the largest that a search over hidden states found (`found`), both of a float32
-        run: how far the bound may be from the truth. `verdict` says what follows.
+        in three texts (`observed`) and, for Gemma 1 to 3, the largest that a search over hidden states found (`found`),
+        both of a float32 run: how far the bound may be from the truth. `verdict` says what follows. `unbounded` says
+        why a tensor has no bound. The texts of other decoders are run by transformers, in eager mode; where that
+        cannot be, `notes` say why.
 
     Raises:
         MisuseError: for another dtype, or a name that is nowhere.
-        CheckpointError: for a checkpoint that is damaged, or is no Gemma 1, 2 or 3.
+        CheckpointError: for a checkpoint that is damaged, or of a family for which there is no inequality.
 
     >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
     >>> found = bound(tiny)
@@ -51,13 +65,44 @@ def bound(
     True
     """
     check_choice("dtype", dtype, get_args(BoundDtype))
-    opened = checkpoint_of(checkpoint, progress)
-    prompts = texts(opened.config, Tokenizer(opened.vocabulary)).choosing
-    return Bounds(
-        dtype=dtype,
-        sites=tuple(examine(opened, prompts, dtype, progress=progress)),
-        **provenance_of(opened, command, "cpu"),
-    )
+    opened = opened_for(checkpoint, progress)
+    if isinstance(opened, Checkpoint):
+        prompts = texts(opened.config.context, Tokenizer(opened.vocabulary)).choosing
+        sites, notes = examine(opened, prompts, dtype, progress=progress), opened.notes
+    else:
+        sites, more = _examined(opened, dtype, progress)
+        notes = (*opened.notes, *more)
+    origin = provenance_of(opened, command, "cpu") | {"notes": notes}
+    return Bounds(dtype=dtype, sites=tuple(sites), **origin)
+
+
+def opened_for(checkpoint: str | Path | Checkpoint | Decoder, progress: Progress | None = None) -> Checkpoint | Decoder:
+    """What `bound` takes, opened: the kit's own Gemma or, where `hf:` names one of another family, a Decoder."""
+    if isinstance(checkpoint, Decoder):
+        return checkpoint
+    if not isinstance(checkpoint, Checkpoint) and str(checkpoint).startswith(PREFIX):
+        folder = local_path(checkpoint)
+        if (folder / CONFIG).is_file() and str(read_config(folder).get("model_type")) not in GENERATIONS:
+            return open_decoder(folder, progress=stage("reading weights", progress))
+    return checkpoint_of(checkpoint, progress)
+
+
+def _examined(decoder: Decoder, dtype: str, progress: Progress | None) -> tuple[list[SiteBound], tuple[str, ...]]:
+    """The bounds of a decoder that transformers runs, with what three texts made of it; notes where none were run."""
+    bounds = bound_sites(decoder, dtype, progress=progress)
+    try:
+        subject = open_transformers(
+            decoder.source, dtype="float32", attention="eager", progress=stage("preparing weights", progress)
+        )
+    except (CheckpointError, MisuseError) as error:
+        return bounds, (f"no text was run: {error}",)
+    with torch.no_grad():
+        for weight in subject.module.parameters():
+            weight.copy_(weight.to(parse_dtype(dtype)))
+    tokenizer: Any = subject.tokenizer
+    length = min(WINDOW, subject.context)
+    prompts = [tokens(parse_prompt(kind, Path()), tokenizer, bos=True, length=length) for kind in KINDS]
+    return with_largest(bounds, "observed", observe(subject, prompts, progress=progress)), ()
 
 
 def examine(
@@ -84,11 +129,14 @@ def examine(
     return with_largest(bounds, "observed", observe(model, prompts, progress=progress))
 
 
-def observe(model: Gemma, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> dict[str, Largest]:
+def observe(
+    model: Gemma | Subject, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None
+) -> dict[str, Largest]:
     """The largest finite magnitude at each site over all prompts, and where it was; masked scores are not counted."""
     found: dict[str, Largest] = {}
-    for number, tokens in enumerate(prompts, start=1):
-        for one in run_case(model, tokens, formats=(), every_logit=True, progress=progress).recording:
+    every = isinstance(model, Gemma)  # which transformers' generate has no place for
+    for number, ids in enumerate(prompts, start=1):
+        for one in run_case(model, ids, formats=(), every_logit=every, progress=progress).recording:
             if one.amax is None or (one.site in found and found[one.site].value >= one.amax):
                 continue
             token = "" if one.amax_token_text is None else f" {quoted(one.amax_token_text)}"

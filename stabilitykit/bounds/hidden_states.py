@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stabilitykit.bounds.bound import LayerMatrices
+from stabilitykit.bounds.weights import LayerMatrices
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.checkpoint import LazyTensors
 from stabilitykit.models.gemma import Gemma

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from stabilitykit.bounds.arithmetic import Ball
 
-GELU_DIP = 0.1701
-"""gelu in its tanh form is at least −0.17004, and as far from max(x, 0) at most: |gelu(x) − max(x, 0)| <= 0.1701."""
+DIPS = {"gelu": 0.1701, "silu": 0.2785}
+"""gelu, exact or in its tanh form, is at least −0.17004 and silu −0.27847, and both are so far from max(x, 0) at most;
+where x > 0 neither is above x."""
 
 
 def channels(ball: Ball) -> Tensor:
@@ -26,6 +27,29 @@ def linear(rows: Tensor, ball: Ball) -> Tensor:
     """|row · y| <= r ||row ∘ g||, by Cauchy and Schwarz, reached by n along row ∘ g. [R]"""
     lengths: Tensor = torch.linalg.vector_norm(rows * ball.gain, dim=-1)
     return ball.radius * lengths
+
+
+def boxed(rows: Tensor, largest: Tensor) -> Tensor:
+    """|row · y| <= Σ |row_i| Y_i where each |y_i| <= Y_i: for what no norm has bounded. [R]"""
+    return rows.abs() @ largest
+
+
+def with_biases(ball: Ball, *parts: tuple[Tensor, Tensor]) -> tuple[Ball, tuple[Tensor, ...]]:
+    """Rows with biases as rows alone: row · y + b = (row, b / κ) · (y, κ), and (y, κ) is in a ball of a channel more.
+
+    The radius is sqrt(r² + κ²), for any κ > 0. What is lost is least where row ∘ g and b / κ are to each other as κ to
+    r, so κ² = r ||b|| / ||rows ∘ g|| of all rows together.
+    """
+    lengths = [
+        sum(float(one.square().sum()) for one in kind) ** 0.5 for kind in zip(*_scaled(ball, parts), strict=True)
+    ]
+    kappa = math.sqrt(ball.radius * max(lengths[1], 1e-30) / max(lengths[0], 1e-30))
+    widened = Ball(torch.cat((ball.gain, torch.ones(1, dtype=torch.float64))), math.hypot(ball.radius, kappa))
+    return widened, tuple(torch.cat((rows, bias[:, None] / kappa), 1) for rows, bias in parts)
+
+
+def _scaled(ball: Ball, parts: tuple[tuple[Tensor, Tensor], ...]) -> list[tuple[Tensor, Tensor]]:
+    return [(rows * ball.gain, bias) for rows, bias in parts]
 
 
 def length_of_pair(first: Tensor, second: Tensor, ball: Ball) -> Tensor:
@@ -44,16 +68,18 @@ def mixture(values: Tensor, weights: float) -> Tensor:
     return weights * values
 
 
-def mixed_heads(output: Tensor, value: Tensor, ball: Ball, weights: float) -> Tensor:
-    """|Σ_h row_h · (Σ_k p_hk V_h y_k)| <= weights · r Σ_h ||row_h V_h ∘ g||: an output projection over attention. [E]
+def mixed_heads(output: Tensor, value: Tensor, bias: Tensor, ball: Ball, weights: float) -> Tensor:
+    """|Σ_h row_h · (Σ_k p_hk (V_h y_k + b_h))| <= weights · Σ_h (r ||row_h V_h ∘ g|| + |row_h · b_h|). [E]
 
-    `output` [E, N, D] is o_proj by heads, `value` [G, D, E] v_proj. Σ_k p_hk (row_h V_h y_k) is a mixture of numbers
-    that are each a row of a ball. Every head may attend to another token, so the heads' bounds are added.
+    An output projection over attention: `output` [E, N, D] is o_proj by heads, `value` [G, D, E] v_proj, `bias` [G, D].
+    Σ_k p_hk (row_h V_h y_k) is a mixture of numbers that are each a row of a ball. Every head may attend to another
+    token, so the heads' bounds are added.
     """
     groups = output.shape[1] // value.shape[0]
     total = torch.zeros(output.shape[0], dtype=torch.float64)
     for head in range(output.shape[1]):
-        total += linear(output[:, head] @ value[head // groups], ball)
+        rows, group = output[:, head], head // groups
+        total += linear(rows @ value[group], ball) + (rows @ bias[group]).abs()
     return weights * total
 
 
@@ -66,29 +92,34 @@ def normed_scores(query: Ball, key: Ball) -> Tensor:
     return query.radius * key.radius * (query.gain * key.gain).max()
 
 
-def bare_scores(query: Tensor, key: Tensor, ball: Ball, growth: float, error: float, tiny: float) -> Tensor:
+def bare_scores(
+    query: Tensor, key: Tensor, ball: Ball, growth: tuple[float, float], error: float, tiny: float
+) -> Tensor:
     """|q · k| <= Σ_p ||q_p|| ||k_p|| <= ||T q|| ||T^-1 k|| for any scale t_p > 0 of each pair of channels p.
 
-    `query`, `key` [D, E] are one head's rows, both read from `ball`, at any two tokens. ||T q|| <= r σmax(T Q G), and
-    RoPE keeps pairs' lengths, however far apart the tokens are. T begins with equal Frobenius norms of q_p and k_p
-    and follows the largest singular vectors; every T is valid and the least bound is returned.
-    As computed, each q_i is off by `error` · r ||row_i ∘ g|| and by a subnormal, each pair grows by `growth` and a few
-    `tiny`; errors of all channels together are at most the matrix's Frobenius norm times `error`.
+    `query`, `key` [D, E + 1] are one head's rows with a bias b behind them, both read from `ball`, at any two tokens.
+    ||T q|| <= r σmax(T Q G) + ||T b||, and RoPE keeps pairs' lengths, however far apart the tokens are. T begins with
+    equal lengths of q_p and k_p and follows the largest singular vectors; every T is valid and the least bound is
+    returned. As computed, each q_i is off by `error` of r ||row_i ∘ g|| + |b_i| and by `tiny`, and each pair grows by
+    the factor and the length in `growth`; errors of all channels together are at most the matrix's Frobenius norm times
+    `error`.
     """
-    q, k = query * ball.gain, key * ball.gain
-    squared = torch.ones(len(q) // 2, dtype=torch.float64)
+    sides = [(rows[:, :-1] * ball.gain, rows[:, -1]) for rows in (query, key)]
+    squared = torch.ones(len(query) // 2, dtype=torch.float64)
     best = torch.tensor(math.inf, dtype=torch.float64)
-    q_pairs, k_pairs = _pairs(q.square().sum(-1)), _pairs(k.square().sum(-1))
+    q_pairs, k_pairs = (_pairs(rows.square().sum(-1) + (bias / ball.radius).square()) for rows, bias in sides)
     for _ in range(4):
         squared = squared * ((k_pairs + 1e-30) / (q_pairs + 1e-30)).sqrt()  # ||q_p|| t_p = ||k_p|| / t_p
-        sides = []
-        for rows, t in ((q, squared.sqrt()), (k, squared.rsqrt())):
-            scaled = rows * t.repeat(2)[:, None]
+        found = []
+        for (rows, bias), t in zip(sides, (squared.sqrt(), squared.rsqrt()), strict=True):
+            scaled, aside = rows * t.repeat(2)[:, None], bias * t.repeat(2)
             values, vectors = torch.linalg.eigh(scaled @ scaled.T)
             length = ball.radius * (values[-1].clamp(min=0).sqrt() + error * torch.linalg.matrix_norm(scaled))
-            length = growth * (length + tiny * math.sqrt(2) * torch.linalg.vector_norm(t))
-            sides.append((length + 4 * tiny * torch.linalg.vector_norm(t), _pairs(vectors[:, -1].square())))
-        (q_length, q_pairs), (k_length, k_pairs) = sides
+            length = length + (1 + error) * torch.linalg.vector_norm(aside)
+            length = growth[0] * (length + tiny * math.sqrt(2) * torch.linalg.vector_norm(t))
+            pairs = _pairs(vectors[:, -1].square() * values[-1].clamp(min=0) + (aside / ball.radius).square())
+            found.append((length + growth[1] * torch.linalg.vector_norm(t), pairs))
+        (q_length, q_pairs), (k_length, k_pairs) = found
         best = torch.minimum(best, q_length * k_length)
     return best
 

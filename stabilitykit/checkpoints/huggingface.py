@@ -21,7 +21,7 @@ from stabilitykit.words import listed
 CONFIG = "config.json"
 VISION_NOTE = "only the text part was examined, not what reads images"
 
-_GENERATIONS: dict[str, Generation] = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma3": 3}
+GENERATIONS: dict[str, Generation] = {"gemma": 1, "gemma2": 2, "gemma3_text": 3, "gemma3": 3}
 
 # Keys that released config.json files leave out take the defaults of transformers' config class of that generation.
 _DEFAULTS: dict[Generation, dict[str, Any]] = {
@@ -54,14 +54,14 @@ def read_huggingface(folder: Path, *, cache: Path, progress: Progress | None = N
     `sha256` is that of the weight file; of several, that of their digests in order of file name. Raises
     CheckpointError for whatever is missing, damaged or of another architecture.
     """
-    raw = _config(folder)
+    raw = read_config(folder)
     config, multimodal = gemma_config(raw, folder)
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     seen_vision = False
     for path in files:
         for name, tensor in tensors_of(path).items():
-            plain = _plain(name)
+            plain = plain_name(name)
             if plain.startswith(_VISION):
                 seen_vision = True
             else:
@@ -91,10 +91,10 @@ def gemma_config(raw: Mapping[str, Any], folder: Path) -> tuple[GemmaConfig, boo
     Raises CheckpointError for another architecture and for features that the kit's own model lacks.
     """
     model_type = raw.get("model_type")
-    generation = _GENERATIONS.get(str(model_type))
+    generation = GENERATIONS.get(str(model_type))
     if generation is None:
         raise CheckpointError(
-            f"{folder}: unknown model_type {model_type!r}; the kit's own model runs {listed(list(_GENERATIONS))}. "
+            f"{folder}: unknown model_type {model_type!r}; the kit's own model runs {listed(list(GENERATIONS))}. "
             f"{_with_transformers(folder)}"
         )
     text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
@@ -203,7 +203,8 @@ def files_sha256(files: list[Path], cache: Path, progress: Progress | None = Non
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError where it is missing or no JSON object."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is not a Hugging Face model.")
     return _read_json(folder / CONFIG)
@@ -219,7 +220,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A tensor's name in a folder without what stands before `layers.` and its like, such as `model.`"""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)

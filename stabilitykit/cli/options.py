@@ -48,6 +48,9 @@ AttentionName = Annotated[
     Attention | None,
     typer.Option("--attention", help="Attention of hf: models; transformers' own choice if not given."),
 ]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Folder of an adapter that peft reads, such as a LoRA, for hf: models.")
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

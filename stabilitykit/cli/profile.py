@@ -46,9 +46,7 @@ def profile(
         ),
     ] = 1,
     attention: options.AttentionName = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="Folder of an adapter that peft reads, such as a LoRA, for hf: models.")
-    ] = None,
+    adapter: options.Adapter = None,
     trust_remote_code: options.TrustRemoteCode = False,
     no_fused_softmax: Annotated[
         bool, typer.Option("--no-fused-softmax", help="Do not recompute the softmax inside fused attention kernels.")

@@ -1,4 +1,4 @@
-"""`stabilitykit repair`: rank what keeps a checkpoint finite in float16, and write one that is."""
+"""`stabilitykit repair`: rank what keeps a model finite in float16, and write one that is."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,30 @@ from stabilitykit.choices import ExportDtype
 
 
 def repair(
-    checkpoint: options.LocalCheckpoint,
+    checkpoint: options.Checkpoint,
     out: Annotated[
-        Path | None, typer.Option(help="New folder for the repaired checkpoint, which plain transformers loads.")
+        Path | None, typer.Option(help="New folder for the repaired model, which plain transformers loads.")
     ] = None,
     dtype: Annotated[
         ExportDtype, typer.Option(help="Dtype in which the weights are written; either runs in float16.")
     ] = "float16",
+    margin: Annotated[
+        float, typer.Option(min=0.0, help="Bits of headroom to leave above the largest magnitude seen.")
+    ] = 1.0,
+    approximate: Annotated[
+        bool,
+        typer.Option(
+            "--approximate",
+            help="Where no exact scaling exists, take one that changes the outputs a little, and say by how much.",
+        ),
+    ] = False,
+    proved: Annotated[
+        bool,
+        typer.Option(
+            "--proved",
+            help="Choose by bounds from the weights, so that no prompt of any length overflows (Gemma 1 to 3).",
+        ),
+    ] = False,
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
@@ -25,42 +42,58 @@ def repair(
         ),
     ] = None,
     no_bos: Annotated[bool, typer.Option("--no-bos", help="Start the --prompts without <bos>.")] = False,
-    margin: Annotated[
-        float, typer.Option(min=0.0, help="Bits of headroom to leave above the largest magnitude seen.")
-    ] = 1.0,
-    proved: Annotated[
-        bool,
-        typer.Option("--proved", help="Choose by bounds from the weights, so that no prompt of any length overflows."),
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Safetensors file with what the model's forward takes, by name, for models that read no text; "
+            "repeatable. The first chooses the scaling, the others rank.",
+            show_default=False,
+        ),
+    ] = None,
+    no_ranking: Annotated[
+        bool, typer.Option("--no-ranking", help="Only find the scaling, and with --out write and check it.")
     ] = False,
+    ranking_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank on about so many held-out tokens; 4,608 if not given.", show_default=False),
+    ] = None,
     report: options.Report = None,
+    adapter: options.Adapter = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
-    """Rank remedies for float16 on held-out texts, and with --out write the repaired checkpoint.
+    """Rank what keeps a model finite in float16 on held-out texts, and with --out write a repaired one.
 
-    The repair scales everything that a norm reads by one power of two: float32 logits keep every bit, and float16 holds
-    what it could not. Exits 0 when the repaired checkpoint is finite on all texts, 1 when it is not and nothing was
-    written.
+    The repair multiplies weights and settings by powers of two: float32 logits keep every bit, and float16 holds what
+    it could not. It works on the kit's own Gemma and, with hf:, on whatever transformers runs. Exits 0 when the
+    repaired model is finite on all texts, 1 when it is not and nothing was written.
     """
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, conclude
     from stabilitykit.files import check_new
     from stabilitykit.models.devices import parse_device
-    from stabilitykit.remedies.repair import checkpoint_to_repair
+    from stabilitykit.remedies.repair import open_original
     from stabilitykit.remedies.repair import repair as run
 
-    parse_device(device)
+    place = str(parse_device(device))
     if out is not None:
         check_new(out)
     with screen.progress_bar() as progress:
-        opened = checkpoint_to_repair(checkpoint, progress)
+        opened = open_original(
+            checkpoint, device=place, adapter=adapter, trust_remote_code=trust_remote_code, progress=progress
+        )
         check_report(report, opened)
         found = run(
             opened,
             prompts=prompts or (),
             bos=not no_bos,
+            inputs=inputs or (),
             margin=margin,
             proved=proved,
+            approximate=approximate,
+            ranking=not no_ranking,
+            ranking_tokens=ranking_tokens,
             out=out,
             dtype=dtype,
             device=device,
@@ -74,8 +107,9 @@ def repair(
         title=f"What keeps {Path(opened.source).name} finite in float16",
         section="remedies",
         as_json=as_json,
+        config=opened.settings,
         show=lambda: screen.print_ranking(found.ranking),
-        out=("Repaired checkpoint", out if found.finite else None),
+        out=("Repaired model", out if found.finite else None),
     )
     if not found.finite:
         raise typer.Exit(1)

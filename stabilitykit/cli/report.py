@@ -1,13 +1,13 @@
 """`stabilitykit report`: the page, the tables and the figures of a sweep, from its records alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from stabilitykit.checkpoints import Checkpoint
+    from stabilitykit.models.machine import Examined
     from stabilitykit.records.sweep import Finding
 
 
@@ -31,7 +31,7 @@ def report(
     write(folder, against=against, form=form, quiet=False)
 
 
-def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
+def check_report(folder: Path | None, checkpoint: "Examined") -> None:
     """Raises MisuseError where `folder` holds a report on another checkpoint, before anything long has run."""
     from stabilitykit.records.sweep import Results
 
@@ -40,7 +40,7 @@ def check_report(folder: Path | None, checkpoint: "Checkpoint") -> None:
 
 
 def conclude(
-    checkpoint: "Checkpoint",
+    checkpoint: "Examined",
     found: "Finding",
     *,
     report: Path | None,
@@ -48,18 +48,20 @@ def conclude(
     section: str,
     as_json: bool,
     show: Callable[[], None],
+    config: Mapping[str, Any],
     out: tuple[str, Path | None] | None = None,
 ) -> None:
     """The end of a command with a finding: adds it to a report, prints it, and says where it was written.
 
-    `show` prints the finding for people. `out` is what else the command writes, by its name, and where it did so.
+    `config` are the model's settings, for a new report. `show` prints the finding for people. `out` is what else the
+    command writes, by its name, and where it did so.
     """
     from stabilitykit.cli import screen
     from stabilitykit.cli.source import print_checkpoint
     from stabilitykit.records.document import to_document
 
     if report is not None:
-        add_finding(report, checkpoint, found, title=title, section=section)
+        add_finding(report, checkpoint, config, found, title=title, section=section)
     if as_json:
         paths = {} if out is None else {"out": out[1], "report": report}
         told = {name: None if path is None else str(path) for name, path in paths.items()}
@@ -72,7 +74,9 @@ def conclude(
             screen.print_note(f"{what}: {path}")
 
 
-def add_finding(folder: Path, checkpoint: "Checkpoint", found: "Finding", *, title: str, section: str) -> None:
+def add_finding(
+    folder: Path, checkpoint: "Examined", config: Mapping[str, Any], found: "Finding", *, title: str, section: str
+) -> None:
     """Adds `found` to the sweep in `folder`, or to a new one without cases, and draws the report anew."""
     from stabilitykit.records.sweep import Results
     from stabilitykit.sweeps.plan import plan_without_cases
@@ -81,7 +85,9 @@ def add_finding(folder: Path, checkpoint: "Checkpoint", found: "Finding", *, tit
         results = Results.open(folder)
     else:
         command = found.command or ""
-        plan = plan_without_cases(checkpoint, name=folder.name, title=title, command=command, sections=[section])
+        plan = plan_without_cases(
+            checkpoint, config, name=folder.name, title=title, command=command, sections=[section]
+        )
         results = Results.create(folder, plan)
     results.write_finding(found)
     write(folder, against=None, quiet=True)

@@ -17,7 +17,8 @@ from stabilitykit.diagnosis.forecast import Forecast
 from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Recording
 from stabilitykit.records.bounds import SiteBound
-from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.records.remedies import Ranking
+from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Plan
 from stabilitykit.report.parts import by_layer
@@ -34,6 +35,7 @@ __all__ = ["LEGEND"]
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
+_LONG = 10.0  # and in a pipe only after this many: what is soon over leaves nothing on standard error
 
 _WORST = 8  # tokens of each context of a search
 
@@ -47,7 +49,9 @@ def print_json(value: Any) -> None:
 
 
 class ProgressBar:
-    """Called with (what, done, total); shows itself when the work outlasts a second, and never in a pipe."""
+    """Called with (what, done, total). On a terminal a bar that shows itself when the work outlasts a second;
+    elsewhere, once it has outlasted ten, a line for each thing that is done, when it begins, after the seconds so far.
+    """
 
     def __init__(self) -> None:
         self._bars = Bars(
@@ -63,12 +67,15 @@ class ProgressBar:
         self._shown = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - self._began
         if what not in self._tasks:
             for task in self._tasks.values():
                 self._bars.update(task, visible=False)
             self._tasks[what] = self._bars.add_task(what, total=total)
+            if not messages.is_terminal and elapsed > _LONG:
+                messages.print(f"{elapsed:.0f} s: {what}", soft_wrap=True, markup=False)
         self._bars.update(self._tasks[what], completed=done)
-        if not self._shown and messages.is_terminal and time.monotonic() - self._began > _PATIENCE:
+        if not self._shown and messages.is_terminal and elapsed > _PATIENCE:
             self._bars.start()
             self._shown = True
 
@@ -137,14 +144,14 @@ def print_bounds(found: Sequence[SiteBound]) -> None:
     print_blocks(bounds.blocks(found), output)
 
 
-def print_proof(found: Mapping[str, float]) -> None:
-    """What a checker proved: the bound of the worst layer of each kind of tensor."""
-    print_blocks([bounds.proof(found)], output)
+def print_proof(found: Mapping[str, float], assumptions: Sequence[str]) -> None:
+    """What a checker proved: the bound of the worst layer of each kind of tensor, and what that takes for granted."""
+    print_blocks(bounds.proof(found, assumptions), output)
 
 
-def print_scores(scores: Sequence[Score]) -> None:
-    """The remedies, best first."""
-    print_blocks(remedies.of_scores(scores), output)
+def print_check(check: FolderCheck) -> None:
+    """What a repaired folder was compared with, and how it runs in float16."""
+    print_blocks(remedies.of_check(check), output)
 
 
 def print_ranking(ranking: Ranking) -> None:

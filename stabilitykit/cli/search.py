@@ -1,5 +1,6 @@
 """`stabilitykit search`: the shortest prompt that overflows, or the one that comes nearest."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,6 +76,7 @@ def search(
         title=f"Tokens and prompts that bring {Path(opened.source).name} nearest to overflow in {dtype}",
         section="search",
         as_json=as_json,
+        config=asdict(opened.config),
         show=lambda: screen.print_search(found),
         out=("Prompts", out),
     )

@@ -1,6 +1,5 @@
-"""`stabilitykit verify`: check a repaired checkpoint again."""
+"""`stabilitykit verify`: check a repaired model again."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,14 +17,17 @@ def verify(
             "--proof", help="Prove from the weights alone that no prompt overflows; the original is not needed."
         ),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a repaired checkpoint's files against their hashes, and its logits against those of the original.
+    """Check a repaired model's files against their hashes, and what it computes against the original, bit by bit.
 
-    With --proof nothing runs: bounds are computed again from the weights, by code that shares nothing with what chose
-    them. Exits 0 when everything is as it was written, 1 when something is not.
+    Without the original, the folder with its scaling undone takes its place, and the output says so. With --proof
+    nothing runs: bounds are computed again from the weights, by code that shares nothing with what chose them. Exits 0
+    when everything is as it was written, 1 when something is not.
     """
     from stabilitykit.cli import screen
+    from stabilitykit.records.document import to_document
     from stabilitykit.remedies.verify import verify as check
     from stabilitykit.remedies.verify import verify_proof
 
@@ -33,18 +35,18 @@ def verify(
         if proof:
             proved = verify_proof(folder, progress=progress)
         else:
-            found = check(folder, progress=progress)
+            found = check(folder, trust_remote_code=trust_remote_code, progress=progress)
     problems = proved.problems if proof else found.problems
     head = {"folder": str(folder), "proved" if proof else "verified": not problems, "problems": list(problems)}
     if as_json and proof:
-        screen.print_json(head | {"bounds": proved.bounds})
+        screen.print_json(head | {"assumptions": list(proved.assumptions), "bounds": proved.bounds})
     elif as_json:
-        screen.print_json(head | {"promised": found.promised, "score": dataclasses.asdict(found.score)})
+        screen.print_json(head | to_document(found.check))
     elif proof:
-        screen.print_proof(proved.bounds)
+        screen.print_proof(proved.bounds, proved.assumptions)
         _print(problems, "Proved: no prompt makes a tensor overflow in float16.")
     else:
-        screen.print_scores([found.score])
+        screen.print_check(found.check)
         _print([f"{problem}." for problem in problems], "Everything is as it was written.")
     if problems:
         raise typer.Exit(1)

@@ -28,6 +28,12 @@ def summary(found: Sequence[SiteBound]) -> str:
     )
 
 
+def unbounded(found: Sequence[SiteBound]) -> str:
+    """Which kinds of tensors no inequality bounds, and why; empty where there are none."""
+    kinds: dict[str, str] = {one.kind: one.unbounded for one in found if one.unbounded is not None}
+    return " ".join(f"`{kind}` is not bounded: {why}." for kind, why in kinds.items())
+
+
 def unproved(found: Sequence[SiteBound]) -> list[SiteBound]:
     return [one for one in found if one.verdict != "safe for every prompt"]
 

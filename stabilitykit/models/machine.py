@@ -4,11 +4,9 @@ import os
 import platform
 from functools import cache
 from importlib.metadata import version
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
-
-from stabilitykit.checkpoints.checkpoint import Checkpoint
 
 
 @cache
@@ -36,7 +34,18 @@ class Origin(TypedDict):
     machine: dict[str, Any]
 
 
-def provenance_of(checkpoint: Checkpoint, command: str | None, device: str) -> Origin:
+class Examined(Protocol):
+    """A checkpoint, or a model: where its weights come from."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+def provenance_of(checkpoint: Examined, command: str | None, device: str) -> Origin:
     """Where what `command` finds about `checkpoint` on `device` comes from, here and now."""
     return Origin(
         checkpoint=checkpoint.source,

@@ -72,13 +72,24 @@ def cast(tensor: Tensor, factor: float, dtype: torch.dtype, device: torch.device
     return tensor.to(dtype).to(device)
 
 
+def stored_weight(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name`, of a streamed model as it is stored, before a factor and a cast."""
+    stored: Mapping[str, StoredWeight] = getattr(model, "stored_weights", {})
+    if name in stored:
+        return stored[name].read()
+    path, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), leaf)
+    return found.detach()
+
+
 def stream(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:
     """From here on the parameters named in `weights` are brought in by each call that needs them.
 
     What they are until now is dropped, and need not be more than a shape: they may be on "meta". One that several
     modules share is in place in all of them while one of them runs, so that it keeps the name of the first. Parameters
-    must be used in the `forward` of the module that they belong to, and nowhere else.
+    must be used in the `forward` of the module that they belong to, and nowhere else. `stored_weight` reads one.
     """
+    model.stored_weights = weights  # type: ignore[assignment]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     homes: dict[str, list[_Home]] = {name: [] for name in weights}
     for module in model.modules():

@@ -5,18 +5,16 @@
 FOLDER is a Hugging Face folder of a Gemma 1, 2 or 3 in float16, with a proof.json:
 
     {"schema": 1, "dtype": "float16", "limit": 65504,
-     "sha256": {"config.json": hex, "model.safetensors": hex, ...},    the config, every *.safetensors, an index
+     "sha256": {"config.json": hex, "model.safetensors": hex, ...},    every file but the notes beside the model
      "bounds": {kind of tensor: largest magnitude, ...},               what the writer claims; none above the limit
      "digest": hex}    SHA-256 of all other keys as JSON: keys sorted, no spaces, ASCII, shortest floats
 
 Nothing is taken from the code that makes such folders: the files say what the model is, and every inequality is here.
+A setting that is not listed here, or not in its range, is refused: what is not checked might change the model.
 
-What is assumed of the arithmetic. Norms and softmax are computed in float32; products of matrices are summed in
-float32, in any order; every other operator, and each of these, rounds its result once to float16: by a factor within
-2^-11 of 1 or, below 2^-14, by at most 2^-25. Prompts have no padding (a row that sees no key may be NaN) and at most
-2^20 tokens, since a float32 sum of n terms errs by n · 2^-24. Scores with a mask added are no tensor of this proof:
--inf is what they may be, and whatever weight a key gets, a mean of values stays one. RoPE tables, probabilities and
-tanh never exceed 1.
+What is assumed stands in ASSUMPTIONS. Rounding to float16 is by a factor within 2^-11 of 1 or, below 2^-14, by at most
+2^-25; a float32 sum of n terms errs by n · 2^-24, hence the limit of 2^20 tokens. Whatever weight a key gets, a mean of
+values stays one.
 
 Rounding. An RMSNorm returns g ∘ n with |n| ≤ sqrt(d), d its channels, for any input: finite eps > 0 only shrinks n.
 Float32 lets |n| grow by d · 2^-25 and rounding to float16 by 2^-11; what rounds below 2^-14 is less than 2^-13 in n
@@ -35,9 +33,8 @@ occurs. SLACK is 3%; with an absolute 1 for subnormal results it also covers thi
 import hashlib
 import json
 import math
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,34 +58,188 @@ TINY = 1e-30
 PROBABILITIES = 1.1
 MIXING = 0.065
 
-# What config.json may hold. A larger size would need more rounding than is allowed for; another key might change the
-# model; of those in _KNOWN, which is read is checked, and the rest moves no bound.
-_GENERATIONS = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}
-_LARGEST = {
-    "hidden_size": 8192, "intermediate_size": 2**17, "num_attention_heads": 256, "num_key_value_heads": 256,
-    "head_dim": 256, "num_hidden_layers": 256, "vocab_size": 2**24,
+ASSUMPTIONS = (
+    "Plain transformers, or what computes the same, runs the model for inference: no dropout, adapter or other code.",
+    "Weights and the results of all operators are stored in float16, and results are rounded to it once.",
+    "RMSNorm and softmax are computed in float32.",
+    "Products of matrices are summed in float32, in any order. On CUDA this needs "
+    "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False.",
+    "Subnormal numbers are not flushed to zero.",
+    "The tables of RoPE, probabilities and tanh are at most 1 as stored.",
+    "A prompt with what is generated from it has at most 1,048,576 tokens, and no padding: every token sees a key.",
+    "Scores to which a mask was added may be -inf; they are the one tensor that is not bounded.",
+)
+
+
+class _Absent:
+    """What a key holds that is not there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_ABSENT = _Absent()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a key may hold: `says` ends a sentence that begins "must be"."""
+
+    says: str
+    allows: Callable[[Any], bool]
+
+    def optional(self) -> "_Rule":
+        return _Rule(self.says, lambda value: value is _ABSENT or self.allows(value))
+
+    def or_null(self) -> "_Rule":
+        return _Rule(f"{self.says}, or null", lambda value: value is None or self.allows(value))
+
+
+_Rules = dict[str, "_Rule | _Rules"]  # of an object, key by key; an object in it may be left out, or null
+
+
+def _number(least: float, most: float) -> _Rule:
+    return _Rule(
+        f"a number from {least:.4g} to {most:.4g}", lambda value: type(value) in (int, float) and least <= value <= most
+    )
+
+
+def _whole(least: int, most: int) -> _Rule:
+    return _Rule(f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+
+
+def _one_of(*values: str | bool | float) -> _Rule:
+    said = " or ".join(json.dumps(value) for value in values)
+    return _Rule(said, lambda value: any(type(value) is type(one) and value == one for one in values))
+
+
+def _each(rule: _Rule, length: int | None = None) -> _Rule:
+    def allows(value: Any) -> bool:
+        return type(value) is list and length in (None, len(value)) and all(map(rule.allows, value))
+
+    return _Rule(f"a list{'' if length is None else f' of {length}'}, each {rule.says}", allows)
+
+
+def _objections(file: str, found: dict[str, Any], rules: _Rules, path: str = "") -> Iterator[str]:
+    """A sentence for each key that `rules` do not know, and for each value that they do not allow."""
+    for key in sorted(found.keys() - rules.keys()):
+        yield (
+            f"{path}{key} in {file} is {_shown(found[key])}, and its effect on the proof is unknown: it must be left "
+            f"out, as only {', '.join(sorted(rules))} may be there."
+        )
+    for key, rule in rules.items():
+        value = found.get(key, _ABSENT)
+        if isinstance(rule, _Rule):
+            if not rule.allows(value):
+                yield f"{path}{key} in {file} is {_shown(value)}, and must be {rule.says}."
+        elif isinstance(value, dict):
+            yield from _objections(file, value, rule, f"{path}{key}.")
+            if "linear" in (value.get("rope_type"), value.get("type")) and "factor" not in value:
+                yield f"{path}{key}.factor in {file} is missing, and must be a number where the rope type is linear."
+        elif value is not None and value is not _ABSENT:
+            yield f"{path}{key} in {file} is {_shown(value)}, and must be an object or null."
+
+
+def _shown(value: Any) -> str:
+    said = repr(value) if value is _ABSENT else json.dumps(value)
+    return said if len(said) <= 80 else f"{said[:77]}..."
+
+
+# A larger size would need more rounding than is allowed for.
+_SIZES: _Rules = {
+    "hidden_size": _whole(1, 8192), "intermediate_size": _whole(1, 2**17), "num_attention_heads": _whole(1, 256),
+    "num_key_value_heads": _whole(1, 256), "head_dim": _whole(1, 256), "num_hidden_layers": _whole(1, 256),
+    "vocab_size": _whole(1, 2**24),
 }  # fmt: skip
-_KNOWN = """architectures model_type dtype torch_dtype max_position_embeddings rms_norm_eps hidden_activation
-    attention_bias attention_dropout tie_word_embeddings bos_token_id eos_token_id pad_token_id rope_theta
-    query_pre_attn_scalar sliding_window layer_types attn_logit_softcapping final_logit_softcapping
-    rope_local_base_freq rope_scaling sliding_window_pattern rope_parameters"""
+_ID = _whole(0, 2**24)
+_IDS: _Rules = {
+    f"{name}_token_id": _Rule(
+        f"{_ID.says}, a list of such, or null",
+        lambda value: value in (None, _ABSENT) or _ID.allows(value) or _each(_ID).allows(value),
+    )
+    for name in ("bos", "eos", "pad")
+}
+_VERSION = _Rule("text", lambda value: isinstance(value, str)).optional()
+# With frequencies theta^-(2i/D) / factor from 2^-60 to 1, every angle of 2^20 tokens is finite, and cos and sin are at
+# most 1. Other types of RoPE scale the tables, or make them in ways that are not examined here.
+_THETA = _number(1, 2.0**40).optional()
+_KIND = _one_of("default", "linear").optional()
+_ROPE: _Rules = {"rope_theta": _THETA, "rope_type": _KIND, "type": _KIND, "factor": _number(1, 2.0**20).optional()}
+_CAP = _number(2.0**-10, LIMIT).or_null()
+_TYPES = {"gemma": ("GemmaForCausalLM", 1), "gemma2": ("Gemma2ForCausalLM", 2), "gemma3_text": ("Gemma3ForCausalLM", 3)}
+
+
+def _settings(config: dict[str, Any], generation: int) -> _Rules:
+    """The rules for this config.json, whose number of layers a list of theirs must match."""
+    layers = config.get("num_hidden_layers")
+    architecture = next(name for name, number in _TYPES.values() if number == generation)
+    rules = _SIZES | _IDS | {
+        "model_type": _one_of(*_TYPES),
+        "architectures": _each(_one_of(architecture), 1).optional(),
+        "dtype": _one_of("float16").optional(),
+        "torch_dtype": _one_of("float16").optional(),
+        "max_position_embeddings": _whole(1, 2**20).optional(),
+        "rms_norm_eps": _number(2.0**-80, 2.0**32),
+        "hidden_activation": _one_of("gelu_pytorch_tanh"),
+        "hidden_act": _one_of("gelu_pytorch_tanh").optional(),
+        "attention_bias": _one_of(False),
+        "attention_dropout": _one_of(0.0, 0).optional(),
+        "tie_word_embeddings": _one_of(True),
+        "rope_theta": _THETA,
+        "rope_scaling": _ROPE,
+        "rope_parameters": _ROPE if generation < 3 else {"full_attention": _ROPE, "sliding_attention": _ROPE},
+        "initializer_range": _number(0, 2.0**10).optional(),
+        "use_cache": _one_of(True, False).optional(),
+        "transformers_version": _VERSION,
+    }  # fmt: skip
+    if generation > 1:
+        window, kinds = _whole(1, 2**20), _each(_one_of("full_attention", "sliding_attention"), layers)
+        slides = config.get("layer_types") != ["full_attention"] * (layers if type(layers) is int else 0)
+        rules |= {
+            "query_pre_attn_scalar": _number(2.0**-20, 2.0**20),
+            "sliding_window": (window if slides else window.or_null()).optional(),
+            "layer_types": kinds.or_null().optional(),
+            "attn_logit_softcapping": _CAP,
+            "final_logit_softcapping": _CAP,
+        }
+    if generation > 2:
+        rules |= {"rope_local_base_freq": _THETA, "sliding_window_pattern": _whole(1, 2**20).optional()}
+    return rules
+
+
+# What is drawn from the logits is no tensor of the model, but what divides them must not be close to zero.
+_GENERATION: _Rules = _IDS | {
+    "do_sample": _one_of(True, False).optional(),
+    "temperature": _number(2.0**-10, 2.0**10).or_null().optional(),
+    "top_k": _whole(0, 2**24).or_null().optional(),
+    "top_p": _number(2.0**-20, 1).or_null().optional(),
+    "min_p": _number(0, 1).or_null().optional(),
+    "repetition_penalty": _number(2.0**-4, 2.0**4).or_null().optional(),
+    "max_length": _whole(1, 2**20).or_null().optional(),
+    "max_new_tokens": _whole(1, 2**20).or_null().optional(),
+    "cache_implementation": _one_of("dynamic", "static", "hybrid").or_null().optional(),
+    "_from_model_config": _one_of(True, False).optional(),
+    "transformers_version": _VERSION,
+}
 
 
 class _RefusedError(Exception):
-    """A folder that cannot be examined; str() is the sentence."""
+    """A folder that cannot be examined; `args` are sentences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
     """`problems` are sentences, none where the folder is proved. `bounds` are this file's own, by kind of tensor.
 
-    A bound is a magnitude, the largest of all layers and channels; it holds whether or not it is within float16.
+    `assumptions` are sentences too: what the proof takes for granted. A bound is a magnitude, the largest of all layers
+    and channels; it holds whether or not it is within float16.
     `rows` counts the bounds on channels of down_proj that the screen left open, and Cholesky was asked about.
     """
 
     problems: tuple[str, ...]
     bounds: dict[str, float]
     rows: int
+    assumptions: tuple[str, ...] = ASSUMPTIONS
 
 
 def check(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> Checked:
@@ -105,7 +256,7 @@ def check(folder: Path, *, progress: Callable[[int, int], None] | None = None) -
         try:
             problems += examine()
         except _RefusedError as refused:
-            problems.append(str(refused))
+            problems += refused.args
         except (OSError, SafetensorError) as error:
             problems.append(f"{folder} cannot be read: {error}.")
     return Checked(problems=tuple(dict.fromkeys(problems)), bounds=proof.bounds, rows=proof.rows)
@@ -121,11 +272,11 @@ def _unlike_its_proof(folder: Path) -> list[str]:
     kind = (claimed.get("schema"), claimed.get("dtype"), claimed.get("limit"))
     if kind != (1, "float16", LIMIT) or not (isinstance(hashes, dict) and isinstance(bounds, dict) and bounds):
         return [*problems, "proof.json must have schema 1, dtype float16, limit 65504, sha256 and bounds."]
-    files = {path.name for pattern in ("config.json", "*.safetensors", "*.index.json") for path in folder.glob(pattern)}
-    if files != set(hashes):
-        problems.append(
-            f"proof.json is about {', '.join(sorted(hashes))}, but the folder holds {', '.join(sorted(files))}."
-        )
+    files = _files(folder)
+    problems += [
+        f"{name} is in the folder, and proof.json has no SHA-256 of it." for name in sorted(files - set(hashes))
+    ]
+    problems += [f"proof.json has a SHA-256 of {name}, which the folder lacks." for name in sorted(set(hashes) - files)]
     for name in sorted(files & set(hashes)):
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != hashes[name]:
@@ -134,6 +285,14 @@ def _unlike_its_proof(folder: Path) -> list[str]:
         if type(bound) not in (int, float) or not 0 <= bound <= LIMIT:
             problems.append(f"proof.json claims {bound} for {kind}, which is not a number from 0 to 65,504.")
     return problems
+
+
+def _files(folder: Path) -> set[str]:
+    """All files at any depth, but for the proof, what is said about the model in README.md and repair.json, and names
+    that begin with a dot: whatever a loader, now or later, makes of the others is covered."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    hidden = {path for path in paths if any(part.startswith(".") for part in path.parts)}
+    return {path.as_posix() for path in paths if path not in hidden} - {"proof.json", "README.md", "repair.json"}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -146,50 +305,45 @@ def _json(path: Path) -> dict[str, Any]:
     return read
 
 
+def _foreign(folder: Path) -> Iterator[str]:
+    """Sentences on what beside config.json and the weights would make the model, or what is drawn from it, another."""
+    for name in sorted(_files(folder)):
+        if name == "adapter_config.json" or name.endswith(".py"):
+            yield f"{name} would change the model, and must not be in the folder."
+    if (folder / "generation_config.json").exists():
+        yield from _objections("generation_config.json", _json(folder / "generation_config.json"), _GENERATION)
+
+
 class _Model:
     """A folder's sizes and tensors; refused where anything in it could make the model another than is assumed here."""
 
     def __init__(self, folder: Path) -> None:
         config = self.config = _json(folder / "config.json")
-        if unknown := sorted(set(config) - set(_KNOWN.split()) - set(_LARGEST)):
-            raise _RefusedError(f"config.json has keys whose effect on the proof is unknown: {', '.join(unknown)}.")
-        self.generation = _GENERATIONS.get(str(config.get("model_type")), 0)
-        ropes = json.dumps([config.get("rope_scaling"), config.get("rope_parameters")])
-        for holds, must in (
-            (self.generation > 0, f"model_type is one of {', '.join(_GENERATIONS)}"),
-            (config.get("hidden_activation") == "gelu_pytorch_tanh", "hidden_activation is gelu_pytorch_tanh"),
-            (config.get("attention_bias") is False, "attention_bias is false"),
-            (config.get("tie_word_embeddings") is True, "tie_word_embeddings is true"),
-            # others, such as yarn, scale cos and sin
-            (set(re.findall(r'type": "([^"]*)"', ropes)) <= {"default", "linear"}, "a rope_type is default or linear"),
-            (not (folder / "adapter_config.json").exists(), "there is no adapter_config.json"),
-        ):
-            if not holds:
-                raise _RefusedError(f"A proof requires that {must}, which does not hold here.")
-        sizes = (int(self._number(key, 1, largest, int)) for key, largest in _LARGEST.items())
-        self.hidden, self.inner, self.heads, self.kv_heads, self.head, self.layers, self.vocabulary = sizes
+        name, kinds = config.get("model_type"), ", ".join(_TYPES)
+        if type(name) is not str or name not in _TYPES:
+            raise _RefusedError(f"model_type in config.json is {_shown(name)}, and must be one of {kinds}.")
+        self.generation = _TYPES[name][1]
+        refused = [*_objections("config.json", config, _settings(config, self.generation)), *_foreign(folder)]
+        if refused:
+            raise _RefusedError(*refused)
+        self.hidden, self.inner, self.heads, self.kv_heads, self.head, self.layers, self.vocabulary = (
+            int(config[key]) for key in _SIZES
+        )
         if self.head % 2 or self.heads % self.kv_heads or self.heads * self.head > 8192:
             raise _RefusedError(
-                "The head size must be even, heads share keys evenly, and heads times head size be at most 8192."
+                f"head_dim, num_attention_heads and num_key_value_heads in config.json are {self.head}, {self.heads} "
+                f"and {self.kv_heads}: the first must be even, the second a multiple of the third, and the product of "
+                "the first two at most 8192."
             )
-        self._number("rms_norm_eps", 2.0**-100, 2.0**100)
         self.scale = self.head**-0.5
         self.score_cap = self.logit_cap = math.inf
         if self.generation > 1:
-            self.scale = self._number("query_pre_attn_scalar", 2.0**-20, 2.0**20) ** -0.5
-            if config.get("attn_logit_softcapping", 0) is not None:
-                self.score_cap = self._number("attn_logit_softcapping", 2.0**-10, LIMIT)
-            if config.get("final_logit_softcapping", 0) is not None:
-                self.logit_cap = self._number("final_logit_softcapping", 2.0**-10, LIMIT)
-        self._open(folder)
-
-    def _number(self, key: str, least: float, largest: float, *kinds: type) -> float:
-        value: Any = self.config.get(key)
-        if type(value) not in (kinds or (int, float)) or not least <= value <= largest:
-            raise _RefusedError(
-                f"{key} in config.json must be a number from {least:.3g} to {largest:.3g}, got {value!r}."
+            self.scale = float(config["query_pre_attn_scalar"]) ** -0.5
+            self.score_cap, self.logit_cap = (
+                math.inf if config[f"{key}_logit_softcapping"] is None else float(config[f"{key}_logit_softcapping"])
+                for key in ("attn", "final")
             )
-        return float(value)
+        self._open(folder)
 
     def _open(self, folder: Path) -> None:
         self._slices: dict[str, Any] = {}
@@ -447,6 +601,7 @@ def main(arguments: list[str]) -> int:
     checked = check(Path(arguments[0]))
     for kind, bound in checked.bounds.items():
         print(f"{kind:28} {bound:12,.0f}")
+    print("Assumed:", *checked.assumptions, sep="\n- ")
     print(*(checked.problems or ["Proved: no prompt makes any tensor overflow float16."]), sep="\n")
     return 1 if checked.problems else 0
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 LIMIT = 65_504
+BESIDE = {"proof.json", "README.md", "repair.json"}
+"""What lies beside a model and decides nothing; all other files are hashed, but for names that begin with a dot."""
 
 
 def write_proof(folder: Path, bounds: Mapping[str, float]) -> Path:
@@ -17,9 +19,9 @@ def write_proof(folder: Path, bounds: Mapping[str, float]) -> Path:
     Bounds above the limit are written too. Raises ValueError for NaN and infinities, OSError for files that cannot be
     read or written.
     """
-    names = sorted(
-        path.name for pattern in ("config.json", "*.safetensors", "*.index.json") for path in folder.glob(pattern)
-    )
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    visible = {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
+    names = sorted(visible - BESIDE)
     proof = {
         "schema": 1,
         "dtype": "float16",

@@ -24,10 +24,12 @@ class Largest:
 class SiteBound:
     """What is known of the magnitudes at one site, as stored in `dtype`.
 
-    `bound`: no prompt of any length exceeds it; inf where it overflows float64. `observed`: the largest magnitude in
+    `bound`: no prompt of any length exceeds it; inf where it overflows float64, and where there is none: `unbounded`
+    says why then. `observed`: the largest magnitude in
     the prompts that were run. `found`: the largest that a hidden state leads to with this layer's weights, which is
     weaker evidence, as no prompt may lead to that state. Both are None where nothing was run, and `found` for the
-    residual stream, which is the hidden state itself. `prompt` says where in which prompt the dtype overflowed, and
+    residual stream, which is the hidden state itself, and for decoders that the kit has no model of its own of.
+    `prompt` says where in which prompt the dtype overflowed, and
     `state` is a vector that makes it overflow when it enters the layer's norm; None where there is none.
     """
 
@@ -42,6 +44,7 @@ class SiteBound:
     found: float | None = None
     prompt: str | None = None
     state: tuple[float, ...] | None = None
+    unbounded: str | None = None
 
     @property
     def kind(self) -> str:

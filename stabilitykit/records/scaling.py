@@ -1,7 +1,7 @@
 """A scaling: the powers of two that multiply a model's parameters and settings, so that it computes the same."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +17,11 @@ class Factor:
     ends: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     added: float = 0.0
 
+    @property
+    def inverse(self) -> "Factor":
+        """What takes it back."""
+        return replace(self, exponents=tuple(-exponent for exponent in self.exponents))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
@@ -26,6 +31,14 @@ class Scaling:
 
     parameters: Mapping[str, Factor] = field(default_factory=dict)
     settings: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def inverse(self) -> "Scaling":
+        """What takes it back: exactly, but for gains c + w that were rounded."""
+        return Scaling(
+            parameters={name: factor.inverse for name, factor in self.parameters.items()},
+            settings={key: -exponent for key, exponent in self.settings.items()},
+        )
 
 
 UNCHANGED = Scaling()

@@ -1,74 +1,133 @@
-"""A repaired checkpoint as a folder that plain transformers runs in float16, and the means to check it.
+"""A repaired model as a folder that plain transformers runs in float16, and the means to check it.
 
 FOLDER/
-  config.json, model.safetensors, tokenizer and generation config
-  repair.json   what was changed, by which factor; hashes and figures, before and after
+  config.json, weights, tokenizer and generation config
+  repair.json   what was changed, by which powers of two; hashes and figures, before and after
   proof.json    of a proved repair: bounds that no prompt can exceed
   README.md     the same for people, the terms of the weights, and how to verify
 """
 
-import math
-from collections.abc import Callable
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
-import torch
 
-from stabilitykit.checkpoints import Checkpoint, GemmaConfig, open_checkpoint
 from stabilitykit.checkpoints.export import write_folder
+from stabilitykit.checkpoints.hub import local_folder
+from stabilitykit.checkpoints.huggingface import CONFIG
 from stabilitykit.choices import ExportDtype
 from stabilitykit.diagnosis.bounds import by_kind
+from stabilitykit.diagnosis.remedies import how_scaled, in_the_way, moved
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.files import check_new, new_folder, write_json
 from stabilitykit.proof.check import check
-from stabilitykit.proof.write import sha256, write_proof
+from stabilitykit.proof.write import write_proof
 from stabilitykit.records.document import to_document
+from stabilitykit.records.repaired_folder import RepairedFolder
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies.original import GemmaOriginal, HuggingFaceOriginal, Original
 from stabilitykit.remedies.repaired import Repair
-from stabilitykit.remedies.rescale import stored_gains
+from stabilitykit.remedies.repaired_folder import write_checked
+from stabilitykit.run.case import Progress
 
-SCHEMA = 2
+SCHEMA = 3
 FACTS = "repair.json"
 
+_LENGTHS = (40, 24, 9)  # tokens of the texts on which a folder is checked
+_CALLED = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}  # settings of GemmaConfig in config.json
 
-def export(
-    before: Checkpoint,
-    repair: Repair,
-    folder: Path,
-    dtype: ExportDtype = "float16",
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Writes `repair` of the checkpoint `before` into the new `folder`, aside and then renamed, and returns it.
 
-    What was written is read back and compared, bit by bit, and a proof is checked, before it gets its name. Raises
-    MisuseError where `folder` holds something already or cannot be written, and for a repair that is not finite or a
-    proof of other weights than float16's; CheckpointError where what was read back is not what was to be written, or a
-    proof is not accepted.
+def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, progress: Progress | None = None) -> Path:
+    """Writes a repaired model into the new `folder`, aside and then renamed, and returns it.
+
+    What was written is loaded again and compared, bit by bit, and a proof is checked, before it gets its name. Raises
+    MisuseError where `folder` holds something already or cannot be written, for a model with an adapter, and for a
+    repair that is not finite or a proof of other weights than float16's; CheckpointError where what was read back is
+    not what was to be written, or a proof is not accepted.
     """
     check_new(folder)
     if repair.bounds and dtype != "float16":
         raise MisuseError("A proof holds for weights stored in float16 only; leave out either --dtype or --proved.")
-    if not repair.ranking.repaired.finite:
+    if not repair.finite:
         raise MisuseError(
-            "The repaired checkpoint is not finite in float16 on the held-out texts, so it is not written. Try a "
-            "larger --margin, or --prompts with texts like those that it has to run."
+            "The repaired model is not finite in float16 on the held-out texts, so it is not written. Try a larger "
+            "--margin, or --prompts with texts like those that it has to run."
         )
-    after = repair.rescaled.checkpoint
-    source = Path(before.source)
     with new_folder(folder) as aside:
-        files = write_folder(after, aside, dtype, source=source if source.is_dir() else None, progress=progress)
-        gains = stored_gains(after, getattr(torch, dtype))
-        facts = _facts(before, repair, dtype, {path.name: sha256(path) for path in files}, gains)
-        write_json(aside / FACTS, facts)
-        (aside / "README.md").write_text(_readme(before, repair, dtype, sum(gains.values())), encoding="utf-8")
-        _compare(open_checkpoint(aside), after, getattr(torch, dtype))
+        written = _write(repair, aside, dtype, progress)
+        write_json(aside / FACTS, _facts(repair, written))
+        (aside / "README.md").write_text(_readme(repair, written), encoding="utf-8")
         if repair.bounds:
             write_proof(aside, {row.worst.kind: row.worst.bound for row in by_kind(repair.bounds)})
             _check(aside)
     return folder
+
+
+def _write(repair: Repair, aside: Path, dtype: ExportDtype, progress: Progress | None) -> RepairedFolder:
+    """Writes the model and checks it in plain transformers, on inputs that nothing was chosen by."""
+    with source_folder(repair.original) as source:
+        made = write_checked(
+            source,
+            in_folder(repair.original, repair.ranking.scaling),
+            aside,
+            _prompts(repair),
+            dtype,
+            trust_remote_code=repair.original.trust_remote_code,
+            progress=progress,
+        )
+    return replace(made, source=repair.original.source)
+
+
+def _prompts(repair: Repair) -> list[list[int]]:
+    """Token ids of held-out texts, of different lengths; a number that draws inputs, for models that read no text."""
+    texts = [one["input_ids"][0].tolist() for one in repair.samples.held_out if "input_ids" in one]
+    return [ids[:length] for ids, length in zip(texts, _LENGTHS, strict=False)] or [[1], [2]]
+
+
+@contextmanager
+def source_folder(original: Original) -> Iterator[Path]:
+    """The Hugging Face folder that a model lies in; of one in another format, or whose text part alone was read, one
+    that is made of it, in float32, for as long as the block lasts.
+    """
+    if isinstance(original, HuggingFaceOriginal):
+        yield local_folder(original.name)
+        return
+    assert isinstance(original, GemmaOriginal)
+    place = Path(original.source.removeprefix("hf:"))
+    if original.source.startswith("hf:"):
+        place = local_folder(str(place))
+    if is_text_folder(place):
+        yield place
+        return
+    with TemporaryDirectory(prefix="stabilitykit-") as made:
+        write_folder(original.checkpoint, Path(made), "float32", source=place if place.is_dir() else None)
+        yield Path(made)
+
+
+def is_text_folder(place: Path) -> bool:
+    """Whether a folder's config names the causal language model of a Gemma's text, and nothing beside it."""
+    try:
+        raw = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    named = raw.get("architectures") or [""]
+    return str(named[0]).endswith("ForCausalLM") and "vision_config" not in raw
+
+
+def in_folder(original: Original, scaling: Scaling) -> Scaling:
+    """`scaling` by the names that plain transformers has for parameters and settings."""
+    if not isinstance(original, GemmaOriginal):
+        return scaling
+    return Scaling(
+        parameters={f"model.{name}": factor for name, factor in scaling.parameters.items()},
+        settings={_CALLED[key]: exponent for key, exponent in scaling.settings.items()},
+    )
 
 
 def _check(folder: Path) -> None:
@@ -78,38 +137,12 @@ def _check(folder: Path) -> None:
         raise CheckpointError(f"The proof was not accepted by its checker: {' '.join(problems)}")
 
 
-def _in_layers(config: GemmaConfig) -> GemmaConfig:
-    """Without what a folder cannot say: how far beyond its last layer the first global one would be."""
-    return replace(config, global_every=min(config.global_every, config.layers + 1))
+def _facts(repair: Repair, written: RepairedFolder) -> dict[str, Any]:
+    return {"schema": SCHEMA, "folder": to_document(written), "ranking": to_document(repair.ranking)}
 
 
-def _compare(written: Checkpoint, wanted: Checkpoint, dtype: torch.dtype) -> None:
-    if _in_layers(written.config) != _in_layers(wanted.config):
-        raise CheckpointError(f"{written.source}: config.json reads back differently from what was written.")
-    for name, tensor in wanted.tensors.items():
-        if not torch.equal(written.tensors[name], tensor.to(dtype)):
-            raise CheckpointError(
-                f"{written.source}: {name} reads back differently from what was written. Is the disk full?"
-            )
-
-
-def _facts(
-    before: Checkpoint, repair: Repair, dtype: str, hashes: dict[str, str], gains: dict[str, int]
-) -> dict[str, Any]:
-    after = repair.rescaled.checkpoint
-    return {
-        "schema": SCHEMA,
-        "remedy": "rescale",
-        "rms_norm_eps": {"before": before.config.rms_eps, "after": after.config.rms_eps},
-        "dtype": dtype,
-        "weights_sha256": hashes,
-        "gains_rounded_in_storage": gains,
-        "ranking": to_document(repair.ranking),
-    }
-
-
-def _readme(before: Checkpoint, repair: Repair, dtype: str, gains: int) -> str:
-    after, ranking = repair.rescaled.checkpoint, repair.ranking
+def _readme(repair: Repair, made: RepairedFolder) -> str:
+    original, ranking = repair.original, repair.ranking
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("stabilitykit.remedies", "."),
         undefined=jinja2.StrictUndefined,
@@ -117,20 +150,20 @@ def _readme(before: Checkpoint, repair: Repair, dtype: str, gains: int) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     ).get_template("readme.md.jinja")
+    scores = {score.name: score for score in ranking.scores}
     return template.render(
-        name=Path(before.source).name,
-        source=before.source,
+        name=Path(original.source.removeprefix("hf:")).name,
+        source=original.source,
         facts=FACTS,
-        dtype=dtype,
-        exponent=round(math.log2(ranking.gamma)),
-        eps=(before.config.rms_eps, after.config.rms_eps),
-        config=before.config,
-        betas=", ".join(f"2^{round(math.log2(beta))}" for beta in ranking.inner),
-        gains=gains,
+        dtype=made.written.dtype,
+        rounded=sum(cast.rounded for cast in made.written.casts.values()),
+        how=how_scaled(ranking),
+        in_the_way=in_the_way(ranking),
+        moved=moved(made.scaling),
         ranking=ranking,
         score=ranking.repaired,
-        plain=ranking["float16"],
-        wide=ranking["bfloat16"],
-        is_random=before.source.startswith("random:"),
+        plain=scores.get("float16"),
+        wide=scores.get("bfloat16"),
+        is_gemma=isinstance(original, GemmaOriginal) and not original.source.startswith("random:"),
         version=version("stabilitykit"),
     )

@@ -13,42 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from stabilitykit.checkpoints import GemmaConfig
 from stabilitykit.models.operators import OperatorMode, Traits
 from stabilitykit.recorder.names import Names, by_operator, site_path
 from stabilitykit.recorder.tensors import floating_of_call
-from stabilitykit.records import Record, Recording
-from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.records import Recording
+from stabilitykit.remedies.remedy import LeftOut, Remedy
+from stabilitykit.remedies.seen import Seen
+from stabilitykit.words import counted
+
+NAME = "float32 islands"
 
 
-@dataclass(frozen=True, slots=True)
-class Islands:
-    """Sites that `dtype` cannot hold, and the most elements that one of them has for each token."""
-
-    dtype: str
-    sites: frozenset[str]
-    channels: int
-
-    def __or__(self, other: "Islands") -> "Islands":
-        return Islands(self.dtype, self.sites | other.sites, max(self.channels, other.channels))
+def float32_islands(seen: Seen) -> Remedy | LeftOut:
+    """Keeps in float32 what overflowed, for any model; left out where nothing did."""
+    if not seen.overflowing:
+        return LeftOut(NAME, "No tensor overflows float16, so none has to be float32.")
+    return keeping_in_float32(seen)
 
 
-def overflowing(recording: Recording, dtype: str) -> Islands:
-    """Of a finite run that says what is stored in 16 bits, the sites of which `dtype` would lose an element."""
-    lost = [r for r in recording if r.stored_dtype == "float16" and r.formats[dtype].overflow]
-    return Islands(dtype, frozenset(record.site for record in lost), max(map(_channels, lost), default=0))
-
-
-def _channels(record: Record) -> int:
-    return record.elements // max(1, record.positions or 1)
-
-
-def float32_islands(islands: Islands, dry: Recording) -> Remedy:
-    """Keeps `islands` in float32. `dry` is a run in 16 bits, without values (`stabilitykit.run.dry_run`), which
-    tells what is stored in 16 bits and which operator makes what a module returns.
-    """
-    layout = _layout(dry)
-    kept = frozenset(layout.operators.get(site, site) for site in islands.sites)
+def keeping_in_float32(seen: Seen) -> Remedy:
+    """What `seen` says is overflowing in float32; where nothing is, no bit changes."""
+    layout = _layout(seen.low)
+    kept = frozenset(layout.operators.get(site, site) for site in seen.overflowing)
 
     @contextmanager
     def around(model: nn.Module) -> Iterator[None]:
@@ -56,14 +42,13 @@ def float32_islands(islands: Islands, dry: Recording) -> Remedy:
             _Keeping(model, kept, layout).attach(stack)
             yield
 
-    def extra(config: GemmaConfig, tokens: int) -> int:
-        return 2 * tokens * islands.channels  # float32 instead of float16, one tensor at a time
+    def extra(tokens: int) -> int:
+        return 2 * tokens * seen.channels  # float32 instead of float16, one tensor at a time
 
-    amount = len(islands.sites)
     return Remedy(
-        name="float32 islands",
-        summary=f"Keeps in float32 the {amount} tensor{'s' * (amount != 1)} that float16 cannot hold, and rounds what "
-        "is made of them to float16.",
+        name=NAME,
+        summary=f"Keeps in float32 the {counted(len(seen.overflowing), 'tensor')} that float16 cannot hold, and rounds "
+        "what is made of them to float16.",
         around=around,
         extra=extra,
         exportable=False,
@@ -80,8 +65,8 @@ class _Layout:
     operators: Mapping[str, str]
 
 
-def _layout(dry: Recording) -> _Layout:
-    made = list(by_operator(dry))
+def _layout(low: Recording) -> _Layout:
+    made = list(by_operator(low))
     return _Layout(
         dtypes={name: record.dtype for name, record in made},
         operators={record.site: name for name, record in made if "/" not in record.site},

@@ -1,7 +1,12 @@
-"""A rescale chosen from bounds instead of peaks, so that no prompt of any length can overflow float16.
+"""A scaling of Gemma 1, 2 or 3 chosen from bounds instead of peaks, so that no prompt can overflow float16.
 
 Bounds scale with the tensors: by γ for whatever a norm reads, by 1 / γ for the final norm's output, and by each layer's
 β for what lies between its `up_proj` and `down_proj`. All other bounds must be within float16's range already.
+
+    generation   weights × γ                          gain 1 + w         final gain   eps
+    1            embed_tokens, o_proj, down_proj      -                  ÷ γ          × γ²
+    2            the same                             post-norms × γ     ÷ γ          × γ²
+    3            the same, and q_proj, k_proj         post-norms × γ     ÷ γ          × γ²
 """
 
 import math
@@ -13,7 +18,8 @@ from stabilitykit.bounds import bound_sites
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.errors import MisuseError
 from stabilitykit.records.bounds import SiteBound
-from stabilitykit.remedies.rescale import Rescaled, rescale
+from stabilitykit.records.scaling import Factor, Scaling
+from stabilitykit.remedies.original import scaled_checkpoint
 from stabilitykit.run.case import Progress
 
 _SMALLEST = 2.0**-24  # γ and β
@@ -24,28 +30,55 @@ Reach = Literal["gamma", "inverse", "inner", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proved:
-    """A rescaled checkpoint, and its bounds, all at most 95% of the float16 maximum."""
+    """A scaling, and the bounds of the scaled checkpoint, all at most 95% of the float16 maximum."""
 
-    rescaled: Rescaled
+    scaling: Scaling
     bounds: Sequence[SiteBound]
 
 
 def prove(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Proved:
-    """The rescale with the largest γ and β for which every bound is within float16's range.
+    """The scaling with the largest γ and β for which every bound is within float16's range.
 
     Raises MisuseError where there is none, and names the tensor that prevents it and the way out.
     """
     gamma, inner = choose_factors(bound_sites(checkpoint, "float16", progress=progress), checkpoint.config)
-    rescaled = rescale(checkpoint, gamma, inner)
-    bounds = bound_sites(rescaled.checkpoint, "float16", progress=progress)
+    scaling = by_norms(checkpoint, gamma, inner)
+    bounds = bound_sites(scaled_checkpoint(checkpoint, scaling), "float16", progress=progress)
     over = [one for one in bounds if not one.bound <= _SHARE * one.limit]
     if over:  # what subnormals add does not scale
         raise MisuseError(_unprovable(over[0], f"scaled by {gamma:g}"))
-    return Proved(rescaled=rescaled, bounds=bounds)
+    return Proved(scaling=scaling, bounds=bounds)
+
+
+def by_norms(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) -> Scaling:
+    """What every norm reads times `gamma`, eps times γ², and what lies between `up_proj` and `down_proj` times `inner`,
+    by layer: powers of two. It has no factors of 2^0.
+    """
+    config, of_gamma = checkpoint.config, _exponent(gamma)
+    matrices = {"embed_tokens": of_gamma, "o_proj": of_gamma, "down_proj": of_gamma}
+    if config.query_key_norm:
+        matrices |= {"q_proj": of_gamma, "k_proj": of_gamma}
+    gains = {"norm": -of_gamma}  # makes up for the head, which is tied to the embedding
+    if config.post_norms:
+        gains |= dict.fromkeys(("post_attention_layernorm", "post_feedforward_layernorm"), of_gamma)
+    parameters = {}
+    for name in checkpoint.tensors:
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        exponent = matrices.get(leaf, 0) + gains.get(leaf, 0)
+        if inner and leaf in ("up_proj", "down_proj"):
+            beta = _exponent(inner[int(name.split(".")[1])])
+            exponent += beta if leaf == "up_proj" else -beta
+        if exponent:
+            parameters[name] = Factor(exponents=(exponent,), added=1.0 if leaf in gains else 0.0)
+    return Scaling(parameters=parameters, settings={"rms_eps": 2 * of_gamma} if of_gamma else {})
+
+
+def _exponent(power: float) -> int:
+    return round(math.log2(power))
 
 
 def choose_factors(bounds: Sequence[SiteBound], config: GemmaConfig) -> tuple[float, tuple[float, ...]]:
-    """γ, and β by layer, from the bounds of the checkpoint before it is rescaled."""
+    """γ, and β by layer, from the bounds of the checkpoint before it is scaled."""
     by_reach: dict[Reach, list[SiteBound]] = {"gamma": [], "inverse": [], "inner": [], "none": []}
     for one in bounds:
         by_reach[reach(one.kind, config)].append(one)
@@ -72,7 +105,7 @@ def choose_factors(bounds: Sequence[SiteBound], config: GemmaConfig) -> tuple[fl
 
 
 def reach(kind: str, config: GemmaConfig) -> Reach:
-    """Which factor of `rescale` scales the tensors of this kind, such as `layers.*.mlp.up_proj`."""
+    """Which factor of `by_norms` scales the tensors of this kind, such as `layers.*.mlp.up_proj`."""
     if kind == "norm":
         return "inverse"
     if kind in ("layers.*.mlp.up_proj", "layers.*.mlp/mul.0"):

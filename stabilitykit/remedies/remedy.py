@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stabilitykit.checkpoints import Checkpoint, GemmaConfig
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies.original import UNCHANGED
 
 Around = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -15,7 +16,7 @@ Around = Callable[[nn.Module], AbstractContextManager[None]]
 class Remedy:
     """`dtype` is the one in which the weights are stored and the model computes.
 
-    `change` returns the checkpoint to load. `around` is entered while the model runs, the kit's own or transformers',
+    `scaling` multiplies weights and settings before they are rounded to it. `around` is entered while the model runs,
     and leaves no trace. `extra` is how many bytes a pass of so many tokens takes in addition to a plain one's.
     `exportable`: the weights and the config carry all of it, so that a folder can.
     """
@@ -23,13 +24,17 @@ class Remedy:
     name: str
     summary: str
     dtype: str = "float16"
-    change: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
+    scaling: Scaling = UNCHANGED
     around: Around = lambda model: nullcontext()
-    extra: Callable[[GemmaConfig, int], int] = lambda config, tokens: 0
+    extra: Callable[[int], int] = lambda tokens: 0
     exportable: bool = True
 
     def __add__(self, other: "Remedy") -> "Remedy":
-        """Both at once: the other's change after this one's, and both around the run in the other's dtype."""
+        """Both at once: this one's scaling, and both around the run in the other's dtype.
+
+        The other must scale nothing.
+        """
+        assert other.scaling == UNCHANGED
 
         @contextmanager
         def around(model: nn.Module) -> Iterator[None]:
@@ -42,8 +47,16 @@ class Remedy:
             name=f"{self.name} + {other.name}",
             summary=f"{self.summary} {other.summary}",
             dtype=other.dtype,
-            change=lambda checkpoint: other.change(self.change(checkpoint)),
+            scaling=self.scaling,
             around=around,
-            extra=lambda config, tokens: self.extra(config, tokens) + other.extra(config, tokens),
+            extra=lambda tokens: self.extra(tokens) + other.extra(tokens),
             exportable=self.exportable and other.exportable,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A remedy that does not apply to a model, and a sentence that says why."""
+
+    name: str
+    why: str

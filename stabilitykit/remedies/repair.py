@@ -1,86 +1,102 @@
-"""A repair: γ from measured peaks, every remedy ranked on other texts."""
+"""A repair: a scaling chosen by measured peaks, every remedy ranked on other inputs."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from stabilitykit.checkpoints import Checkpoint
-from stabilitykit.choices import ExportDtype, check_choice
-from stabilitykit.diagnosis.forecast import forecast
+from stabilitykit.choices import Attention, ExportDtype, check_choice
 from stabilitykit.errors import MisuseError
 from stabilitykit.files import check_new
-from stabilitykit.formats import FLOAT16
 from stabilitykit.models.devices import parse_device
-from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.gemma.subject import GemmaSubject
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import provenance_of
-from stabilitykit.recorder.weights import check_weights
-from stabilitykit.records.remedies import Ranking, Small
+from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers.backend import PREFIX
+from stabilitykit.records.remedies import Change, Ranking
+from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies import REMEDIES
+from stabilitykit.remedies.change import change_of, small
+from stabilitykit.remedies.choose import Choice, choose
 from stabilitykit.remedies.export import export
-from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
+from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal, HuggingFaceOriginal, Original
 from stabilitykit.remedies.proved import prove
 from stabilitykit.remedies.ranking import rank
-from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.repaired import Repair
-from stabilitykit.remedies.rescale import Rescaled, choose_gamma, refuse_folder, rescale, rescaling
-from stabilitykit.run import windows
-from stabilitykit.run.case import Progress, run_case, stage
-from stabilitykit.run.dry_run import dry_run
-from stabilitykit.run.source import checkpoint_of, local_path
-from stabilitykit.run.windows import Texts
+from stabilitykit.remedies.samples import Samples, answer, samples_for
+from stabilitykit.remedies.seen import Seen, look
+from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.source import checkpoint_of
 
 PLAIN = Remedy(name="float16", summary="Plain float16, as it is.")
 
 
 def repair(
-    checkpoint: str | Path | Checkpoint,
-    texts: Texts | None = None,
+    checkpoint: str | Path | Checkpoint | Original,
+    samples: Samples | None = None,
     *,
     prompts: Sequence[str | Path] = (),
     bos: bool = True,
+    inputs: Sequence[str | Path] = (),
     margin: float = 1.0,
     proved: bool = False,
+    approximate: bool = False,
+    ranking: bool = True,
+    ranking_tokens: int | None = None,
     out: str | Path | None = None,
     dtype: ExportDtype = "float16",
     device: str = "cpu",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Repair:
-    """Chooses a rescale γ that keeps a Gemma finite in float16, and ranks it and other remedies on held-out texts.
+    """Scales a model by powers of two so that float16 holds it, and ranks that and other remedies on held-out inputs.
 
-    Everything that a norm reads is scaled by γ, a power of two: float32 logits keep every bit.
+    Weights and settings of the config are multiplied so that the model computes the same function: float32 logits keep
+    every bit.
 
     Args:
-        checkpoint: what `open_checkpoint` takes or returned; `hf:NAME` for a folder in the local Hugging Face cache.
-        texts: the windows of tokens that choose γ and those that rank; the kit's own unless given.
-        prompts: more UTF-8 files whose text has to stay finite; they choose γ and rank nothing.
+        checkpoint: what `open_checkpoint` takes or returned, for the kit's own Gemma; `hf:FOLDER` or `hf:NAME` for
+            whatever transformers runs.
+        samples: the inputs that choose the scaling and those that rank; windows of the kit's own texts unless given.
+        prompts: more UTF-8 files whose text has to stay finite; they choose the scaling and rank nothing.
         bos: `prompts` begin with <bos>.
-        margin: bits of headroom to leave above the largest magnitude seen, at least 0.
-        proved: choose by bounds from the weights instead, so that no prompt of any length overflows.
-        out: a new folder for the repaired checkpoint, which plain transformers loads. It is written only where the
-            result is `finite`.
+        inputs: safetensors files of tensors by the names of the model's arguments, in place of texts. The first
+            chooses, the others rank; one alone does both.
+        margin: bits of headroom to leave above the largest magnitude seen, at least 0. Where they cannot be had, as
+            many as can are left, and `shortfall` says how many are missing.
+        proved: of Gemma 1, 2 and 3: choose by bounds from the weights instead, so that no prompt of any length
+            overflows.
+        approximate: where no exact scaling keeps the model finite, take one that changes what it computes a little, and
+            say by how much.
+        ranking: rank remedies; without it only the scaling is found, and `finite` is what float32 showed.
+        ranking_tokens: rank on about so many tokens instead of 4,608.
+        out: a new folder for the repaired model, which plain transformers loads. It is written only where the result is
+            `finite`.
         dtype: in which the folder's weights are written, float16 or float32; both run in float16.
         device: cpu, cuda or mps.
+        adapter: of `hf:` models, the folder of an adapter that peft reads, such as a LoRA.
+        trust_remote_code: run Python code that an `hf:` folder brings.
         command: the command line to name in the result, if there was one.
         progress: called with (what is being done, how much of it is done, out of how much).
 
     Returns:
-        A Repair: `ranking` with a score for each remedy, the best first; `finite` says whether the repaired checkpoint
-        is.
+        A Repair: `ranking` with a score for each remedy, the best first; `finite` says whether the repaired model is.
 
     Raises:
-        MisuseError: where no γ leaves the margin, naming the tensor that stands in the way; for a folder that exists
-            already, a family that a rescale would change, a file that cannot be read.
-        CheckpointError: for a checkpoint that is damaged, or is no Gemma 1, 2 or 3.
+        MisuseError: for a folder that exists already, a file that cannot be read, a model that reads no text and is
+            given no `inputs`, options that contradict each other, and where no proved repair exists.
+        CheckpointError: for a checkpoint that is damaged, or is not what it was taken for.
 
     >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
     >>> found = repair(tiny)
-    >>> found.finite, found.ranking.gamma  # with γ = 1 nothing had to be changed
-    (True, 1.0)
+    >>> found.finite, found.ranking.change.moved  # nothing had to be changed
+    (True, 0)
     """
     check_choice("dtype", dtype, get_args(ExportDtype))
     if margin < 0:
@@ -88,120 +104,179 @@ def repair(
     device = str(parse_device(device))
     if out is not None:
         check_new(Path(out))
-    opened = checkpoint_to_repair(checkpoint, progress)
-    if texts is None:
-        texts = windows.texts(opened.config, Tokenizer(opened.vocabulary), [Path(one) for one in prompts], bos=bos)
-    found = _repair(opened, texts, margin, proved, device, command, progress)
+    if isinstance(checkpoint, str | Path | Checkpoint):
+        original = open_original(
+            checkpoint, device=device, adapter=adapter, trust_remote_code=trust_remote_code, progress=progress
+        )
+    else:
+        original = checkpoint
+    subject = original.open()
+    if samples is None:
+        samples = samples_for(
+            subject,
+            prompts=[Path(one) for one in prompts],
+            bos=bos,
+            inputs=[Path(one) for one in inputs],
+            held_out=ranking_tokens,
+        )
+    found = _Repairing(original, subject, samples, margin, device, command, progress).run(
+        proved=proved, approximate=approximate, ranking=ranking
+    )
     if out is not None and found.finite:
-        export(opened, found, Path(out), dtype, progress=stage("writing", progress))
+        export(found, Path(out), dtype, progress=progress)
     return found
 
 
-def checkpoint_to_repair(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint:
-    """As `checkpoint_of`, but a family whose function a rescale would change is refused by name."""
-    if not isinstance(checkpoint, Checkpoint):
-        refuse_folder(local_path(checkpoint))
-    return checkpoint_of(checkpoint, progress)
+def open_original(
+    checkpoint: str | Path | Checkpoint,
+    *,
+    device: str = "cpu",
+    attention: Attention | None = "eager",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Original:
+    """The model to repair: transformers' where the name begins with `hf:`, else the kit's own Gemma.
 
-
-def _repair(
-    checkpoint: Checkpoint,
-    texts: Texts,
-    margin: float,
-    proved: bool,
-    device: str,
-    command: str | None,
-    progress: Progress | None,
-) -> Repair:
-    """With `proved` the checkpoint to be carried is the one whose bounds say that no prompt makes it overflow; the
-    measured one is ranked beside it.
+    `attention` is eager unless given: it stores the scores, which fused attention does not, so that what fits there
+    fits in both. Raises as `open_model` does.
     """
-    model = build(checkpoint, device=device)
-    seen = _look(model, texts.choosing, stage("choosing texts", progress))
-    proof = prove(checkpoint, progress=progress) if proved else None
-    measured = _choose(checkpoint, seen, texts.choosing, margin, device, progress)
-    rescaled = measured if proof is None else proof.rescaled
-    remedies = [PLAIN, *REMEDIES]
-    if seen.islands.sites:
-        dry = dry_run(GemmaSubject(model), 1, len(texts.choosing[0]))
-        assert dry is not None  # of the kit's own model
-        remedies.append(float32_islands(seen.islands, dry))
-    del model  # the ranking has one of its own
-    carried = PLAIN
-    if measured.gamma != 1:
-        carried = rescaling(measured.gamma)
-        remedies += [carried, carried + FLOAT32_RESIDUAL]
-    if proof is not None:
-        carried = rescaling(rescaled.gamma, rescaled.inner)
-        remedies.append(carried)
-    scores = rank(checkpoint, remedies, texts.held_out, device=device, progress=progress)
-    ranking = Ranking(
-        gamma=rescaled.gamma,
-        margin=margin,
-        peak=seen.peak,
-        site=seen.site,
-        islands=tuple(sorted(seen.islands.sites)),
-        gains_rounded=dict(rescaled.rounded),
-        before=_small(checkpoint),
-        after=_small(rescaled.checkpoint),
-        carried=carried.name,
-        scores=tuple(scores),
-        **provenance_of(checkpoint, command, device),
-        inner=rescaled.inner,
-        measured=None if proof is None else _small(measured.checkpoint),
-    )
-    return Repair(rescaled=rescaled, ranking=ranking, bounds=() if proof is None else proof.bounds)
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """Of float32 runs: the largest value that float16 would have to store, where it is, that of the final norm, and
-    what float16 could not hold.
-    """
-
-    peak: float
-    site: str
-    final_norm: float
-    islands: Islands
-
-
-def _look(model: Gemma, windows: Sequence[Sequence[int]], announce: Callable[[int, int], None]) -> _Seen:
-    largest, site, final, islands = 0.0, "", 0.0, Islands("float16", frozenset(), 0)
-    for done, window in enumerate(windows):
-        announce(done, len(windows))
-        recording = run_case(model, list(window), formats=("float16",)).recording
-        closest = forecast(recording, "float16").closest
-        if closest is not None and (closest.amax or 0.0) > largest:
-            largest, site = closest.amax or 0.0, closest.site
-        final = max(final, recording.at("norm").amax or 0.0)
-        islands |= overflowing(recording, "float16")
-    return _Seen(largest, site, final, islands)
-
-
-def _choose(
-    checkpoint: Checkpoint,
-    seen: _Seen,
-    windows: Sequence[Sequence[int]],
-    margin: float,
-    device: str,
-    progress: Progress | None,
-) -> Rescaled:
-    """The rescaled checkpoint, once it has been seen to leave the margin."""
-    gamma = choose_gamma(FLOAT16.headroom(seen.peak), FLOAT16.headroom(seen.final_norm), margin)
-    rescaled = rescale(checkpoint, gamma)
-    if gamma == 1:
-        return rescaled
-    model = build(rescaled.checkpoint, device=device)
-    after = _look(model, windows, stage("checking the choice", progress))
-    if FLOAT16.headroom(after.peak) < margin:
-        raise MisuseError(
-            f"A rescale reduces only what norms read: with γ = {gamma:g} the largest magnitude stored in float16 is "
-            f"{after.peak:,.0f}, in {after.site}, which leaves {FLOAT16.headroom(after.peak):.1f} bits of headroom "
-            f"instead of {margin:g}. Try a smaller --margin, or run it in bfloat16."
+    name = str(checkpoint)
+    if not isinstance(checkpoint, Checkpoint) and name.startswith(PREFIX):
+        return HuggingFaceOriginal.of(
+            name.removeprefix(PREFIX),
+            device=device,
+            attention=attention,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+            progress=stage("reading weights", progress),
         )
-    return rescaled
+    if adapter is not None or trust_remote_code:
+        raise MisuseError(
+            "adapter and trust_remote_code apply to transformers' models only; put hf: before the folder or the name."
+        )
+    return GemmaOriginal(checkpoint_of(checkpoint, progress), device)
 
 
-def _small(checkpoint: Checkpoint) -> Small:
-    found = check_weights(checkpoint.tensors.items(), ("float16",))["float16"]
-    return Small(subnormal=found.subnormal, zero=found.zero)
+class _Repairing:
+    """What the steps of a repair share."""
+
+    def __init__(
+        self,
+        original: Original,
+        subject: Subject,
+        samples: Samples,
+        margin: float,
+        device: str,
+        command: str | None,
+        progress: Progress | None,
+    ) -> None:
+        self.original = original
+        self.subject = subject
+        self.samples = samples
+        self.margin = margin
+        self.device = device
+        self.command = command
+        self.progress = progress
+
+    def run(self, *, proved: bool, approximate: bool, ranking: bool) -> Repair:
+        """With `proved` the model to be carried is the one whose bounds say that no prompt makes it overflow; the one
+        chosen by what was measured is ranked beside it.
+        """
+        seen = look(self.original, self.subject, self.samples.choosing, stage("choosing inputs", self.progress))
+        proof = None
+        if proved:
+            if not isinstance(self.original, GemmaOriginal):
+                raise MisuseError("Bounds are those of Gemma 1, 2 and 3 in the kit's own model; leave out --proved.")
+            proof = prove(self.original.checkpoint, progress=self.progress)
+        chosen = choose(self.original, self.subject, self.samples.choosing, self.margin, self.progress)
+        remedies, left_out = self.remedies(seen)
+        carried = self.carry(chosen, None if proof is None else proof.scaling, approximate, remedies)
+        scores = []
+        if ranking:
+            scores = rank(
+                self.original, remedies, self.samples.held_out, reference=self.subject, progress=self.progress
+            )
+        peak, site = chosen.peak, chosen.site
+        if carried.scaling != chosen.exact:
+            after = self.original.open("float32", carried.scaling)
+            again = look(self.original, after, self.samples.choosing, stage("checking the choice", self.progress))
+            peak, site = again.peak, again.site
+        made = Ranking(
+            margin=self.margin,
+            peak=seen.peak,
+            site=seen.site,
+            scaled_peak=peak,
+            scaled_site=site,
+            scaling=carried.scaling,
+            change=self.change(carried.scaling, chosen),
+            islands=tuple(sorted(seen.overflowing)),
+            carried=carried.name,
+            scores=tuple(scores),
+            shortfall=chosen.shortfall,
+            obstacles=chosen.obstacles,
+            left_out={one.name: one.why for one in left_out},
+            measured=None if proof is None else small(self.original, self.subject, chosen.exact),
+            **provenance_of(self.original, self.command, self.device),
+        )
+        return Repair(
+            original=self.original,
+            samples=self.samples,
+            ranking=made,
+            bounds=() if proof is None else proof.bounds,
+        )
+
+    def remedies(self, seen: Seen) -> tuple[list[Remedy], list[LeftOut]]:
+        """Those that apply, the plain run first, and those that do not."""
+        offers = [offer(seen) for offer in REMEDIES]
+        return [PLAIN, *(one for one in offers if isinstance(one, Remedy))], [
+            one for one in offers if isinstance(one, LeftOut)
+        ]
+
+    def carry(self, chosen: Choice, proved: Scaling | None, approximate: bool, remedies: list[Remedy]) -> Remedy:
+        """What a folder carries; adds all scalings to `remedies`."""
+        carried = PLAIN
+        if chosen.exact != UNCHANGED:
+            carried = scaling_remedy(chosen.exact)
+            remedies.append(carried)
+            remedies += [carried + one for one in remedies if one.name == FLOAT32_RESIDUAL.name]
+        if chosen.approximate is not None:
+            nearly = approximate_remedy(chosen.approximate)
+            remedies.append(nearly)
+            carried = nearly if approximate else carried
+        if proved is not None and proved != UNCHANGED:
+            carried = scaling_remedy(proved, proved=True)
+            remedies.append(carried)
+        return carried
+
+    def change(self, scaling: Scaling, chosen: Choice) -> Change:
+        """What `scaling` does, and whether float32 keeps every bit of what it returned on the first choosing input."""
+        counted = change_of(self.original, self.subject, scaling)
+        if scaling == UNCHANGED:
+            return counted
+        announce = stage("comparing float32", self.progress)
+        announce(0, 1)
+        inputs = self.samples.choosing[0]
+        with torch.inference_mode():
+            before = answer(self.subject.module, inputs).values
+            after = answer(self.original.open("float32", scaling).module, inputs).values
+        far = float((after - before).abs().max() / before.abs().max()) if not torch.equal(after, before) else None
+        residual = chosen.residual if scaling == chosen.exact else None
+        return replace(counted, approximate=far, residual=residual)
+
+
+def scaling_remedy(scaling: Scaling, *, proved: bool = False) -> Remedy:
+    """A scaling as a remedy."""
+    summary = "Multiplies weights and settings by powers of two: the same function, to the last bit in float32."
+    if proved:
+        summary += " Chosen from bounds, so that no prompt can make it overflow."
+    return Remedy(name="scaling, proved" if proved else "scaling", summary=summary, scaling=scaling)
+
+
+def approximate_remedy(scaling: Scaling) -> Remedy:
+    return Remedy(
+        name="approximate scaling",
+        summary="Multiplies weights and settings by powers of two where no exact scaling fits: an eps that no setting "
+        "can say, or a bound that never binds, stays as it is, so that what it returns changes a little.",
+        scaling=scaling,
+    )

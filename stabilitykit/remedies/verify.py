@@ -1,42 +1,38 @@
 """An exported repair, checked again: its files against their hashes, its numbers against float32."""
 
 import json
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import CheckpointError, MisuseError
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.proof.check import Checked, check
-from stabilitykit.proof.write import sha256
 from stabilitykit.records.document import from_document
-from stabilitykit.records.remedies import Ranking, Score
-from stabilitykit.remedies.export import FACTS, SCHEMA
-from stabilitykit.remedies.ranking import rank
-from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.records.remedies import Ranking
+from stabilitykit.records.repaired_folder import FolderCheck, RepairedFolder
+from stabilitykit.remedies.export import FACTS, SCHEMA, source_folder
+from stabilitykit.remedies.repair import open_original
+from stabilitykit.remedies.repaired_folder import verify_checked
 from stabilitykit.run.case import Progress, stage
-from stabilitykit.run.windows import texts
-
-TOLERANCE = 0.1  # of the mean KL: kernels of another processor sum in another order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """`score` is that of the folder's weights, `promised` the mean KL in repair.json, `problems` are sentences."""
+    """`check` is what was compared, and whether with the original; `problems` are sentences."""
 
-    score: Score
-    promised: float | None
+    check: FolderCheck
     problems: tuple[str, ...]
 
 
-def verify(folder: str | Path, *, progress: Progress | None = None) -> Verified:
-    """Checks a repaired checkpoint's files against their hashes, and its logits against those of the original.
+def verify(folder: str | Path, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Verified:
+    """Checks a repaired model's files against their hashes, and what it computes against the original, bit by bit.
 
-    The original is opened again, and the comparison repeated on the same held-out texts.
+    Without the original, the folder with its scaling undone takes its place, and the result says so.
 
     Args:
         folder: what `repair(..., out=folder)` wrote.
+        trust_remote_code: run Python code that the folder brings.
         progress: called with (what is being done, how much of it is done, out of how much).
 
     Returns:
@@ -55,30 +51,27 @@ def verify(folder: str | Path, *, progress: Progress | None = None) -> Verified:
     ()
     """
     folder = Path(folder)
-    facts = read_facts(folder)
-    problems = [
-        f"{name} has changed since it was written: its SHA-256 differs"
-        for name, wanted in facts["weights_sha256"].items()
-        if not (folder / name).is_file() or sha256(folder / name) != wanted
-    ]
-    ranking = from_document(Ranking, facts["ranking"])
-    before, after = open_checkpoint(ranking.checkpoint), open_checkpoint(folder)
-    if before.sha256 != ranking.sha256:
-        raise CheckpointError(
-            f"{folder} was made from {ranking.checkpoint} with SHA-256 {ranking.sha256[:12]}, which now has "
-            f"{before.sha256[:12]}. Bring the original back."
+    facts, ranking = read_facts(folder)
+    with ExitStack() as stack:
+        place = _source(ranking, stack, trust_remote_code, progress)
+        check, problems = verify_checked(
+            folder, replace(facts, source=place), trust_remote_code=trust_remote_code, progress=progress
         )
-    if after.config.rms_eps != facts["rms_norm_eps"]["after"]:
-        problems.append(f"rms_norm_eps is {after.config.rms_eps:g} and was {facts['rms_norm_eps']['after']:g}")
-    promised = ranking.repaired.kl_mean
-    exported = Remedy(name="this folder", summary="The exported weights in float16.", change=lambda checkpoint: after)
-    windows = texts(before.config, Tokenizer(before.vocabulary)).held_out
-    (score,) = rank(before, [exported], windows, progress=progress)
-    if not score.finite or score.kl_mean is None:
-        problems.append("in float16 it is not finite")
-    elif promised is not None and score.kl_mean > promised * (1 + TOLERANCE):
-        problems.append(f"its mean KL to float32 is {score.kl_mean:.3g} and was {promised:.3g}")
-    return Verified(score=score, promised=promised, problems=tuple(problems))
+    return Verified(check=check, problems=problems)
+
+
+def _source(ranking: Ranking, stack: ExitStack, trust_remote_code: bool, progress: Progress | None) -> str:
+    """Where the original lies, for as long as `stack` lasts; a name that is no folder's where it is not to be had."""
+    try:
+        original = open_original(ranking.checkpoint, trust_remote_code=trust_remote_code, progress=progress)
+    except MisuseError:
+        return ranking.checkpoint
+    if original.sha256 != ranking.sha256:
+        raise CheckpointError(
+            f"The original, {ranking.checkpoint}, had the SHA-256 {ranking.sha256[:12]} and now has "
+            f"{original.sha256[:12]}. Bring it back, or move what is there away, to verify without it."
+        )
+    return str(stack.enter_context(source_folder(original)))
 
 
 def verify_proof(folder: str | Path, *, progress: Progress | None = None) -> Checked:
@@ -110,15 +103,17 @@ def verify_proof(folder: str | Path, *, progress: Progress | None = None) -> Che
     return check(Path(folder), progress=stage("proving layers", progress))
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> tuple[RepairedFolder, Ranking]:
     """What repair.json says. Raises MisuseError where there is none, or one of another version."""
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if facts["schema"] != SCHEMA:
+            raise MisuseError(f"{folder / FACTS} has schema {facts['schema']}, and this version reads {SCHEMA}.")
+        return from_document(RepairedFolder, facts["folder"]), from_document(Ranking, facts["ranking"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, MisuseError):
+            raise
         raise MisuseError(
-            f"{folder} has no {FACTS} that can be read, so it is no repaired checkpoint. Make one with `stabilitykit "
+            f"{folder} has no {FACTS} that can be read, so it is no repaired model. Make one with `stabilitykit "
             "repair --out`."
         ) from None
-    if facts.get("schema") != SCHEMA:
-        raise MisuseError(f"{folder / FACTS} has schema {facts.get('schema')}, and this version reads {SCHEMA}.")
-    return facts

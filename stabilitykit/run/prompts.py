@@ -16,19 +16,25 @@ Source code is Python's own and differs between its versions: a prompt's SHA-256
 import argparse
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.words import quoted
 
-if TYPE_CHECKING:
-    from stabilitykit.models.gemma.tokenizer import Tokenizer
+
+class Reads(Hashable, Protocol):
+    """A tokenizer, the kit's own or transformers'."""
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]: ...
+
+    def piece(self, token: int) -> str: ...
+
 
 DIGITS = 33_000  # one token each: a context of 32,768 tokens, and to spare
 
@@ -74,7 +80,7 @@ def parse_prompt(name: str, folder: Path) -> Prompt:
     raise MisuseError(f"Unknown prompt {name!r:.80}; choose one of: {', '.join(_forms())}.")
 
 
-def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | None) -> list[int]:
+def tokens(prompt: Prompt, tokenizer: Reads, *, bos: bool, length: int | None) -> list[int]:
     """The first `length` token ids of the prompt, `<bos>` among them if asked for; all of them for None.
 
     The text is tokenised whole, so a shorter prompt is always a prefix of a longer one. Raises MisuseError for a length
@@ -105,7 +111,7 @@ def tokens(prompt: Prompt, tokenizer: "Tokenizer", *, bos: bool, length: int | N
 
 
 @lru_cache(maxsize=16)  # an experiment asks for the same few texts in every dtype, length and with and without <bos>
-def _encoded(tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
+def _encoded(tokenizer: Reads, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, bos=False))
 
 

@@ -215,7 +215,7 @@ def _opened(subject: Subject, prompt: _Prompt) -> Source:
         if tokenizer is None:
             raise MisuseError("A prompt is read by the model's tokenizer, and this model was built without one.")
         tokens = prompt.tokens(tokenizer.encode, partial(tokenizer.chat, generation=subject.module.config.generation))
-    elif isinstance(subject, hf.HuggingFaceModel):
+    elif isinstance(subject, hf.HuggingFaceModel) and subject.tokenizer is not None:
         tokens = prompt.tokens(subject.tokenizer.encode, subject.tokenizer.chat)
     else:
         raise MisuseError(f"Expected a checkpoint's name or a model from open_model(), got {type(subject).__name__}.")

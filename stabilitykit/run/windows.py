@@ -4,44 +4,73 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stabilitykit.checkpoints import GemmaConfig
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.run.prompts import parse_prompt, tokens
+from stabilitykit.run.prompts import Reads, parse_prompt, tokens
 
 KINDS = ("prose", "code", "scripts")
-WINDOW = 512  # tokens, `<bos>` among them
+WINDOW = 512  # tokens at most, what a text begins with among them
 HELD_OUT = 3  # windows of each kind: 4,608 tokens in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Windows of tokens, each after `<bos>`. No token of a held-out one stands in a choosing one."""
+    """Windows of tokens, each after what a text begins with, `<bos>` for most. No token of a held-out one stands in a
+    choosing one.
+    """
 
     choosing: tuple[tuple[int, ...], ...]
     held_out: tuple[tuple[int, ...], ...]
 
 
-def texts(config: GemmaConfig, tokenizer: Tokenizer, files: Sequence[Path] = (), *, bos: bool = True) -> Texts:
-    """Of each of `KINDS` the first window chooses and the next ones are held out; the user's `files` choose too, after
-    `<bos>` or without it.
+def texts(
+    context: int,
+    tokenizer: Reads,
+    files: Sequence[Path] = (),
+    *,
+    bos: bool = True,
+    held_out: int | None = None,
+) -> Texts:
+    """Of each of `KINDS` the first window chooses and the next ones are held out: three, or as many as have `held_out`
+    tokens, a third of each kind. The user's `files` choose too, after `<bos>` or without it. No window is longer than
+    the `context`.
 
-    Raises MisuseError for a file that cannot be read, or that has no text.
+    Raises MisuseError for fewer than a token of each kind, a file that cannot be read, or that has no text.
     """
-    length = min(WINDOW, config.context)
-    choosing, held_out = [], []
+    begin = beginning(tokenizer)
+    length = min(WINDOW, context)
+    own = length - len(begin)  # tokens of the text in a window
+    lengths = [length] * HELD_OUT if held_out is None else _lengths(held_out // len(KINDS), length, len(begin) + 1)
+    if not lengths:
+        least = len(KINDS) * (len(begin) + 1)
+        raise MisuseError(f"Three texts are ranked on, and take at least {least} tokens; {held_out} are fewer.")
+    choosing, held = [], []
     for kind in KINDS:
         prompt = parse_prompt(kind, Path())
-        first, *ids = tokens(prompt, tokenizer, bos=True, length=1 + (length - 1) * (HELD_OUT + 1))
-        windows = [(first, *ids[start : start + length - 1]) for start in range(0, len(ids), length - 1)]
-        choosing.append(windows[0])
-        held_out += windows[1:]
+        ids = tokens(prompt, tokenizer, bos=False, length=own + sum(one - len(begin) for one in lengths))
+        choosing.append((*begin, *ids[:own]))
+        at = own
+        for one in lengths:
+            held.append((*begin, *ids[at : at + one - len(begin)]))
+            at += one - len(begin)
     for file in files:
         prompt = parse_prompt(f"@{file.absolute()}", Path())
-        found = tokens(prompt, tokenizer, bos=bos, length=None)
-        if len(found) > config.context:
+        found = (*(begin if bos else ()), *tokens(prompt, tokenizer, bos=False, length=None))
+        if len(found) > context:
             raise MisuseError(
-                f"{file} has {len(found):,} tokens, and the model's context holds {config.context:,}; shorten it."
+                f"{file} has {len(found):,} tokens, and the model's context holds {context:,}; shorten it."
             )
-        choosing.append(tuple(found))
-    return Texts(choosing=tuple(choosing), held_out=tuple(held_out))
+        choosing.append(found)
+    return Texts(choosing=tuple(choosing), held_out=tuple(held))
+
+
+def beginning(tokenizer: Reads) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts before a text, such as `<bos>`; none for some."""
+    text, plain = tokenizer.encode("a", bos=True), tokenizer.encode("a", bos=False)
+    starts = [start for start in range(len(text)) if text[start : start + len(plain)] == plain]
+    return tuple(text[: starts[0]]) if starts else ()
+
+
+def _lengths(total: int, longest: int, least: int) -> list[int]:
+    """`total` tokens in as few windows as possible, all but the last of them full; fewer than `least` are left out."""
+    full, rest = divmod(total, longest)
+    return [longest] * full + ([rest] if rest >= least else [])

@@ -30,6 +30,21 @@ def scaled(tensor: Tensor, factor: Factor) -> Tensor:
     return (wide + factor.added) * times - factor.added if factor.added else wide * times
 
 
+def of_rows(factor: Factor, start: int, stop: int) -> Factor:
+    """The factor of the rows from `start` up to `stop` of a tensor that `factor` multiplies."""
+    ends = factor.ends.get(0)
+    if ends is None:
+        return factor
+    starts = (0, *ends[:-1])
+    kept = [index for index, (first, end) in enumerate(zip(starts, ends, strict=True)) if first < stop and end > start]
+    each = len(factor.exponents) // len(ends)
+    return Factor(
+        exponents=factor.exponents[kept[0] * each : (kept[-1] + 1) * each],
+        ends={**factor.ends, 0: tuple(min(ends[index], stop) - start for index in kept)},
+        added=factor.added,
+    )
+
+
 def rounded(tensor: Tensor, factor: Factor) -> int:
     """How many gains c + w of `tensor` come out other than 2^e (c + w) when they are scaled."""
     if not factor.added:

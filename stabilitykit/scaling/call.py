@@ -19,7 +19,8 @@ BEYOND = 6e4  # a constant of this magnitude stands for infinity: a mask's minim
 @dataclass(slots=True)
 class Known:
     """What a trace knows of a tensor: its exponents; the parameter of which it is a view, if that is all it is; of
-    which row of which parameter's dimension its elements were made; the operator that made it, and how many ran before.
+    which row of which parameter's dimension its elements were made; the operator that made it, and how many ran before;
+    and by which number it was multiplied last, if no setting changes that.
     """
 
     shadow: Shadow = ZERO
@@ -27,6 +28,7 @@ class Known:
     rows: "Rows | None" = None
     site: str | None = None
     at: int = 0
+    constant: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

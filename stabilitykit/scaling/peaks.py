@@ -12,7 +12,7 @@ from stabilitykit.scaling.exponents import Expression
 from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import MOVES
 from stabilitykit.scaling.shadows import values
-from stabilitykit.scaling.trace import Graph, Run, peaks_of
+from stabilitykit.scaling.trace import Graph, Run, peaks_of, result_site
 
 Peaks = dict[Expression, tuple[float, str]]
 """By exponent, the largest finite magnitude that a 16-bit run would store, and the operator that makes it."""
@@ -46,9 +46,11 @@ class _Measuring(Following):  # type: ignore[no-untyped-call]
         self.found = found
 
     def after(self, name: str, site: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if site in self.graph.stored and name not in MOVES:
-            for tensor in numbers(output):
-                self._look(site, tensor)
+        if name not in MOVES:
+            for place, tensor in enumerate(numbers(output)):
+                own = result_site(site, place)
+                if own in self.graph.stored:
+                    self._look(own, tensor)
 
     def _look(self, site: str, tensor: Tensor) -> None:
         shadow = self.graph.stored[site].shadow

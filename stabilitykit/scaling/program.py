@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from stabilitykit.formats import FLOAT16, NumberFormat
@@ -260,12 +260,12 @@ class _Problem:
         """By how many bits a tensor with this peak may grow."""
         return math.log2(self.target.largest) - self.margin - math.log2(peak)
 
-    def solved(self) -> NDArray[np.float64]:
+    def solved(self, *, in_integers: bool = True) -> NDArray[np.float64]:
         costs = np.zeros(self.rows.width)
         for column, price in self.cost.items():
             costs[column] = price
         integral = np.zeros(self.rows.width)
-        integral[list(self.integers)] = 1
+        integral[list(self.integers)] = in_integers
         found = milp(
             costs,
             constraints=LinearConstraint(self.rows.matrix(), self.rows.low, self.rows.high),
@@ -352,20 +352,8 @@ def cheapest_to_give_up(
     for expression, (peak, _) in peaks.items():
         if expression != ZERO and peak > 0:
             problem.rows.add(problem.terms(expression), -math.inf, problem.room(peak))
-    costs = np.zeros(problem.rows.width)
-    for column, price in problem.cost.items():
-        costs[column] = price
-    low, high = np.array(problem.rows.low), np.array(problem.rows.high)
-    matrix = problem.rows.matrix()
-    equal = low == high
-    found = linprog(
-        costs,
-        A_ub=matrix[~equal],
-        b_ub=high[~equal],
-        A_eq=matrix[equal],
-        b_eq=low[equal],
-        bounds=np.column_stack([problem.low, problem.high]),
-    )
-    if found.x is None:
+    try:
+        found = problem.solved(in_integers=False)
+    except UnsolvableError:
         return []
-    return [one for more, less, one in problem.soft if abs(found.x[more] - found.x[less]) > _TOLERANCE]
+    return [one for more, less, one in problem.soft if abs(found[more] - found[less]) > _TOLERANCE]

@@ -1,7 +1,7 @@
 """An experiment -> every case, spelled out and checked before the first one runs."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +11,7 @@ from stabilitykit.checkpoints.config import GemmaConfig, released
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.machine import provenance_of
+from stabilitykit.models.machine import Examined, provenance_of
 from stabilitykit.records.sweep import Case, CaseKind, Plan
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
@@ -50,13 +50,15 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
     )
 
 
-def plan_without_cases(checkpoint: Checkpoint, *, name: str, title: str, command: str, sections: Sequence[str]) -> Plan:
+def plan_without_cases(
+    checkpoint: Examined, config: Mapping[str, Any], *, name: str, title: str, command: str, sections: Sequence[str]
+) -> Plan:
     """For a folder whose report holds other findings than a sweep's."""
     return Plan(
         name=name,
         title=title,
         source="",
-        config=asdict(checkpoint.config),
+        config=dict(config),
         cases=(),
         sections=tuple(sections),
         **provenance_of(checkpoint, command, "cpu"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stabilitykit.bounds import bound
+from stabilitykit.bounds import mlp
 from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.diagnosis.bounds import by_kind, folded
@@ -19,7 +19,7 @@ PROMPT = torch.tensor([[2, 818, 5279, 529, 7001, 563, 9079, 236761, 108, 236777,
 @pytest.fixture(scope="module")
 def bounds(checkpoint_270m: Checkpoint) -> list[SiteBound]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bound, "_REFINED", 4)  # of 48: seconds that the sizes below do not need
+        patch.setattr(mlp, "_REFINED", 4)  # of 48: seconds that the sizes below do not need
         return bound_sites(checkpoint_270m, "float32")
 
 

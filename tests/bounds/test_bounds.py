@@ -9,7 +9,6 @@ from bounds.weights import (
     SHAPES,
     bounds_and_states,
     exceeding,
-    gelu_dip,
     largest_of_prompts,
     largest_of_states,
     plain,
@@ -18,8 +17,10 @@ from bounds.weights import (
     random_states,
     values,
 )
+from remedied import rescale
+from torch import Tensor
 
-from stabilitykit.bounds import bound, inequalities
+from stabilitykit.bounds import attention, inequalities
 from stabilitykit.bounds.arithmetic import Arithmetic, Ball
 from stabilitykit.bounds.gated_sum import GatedSum, largest_first
 from stabilitykit.bounds.hidden_states import confirm
@@ -28,7 +29,6 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
-from stabilitykit.remedies.rescale import rescale
 
 GENERATIONS = (1, 2, 3)
 
@@ -50,7 +50,7 @@ def test_every_tensor_stored_in_16_bits_has_a_bound(generation: int) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("change", [lambda c: c, planted, lambda c: rescale(planted(c), 2.0**-5).checkpoint])
+@pytest.mark.parametrize("change", [lambda c: c, planted, lambda c: rescale(planted(c), 2.0**-5)])
 def test_no_prompt_and_no_hidden_state_exceeds_a_bound(
     dtype: str, generation: int, shape: str, change: Callable[[Checkpoint], Checkpoint]
 ) -> None:
@@ -124,13 +124,50 @@ def test_half_of_the_largest_eigenvalue_is_found_out(monkeypatch: pytest.MonkeyP
     assert any(site.endswith("down_proj") for site in violations(plain(3, SHAPES[1])))
 
 
+def test_a_box_is_reached_in_a_corner() -> None:
+    rows, largest = torch.randn(5, 7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)
+    corners = rows.sign() * largest
+    assert torch.allclose((rows * corners).sum(1), inequalities.boxed(rows, largest))
+
+
+def test_biases_become_a_channel_and_vectors_stay_in_the_ball() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows, bias, ball = drawn(6, 9), 30 * drawn(6), Ball(drawn(9).abs(), 3.0)
+    widened, (joined,) = inequalities.with_biases(ball, (rows, bias))
+    y = ball.gain * torch.nn.functional.normalize(drawn(40, 9)) * ball.radius
+    kappa = (bias / joined[:, -1])[0]
+    more = torch.cat((y, kappa.expand(40, 1)), 1)
+    assert torch.allclose(more @ joined.T, y @ rows.T + bias)
+    assert ((more / widened.gain).norm(dim=1) <= widened.radius * (1 + 1e-12)).all()
+    bound = inequalities.linear(joined, widened)
+    assert (bound >= inequalities.linear(rows, ball) + bias.abs()).all()
+    assert (bound <= 1.5 * (inequalities.linear(rows, ball) + bias.abs())).all()
+    none = inequalities.with_biases(ball, (rows, torch.zeros(6, dtype=torch.float64)))[0]
+    assert none.radius == pytest.approx(ball.radius)
+
+
+def test_activations_are_close_to_a_ramp() -> None:
+    x = torch.linspace(-12, 12, 400_001)
+    for name, made in (
+        ("gelu", torch.nn.functional.gelu(x)),
+        ("gelu", torch.nn.functional.gelu(x, approximate="tanh")),
+        ("silu", torch.nn.functional.silu(x)),
+    ):
+        assert 0.99 * inequalities.DIPS[name] < (made - x.clamp(min=0)).abs().max() < inequalities.DIPS[name]
+        assert (made <= x.clamp(min=0)).all()
+
+
 def test_every_inequality_is_among_those_that_were_halved() -> None:
     own = {
         name
         for name, value in vars(inequalities).items()
         if getattr(value, "__module__", "") == inequalities.__name__ and not name.startswith("_")
     }
-    assert own == set(FUNCTIONS)
+    assert own == set(FUNCTIONS) | {"boxed", "with_biases"}  # which have tests of their own
 
 
 def test_the_cheap_bound_is_above_the_exact_one_for_every_row() -> None:
@@ -167,13 +204,9 @@ def test_the_largest_bounds_are_refined_first() -> None:
     assert found.tolist() == [1.5, 5.0, 3.0, 2.5]
 
 
-def test_gelu_is_close_to_a_ramp() -> None:
-    assert 0.1700 < gelu_dip(torch.linspace(-12, 12, 400_001)) < inequalities.GELU_DIP
-
-
 def test_rounded_probabilities_sum_to_little_more_than_one() -> None:
     arithmetic = Arithmetic.of(FLOAT16)
-    allowed = bound.attention_weights(arithmetic, 4096)
+    allowed = attention.attention_weights(arithmetic, 4096)
     for scores in (torch.zeros(4096), torch.randn(4096), torch.linspace(-9, 0, 4096)):
         assert float(torch.softmax(scores, 0).half().double().sum()) <= allowed
     assert 1 < allowed < 1.002

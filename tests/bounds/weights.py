@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 from remedied import SPECS, small
-from torch import Tensor
 
 from stabilitykit.bounds.bound import bound_sites
 from stabilitykit.bounds.hidden_states import States, confirm, confirm_head, states_of, stored_in
@@ -99,9 +98,3 @@ def exceeding(bounds: dict[str, SiteBound], found: dict[str, float]) -> dict[str
         for site, value in found.items()
         if site in bounds and value > bounds[site].bound
     }
-
-
-def gelu_dip(x: Tensor) -> float:
-    """How far gelu in its tanh form is from max(x, 0) at most, over these x."""
-    made = torch.nn.functional.gelu(x, approximate="tanh")
-    return float((made - x.clamp(min=0)).abs().max())

@@ -1,6 +1,7 @@
 """What the commands print, to the letter; and the bar that shows only where work is long and somebody looks."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -35,19 +36,18 @@ A token or a channel is lost where any of its elements is inf or NaN.
 
 RANKING = """\
 Closest to float32 is float32 residual, 100 times as close as bfloat16; it needs code around the
-model, which no folder carries. What a folder carries is rescale 2^-2, 50 times as close as
-bfloat16.
+model, which no folder carries. What a folder carries is scaling, 50 times as close as bfloat16.
 
-Rescaled by 0.25, the largest value that float16 must store, 100,000 in layers.1, becomes 25,000.
-Nothing is rounded in float32, where logits keep every bit. In float16 15 more weights are
-subnormal, 25 in all, and 2 more become zero. Of rescale 2^-2's mean KL one token among 1,000 makes
-up 25%: there it is 0.005.
+The repair scales 4 of 30 parameters by powers of two and rms_norm_eps by 2^-4: the largest value
+that float16 must store, 100,000 in layers.1, becomes 25,000. Nothing is rounded in float32, where
+logits keep every bit. In float16 15 more weights are subnormal, 25 in all, and 2 more become zero.
+Of scaling's mean KL one token among 1,000 makes up 25%: there it is 0.005.
 
 Against float32, over 1,000 held-out tokens
                    mean                                        headroom  weights   extra
 remedy               KL      ±    99% largest top-1 perplexity   [bits]  [bytes] [bytes]  time
 float32 residual 1.0e-5 1.0e-5 2.0e-3  4.0e-3 99.0%    +0.010%      1.5 1.00 MiB     0 B 1.00×
-rescale 2^-2     2.0e-5 1.0e-5 2.0e-3  5.0e-3 99.0%    +0.010%      1.5 1.00 MiB     0 B 1.00×
+scaling          2.0e-5 1.0e-5 2.0e-3  5.0e-3 99.0%    +0.010%      1.5 1.00 MiB     0 B 1.00×
 bfloat16         1.0e-3 1.0e-5 2.0e-3  4.0e-3 99.0%    +0.010%      1.5 1.00 MiB     0 B 1.00×
 float16               –      –      –       –     –          –        – 1.00 MiB     0 B 1.00×
 """
@@ -147,10 +147,16 @@ def test_a_bar_stays_away_from_short_work(messages: io.StringIO, monkeypatch: py
     assert messages.getvalue() == ""
 
 
-def test_a_bar_stays_out_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_pipe_long_work_is_a_line_for_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(screen, "messages", Console(file=out))
     monkeypatch.setattr(screen, "_PATIENCE", -1.0)
     with screen.progress_bar() as progress:
         progress("reading weights", 1, 4)
     assert out.getvalue() == ""
+    monkeypatch.setattr(screen, "_LONG", -1.0)
+    with screen.progress_bar() as progress:
+        for done in range(4):
+            progress("reading weights", done, 4)
+        progress("held-out texts: scaling", 0, 2)
+    assert re.sub(r"\d+ s", "_ s", out.getvalue()) == "_ s: reading weights\n_ s: held-out texts: scaling\n"

@@ -43,6 +43,9 @@ def test_it_is_proved_without_the_original(stabilitykit: Run, proved: Path) -> N
     document = json.loads(stabilitykit("verify", str(proved), "--proof", "--json").out)
     assert document["proved"] is True
     assert 0 < document["bounds"]["residual"] < 65504
+    assumed = document["assumptions"]
+    assert len(assumed) > 5
+    assert all(one in " ".join(found.out.split()) for one in assumed)
     assert "`proof.json` holds the bounds" in " ".join((proved / "README.md").read_text().split())
     assert "stabilitykit verify THIS_FOLDER --proof" in (proved / "README.md").read_text()
 

@@ -126,34 +126,224 @@ def test_a_folder_that_can_break_is_not_proved_whatever_it_claims(folder: Path, 
         assert any(problem.startswith(f"{kind} may reach ") for problem in checked.problems)
 
 
+NAN, INF = float("nan"), float("inf")
+# Of a Gemma 3: what to write into config.json, the key that is named, and what is allowed.
+TAMPERED: list[tuple[dict[str, Any], str, str]] = [
+    *(
+        ({name: value}, name, "must be a number from 1 to 1.1e+12")
+        for name in ("rope_theta", "rope_local_base_freq")
+        for value in (0, -1e4, 0.5, NAN, INF, 1e-45, "10000", True, None, [1e4], 10**400)
+    ),
+    *(
+        ({"rope_scaling": {"rope_type": "linear", "factor": value}}, "rope_scaling.factor", "must be a number from 1")
+        for value in (0, -8.0, 0.5, NAN, INF, "8", True, None)
+    ),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor", "is missing"),
+    *(
+        ({"rope_scaling": {key: value, "factor": 8.0}}, f"rope_scaling.{key}", 'must be "default" or "linear"')
+        for key in ("rope_type", "type")
+        for value in ("yarn", "dynamic", "longrope", "llama3", "proportional", "su", "", 1, None)
+    ),
+    *(
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, key: value}}, f"rope_scaling.{key}", "left out")
+        for key, value in (("attention_factor", 2.0), ("partial_rotary_factor", 0.5), ("mscale", 1.0), ("rope_dim", 2))
+    ),
+    ({"rope_scaling": {"rope_theta": 0}}, "rope_scaling.rope_theta", "must be a number from 1"),
+    ({"rope_scaling": [8.0]}, "rope_scaling", "must be an object or null"),
+    ({"rope_parameters": 1e4}, "rope_parameters", "must be an object or null"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type", "left out"),
+    *(
+        ({"rope_parameters": {kind: {"rope_theta": value}}}, f"rope_parameters.{kind}.rope_theta", "must be a number")
+        for kind in ("full_attention", "sliding_attention")
+        for value in (0, NAN, -INF, "1e4", False)
+    ),
+    ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+     "rope_parameters.full_attention.rope_type", "must be"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 0}}},
+     "rope_parameters.full_attention.factor", "must be a number from 1"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "left out"),
+    ({"text_config": {"rope_theta": 0}}, "text_config", "left out"),
+    *(({"sliding_window": value}, "sliding_window", "must be a whole number from 1 to") for value in
+      (0, -4, 4.0, NAN, INF, "4", True, None, [4], 2**40)),
+    *(({"layer_types": value}, "layer_types", 'must be a list of 3, each "full_attention" or "sliding_attention"')
+      for value in ([], ["full_attention"] * 2, ["full_attention"] * 4, ["chunked_attention"] * 3, ["linear_attention",
+                    "full_attention", "full_attention"], "full_attention", [None] * 3, {"0": "full_attention"})),
+    *(({"sliding_window_pattern": value}, "sliding_window_pattern", "must be a whole number") for value in (0, 1.5)),
+    *(
+        ({key: value}, key, "must be a number from 0.0009766 to 6.55e+04, or null")
+        for key in ("attn_logit_softcapping", "final_logit_softcapping")
+        for value in (0, -50.0, 1e-40, NAN, INF, "50", True, [50.0])
+    ),
+    *(({"rms_norm_eps": value}, "rms_norm_eps", "must be a number from 8.272e-25 to 4.295e+09") for value in
+      (0.0, -1e-6, 1e-40, 1e30, NAN, INF, "1e-6", True, None, [1e-6])),
+    *(({"query_pre_attn_scalar": value}, "query_pre_attn_scalar", "must be a number from") for value in
+      (0, -256, NAN, INF, "256", True, None)),
+    *(({"max_position_embeddings": value}, "max_position_embeddings", "must be a whole number") for value in
+      (0, -1, 2**30, NAN, "32768", True)),
+    ({"attention_dropout": 0.1}, "attention_dropout", "must be 0.0 or 0"),
+    ({"dtype": "bfloat16"}, "dtype", 'must be "float16"'),
+    ({"torch_dtype": "float32"}, "torch_dtype", 'must be "float16"'),
+    ({"architectures": ["LlamaForCausalLM"]}, "architectures", 'each "Gemma3ForCausalLM"'),
+    ({"model_type": "gemma4"}, "model_type", "must be one of gemma, gemma2, gemma3_text"),
+    ({"model_type": ["gemma"]}, "model_type", "must be one of gemma, gemma2, gemma3_text"),
+    ({"hidden_activation": "relu"}, "hidden_activation", 'must be "gelu_pytorch_tanh"'),
+    ({"hidden_act": "silu"}, "hidden_act", 'must be "gelu_pytorch_tanh"'),
+    ({"attention_bias": True}, "attention_bias", "must be false"),
+    ({"attention_bias": 0}, "attention_bias", "must be false"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings", "must be true"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention", "left out"),
+    ({"quantization_config": {}}, "quantization_config", "left out"),
+    ({"auto_map": {"AutoModel": "a.B"}}, "auto_map", "left out"),
+    ({"pad_token_id": "0"}, "pad_token_id", "must be a whole number"),
+    ({"eos_token_id": [1, 1.5]}, "eos_token_id", "must be a whole number"),
+    *(({"hidden_size": value}, "hidden_size", "must be a whole number from 1 to 8192") for value in
+      ("32", True, 32.0, 0, NAN, 2**14)),
+]  # fmt: skip
+
+
+def tampered(folder: Path, changed: dict[str, Any], name: str = "config.json") -> tuple[str, ...]:
+    """What is said of a folder whose hashes are those of the changed file."""
+    settings = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(settings | changed))
+    write_proof(folder, {"residual": 1.0})
+    problems = check(folder).problems
+    (folder / name).write_text(json.dumps(settings))
+    return problems
+
+
+def test_settings_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
+    folder = exported(small(3), tmp_path / "gemma")
+    for changed, key, allowed in TAMPERED:
+        (problem,) = tampered(folder, changed)
+        assert problem.startswith(f"{key} in config.json is "), changed
+        assert allowed in problem
+        assert problem.endswith(".")
+        assert "\n" not in problem
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_earlier_generations_know_only_their_own_settings(tmp_path: Path, generation: int) -> None:
+    folder = exported(small(generation), tmp_path / "gemma")
+    for changed, key in (
+        ({"rope_theta": NAN}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_local_base_freq": 1e4}, "rope_local_base_freq"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"layer_types": ["sliding_attention"] * (2 if generation > 1 else 3)}, "layer_types"),
+        ({"attn_logit_softcapping": INF}, "attn_logit_softcapping"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    ):
+        (problem,) = tampered(folder, changed)
+        assert problem.startswith(f"{key} in config.json is ")
+    assert tampered(folder, {}) == ()
+
+
+def test_several_settings_out_of_range_are_all_named(tmp_path: Path) -> None:
+    problems = tampered(
+        exported(small(3), tmp_path / "gemma"), {"rope_theta": 0, "rms_norm_eps": NAN, "new": "x" * 999}
+    )
+    assert [problem.split(" ")[0] for problem in problems] == ["new", "rms_norm_eps", "rope_theta"]
+    assert max(map(len, problems)) < 1000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+        {"layer_types": None},
+        {"rope_scaling": {"type": "linear", "factor": 8}},
+        {"rope_parameters": None},
+        {"attn_logit_softcapping": 50.0},
+        {"transformers_version": "5.0.0", "use_cache": True, "initializer_range": 0.02},
+    ],
+)
+def test_settings_that_change_no_bound_are_allowed(tmp_path: Path, changed: dict[str, Any]) -> None:
+    folder = exported(small(3), tmp_path / "gemma")
+    assert tampered(folder, changed) == ()
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps in config.json must be a number from"),
-        ({"model_type": "gemma4"}, "model_type is one of gemma, gemma2, gemma3_text,"),
-        ({"hidden_activation": "relu"}, "hidden_activation is gelu_pytorch_tanh"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "a rope_type is default or linear"),
-        ({"quantization_config": {}}, "unknown: quantization_config"),
-        ({"hidden_size": "32"}, "hidden_size in config.json must be a number from 1 to"),
-        ({"hidden_size": True}, "hidden_size in config.json must be a number from 1 to"),
         (
             {"intermediate_size": 32},
-            "model.layers.0.mlp.gate_proj.weight must be in float16 and of shape (32, 32)",
+            "model.layers.0.mlp.gate_proj.weight must be in float16 and of shape (32, 32), by the config.",
         ),
         (
-            {"num_hidden_layers": 2},
+            {"num_hidden_layers": 2, "layer_types": None},
             "The config does not account for model.layers.2.input_layernorm.weight and 12 others.",
         ),
-        ({"attn_logit_softcapping": float("nan")}, "attn_logit_softcapping in config.json must be a number"),
+        (
+            {"num_attention_heads": 3},
+            "head_dim, num_attention_heads and num_key_value_heads in config.json are 16, 3 and 2: the first must be "
+            "even, the second a multiple of the third, and the product of the first two at most 8192.",
+        ),
     ],
 )
 def test_another_architecture_is_refused(tmp_path: Path, changed: dict[str, Any], problem: str) -> None:
+    assert tampered(exported(small(3), tmp_path / "gemma"), changed) == (problem,)
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": NAN}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"repetition_penalty": INF}, "repetition_penalty"),
+        ({"custom_generate": "run"}, "custom_generate"),
+    ],
+)
+def test_settings_of_generation_are_examined_too(tmp_path: Path, changed: dict[str, Any], key: str) -> None:
+    (problem,) = tampered(exported(small(3), tmp_path / "gemma"), changed, "generation_config.json")
+    assert problem.startswith(f"{key} in generation_config.json is ")
+
+
+def test_every_file_that_decides_what_runs_is_hashed(folder: Path) -> None:
+    hashed = set(json.loads((folder / "proof.json").read_text())["sha256"])
+    written = {path.name for path in folder.iterdir()} - {"proof.json"}
+    assert hashed == written >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    for name in sorted(written - {"model.safetensors", "config.json"}):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept.replace(b"\n", b"\n ", 1) if name.endswith("json") else kept + b"\0")
+        assert check(folder).problems == (
+            f"{name} has changed since the proof was written: its SHA-256 does not match.",
+        )
+        (folder / name).unlink()
+        assert check(folder).problems == (f"proof.json has a SHA-256 of {name}, which the folder lacks.",)
+        (folder / name).write_bytes(kept)
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("special_tokens_map.json", "additional_chat_templates/tool.jinja"):
+        (folder / name).write_text("{}")
+        assert check(folder).problems == (f"{name} is in the folder, and proof.json has no SHA-256 of it.",)
+        (folder / name).unlink()
+
+
+def test_what_decides_nothing_may_change(folder: Path) -> None:
+    (folder / ".cache").mkdir()
+    for name in ("README.md", "repair.json", ".gitattributes", ".cache/lock"):
+        (folder / name).write_text("anything")
+    assert check(folder).problems == ()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "modeling_gemma.py", "custom_generate/generate.py"])
+def test_what_would_change_the_model_must_not_be_there(tmp_path: Path, name: str) -> None:
     folder = exported(small(3), tmp_path / "gemma")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changed))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
     write_proof(folder, {"residual": 1.0})
-    (found,) = check(folder).problems
-    assert problem in found
+    assert check(folder).problems == (f"{name} would change the model, and must not be in the folder.",)
+
+
+def test_assumptions_are_sentences(folder: Path) -> None:
+    assumed = check(folder).assumptions
+    assert len(assumed) > 5
+    assert all(one[0].isupper() and one.endswith(".") for one in assumed)
+    assert any("float32" in one for one in assumed)
+    assert any("padding" in one for one in assumed)
 
 
 def test_a_small_query_scale_counts(tmp_path: Path) -> None:
@@ -188,7 +378,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object], *, sign: b
         (lambda proof: proof.update(bounds={}), True, "must have schema 1"),
         (lambda proof: proof.update(schema=2), True, "must have schema 1"),
         (lambda proof: proof.update(limit=1e9), True, "must have schema 1"),
-        (lambda proof: proof["sha256"].pop("config.json"), True, "but the folder holds config.json, model.safetensors"),
+        (lambda proof: proof["sha256"].pop("config.json"), True, "config.json is in the folder, and proof.json has no"),
+        (lambda proof: proof["sha256"].update(a="b"), True, "proof.json has a SHA-256 of a, which the folder lacks"),
         (lambda proof: proof["sha256"].update({"config.json": None}), True, "config.json has changed"),
     ],
 )
@@ -221,11 +412,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         assert found.startswith(problem)
         assert found.endswith(".")
         (folder / name).write_bytes(kept)
-    (folder / "adapter_config.json").write_text("{}")
-    assert "adapter_config.json" in check(folder).problems[-1]
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [INF, NAN])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     folder = exported(small(3), tmp_path / "gemma")
     change(folder, "layers.1.mlp.gate_proj", value, (3, 3))

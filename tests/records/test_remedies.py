@@ -1,6 +1,7 @@
 """A ranking on disk: read as it was written, or refused in a sentence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from scored import ranking, score
 from swept import sweep
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.formats import FLOAT16
 from stabilitykit.records.document import read_document
 from stabilitykit.records.remedies import Ranking
 
@@ -18,7 +20,9 @@ def test_a_ranking_is_read_as_it_was_written(tmp_path: Path) -> None:
     results.write_finding(ranking())
     assert results.ranking == ranking()
     assert ranking()["bfloat16"].kl_mean == 1e-3
-    assert ranking().repaired.name == "rescale 2^-2"
+    assert ranking().repaired == ranking()["scaling"]
+    assert replace(ranking(), scores=()).repaired is None
+    assert ranking().scaled_headroom == FLOAT16.headroom(25_000.0)
     with pytest.raises(KeyError):
         ranking()["another"]
 
@@ -30,11 +34,11 @@ def test_a_ranking_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     assert results.ranking is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"schema": 1}), json.dumps({"schema": 7})])
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"schema": 2}), json.dumps({"schema": 7})])
 def test_what_is_no_ranking_is_said_to_be_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "remedies.json"
     path.write_text(text)
-    with pytest.raises(MisuseError, match=r"cannot be read as a ranking|has schema 7, but this version reads schema 1"):
+    with pytest.raises(MisuseError, match=r"cannot be read as a ranking|has schema 7, but this version reads schema 2"):
         read_document(path, Ranking, "a ranking")
 
 
@@ -43,4 +47,5 @@ def test_numbers_that_are_not_known_stay_unknown(tmp_path: Path) -> None:
     results.write_finding(ranking(score("float16", None), carried="float16"))
     found = results.ranking
     assert found is not None
+    assert found.repaired is not None
     assert found.repaired.kl_mean is None

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from remedied import TOKENS, breaking, small
+from remedied import TOKENS, breaking, rescale, small
 
 from stabilitykit.bounds import bound_sites
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import build
-from stabilitykit.remedies.proved import prove, reach
-from stabilitykit.remedies.rescale import rescale
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies.original import scaled_checkpoint
+from stabilitykit.remedies.proved import by_norms, choose_factors, prove, reach
 
 
 def planted(checkpoint: Checkpoint, factors: Mapping[str, float]) -> Checkpoint:
@@ -42,10 +43,10 @@ def test_every_bound_lies_within_the_range_and_no_bit_changes(tmp_path: Path, ge
     assert over >= {"layers.*", "layers.*.mlp/mul.0"}
     found = prove(before)
     assert max(one.bound for one in found.bounds) <= 0.95 * 65504
-    assert found.rescaled.gamma < 1
-    assert [beta < 1 for beta in found.rescaled.inner] == [False, True, False]
-    assert not found.rescaled.rounded
-    after = found.rescaled.checkpoint
+    assert found.scaling.settings["rms_eps"] < 0
+    moved = [f"layers.{layer}.mlp.up_proj.weight" in found.scaling.parameters for layer in range(3)]
+    assert moved == [False, True, False]
+    after = scaled_checkpoint(before, found.scaling)
     assert torch.equal(logits(before), logits(after))
     assert not logits(before, "float16").isfinite().all()
     assert logits(after, "float16").isfinite().all()
@@ -64,11 +65,11 @@ def test_every_bound_lies_within_the_range_and_no_bit_changes(tmp_path: Path, ge
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_factors_are_the_largest_that_will_do(generation: int) -> None:
     before = small(generation, breaking(generation))
-    found = prove(before).rescaled
-    twice = bound_sites(rescale(before, 2 * found.gamma, found.inner).checkpoint, "float16")
+    gamma, inner = choose_factors(bound_sites(before, "float16"), before.config)
+    assert prove(before).scaling == by_norms(before, gamma, inner)
+    twice = bound_sites(rescale(before, 2 * gamma, inner), "float16")
     assert max(one.bound for one in twice) > 0.95 * 65504
-    quiet = prove(small(generation)).rescaled
-    assert (quiet.gamma, set(quiet.inner)) == (1.0, {1.0})
+    assert prove(small(generation)).scaling == Scaling()
 
 
 @pytest.mark.parametrize("generation", [1, 2, 3])
@@ -76,7 +77,7 @@ def test_every_bound_moves_as_it_is_said_to(generation: int) -> None:
     """By γ, its inverse, β, or not at all, up to what rounding adds."""
     before = small(generation, 2.0**6)
     gamma, inner = 2.0**-3, (0.5, 1.0, 0.25)
-    moved = {one.site: one.bound for one in bound_sites(rescale(before, gamma, inner).checkpoint, "float16")}
+    moved = {one.site: one.bound for one in bound_sites(rescale(before, gamma, inner), "float16")}
     for one in bound_sites(before, "float16"):
         if one.site.startswith("rotary_emb"):
             continue

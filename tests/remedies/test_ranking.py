@@ -1,21 +1,28 @@
 """Scores against numbers made by hand in float64, and the order they come in."""
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from remedied import breaking, small
+import transformers
+from remedied import breaking, looked, rescaling, samples, small
 
 from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import matmul
-from stabilitykit.remedies import REMEDIES, ranking
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.bfloat16 import BFLOAT16
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
+from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal
 from stabilitykit.remedies.ranking import rank
-from stabilitykit.remedies.repair import PLAIN, repair
-from stabilitykit.remedies.rescale import rescale, rescaling
-from stabilitykit.run.windows import Texts
+from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.remedies.repair import PLAIN
 
 
 def windows(count: int = 3, length: int = 70) -> list[list[int]]:
@@ -25,7 +32,7 @@ def windows(count: int = 3, length: int = 70) -> list[list[int]]:
 
 def test_scores_are_those_of_float64() -> None:
     opened, texts = small(3), windows()
-    (score,) = rank(opened, [PLAIN], texts)
+    (score,) = rank(GemmaOriginal(opened), [PLAIN], samples(held_out=texts).held_out)
     kl, same, surprise = [], [], []
     with torch.inference_mode():
         for window in texts:
@@ -53,51 +60,66 @@ def test_scores_are_those_of_float64() -> None:
 
 
 def test_the_best_comes_first_and_what_is_not_finite_last() -> None:
-    gamma = breaking(3)
-    rescale = rescaling(1 / gamma)
-    scores = rank(small(3, gamma), [PLAIN, *REMEDIES, rescale], windows())
+    broken = small(3, breaking(3))
+    offers = [offer(looked(broken)) for offer in REMEDIES]
+    scaling = rescaling(broken, 1 / breaking(3))
+    remedies = [PLAIN, *(one for one in offers if isinstance(one, Remedy)), scaling]
+    assert len(remedies) == 6
+    scores = rank(GemmaOriginal(broken), remedies, samples(held_out=windows()).held_out)
     assert [score.finite for score in scores] == sorted((score.finite for score in scores), reverse=True)
     (plain,) = [score for score in scores if score.name == "float16"]
     assert (plain.finite, plain.headroom) == (False, None)
     finite = [score.kl_mean or 0.0 for score in scores if score.finite]
     assert finite == sorted(finite)
     by_name = {score.name: score for score in scores}
-    assert by_name[rescale.name].kl_mean < by_name["bfloat16"].kl_mean / 10
+    assert by_name["scaling"].kl_mean < by_name["bfloat16"].kl_mean / 10
 
 
-def test_models_of_the_same_weights_are_built_once_and_scored_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
-    monkeypatch.setattr(ranking, "build", lambda *a, **k: built.append(k.get("dtype")) or build(*a, **k))  # type: ignore[func-returns-value]
+def test_models_of_the_same_weights_are_opened_once_and_scored_alike() -> None:
+    opened: list[tuple[str, Scaling]] = []
+
+    class Counting(GemmaOriginal):
+        def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> GemmaSubject:
+            opened.append((dtype, scaling))
+            return super().open(dtype, scaling)
+
     again = replace(PLAIN, name="again")
-    scores = rank(small(3), [PLAIN, again, BFLOAT16, FLOAT32_RESIDUAL], windows(1))
-    assert built == [None, "float16", "bfloat16"]
+    remedies = [PLAIN, again, BFLOAT16, FLOAT32_RESIDUAL]
+    scores = rank(Counting(small(3)), remedies, samples(held_out=windows(1)).held_out)
+    assert [dtype for dtype, _ in opened] == ["float16", "bfloat16", "float32"]
     by_name = {score.name: score for score in scores}
     assert by_name["again"].kl_mean == by_name["float16"].kl_mean
     assert by_name["float32 residual"].kl_mean != by_name["float16"].kl_mean
 
 
-def test_a_repair_is_chosen_by_the_peaks_of_the_choosing_texts() -> None:
-    texts = Texts(choosing=(tuple(windows()[0]),), held_out=tuple(map(tuple, windows(2))))
-    found = repair(small(3, 2.0**13), texts, margin=2.0).ranking
-    assert 65504 / 8 < found.peak * found.gamma <= 65504 / 4
-    assert found.repaired.name == f"rescale 2^{round(math.log2(found.gamma))}"
-    assert found.repaired.finite
-    assert found[found.carried].kl_mean < found["bfloat16"].kl_mean
-    assert found[f"{found.carried} + float32 residual"].finite
-    unchanged = repair(small(3), texts).ranking
-    assert (unchanged.gamma, unchanged.carried) == (1.0, "float16")
-    assert unchanged.before == unchanged.after
+def test_what_returns_no_logits_is_ranked_by_its_largest_error() -> None:
+    """A vision encoder: errors by hand, in float64."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    module = transformers.ViTModel(config).eval()
+    pixels = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    made = {"float32": module, "float16": copy.deepcopy(module).half(), "bfloat16": copy.deepcopy(module).bfloat16()}
 
+    class Vision:
+        source, sha256, notes, trust_remote_code = "hf:vit", "", (), False
+        settings: Mapping[str, Any] = {}
 
-def test_what_float16_cannot_hold_is_named_and_losses_are_counted() -> None:
-    texts = Texts(choosing=(tuple(windows()[0]),), held_out=tuple(map(tuple, windows(1))))
-    opened = small(3, breaking(3))
-    found = repair(opened, texts, margin=11.0).ranking
-    assert found.after != found.before
-    assert found.islands
-    assert {"layers.2", "layers.2/add.0"} <= set(found.islands)
-    assert found["float32 islands"].finite
-    weights = torch.cat([tensor.flatten() for tensor in rescale(opened, found.gamma).checkpoint.tensors.values()])
-    half = weights.half().abs()
-    assert found.after.subnormal == int(((half > 0) & (half < 2.0**-14)).sum())
-    assert found.after.zero == int(((half == 0) & (weights != 0)).sum())
+        def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> Any:
+            return SimpleNamespace(module=made[dtype], device=torch.device("cpu"))
+
+        def weights(self, subject: Any) -> Any:
+            return ()
+
+    scores = rank(Vision(), [PLAIN, BFLOAT16], [pixels])
+    assert [score.name for score in scores] == ["float16", "bfloat16"]
+    with torch.inference_mode(), matmul("float32-accumulate"):
+        theirs = module(**pixels).last_hidden_state.double()
+        for score in scores:
+            given = {"pixel_values": pixels["pixel_values"].to(getattr(torch, score.dtype))}
+            ours = made[score.dtype](**given).last_hidden_state.double()
+            assert score.error == pytest.approx(float((ours - theirs).abs().max() / theirs.abs().max()), rel=1e-3)
+    assert [(score.finite, score.positions, score.kl_mean, score.perplexity) for score in scores] == [
+        (True, 17, None, None)
+    ] * 2

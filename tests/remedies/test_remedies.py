@@ -3,103 +3,89 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from remedied import SPECS, TOKENS, breaking, small
+from remedied import SPECS, TOKENS, breaking, looked, rescaling, small
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.export import write_folder
-from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import build
-from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.recorder import record
-from stabilitykit.records import Recording
-from stabilitykit.remedies import REMEDIES
+from stabilitykit.remedies import REMEDIES, LeftOut, Remedy
 from stabilitykit.remedies.clamp import CLAMP
-from stabilitykit.remedies.float32_islands import Islands, float32_islands, overflowing
-from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
-from stabilitykit.remedies.remedy import Remedy
-from stabilitykit.remedies.rescale import rescaling
-from stabilitykit.run.case import run_case
-from stabilitykit.run.dry_run import dry_run
+from stabilitykit.remedies.float32_islands import keeping_in_float32
+from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL, float32_residual
+from stabilitykit.remedies.original import GemmaOriginal, HuggingFaceOriginal, Original
+from stabilitykit.remedies.samples import answer
+from stabilitykit.remedies.seen import Seen, look
+
+INPUTS = {"input_ids": TOKENS}
 
 
-def ours(checkpoint: Checkpoint, dtype: str, tmp_path: Path) -> nn.Module:
-    return build(checkpoint, dtype=dtype)
+def ours(checkpoint: Checkpoint, tmp_path: Path) -> Original:
+    return GemmaOriginal(checkpoint)
 
 
-def theirs(checkpoint: Checkpoint, dtype: str, tmp_path: Path) -> nn.Module:
+def theirs(checkpoint: Checkpoint, tmp_path: Path, attention: str = "eager") -> Original:
     folder = tmp_path / "folder"
     folder.mkdir()
     write_folder(checkpoint, folder, "float32")
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager"
-    ).eval()
-    return model
+    return HuggingFaceOriginal.of(str(folder), attention=attention)
 
 
-def run(model: Any) -> torch.Tensor:
+def run(model: nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        found = model(TOKENS)
-    return found if isinstance(found, torch.Tensor) else found.logits
+        return answer(model, INPUTS).values
 
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def islands(checkpoint: Checkpoint) -> Islands:
-    """From one float32 run's records."""
-    return overflowing(run_case(build(checkpoint), TOKENS[0].tolist()).recording, "float16")
-
-
-def dry(checkpoint: Checkpoint) -> Recording:
-    found = dry_run(GemmaSubject(build(checkpoint)), 1, TOKENS.shape[1])
-    assert found is not None
-    return found
+def islands(seen: Seen, sites: frozenset[str] | None = None) -> Remedy:
+    """For what overflows, or for these sites."""
+    if sites is not None:
+        (some,) = list(seen.overflowing.values())[:1] or list(seen.low)[:1]
+        seen = replace(seen, overflowing=dict.fromkeys(sites, some))
+    return keeping_in_float32(seen)
 
 
 @pytest.mark.parametrize("implementation", [ours, theirs])
-@pytest.mark.parametrize(
-    "remedy", [*REMEDIES, rescaling(0.25), rescaling(0.5) + CLAMP, "islands"], ids=lambda r: getattr(r, "name", r)
-)
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_a_remedied_model_is_finite_and_as_before_afterwards(
-    tmp_path: Path, generation: int, remedy: Remedy | str, implementation: Callable[..., nn.Module]
+    tmp_path: Path, generation: int, implementation: Callable[..., Original]
 ) -> None:
+    original = implementation(small(generation, breaking(generation)), tmp_path)
+    seen = look(original, original.open(), [INPUTS])
+    offers = [offer(seen) for offer in REMEDIES]
+    remedies = [one for one in offers if isinstance(one, Remedy)]
+    assert [one.name for one in remedies] == ["bfloat16", "clamp", "float32 residual", "float32 islands"]
+    models = {dtype: original.open(dtype).module for dtype in ("float16", "bfloat16")}
+    assert not run(models["float16"]).isfinite().all()
+    for remedy in remedies:
+        model = models[remedy.dtype]
+        before, plain = hooks(model), run(model)
+        with remedy.around(model):
+            assert run(model).isfinite().all(), remedy.name
+        assert hooks(model) == before
+        assert _get_current_dispatch_mode_stack() == []
+        assert torch.equal(run(model).nan_to_num(), plain.nan_to_num())
+        with pytest.raises(ZeroDivisionError), remedy.around(model):
+            raise ZeroDivisionError
+        assert hooks(model) == before
+        assert _get_current_dispatch_mode_stack() == []
+
+
+@pytest.mark.parametrize("generation", [1, 2, 3])
+def test_a_scaled_model_is_finite_alone_and_with_a_clamp(generation: int) -> None:
     broken = small(generation, breaking(generation))
-    if isinstance(remedy, str):
-        remedy = float32_islands(islands(broken), dry(broken))
-    model = implementation(remedy.change(broken), remedy.dtype, tmp_path)
-    before = hooks(model)
-    plain = run(model)
-    with remedy.around(model):
-        assert run(model).isfinite().all()
-    assert hooks(model) == before
-    assert _get_current_dispatch_mode_stack() == []
-    assert torch.equal(run(model).nan_to_num(), plain.nan_to_num())
-
-
-@pytest.mark.parametrize("implementation", [ours, theirs])
-@pytest.mark.parametrize(
-    "remedy",
-    [CLAMP, FLOAT32_RESIDUAL, float32_islands(Islands("float16", frozenset(), 1), dry(small(3)))],
-    ids=lambda r: r.name,
-)
-def test_an_exception_leaves_nothing_behind(
-    tmp_path: Path, remedy: Remedy, implementation: Callable[..., nn.Module]
-) -> None:
-    model = implementation(small(3), "float16", tmp_path)
-    before = hooks(model)
-    with pytest.raises(ZeroDivisionError), remedy.around(model):
-        raise ZeroDivisionError
-    assert hooks(model) == before
-    assert _get_current_dispatch_mode_stack() == []
+    for remedy in (rescaling(broken, 0.25), rescaling(broken, 0.5) + CLAMP):
+        model = GemmaOriginal(broken).open("float16", remedy.scaling).module
+        with remedy.around(model):
+            assert run(model).isfinite().all()
 
 
 def test_the_residual_stream_is_float32_and_nothing_else() -> None:
@@ -121,33 +107,35 @@ def test_the_residual_stream_is_float32_and_nothing_else() -> None:
 def test_each_island_is_necessary_and_all_are_enough(generation: int, times: int) -> None:
     """Sums of the residual stream at first; with more rescale what is added to them too."""
     broken = small(generation, times * breaking(generation))
-    found, plain = islands(broken), dry(broken)
+    seen = looked(broken)
+    found = frozenset(seen.overflowing)
     model = build(broken, dtype="float16")
 
-    def first_break(kept: Islands) -> str | None:
-        remedy = float32_islands(kept, plain)
+    def first_break(kept: frozenset[str]) -> str | None:
+        remedy = islands(seen, kept)
         with torch.inference_mode(), remedy.around(model), record(model) as recording:
             model(TOKENS)
         broke = recording.first_break()
         return None if broke is None else broke.site
 
-    assert len(found.sites) >= 3
+    assert len(found) >= 3
     assert first_break(found) is None
-    for site in found.sites:
-        assert first_break(replace(found, sites=found.sites - {site})) == site
+    for site in found:
+        assert first_break(found - {site}) == site
 
 
 def test_islands_are_float32_and_nothing_else() -> None:
     broken = small(3, breaking(3))
-    found = islands(broken)
+    seen = looked(broken)
+    found = frozenset(seen.overflowing)
     model = build(broken, dtype="float16")
     with torch.inference_mode(), record(model) as plain:
         model(TOKENS)
-    with torch.inference_mode(), float32_islands(found, dry(broken)).around(model), record(model) as recording:
+    with torch.inference_mode(), islands(seen).around(model), record(model) as recording:
         model(TOKENS)
     before, after = ({r.site: r.dtype for r in run_} for run_ in (plain, recording))
-    assert {after[site] for site in found.sites} == {"float32"}
-    others = before.keys() & after.keys() - found.sites
+    assert {after[site] for site in found} == {"float32"}
+    others = before.keys() & after.keys() - found
     assert {site: after[site] for site in others} == {site: before[site] for site in others}
     assert {"layers.2.mlp.down_proj", "layers.2.input_layernorm", "lm_head"} <= others
 
@@ -156,16 +144,11 @@ def test_islands_are_float32_and_nothing_else() -> None:
 def test_islands_around_fused_attention(tmp_path: Path, generation: int) -> None:
     """A dry run knows its parts and the kernel is one operator; what it is given may be an island."""
     broken = small(generation, breaking(generation))
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_folder(broken, folder, "float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float16, attn_implementation="sdpa"
-    ).eval()
-    values = Islands("float16", islands(broken).sites | {f"layers.{n}.self_attn.v_proj" for n in range(3)}, 64)
-    remedy = float32_islands(values, dry(broken))
+    model = theirs(broken, tmp_path, "sdpa").open("float16").module
+    seen = looked(broken)
+    remedy = islands(seen, frozenset(seen.overflowing) | {f"layers.{n}.self_attn.v_proj" for n in range(3)})
     with torch.inference_mode(), record(model) as recording, remedy.around(model):
-        logits = model(TOKENS).logits
+        logits = answer(model, INPUTS).values
     assert logits.isfinite().all()
     dtypes = {r.site: r.dtype for r in recording}
     assert dtypes["layers.1.self_attn.v_proj"] == "float32"
@@ -178,7 +161,7 @@ def test_no_island_changes_no_bit() -> None:
     for generation in SPECS:
         model = build(small(generation), dtype="float16")
         plain = run(model)
-        with float32_islands(Islands("float16", frozenset(), 0), dry(small(generation))).around(model):
+        with islands(looked(small(generation)), frozenset()).around(model):
             assert torch.equal(run(model), plain)
 
 
@@ -198,22 +181,22 @@ def test_the_sum_that_overflows_is_clamped_to_the_maximum(generation: int) -> No
 
 
 def test_two_remedies_together_are_in_force_at_once() -> None:
-    """The rescale halves the residual stream, and its sums are float32."""
-    both = rescaling(0.5) + FLOAT32_RESIDUAL
-    assert both.name == "rescale 2^-1 + float32 residual"
-    assert both.change(small(3)).notes[-1] == "rescaled by 2^-1"
+    """The scaling halves the residual stream, and its sums are float32."""
+    residual = float32_residual(looked(small(3)))
+    assert isinstance(residual, Remedy)
+    both = rescaling(small(3), 0.5) + residual
+    assert both.name == "scaling + float32 residual"
     assert not both.exportable
-    assert both.extra(small(3).config, 100) == 100 * 32 * 2
+    assert both.extra(100) == 100 * 32 * 2
 
     def residual_sums(remedy: Remedy) -> dict[str, tuple[str, float | None]]:
-        changed = remedy.change(small(3))
-        model = build(changed, dtype="float16")
+        model = GemmaOriginal(small(3)).open("float16", remedy.scaling).module
         with torch.inference_mode(), remedy.around(model), record(model) as recording:
             model(TOKENS)
         sites = [f"layers.{index}{ending}" for index in range(3) for ending in ("/add.0", "")]
         return {r.site: (r.dtype, r.amax) for r in recording if r.site in sites}
 
-    found, plain = residual_sums(both), residual_sums(FLOAT32_RESIDUAL)
+    found, plain = residual_sums(both), residual_sums(residual)
     assert found.keys() == plain.keys()
     assert len(found) == 6
     for site, (dtype, amax) in found.items():
@@ -221,6 +204,15 @@ def test_two_remedies_together_are_in_force_at_once() -> None:
         assert amax == pytest.approx((plain[site][1] or 0.0) / 2, rel=2.0**-9), site
 
 
-def test_what_has_no_layers_is_refused() -> None:
-    with pytest.raises(MisuseError, match="ModuleList named `layers`; Linear has none"), CLAMP.around(nn.Linear(2, 2)):
-        pass
+def test_what_does_not_apply_says_why() -> None:
+    """A model without layers in which nothing overflows."""
+    seen = replace(looked(small(3)), model=nn.Linear(2, 2))
+    told = {one.name: one.why for offer in REMEDIES if isinstance(one := offer(seen), LeftOut)}
+    assert told == {
+        "clamp": "The model has no list of layers, so nothing says where its residual stream is.",
+        "float32 residual": "The model has no list of layers, so nothing says where its residual stream is.",
+        "float32 islands": "No tensor overflows float16, so none has to be float32.",
+        "scale on queries": "No attention stores scores that overflow before a scale of its own is applied.",
+        "routing weights in experts": "No expert's output overflows before its routing weight is applied.",
+        "float32 norms": "No norm overflows inside: they square in float32, or what they square is small enough.",
+    }

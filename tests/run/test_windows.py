@@ -15,7 +15,7 @@ TOKENIZER = Tokenizer(OPENED.vocabulary)
 
 
 def test_no_token_that_ranks_has_chosen() -> None:
-    found = texts(OPENED.config, TOKENIZER)
+    found = texts(OPENED.config.context, TOKENIZER)
     assert (len(found.choosing), len(found.held_out)) == (len(KINDS), HELD_OUT * len(KINDS))
     assert sum(map(len, found.held_out)) == 4608
     assert {window[0] for window in (*found.choosing, *found.held_out)} == {2}
@@ -28,11 +28,11 @@ def test_no_token_that_ranks_has_chosen() -> None:
 def test_the_users_own_choose_with_bos_or_without(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("hi", encoding="utf-8")
     ids = tuple(TOKENIZER.encode("hi", bos=False))
-    with_bos = texts(OPENED.config, TOKENIZER, [tmp_path / "mine.txt"])
-    without = texts(OPENED.config, TOKENIZER, [tmp_path / "mine.txt"], bos=False)
+    with_bos = texts(OPENED.config.context, TOKENIZER, [tmp_path / "mine.txt"])
+    without = texts(OPENED.config.context, TOKENIZER, [tmp_path / "mine.txt"], bos=False)
     assert with_bos.choosing[-1] == (2, *ids)
     assert without.choosing[-1] == ids
-    assert with_bos.held_out == without.held_out == texts(OPENED.config, TOKENIZER).held_out
+    assert with_bos.held_out == without.held_out == texts(OPENED.config.context, TOKENIZER).held_out
     assert without.choosing[0][0] == 2  # the kit's own begin with it
 
 
@@ -41,4 +41,4 @@ def test_a_text_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         MisuseError, match=r"long\.txt has [\d,]+ tokens, and the model's context holds [\d,]+; shorten it"
     ):
-        texts(OPENED.config, TOKENIZER, [tmp_path / "long.txt"])
+        texts(OPENED.config.context, TOKENIZER, [tmp_path / "long.txt"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from planted import BOS, FIRST, SECOND, dangerous, dangerous_pair
-from remedied import SPECS
+from remedied import SPECS, rescale
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
@@ -18,7 +18,6 @@ from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.records.document import from_document, to_document
 from stabilitykit.records.search import Search
-from stabilitykit.remedies.rescale import rescale
 from stabilitykit.searches import search
 
 
@@ -108,7 +107,7 @@ def test_where_bos_breaks_alone_it_is_said_and_left_out() -> None:
 
 
 def test_a_rescaled_checkpoint_leaves_room() -> None:
-    opened = rescale(dangerous_pair(), 0.25).checkpoint
+    opened = rescale(dangerous_pair(), 0.25)
     found = search(opened, bos=False, length=4)
     assert found.breaking == ()
     nearest = found.finds[0]

@@ -30,8 +30,13 @@ from stabilitykit.models.stream import STREAMED, StoredWeight
 from stabilitykit.models.stream import stream as stream_weights
 from stabilitykit.models.transformers.backend import PREFIX, explained, imported, quiet
 from stabilitykit.models.transformers.model import HuggingFaceModel
-from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer, open_tokenizer
+from stabilitykit.models.transformers.tokenizer import TOKENIZER_FILES, HuggingFaceTokenizer, open_tokenizer
 from stabilitykit.words import counted, listed
+
+# Which of transformers' doors is tried where a config does not name its class.
+_DOORS = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
+)  # fmt: skip
 
 
 def open_model(
@@ -43,12 +48,15 @@ def open_model(
     adapter: str | Path | None = None,
     stream: bool | None = None,
     trust_remote_code: bool = False,
+    whole: bool = False,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> HuggingFaceModel:
     """The model in the folder `name`, or of that name on the hub if it lies in the local cache, ready to run.
 
-    `settings` replace what config.json says: the nested dictionary that a config's `to_dict` makes.
+    It is the causal language model, or with `whole` the class that config.json names, whatever it reads and returns,
+    with the folder's tokenizer if there is one. `settings` replace what config.json says: the nested dictionary that a
+    config's `to_dict` makes.
 
     `attention` is transformers' choice unless given. `adapter` is the folder of a LoRA or another adapter that peft
     reads. Weights that are quantised stay so and compute in `dtype`. With `stream` each matrix is read by every call
@@ -81,10 +89,11 @@ def open_model(
                 f"Streamed weights are cast as they are read, but those of {name} are quantised, and become what they "
                 "are while the library loads them. Leave out --stream."
             )
+        kind = named_class(transformers, config, trust_remote_code) if whole else transformers.AutoModelForCausalLM
         if stream:
-            model, loading = _streamed(transformers, folder, config, target, place, how)
+            model, loading = _streamed(kind, folder, config, target, place, how)
         else:
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loading = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=target,
@@ -93,9 +102,9 @@ def open_model(
                 ignore_mismatched_sizes=True,  # refused by name
                 **how,
             )
-    _check_loading(name, loading)
-    tokenizer = open_tokenizer(name, trust_remote_code=trust_remote_code)
-    notes = _notes(config, tokenizer, loading, target)
+    check_loading(name, loading)
+    tokenizer = _tokenizer(folder, name, trust_remote_code, whole)
+    notes = _notes(config, tokenizer, loading, target, whole)
     if stream:
         notes.append(STREAMED)
     facts = {"implementation": "transformers", "attention": model.config._attn_implementation}
@@ -115,7 +124,33 @@ def open_model(
     )
 
 
-def _check_loading(name: str, loading: Mapping[str, Any]) -> None:
+def named_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
+    """The class that a config names, whatever it reads and returns, or that transformers has for its type.
+
+    Raises CheckpointError where there is none.
+    """
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    found = getattr(transformers, named, None) if named else None
+    if found is not None:
+        return found
+    for door in _DOORS:
+        try:
+            with torch.device("meta"):
+                return type(getattr(transformers, door).from_config(config, trust_remote_code=trust_remote_code))
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise
+    raise CheckpointError(f"transformers has no model for a config of the type {config.model_type!r}.")
+
+
+def _tokenizer(folder: Path, name: str, trust_remote_code: bool, whole: bool) -> HuggingFaceTokenizer | None:
+    """The folder's tokenizer; None where a `whole` model comes without its files, as those that read no text do."""
+    if whole and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    return open_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def check_loading(name: str, loading: Mapping[str, Any]) -> None:
     """Raises CheckpointError, by name, for weights that transformers would fill with random numbers."""
     missing = sorted(map(str, loading.get("missing_keys", ())))
     reshaped = [
@@ -132,10 +167,14 @@ def _check_loading(name: str, loading: Mapping[str, Any]) -> None:
         )
 
 
-def _notes(config: Any, tokenizer: HuggingFaceTokenizer, loading: Mapping[str, Any], dtype: torch.dtype) -> list[str]:
+def _notes(
+    config: Any, tokenizer: HuggingFaceTokenizer | None, loading: Mapping[str, Any], dtype: torch.dtype, whole: bool
+) -> list[str]:
     """What a reader has to know about the model, and could not guess."""
     notes = [f"run by transformers {version('transformers')}"]
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+    if whole:
+        pass
+    elif getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
         notes.append("only the text part was run: what reads images or sound was not examined")
     unexpected = sorted(map(str, loading.get("unexpected_keys", ())))
     if unexpected:
@@ -145,7 +184,7 @@ def _notes(config: Any, tokenizer: HuggingFaceTokenizer, loading: Mapping[str, A
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         notes.append(f"weights quantised by {getattr(method, 'value', method)}, computing in {str(dtype)[6:]}")
-    if str(config.model_type).startswith("gemma") and not tokenizer.begins:
+    if str(config.model_type).startswith("gemma") and tokenizer is not None and not tokenizer.begins:
         notes.append("the folder's tokenizer puts no <bos> before a text, where a released Gemma's does")
     return notes
 
@@ -166,7 +205,7 @@ def _elements(folder: Path) -> int:
 
 
 def _streamed(
-    transformers: Any,
+    kind: Any,
     folder: Path,
     config: Any,
     dtype: torch.dtype,
@@ -186,8 +225,9 @@ def _streamed(
         if tensor.ndim > 1 and tensor.is_floating_point()
     }
     placeholders = {name: torch.full((), torch.nan, dtype=dtype).expand(stored[name].shape) for name in weights}
+    known = {key: value for key, value in how.items() if key != "trust_remote_code"}  # where the class is known
     with torch.device("meta"):
-        blank = transformers.AutoModelForCausalLM.from_config(config, **how)
+        blank = kind.from_config(config, **how) if hasattr(kind, "from_config") else kind._from_config(config, **known)
     shapes = {tensor.shape for tensor in stored.values()}
     _refuse_made(folder, [name for name, one in blank.named_parameters() if one.ndim > 2 and one.shape not in shapes])
     model, loading = type(blank).from_pretrained(
@@ -197,10 +237,10 @@ def _streamed(
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused by name, as where nothing is streamed
-        **{key: value for key, value in how.items() if key != "trust_remote_code"},  # the class is known by now
+        **known,
     )
     if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        model.generation_config = imported().GenerationConfig.from_pretrained(folder)
 
     names = {tensor.untyped_storage()._cdata: name for name, tensor in placeholders.items()}
     found = {name: names.get(one.untyped_storage()._cdata) for name, one in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A causal language model of transformers' as a run wants it."""
+"""A model of transformers' as a run wants it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """A causal language model of transformers' with its tokenizer: what `stabilitykit profile hf:FOLDER` runs.
+    """A model of transformers' with its tokenizer, where it has one: what `stabilitykit profile hf:FOLDER` runs.
 
     `module` is the PreTrainedModel, or the PeftModel around it where there is an adapter.
     """
 
     module: Any
-    tokenizer: HuggingFaceTokenizer
+    tokenizer: HuggingFaceTokenizer | None
     source: str
     sha256: str
     notes: tuple[str, ...]
@@ -56,10 +56,10 @@ class HuggingFaceModel:
 
     @property
     def pad(self) -> int:
-        return self.tokenizer.pad
+        return 0 if self.tokenizer is None else self.tokenizer.pad
 
     def piece(self, token: int) -> str:
-        return self.tokenizer.piece(token)
+        return f"<row {token}>" if self.tokenizer is None else self.tokenizer.piece(token)
 
     def blank(self, dtype: torch.dtype) -> nn.Module | None:
         """None where something in the model is none of transformers' own: an adapter, quantised weights."""

@@ -10,6 +10,9 @@ from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.transformers.backend import PREFIX, explained, imported, quiet
 from stabilitykit.words import printable
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""The files that hold a tokenizer's tokens, of which a folder with one has at least one."""
+
 
 @dataclass(frozen=True, slots=True)
 class HuggingFaceTokenizer:

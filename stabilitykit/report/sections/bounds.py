@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary, unproved
+from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary, unbounded, unproved
 from stabilitykit.formats import FLOAT16
 from stabilitykit.records.bounds import Bounds, SiteBound
 from stabilitykit.records.sweep import Results
@@ -86,22 +86,24 @@ def blocks(found: Sequence[SiteBound]) -> tuple[Prose, Table]:
         f"bound is within 2% of another row's, and the tables of cos and sin: {len(rows) - len(kept)}.",
         alarming=lambda row: row.verdict.startswith("reachable"),
     )
-    return Prose(summary(found), tone="bad" if unproved(found) else "good"), kinds
+    said = " ".join(filter(None, (summary(found), unbounded(found))))
+    return Prose(said, tone="bad" if unproved(found) else "good"), kinds
 
 
 def _verdict(row: KindRow) -> str:
     return row.verdict if row.share == row.sites else f"{row.verdict}, {row.share} of {row.sites}"
 
 
-def proof(bounds: Mapping[str, float]) -> Table:
-    """What a checker proved: the bound of the worst layer of each kind of tensor."""
-    return table(
+def proof(bounds: Mapping[str, float], assumptions: Sequence[str]) -> tuple[Table, Prose]:
+    """What a checker proved: the bound of the worst layer of each kind of tensor, and what that takes for granted."""
+    proved = table(
         "proof",
         f"Proved bounds for every prompt (float16 maximum {number(FLOAT16.largest)})",
         bounds.items(),
         [(Column("tensor"), lambda pair: pair[0]), (Column("bound", format=number), lambda pair: pair[1])],
         alarming=lambda pair: pair[1] > FLOAT16.largest,
     )
+    return proved, Prose(" ".join(["Assumed, not examined:", *assumptions]), tone="note")
 
 
 def _sites(bounds: Bounds) -> Table:

@@ -1,12 +1,13 @@
 """What keeps the checkpoint finite in float16, side by side."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stabilitykit.diagnosis.remedies import how_rescaled, outlier, recommendation
+from stabilitykit.diagnosis.remedies import how_scaled, in_float16, in_the_way, moved, outlier, recommendation
 from stabilitykit.records.remedies import Ranking, Score
+from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.style import INK, bits, series_style, share, size
@@ -36,6 +37,8 @@ def section(results: Results) -> Section:
     drawn = [score for score in ranking.scores if score.finite and score.kl_mean and score.kl_p99]
     if drawn:
         found.append(_figure(drawn))
+    if ranking.scaling.parameters:
+        found.append(_scaled(ranking))
     if ranking.islands:
         found.append(_islands(ranking))
     if ranking.command:
@@ -44,36 +47,53 @@ def section(results: Results) -> Section:
 
 
 def blocks(ranking: Ranking) -> list[Block]:
-    """Which remedy to take, and what a rescale does; the remedies, best first."""
-    more = [text for text in (how_rescaled(ranking), outlier(ranking.repaired)) if text is not None]
-    taken = Prose(recommendation(ranking), tone="good" if ranking.repaired.finite else "bad")
-    return [taken, *([Prose(" ".join(more))] if more else []), *of_scores(ranking.scores)]
+    """Which remedy to take, what the scaling does and what stands in its way; the remedies, best first."""
+    score = ranking.repaired
+    said = how_scaled(ranking), in_the_way(ranking), None if score is None else outlier(score)
+    more = [text for text in said if text is not None]
+    is_finite = ranking.scaled_headroom >= 0 if score is None else score.finite
+    found: list[Block] = [Prose(recommendation(ranking), tone="good" if is_finite else "bad")]
+    if more:
+        found.append(Prose(" ".join(more)))
+    if ranking.scores:
+        found += of_scores(ranking.scores)
+    if ranking.left_out:
+        found.append(_left_out(ranking))
+    return found
+
+
+_COLUMNS: Sequence[tuple[Column, Callable[[Score], Any]]] = [
+    (Column("remedy"), lambda one: one.name),
+    (Column("mean KL", format=lambda value: _short(value)), lambda one: one.kl_mean if one.finite else None),
+    (Column("±", format=lambda value: _short(value)), lambda one: one.kl_interval if one.finite else None),
+    (Column("99%", format=lambda value: _short(value)), lambda one: one.kl_p99 if one.finite else None),
+    (Column("largest", format=lambda value: _short(value)), lambda one: one.kl_max if one.finite else None),
+    (Column("top-1", format=share), lambda one: one.top1 if one.finite else None),
+    (
+        Column("perplexity", format=lambda value: f"{100 * value:+.3f}%"),
+        lambda one: one.perplexity if one.finite else None,
+    ),
+    (Column("error", format=lambda value: _short(value)), lambda one: one.error if one.finite else None),
+    (Column("headroom", unit="bits", format=bits), lambda one: one.headroom if one.finite else None),
+    (Column("weights", unit="bytes", format=size), lambda one: one.weights),
+    (Column("extra", unit="bytes", format=size), lambda one: one.extra),
+    (Column("time", format=lambda value: f"{value:.2f}×"), lambda one: one.time),
+]
 
 
 def of_scores(scores: Sequence[Score]) -> list[Block]:
     """The remedies in figures, then what each of them does."""
+    far = [one.kl_mean for one in scores if one.kl_mean is not None]
+    known = [column for column in _COLUMNS if any(column[1](one) is not None for one in scores)]
+    known = [column for column in known if not (far and column[0].name == "error")]  # KL says it better
     measured = table(
         "remedies",
-        f"Against float32, over {scores[0].positions:,} held-out tokens",
+        f"Against float32, over {scores[0].positions:,} held-out {'tokens' if far else 'rows'}",
         scores,
-        [
-            (Column("remedy"), lambda one: one.name),
-            (Column("mean KL", format=_short), lambda one: one.kl_mean if one.finite else None),
-            (Column("±", format=_short), lambda one: one.kl_interval if one.finite else None),
-            (Column("99%", format=_short), lambda one: one.kl_p99 if one.finite else None),
-            (Column("largest", format=_short), lambda one: one.kl_max if one.finite else None),
-            (Column("top-1", format=share), lambda one: one.top1 if one.finite else None),
-            (
-                Column("perplexity", format=lambda value: f"{100 * value:+.3f}%"),
-                lambda one: one.perplexity if one.finite else None,
-            ),
-            (Column("headroom", unit="bits", format=bits), lambda one: one.headroom if one.finite else None),
-            (Column("weights", unit="bytes", format=size), lambda one: one.weights),
-            (Column("extra", unit="bytes", format=size), lambda one: one.extra),
-            (Column("time", format=lambda value: f"{value:.2f}×"), lambda one: one.time),
-        ],
+        known,
         note="KL: mean, half the width of its 95% interval, 99th percentile, largest. Top-1: positions with "
-        "float32's likeliest token. Headroom: bits between the largest value stored and the dtype's maximum. Extra: "
+        "float32's likeliest token. Error: the largest difference from what float32 returns, in parts of the largest "
+        "magnitude of that. Headroom: bits between the largest value stored and the dtype's maximum. Extra: "
         "what a window of tokens takes on top of a plain run. Time: against plain float16, on one machine and with the "
         "kit's own code around the model. A dash: not finite.",
         alarming=lambda one: not one.finite,
@@ -90,6 +110,45 @@ def of_scores(scores: Sequence[Score]) -> list[Block]:
         note="What no folder of weights can carry needs code around the model.",
     )
     return [measured, said]
+
+
+def of_check(check: FolderCheck) -> list[Block]:
+    """What a repaired folder was compared with, and how it runs in float16."""
+    compared = table(
+        "comparisons",
+        "Numbers that have to be equal, bit by bit",
+        check.comparisons,
+        [
+            (Column("what"), lambda one: one.what),
+            (Column("numbers"), lambda one: one.numbers),
+            (Column("different"), lambda one: one.different),
+            (Column("by up to", format=_short), lambda one: one.largest if one.different else None),
+        ],
+        alarming=lambda one: not one.equal,
+    )
+    said = [in_float16(check)]
+    if not check.original_seen:
+        said.insert(0, "The original was not seen: compared with the folder itself, its scaling undone.")
+    return [Prose(" ".join(said)), compared]
+
+
+def _left_out(ranking: Ranking) -> Table:
+    return table(
+        "remedies-left-out",
+        "Remedies that do not apply",
+        list(ranking.left_out.items()),
+        [(Column("remedy"), lambda one: one[0]), (Column("why"), lambda one: one[1])],
+    )
+
+
+def _scaled(ranking: Ranking) -> Table:
+    return table(
+        "scaled",
+        "What the scaling multiplies",
+        moved(ranking.scaling),
+        [(Column("parameter"), lambda one: one[0]), (Column("times"), lambda one: one[1])],
+        note="A star stands for the numbers of layers. Of a norm it is the gain that is multiplied.",
+    )
 
 
 def _islands(ranking: Ranking) -> Table:

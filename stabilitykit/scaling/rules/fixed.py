@@ -1,6 +1,6 @@
 """Operators that know no scale: what they are given needs the exponent 0, or they do not ask for it at all."""
 
-from stabilitykit.scaling.call import Call
+from stabilitykit.scaling.call import Call, Known
 from stabilitykit.scaling.exponents import ZERO
 from stabilitykit.scaling.shadows import Shadow, compressed, expanded
 
@@ -11,8 +11,16 @@ def fixed(call: Call) -> Shadow:
     """f(2^e x) is no power of two times f(x) unless e = 0: softmax, gelu, exp, sigmoid, rounding, a draw."""
     name = _NAMES.get(call.name, call.name)
     for operand in call.operands:
-        call.zero(call.of(operand), f"{name} is not homogeneous")
+        call.zero(call.of(operand), f"{name} is not homogeneous{_scaled_by(call.known(operand))}")
     return ZERO
+
+
+def _scaled_by(known: Known) -> str:
+    if known.constant is None:
+        return ""
+    return (
+        f", and the constant {known.constant:.6g} that its operand was multiplied by follows no setting of the config"
+    )
 
 
 def gate(call: Call) -> Shadow:

@@ -1,17 +1,17 @@
-"""From a model and what it is run on to the scaling that repairs it, or what stands in the way of one."""
+"""From a model and what it is run on to all that a choice of its scaling needs to know."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import FLOAT16, NumberFormat
+from stabilitykit.models.stream import stored_weight
 from stabilitykit.scaling.blueprint import Blueprint
-from stabilitykit.scaling.exponents import Equation
 from stabilitykit.scaling.peaks import Peaks, measure
-from stabilitykit.scaling.program import Solution, cheapest_to_give_up, solve
+from stabilitykit.scaling.program import Solution, solve
 from stabilitykit.scaling.trace import Graph, Run, trace
 from stabilitykit.scaling.weights import Magnitudes, magnitudes
 from stabilitykit.words import counted, listed
@@ -40,7 +40,6 @@ def look(
     runs: Sequence[Run],
     blueprint: Blueprint | None = None,
     *,
-    tensor: Callable[[str], Tensor] | None = None,
     announce: Announce = lambda stage, done, total: None,
 ) -> Traced:
     """Traces the first of `runs` on `low`, and measures all of them on `model`.
@@ -51,7 +50,6 @@ def look(
         runs: each runs a model and returns what its caller gets. The first should take every path through the model
             there is: prefill, steps with a cache, every expert.
         blueprint: how the model is built from its config; without it every eps counts as fixed.
-        tensor: gives a parameter by its name, where the model does not hold it.
         announce: called as the work goes on.
 
     Raises MisuseError where a parameter is never used, so that nothing can be known of its scale.
@@ -65,38 +63,11 @@ def look(
             f"({listed(unused, 3)}), so it is not known what scales with what. Run the model on something that uses "
             "all of it."
         )
-    weights = magnitudes(graph, tensor or _parameters(model), lambda done, total: announce("weights", done, total))
+    weights = magnitudes(graph, partial(stored_weight, model), lambda done, total: announce("weights", done, total))
     counting = _counted(runs, lambda done, total: announce("measuring", done, total))
     peaks = measure(graph, model, counting)
     settings = {} if blueprint is None else _flat(blueprint.settings)
     return Traced(graph=graph, peaks=peaks, weights=weights, settings=settings)
-
-
-def obstacles(traced: Traced, solution: Solution, margin: float, target: NumberFormat = FLOAT16) -> tuple[str, ...]:
-    """What stands in the way of an exact scaling that leaves `margin` bits, as sentences; none where nothing does."""
-    if not solution.short:
-        return ()
-    worst = max(solution.short, key=lambda one: one.bits)
-    limit = f"{target.largest:,.0f}" if target.largest >= 1e3 else f"{target.largest:g}"
-    first = (
-        f"{worst.site} reaches {worst.peak:,.0f}, and no exact scaling brings it and all else {margin:g} bits under "
-        f"the {target.name} maximum, {limit}: it stays {worst.bits:.1f} bits above that."
-    )
-    ways = cheapest_to_give_up(traced.graph, traced.peaks, target=target, margin=margin)
-    return (first, *(f"At {one.site}, {one.why}." for one in _once(ways)))
-
-
-def _once(equations: Sequence[Equation]) -> Iterator[Equation]:
-    seen: set[str] = set()
-    for one in equations:
-        if one.why not in seen:
-            seen.add(one.why)
-            yield one
-
-
-def _parameters(model: nn.Module) -> Callable[[str], Tensor]:
-    named = dict(model.named_parameters()) | dict(model.named_buffers())
-    return lambda name: named[name].detach()
 
 
 def _counted(runs: Sequence[Run], announce: Callable[[int, int], None]) -> Iterator[Run]:

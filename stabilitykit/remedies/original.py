@@ -1,0 +1,171 @@
+"""The model to repair, which can be opened as often as needed: in each dtype, as it is or scaled."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stabilitykit.checkpoints import Checkpoint, GemmaConfig
+from stabilitykit.checkpoints.checkpoint import LazyTensors
+from stabilitykit.models import transformers as hf
+from stabilitykit.models.devices import parse_dtype
+from stabilitykit.models.gemma import build
+from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers.plain import align
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.scaling.apply import scaled, with_settings
+
+UNCHANGED = Scaling()
+
+
+class Original(Protocol):
+    """`source`, `sha256` and `notes` say where the weights come from, as in a Checkpoint. `trust_remote_code`: whether
+    Python code that a folder brings may run.
+    """
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The config, nested as the keys of a scaling's settings are."""
+        ...
+
+    def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> Subject:
+        """The model in `dtype`, its weights and settings scaled in float32 before they are rounded to it, once."""
+        ...
+
+    def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
+        """The parameters of `subject`, which is this model in float32, by their names in it, each once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GemmaOriginal:
+    """A Gemma 1, 2 or 3 as the kit's own model runs it."""
+
+    checkpoint: Checkpoint
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> str:
+        return self.checkpoint.source
+
+    @property
+    def sha256(self) -> str:
+        return self.checkpoint.sha256
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.checkpoint.notes
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return asdict(self.checkpoint.config)
+
+    def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> GemmaSubject:
+        return GemmaSubject(build(scaled_checkpoint(self.checkpoint, scaling), dtype=dtype, device=self.device))
+
+    def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
+        return self.checkpoint.tensors.items()
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceOriginal:
+    """Whatever transformers builds from a folder; `how` are options of `open_model` other than the dtype."""
+
+    name: str
+    first: hf.HuggingFaceModel
+    how: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str, **how: Any) -> "HuggingFaceOriginal":
+        """Opens the folder `name` in float32 for the first time. Raises as `open_model` does."""
+        first = hf.open_model(name, whole=True, **how)
+        align(first.module)
+        return cls(name, first, how)
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.how.get("trust_remote_code"))
+
+    @property
+    def source(self) -> str:
+        return self.first.source
+
+    @property
+    def sha256(self) -> str:
+        return self.first.sha256
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.first.notes
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        found: dict[str, Any] = self.first.causal.config.to_dict()
+        return found
+
+    def open(self, dtype: str = "float32", scaling: Scaling = UNCHANGED) -> hf.HuggingFaceModel:
+        """In float32 and unchanged it is the same model each time: do not write to its weights."""
+        if dtype == "float32" and scaling == UNCHANGED:
+            return self.first
+        settings = with_settings(self.settings, scaling.settings) if scaling.settings else None
+        opened = hf.open_model(self.name, whole=True, dtype=parse_dtype(dtype), settings=settings, **self.how)
+        align(opened.module)
+        wide, low = dict(_named(self.first.module)), dict(_named(opened.module))
+        with torch.no_grad():
+            for name, factor in scaling.parameters.items():
+                low[name].data = scaled(wide[name], factor).to(low[name].dtype)
+        return opened
+
+    def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
+        return subject.module.named_parameters()
+
+
+def setting(settings: Mapping[str, Any], key: str) -> float:
+    """A number in nested settings, by the keys that lead to it, joined by dots. Raises KeyError where there is none."""
+    found: Any = settings
+    for part in key.split("."):
+        found = found[part]
+    return float(found)
+
+
+def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
+    """`checkpoint` with its tensors scaled when they are asked for, in float32, and its settings.
+
+    Settings are fields of GemmaConfig. Raises KeyError for a parameter that the checkpoint does not have.
+    """
+    if scaling == UNCHANGED:
+        return checkpoint
+    absent = scaling.parameters.keys() - checkpoint.tensors.keys()
+    if absent:
+        raise KeyError(*sorted(absent))
+
+    def made(name: str) -> Tensor:
+        tensor, factor = checkpoint.tensors[name], scaling.parameters.get(name)
+        return tensor if factor is None else scaled(tensor, factor)
+
+    config = GemmaConfig(**with_settings(asdict(checkpoint.config), scaling.settings))
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=LazyTensors(checkpoint.tensors, made),
+        notes=(*checkpoint.notes, "scaled by powers of two"),
+    )
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
