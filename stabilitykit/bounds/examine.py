@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -24,9 +24,8 @@ from stabilitykit.models.transformers import open_model as open_transformers
 from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.records.bounds import Bounds, Largest, SiteBound, with_largest
 from stabilitykit.run.case import Progress, run_case, stage
-from stabilitykit.run.prompts import parse_prompt, tokens
 from stabilitykit.run.source import checkpoint_of, local_path
-from stabilitykit.run.windows import KINDS, WINDOW, texts
+from stabilitykit.run.windows import texts
 from stabilitykit.words import quoted
 
 
@@ -72,7 +71,8 @@ def bound(
     else:
         sites, more = _examined(opened, dtype, progress)
         notes = (*opened.notes, *more)
-    origin = provenance_of(opened, command, "cpu") | {"notes": notes}
+    origin = provenance_of(opened, command, "cpu")
+    origin["notes"] = notes
     return Bounds(dtype=dtype, sites=tuple(sites), **origin)
 
 
@@ -96,12 +96,12 @@ def _examined(decoder: Decoder, dtype: str, progress: Progress | None) -> tuple[
         )
     except (CheckpointError, MisuseError) as error:
         return bounds, (f"no text was run: {error}",)
+    if subject.tokenizer is None:
+        return bounds, ("no text was run: the folder has no tokenizer",)
     with torch.no_grad():
         for weight in subject.module.parameters():
             weight.copy_(weight.to(parse_dtype(dtype)))
-    tokenizer: Any = subject.tokenizer
-    length = min(WINDOW, subject.context)
-    prompts = [tokens(parse_prompt(kind, Path()), tokenizer, bos=True, length=length) for kind in KINDS]
+    prompts = texts(subject.context, subject.tokenizer).choosing
     return with_largest(bounds, "observed", observe(subject, prompts, progress=progress)), ()
 
 

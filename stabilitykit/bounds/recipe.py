@@ -4,7 +4,7 @@ Every one of these decoders adds to a residual stream what an attention and a ga
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -80,6 +80,13 @@ class Recipe:
     def layers(self) -> int:
         return len(self.attention)
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a report says of it: everything that is one number or word for the whole decoder."""
+        first = self.attention[0]
+        whole = {name: value for name, value in asdict(self).items() if name not in ("attention", "sites", "biases")}
+        return whole | {"layers": self.layers, "heads": first.heads, "kv_heads": first.kv_heads}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
@@ -93,11 +100,6 @@ class Decoder:
     recipe: Recipe
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
-
-    @property
-    def config(self) -> Recipe:
-        """What a report says of it."""
-        return self.recipe
 
 
 def of_gemma(checkpoint: Checkpoint) -> Decoder:

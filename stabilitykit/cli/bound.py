@@ -24,6 +24,7 @@ def bound(
     """
     from stabilitykit.bounds.examine import bound as run
     from stabilitykit.bounds.examine import opened_for
+    from stabilitykit.checkpoints import Checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, conclude
 
@@ -38,6 +39,6 @@ def bound(
         title=f"What no prompt can make {Path(opened.source).name} exceed in {dtype}",
         section="bounds",
         as_json=as_json,
-        config=asdict(opened.config),
+        config=asdict(opened.config) if isinstance(opened, Checkpoint) else opened.recipe.settings,
         show=lambda: screen.print_bounds(found.sites),
     )

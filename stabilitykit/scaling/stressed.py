@@ -103,7 +103,7 @@ def _scaling(low: HuggingFaceModel, gamma: float) -> Scaling:
     model = low.causal
     if getattr(model.config, "quantization_config", None) is not None:
         raise MisuseError(f"Weights are scaled as plain numbers, and those of {low.source} are quantised.")
-    assert low.tokenizer is not None  # that of a causal language model, without which none is opened
+    assert low.tokenizer is not None  # of a causal language model
     ids = low.tokenizer.encode(_TEXT)[: min(_TRACED, low.context)]
     graph = trace(model, continued({"input_ids": torch.tensor([ids])}, steps=0), blueprint_of(model))
     used = {_layer(name) for name in graph.parameters.keys() - set(graph.unused)}

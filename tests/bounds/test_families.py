@@ -157,7 +157,7 @@ def test_the_command_says_what_is_bounded_and_what_is_not(
     assert (made.code, made.err) == (0, "")
     assert "No prompt makes any of this checkpoint's 64 tensors overflow in float16." in " ".join(made.out.split())
     assert "gate · up" in made.out
-    assert "num_kv_heads" not in (tmp_path / "report" / "report.md").read_text()
+    assert "rounds_before_gain" in (tmp_path / "report" / "experiment.json").read_text()
     experts = written("gemma4, experts", tmp_path / "experts")
     said = " ".join(stabilitykit("bound", f"hf:{experts}").out.split())
     assert "layers.*.experts is not bounded: no inequality is known for what experts make of a token" in said
