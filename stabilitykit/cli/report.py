@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from stabilitykit.models.machine import Known
+    from stabilitykit.models.machine import Examined
     from stabilitykit.records.sweep import Finding
 
 
@@ -31,7 +31,7 @@ def report(
     write(folder, against=against, form=form, quiet=False)
 
 
-def check_report(folder: Path | None, checkpoint: "Known") -> None:
+def check_report(folder: Path | None, checkpoint: "Examined") -> None:
     """Raises MisuseError where `folder` holds a report on another checkpoint, before anything long has run."""
     from stabilitykit.records.sweep import Results
 
@@ -40,7 +40,7 @@ def check_report(folder: Path | None, checkpoint: "Known") -> None:
 
 
 def conclude(
-    checkpoint: "Known",
+    checkpoint: "Examined",
     found: "Finding",
     *,
     report: Path | None,
@@ -75,7 +75,7 @@ def conclude(
 
 
 def add_finding(
-    folder: Path, checkpoint: "Known", config: Mapping[str, Any], found: "Finding", *, title: str, section: str
+    folder: Path, checkpoint: "Examined", config: Mapping[str, Any], found: "Finding", *, title: str, section: str
 ) -> None:
     """Adds `found` to the sweep in `folder`, or to a new one without cases, and draws the report anew."""
     from stabilitykit.records.sweep import Results

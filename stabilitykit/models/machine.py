@@ -34,7 +34,7 @@ class Origin(TypedDict):
     machine: dict[str, Any]
 
 
-class Known(Protocol):
+class Examined(Protocol):
     """A checkpoint, or a model: where its weights come from."""
 
     @property
@@ -45,7 +45,7 @@ class Known(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
 
-def provenance_of(checkpoint: Known, command: str | None, device: str) -> Origin:
+def provenance_of(checkpoint: Examined, command: str | None, device: str) -> Origin:
     """Where what `command` finds about `checkpoint` on `device` comes from, here and now."""
     return Origin(
         checkpoint=checkpoint.source,

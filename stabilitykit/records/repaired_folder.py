@@ -67,7 +67,7 @@ class Kept:
 class Float16:
     """A run in float16: whether all it puts out is `finite`, and if so its largest difference from float32 (`error`).
 
-    `failure` is what the model raised, where it cannot run in float16 at all.
+    `failure` says why it does not run in float16 at all.
     """
 
     finite: bool
@@ -81,8 +81,9 @@ class FolderCheck:
 
     `comparisons` are of numbers that should be equal bit for bit, `float16` is the folder's own run. `gains_rounded`
     counts gains c + w that float32 had to round, which excuse a difference. `kept` are the outputs of the folder with
-    its scaling undone. `not_run` are scaled parameters of modules that none of the runs reached. Without the original
-    (`original_seen`) the comparisons are with the folder undone and with what was kept.
+    its scaling undone, or as it is where weights are quantised. `not_run` are scaled parameters of modules that none of
+    the runs reached. Without the original (`original_seen`) the comparisons are with the folder undone and with what
+    was kept.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -106,7 +107,7 @@ class FolderCheck:
             if not one.equal and not (self.gains_rounded and one.excused)
         ]
         if self.float16.failure is not None:
-            return (*found, f"in float16 it does not run: {self.float16.failure}")
+            return (*found, self.float16.failure)
         return (*found, *(() if self.float16.finite else ("in float16 it is not finite",)))
 
 

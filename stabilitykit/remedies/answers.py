@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.backend import imported, quiet
 
 NEW_TOKENS = 16
@@ -86,7 +87,8 @@ def _image(config: Any) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def _outputs(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    output = model(**given)
+    with _run(model):
+        output = model(**given)
     named = {name: one for name, one in output.items() if isinstance(one, Tensor) and one.is_floating_point()}
     kept = [one for name, one in named.items() if "logits" in name]
     kept = kept or [named[name] for name in _OUTPUTS if name in named]
@@ -101,9 +103,19 @@ def _generated(model: nn.Module, prompt: Sequence[int]) -> Tensor:
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     ids = torch.tensor([list(prompt)])
-    with quiet(transformers):
+    with quiet(transformers), _run(model):
         made = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
     return torch.stack(made.logits).float().reshape(-1)
+
+
+@contextmanager
+def _run(model: nn.Module) -> Iterator[None]:
+    """A refusal of the model's own code, in a sentence."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:  # some mix dtypes, or need a GPU
+        told = f"{type(model).__name__} does not run in {str(model.dtype).removeprefix('torch.')} here"
+        raise CheckpointError(f"{told}: {error}") from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from stabilitykit.checkpoints.safetensors_writer import Written, write_safetenso
 from stabilitykit.choices import ExportDtype
 from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.plain import load_placeholders, read_settings
+from stabilitykit.models.transformers.quantised import find_quantised, on_scale
 from stabilitykit.models.transformers.stored_names import ONE, Stored, placeholders, stored_factors
 from stabilitykit.proof.write import sha256
 from stabilitykit.records.repaired_folder import Cast, WrittenFolder
@@ -54,12 +55,9 @@ def write_scaled(
     Raises MisuseError for a scaling of another model, CheckpointError for a folder that cannot be read, and, by name,
     for a tensor whose scaling its files cannot express, and for numbers that would become infinite.
     """
-    target: torch.dtype = getattr(torch, dtype)
     files = {path: tensors_of(path) for path in weight_files(source)}
     tensors = {name: tensor for held in files.values() for name, tensor in held.items()}
-    blank = placeholders({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
-    model = load_placeholders(source, blank, target, kind=kind, trust_remote_code=trust_remote_code)
-    stored = stored_factors(model, tensors, scaling.parameters)
+    stored = _asked(source, tensors, scaling, getattr(torch, dtype), kind, trust_remote_code)
 
     hashes: dict[str, str] = {}
     casts: dict[str, Cast] = {}
@@ -91,30 +89,79 @@ def write_scaled(
     )
 
 
+def _asked(
+    source: Path,
+    tensors: Mapping[str, Tensor],
+    scaling: Scaling,
+    dtype: torch.dtype,
+    kind: Any,
+    trust_remote_code: bool,
+) -> Stored:
+    """What is to be done to each stored tensor; of quantised weights, to their scales, which keep their dtypes."""
+    settings = read_settings(source, trust_remote_code=trust_remote_code).get("quantization_config")
+    small = find_quantised(tensors, settings) if settings else {}
+    parts = {part for one in small.values() for part in one.parts}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    plain |= {name: torch.empty(one.shape, dtype=dtype, device="meta") for name, one in small.items()}
+    blank = placeholders({name: (tensor.dtype, tensor.shape) for name, tensor in plain.items()})
+    model = load_placeholders(source, blank, dtype, kind=kind, trust_remote_code=trust_remote_code)
+    stored = stored_factors(model, plain, scaling.parameters)
+    if settings is None:
+        return stored
+    factors = dict(stored.factors)
+    for name, one in small.items():
+        if name in factors:
+            factors[one.scale] = on_scale(name, one, factors.pop(name))
+    return Stored(
+        factors=factors,
+        dtypes={name: own for name, own in stored.dtypes.items() if name not in small},
+        unused=stored.unused,
+        exact=frozenset(one.scale for one in small.values()),
+    )
+
+
 def _planned(name: str, tensor: Tensor, stored: Stored, casts: dict[str, Cast]) -> Written:
     factor = stored.factors.get(name, ONE)
     dtype = stored.dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-    if any(factor.exponents) and not tensor.is_floating_point():
+    exponents = any(factor.exponents) and tensor.dtype == torch.uint8  # the bits of float8_e8m0fnu
+    if any(factor.exponents) and not (tensor.is_floating_point() or exponents):
         raise CheckpointError(f"{name} is to be multiplied by a power of two, and holds {tensor.dtype}.")
 
     def pieces() -> Iterator[Tensor]:
         row, counts = 0, Cast()
         for piece in read_once(tensor):
-            if not piece.is_floating_point() or (dtype == piece.dtype and not any(factor.exponents)):
+            if not any(factor.exponents) and (dtype == piece.dtype or not piece.is_floating_point()):
                 yield piece
                 continue
             own = of_rows(factor, row, row + len(piece)) if piece.ndim else factor
             row += len(piece) if piece.ndim else 0
+            if exponents:
+                yield _added(name, piece, own)
+                continue
             made = scaled(piece, own).to(dtype)
             counts = _counted(name, counts, piece, own, made)
+            if counts.rounded and name in stored.exact:
+                raise CheckpointError(f"{name} are scales in {dtype}, which cannot hold them once they are scaled.")
             yield made
         casts[name] = counts
 
     return Written(name=name, dtype=dtype, shape=tensor.shape, pieces=pieces)
 
 
+def _added(name: str, piece: Tensor, factor: Factor) -> Tensor:
+    """Scales that are bytes, of which each is an exponent and 127; 255 is NaN."""
+    exponents = factors(factor, piece.shape).log2().to(torch.int32)
+    made = torch.where(piece == 255, 255, piece.to(torch.int32) + exponents)
+    if int(((made < 0) | ((made > 254) & (piece != 255))).sum()):
+        raise CheckpointError(f"{name} are exponents of 8 bits, which cannot hold them once they are scaled.")
+    return made.to(torch.uint8)
+
+
 def _counted(name: str, before: Cast, piece: Tensor, factor: Factor, made: Tensor) -> Cast:
     """`before` and what happened to one more piece."""
+    if made.dtype.itemsize == 1:  # torch computes little with them
+        wrong = int((made.float() != scaled(piece, factor)).sum())
+        return Cast(rounded=before.rounded + wrong)
     wide = piece.to(torch.promote_types(piece.dtype, torch.float32))
     if int((made.isinf() & wide.isfinite()).sum()):
         raise CheckpointError(

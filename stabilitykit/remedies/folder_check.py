@@ -1,6 +1,7 @@
 """A written folder, loaded again by plain transformers and compared with the original, number by number."""
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.plain import load_plain, read_settings
 from stabilitykit.records.repaired_folder import Comparison, Float16, FolderCheck, Kept
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.answers import answers, plain_answers
+from stabilitykit.remedies.folder import write_scaled
 from stabilitykit.run.case import Progress
 from stabilitykit.scaling.apply import rounded, scaled, with_settings
 
@@ -36,31 +39,61 @@ def check_folder(
     Compared are, bit for bit: every weight of the folder, as plain transformers loads it in `dtype`, with the
     original's, scaled and rounded once; and what the scaled model makes of the prompts in float32 with what the
     original does. A folder of float32 weights is that scaled model; for one of float16 weights it is the original,
-    scaled in memory. Then the folder runs in float16. One model is in memory at a time. `progress` is called with what
-    is being done, how many steps are, and out of how many.
+    scaled in memory. Quantised weights are compared in what is computed with them: by the original and the scaled
+    folder, each written once more, for as long as that takes, with everything that is not quantised in float32. Then
+    the folder runs in float16. One model is in memory at a time. `progress` is called with what is being done, how
+    many steps are, and out of how many.
     """
     given: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code}
-    steps = _Steps(progress, 4)
-    settings = with_settings(read_settings(source, trust_remote_code=trust_remote_code), scaling.settings)
+    settings = read_settings(source, trust_remote_code=trust_remote_code)
+    if not settings.get("quantization_config"):
+        wide = folder if dtype == "float32" else None
+        scaled_settings = with_settings(settings, scaling.settings)
+        return _checked(source, folder, wide, scaling, scaled_settings, prompts, dtype, given, progress)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+        twins = Path(place) / "original", Path(place) / "scaled"
+        for twin, own in zip(twins, (Scaling(), scaling), strict=True):
+            twin.mkdir()
+            write_scaled(source, own, twin, "float32", **given)
+        return _checked(twins[0], folder, twins[1], scaling, None, prompts, dtype, given, progress)
 
+
+def _checked(
+    original: Path,
+    folder: Path,
+    wide: Path | None,
+    scaling: Scaling,
+    settings: Mapping[str, Any] | None,
+    prompts: Sequence[Sequence[int]],
+    dtype: str,
+    given: Mapping[str, Any],
+    progress: Progress | None,
+) -> FolderCheck:
+    """`wide` is the scaled model in float32, if there is such a folder; `settings` are its own where its weights can be
+    made in memory.
+    """
+    steps = _Steps(progress, 4)
     steps.begin("the original in float32")
-    model = load_plain(source, torch.float32, **given)
+    model = load_plain(original, torch.float32, **given)
     wanted = dict(answers(model, prompts))
     plain = list(plain_answers(model, prompts))
     gains = _gains_rounded(model, scaling)
     del model
 
     steps.begin("the scaled model in float32")
-    model = load_plain(folder, getattr(torch, dtype), **given)
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    written = _digests(model, {})
-    del model
-    model = load_plain(source, torch.float32, settings=settings, **given)
-    scale(model, scaling)
-    comparisons = [_weights(written, _digests(model, dtypes))]
-    if dtype == "float32":
+    comparisons = []
+    if settings is not None:
+        model = load_plain(folder, getattr(torch, dtype), **given)
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        written = _digests(model, {})
         del model
-        model = load_plain(folder, torch.float32, **given)
+        model = load_plain(original, torch.float32, settings=settings, **given)
+        scale(model, scaling)
+        comparisons.append(_weights(written, _digests(model, dtypes)))
+        if wide is not None:
+            del model  # not two at a time
+    if wide is not None:
+        model = load_plain(wide, torch.float32, **given)
     with _Reached(model, scaling) as reached:
         comparisons += [_compared(what, got, wanted[what]) for what, got in answers(model, prompts)]
     del model
@@ -69,7 +102,7 @@ def check_folder(
     low = _low(load_plain(folder, torch.float16, **given), prompts, plain)
 
     steps.begin("the folder undone in float32")
-    kept = tuple(_kept(what, got) for what, got in answers(undone(folder, scaling, **given), prompts))
+    kept = tuple(_kept(what, got) for what, got in answers(undone(folder, scaling, dtype, **given), prompts))
     return FolderCheck(
         prompts=tuple(map(tuple, prompts)),
         comparisons=tuple(comparisons),
@@ -84,6 +117,7 @@ def check_alone(
     folder: Path,
     scaling: Scaling,
     before: FolderCheck,
+    dtype: str = "float16",
     *,
     kind: Any = None,
     trust_remote_code: bool = False,
@@ -91,13 +125,14 @@ def check_alone(
 ) -> FolderCheck:
     """As `check_folder`, without the original: with the folder's own weights, their scaling undone in memory.
 
-    In float32 the folder must answer the prompts of `before` as it does undone, bit for bit, and that must be what
-    `before` kept, within a thousandth of the largest value: other processors round differently.
+    In float32, or with quantised weights in `dtype`, the folder must answer the prompts of `before` as it does undone,
+    bit for bit, and that must be what `before` kept, within a thousandth of the largest value: other processors round
+    differently.
     """
     given: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code}
     steps = _Steps(progress, 3)
     steps.begin("the folder undone in float32")
-    model = undone(folder, scaling, **given)
+    model = undone(folder, scaling, dtype, **given)
     wanted = dict(answers(model, before.prompts))
     plain = list(plain_answers(model, before.prompts))
     gains = _gains_rounded(model, scaling)
@@ -106,7 +141,8 @@ def check_alone(
     del model
 
     steps.begin("the folder in float32")
-    model = load_plain(folder, torch.float32, **given)
+    settings = read_settings(folder, trust_remote_code=trust_remote_code)
+    model = load_plain(folder, _wide(settings, dtype), **given)
     with _Reached(model, scaling) as reached:
         comparisons += [_compared(what, got, wanted[what]) for what, got in answers(model, before.prompts)]
     del model
@@ -124,13 +160,27 @@ def check_alone(
     )
 
 
-def undone(folder: Path, scaling: Scaling, *, kind: Any = None, trust_remote_code: bool = False) -> nn.Module:
-    """The folder's model in float32 with `scaling` taken back from its weights and settings."""
-    inverse = scaling.inverse
-    settings = with_settings(read_settings(folder, trust_remote_code=trust_remote_code), inverse.settings)
-    model = load_plain(folder, torch.float32, settings=settings, kind=kind, trust_remote_code=trust_remote_code)
-    scale(model, inverse)
+def undone(
+    folder: Path, scaling: Scaling, dtype: str = "float16", *, kind: Any = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a folder of `dtype` in float32, with `scaling` taken back from its weights and settings.
+
+    One that has quantised weights is returned as it is, in `dtype`.
+    """
+    given: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code}
+    settings = read_settings(folder, trust_remote_code=trust_remote_code)
+    wide = _wide(settings, dtype)
+    if settings.get("quantization_config"):
+        return load_plain(folder, wide, **given)
+    model = load_plain(folder, wide, settings=with_settings(settings, scaling.inverse.settings), **given)
+    scale(model, scaling.inverse)
     return model
+
+
+def _wide(settings: Mapping[str, Any], dtype: str) -> torch.dtype:
+    """float32, but of quantised weights: what is stored beside them, transformers loads in no other dtype."""
+    stored: torch.dtype = getattr(torch, dtype)
+    return stored if settings.get("quantization_config") else torch.float32
 
 
 def scale(model: nn.Module, scaling: Scaling) -> None:
@@ -151,7 +201,7 @@ def scale(model: nn.Module, scaling: Scaling) -> None:
 def _low(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Tensor]) -> Float16:
     try:
         got = list(plain_answers(model, prompts))
-    except RuntimeError as error:  # some of transformers' models mix dtypes
+    except CheckpointError as error:
         return Float16(finite=False, failure=str(error))
     if not all(bool(one.isfinite().all()) for one in got):
         return Float16(finite=False)
@@ -160,7 +210,8 @@ def _low(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Te
 
 def _gains_rounded(model: nn.Module, scaling: Scaling) -> int:
     given = dict(model.named_parameters()) | dict(model.named_buffers())
-    return sum(rounded(given[name], factor) for name, factor in scaling.parameters.items() if factor.added)
+    changed = [(given.get(name), factor) for name, factor in scaling.parameters.items() if factor.added]
+    return sum(rounded(tensor, factor) for tensor, factor in changed if tensor is not None)
 
 
 def _digests(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from stabilitykit.recorder import record
 from stabilitykit.records.remedies import Score
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.original import Original
-from stabilitykit.remedies.remedy import Remedy
+from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.samples import Inputs, answer, following
 from stabilitykit.run.case import Progress
 from stabilitykit.run.divergence import Distribution, divergence
@@ -32,8 +32,9 @@ def rank(
     *,
     reference: Subject | None = None,
     progress: Progress | None = None,
-) -> list[Score]:
-    """The remedies' scores over `held_out`, the best first: finite ones by their mean KL, then the others.
+) -> tuple[list[Score], list[LeftOut]]:
+    """The remedies' scores over `held_out`, the best first: finite ones by their mean KL, then the others; and those
+    that this model cannot be run with.
 
     Of a model that returns no logits finite ones go by their largest error. Times are relative to the first remedy, the
     plain run. `reference`, the `original` in float32, is opened unless given; it and one model for each different set
@@ -47,25 +48,7 @@ def rank(
         if not known:
             models.append((remedy.dtype, remedy.scaling, model))
         runs.append(_Run(remedy, model))
-    return sorted(_scores(reference or original.open(), runs, held_out, progress), key=_place)
-
-
-def compare(
-    original: Original,
-    remedy: Remedy,
-    subject: Subject,
-    held_out: Sequence[Inputs],
-    *,
-    progress: Progress | None = None,
-) -> Score:
-    """The score of `subject` under `remedy`, whatever its weights are, against `original` in float32."""
-    (score,) = _scores(original.open(), [_Run(remedy, subject)], held_out, progress)
-    return score
-
-
-def _scores(
-    reference: Subject, runs: "Sequence[_Run]", held_out: Sequence[Inputs], progress: Progress | None
-) -> list[Score]:
+    reference = reference or original.open()
     done, total = 0, (len(held_out) + 1) * len(runs)
     for inputs in held_out:
         with torch.inference_mode():
@@ -74,15 +57,17 @@ def _scores(
             if progress is not None:
                 progress(f"held-out texts: {run.remedy.name}", done, total)
             done += 1
-            run.add(inputs, theirs)
+            if run.failure is None:
+                run.add(inputs, theirs)
         del theirs  # before the next one is allocated
     scores = []
     for run in runs:
         if progress is not None:
             progress(f"headroom: {run.remedy.name}", done, total)
         done += 1
-        scores.append(run.score(held_out, runs[0].seconds))
-    return scores
+        if run.failure is None:
+            scores.append(run.score(held_out, runs[0].seconds))
+    return sorted(scores, key=_place), [LeftOut(run.remedy.name, run.failure) for run in runs if run.failure]
 
 
 def _place(score: Score) -> tuple[bool, float]:
@@ -121,6 +106,7 @@ class _Run:
         self.model = model
         self.kind = preferred_matmul(remedy.dtype, model.device.type)
         self.finite = True
+        self.failure: str | None = None
         self.positions = 0
         self.error = 0.0
         self.seconds: list[float] = []
@@ -129,12 +115,13 @@ class _Run:
         self.surprise: list[Tensor] = []
 
     def add(self, inputs: Inputs, theirs: _Reference) -> None:
-        with torch.inference_mode(), matmul(self.kind), self.remedy.around(self.model.module):
-            _wait(self.model.device)
-            began = time.perf_counter()
-            found = answer(self.model.module, inputs).values
-            _wait(self.model.device)
-            self.seconds.append(time.perf_counter() - began)
+        try:
+            found = self.answer(inputs)
+        except RuntimeError as error:  # code around a model may be more than it can take
+            if self.remedy.exportable:
+                raise
+            self.failure = f"The model does not run with it: {str(error).splitlines()[0].removesuffix('.')}."
+            return
         ours = _comparable(_rows(found))
         self.positions += len(ours)
         self.finite = self.finite and bool(ours.isfinite().all())
@@ -148,6 +135,15 @@ class _Run:
         self.same.append(compared.same.cpu())
         if theirs.following is not None:
             self.surprise.append(_surprise(ours, compared.log_totals, theirs))
+
+    def answer(self, inputs: Inputs) -> Tensor:
+        with torch.inference_mode(), matmul(self.kind), self.remedy.around(self.model.module):
+            _wait(self.model.device)
+            began = time.perf_counter()
+            found = answer(self.model.module, inputs).values
+            _wait(self.model.device)
+            self.seconds.append(time.perf_counter() - began)
+        return found
 
     def score(self, held_out: Sequence[Inputs], plain: Sequence[float]) -> Score:
         kl, same, surprise = (

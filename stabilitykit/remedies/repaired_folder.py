@@ -77,7 +77,7 @@ def verify_checked(
             )
         check = check_folder(source, folder, facts.scaling, facts.check.prompts, facts.written.dtype, **given)
     else:
-        check = check_alone(folder, facts.scaling, facts.check, **given)
+        check = check_alone(folder, facts.scaling, facts.check, facts.written.dtype, **given)
     return check, (*problems, *check.problems)
 
 

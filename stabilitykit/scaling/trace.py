@@ -14,8 +14,8 @@ from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers, sca
 from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
 from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import CUTS, MOVES, RULES
-from stabilitykit.scaling.rules.moves import moved
-from stabilitykit.scaling.shadows import Shadow, along, same, values
+from stabilitykit.scaling.rules.moves import is_followed, moved
+from stabilitykit.scaling.shadows import Shadow, along, same, values, with_dimensions
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on something, and returns what its caller gets: all of that keeps its scale."""
@@ -184,9 +184,13 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
             [name for name, own in vars(module).items() if isinstance(own, float) and own == value] if module else []
         )
         found = {self.follow[path, name] for name in names if (path, name) in self.follow}
-        if len(found) != 1:
-            return None
-        (one,) = found
+        each = [self._setting(one) for one in sorted(found, key=lambda one: one.key)]
+        if len(each) > 1:
+            for one in each:
+                self.exponents.equate(one, ZERO, path, f"{value:g} may be any of several settings")
+        return each[0] if len(each) == 1 else None
+
+    def _setting(self, one: Follows) -> Expression:
         if one.key not in self.graph.settings:
             unknown = self.exponents.unknown(one.key, "setting")
             self.graph.settings[one.key] = self.exponents.times(one.power.denominator, unknown)
@@ -200,18 +204,13 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
 
     def after(self, name: str, site: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         self.graph.operators += 1
-        call = Call(
-            name,
-            func,
-            args,
-            kwargs,
-            output,
-            site,
-            self.exponents,
-            self.known,
-            self.follows,
-            self.gain,
-        )
+        asked: set[float] = set()
+
+        def follows(value: float) -> Expression | None:
+            asked.add(value)
+            return self.follows(value)
+
+        call = Call(name, func, args, kwargs, output, site, self.exponents, self.known, follows, self.gain)
         operands = [self.known(one) for one in call.operands]
         for one in operands:
             if one.parameter is not None:
@@ -222,6 +221,7 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
                 parameter.raw = parameter.raw or not (name in MOVES or _is_gain(call, one))
         before = call.first() if call.operands and call.operands[0] is args[0] else ZERO
         made = self._result(call)
+        self._hold_settings(call, asked)
         shadows = made if isinstance(made, list) else [made] * len(call.outputs)
         if (
             func._schema.is_mutable
@@ -237,7 +237,7 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
             own = result_site(call.site, place)
             source = operands[0].site if name in MOVES and operands else own
             known = Known(
-                ZERO if shadow is None else shadow,
+                ZERO if shadow is None else with_dimensions(shadow, tensor.ndim),
                 parameter=operands[0].parameter if is_view and len(call.outputs) == 1 else None,
                 rows=rows[place] if rows else None,
                 site=source,
@@ -270,7 +270,7 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
 
     def _result(self, call: Call) -> Any:
         shadows = call.all()
-        if all(isinstance(one, int) and one == ZERO for one in shadows) and not _follows_a_setting(call):
+        if all(isinstance(one, int) and one == ZERO for one in shadows) and not self._has_setting(call):
             rule = RULES.get(call.name)
             makes = rule is not None and rule.__module__.endswith(".constants")
             return rule(call) if rule is not None and makes and call.outputs else ZERO
@@ -281,6 +281,19 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
         for one in shadows:
             call.zero(one, f"{call.name} has no rule")
         return ZERO
+
+    def _has_setting(self, call: Call) -> bool:
+        """Whether a number that an operator is given has a scale, though none of its tensors may have one."""
+        given = (*call.args, *call.kwargs.values())
+        return any(isinstance(one, float) and self.follows(one) is not None for one in given)
+
+    def _hold_settings(self, call: Call, asked: set[float]) -> None:
+        """A number that no rule has looked at is one that an operator knows no scale of: a slope, a weight, a power."""
+        for value in {one for one in (*call.args, *call.kwargs.values()) if isinstance(one, float)} - asked:
+            setting = self.follows(value)
+            if setting is not None:
+                why = f"{call.name} is given {value:g}, which follows {self.exponents.in_words(setting)}"
+                self.exponents.equate(setting, ZERO, call.site, why)
 
     def _store(self, tensor: Tensor, known: Known, site: str | None) -> None:
         if site is None:
@@ -310,6 +323,8 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
         return self._made_rows(call)
 
     def _moved_rows(self, call: Call, rows: Rows) -> list[Rows | None] | None:
+        if not is_followed(call):  # their numbers are no exponents, which could be made equal
+            return None
         try:
             index = moved(call, rows.index) if not isinstance(rows.index, int) else rows.index
         except RuntimeError:
@@ -390,12 +405,6 @@ def _in_order(numbers: Sequence[int]) -> Iterator[int]:
     known: dict[int, int] = {}
     for number in numbers:
         yield known.setdefault(number, len(known))
-
-
-def _follows_a_setting(call: Call) -> bool:
-    """Whether a number that an operator is given has a scale, though none of its tensors may have one."""
-    given = (*call.args, *call.kwargs.values())
-    return any(isinstance(one, float) and call.follows(one) is not None for one in given)
 
 
 def _is_gain(call: Call, known: Known) -> bool:

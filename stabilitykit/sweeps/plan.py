@@ -11,7 +11,7 @@ from stabilitykit.checkpoints.config import GemmaConfig, released
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.machine import Known, provenance_of
+from stabilitykit.models.machine import Examined, provenance_of
 from stabilitykit.records.sweep import Case, CaseKind, Plan
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
@@ -51,7 +51,7 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
 
 
 def plan_without_cases(
-    checkpoint: Known, config: Mapping[str, Any], *, name: str, title: str, command: str, sections: Sequence[str]
+    checkpoint: Examined, config: Mapping[str, Any], *, name: str, title: str, command: str, sections: Sequence[str]
 ) -> Plan:
     """For a folder whose report holds other findings than a sweep's."""
     return Plan(

@@ -67,5 +67,5 @@ def test_pieces_that_do_not_make_up_the_tensor_and_unknown_dtypes_are_refused(tm
         with pytest.raises(ValueError, match="a must be made of"):
             write_safetensors(tmp_path / str(number), [wrong], {})
     wide = Written(name="w", dtype=torch.complex128, shape=[1], pieces=lambda: [torch.ones(1, dtype=torch.complex128)])
-    with pytest.raises(MisuseError, match="w is torch.complex128"):
+    with pytest.raises(MisuseError, match=r"w is torch.complex128"):
         write_safetensors(tmp_path / "b", [wide], {})

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 from planted import FIRST, SECOND, dangerous_pair
-from remedied import SPECS
+from remedied import SPECS, rescale
 
 from stabilitykit.checkpoints.export import write_folder
 from stabilitykit.records.document import read_document
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Results
-from stabilitykit.remedies.rescale import rescale
 from stabilitykit.report.blocks import Table
 from stabilitykit.report.sections import SECTIONS, shown
 
@@ -89,7 +88,7 @@ def test_a_sweeps_report_gets_the_search(stabilitykit: Run, pair: Path, tmp_path
 def test_one_document_for_scripts_and_room_where_it_was_rescaled(stabilitykit: Run, tmp_path: Path) -> None:
     folder = tmp_path / "rescaled"
     folder.mkdir()
-    write_folder(rescale(dangerous_pair(), 0.25).checkpoint, folder, "float32")
+    write_folder(rescale(dangerous_pair(), 0.25), folder, "float32")
     made = stabilitykit("search", str(folder), "--no-bos", "--length", "2", "--json")
     assert (made.code, made.err) == (0, "")
     found = json.loads(made.out)

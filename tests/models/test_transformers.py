@@ -363,7 +363,7 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
 
 def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:
     for arguments, message in (
-        ((f"hf:{folder}", "--rescale", "2"), "rounding and rescale apply to the kit's own model only"),
+        ((f"hf:{folder}", "--rounding", "gemma_pytorch"), "rounding applies to the kit's own model only"),
         (
             (str(folder), "--attention", "sdpa"),
             "attention, adapter and trust_remote_code apply to transformers' models only",

@@ -45,7 +45,7 @@ def adapter(source: Path, folder: Path, **settings: Any) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
@@ -93,7 +93,7 @@ def test_base_and_adapter_compute_what_they_did(base: Path, tmp_path: Path, sett
 def test_weights_that_are_kept_the_other_way_round_are_followed(tmp_path: Path) -> None:
     """GPT-2 keeps [in, out]: its v columns against the rows of the projection that reads them."""
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 120, "n_positions": 64}
+    sizes: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 120, "n_positions": 64}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "a")
     made: dict[str, Factor] = {}
     for layer in range(2):
@@ -149,5 +149,5 @@ def test_what_cannot_follow_is_refused_by_name(base: Path, tmp_path: Path) -> No
     save_file({"base_model.model.model.norm.lora_new": torch.ones(2)} | tensors, made / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"How base_model.model.model.norm.lora_new follows a scaling"):
         write_scaled_adapter(made, original, Scaling(), tmp_path)
-    with pytest.raises(MisuseError, match="has no adapter_config.json that can be read"):
+    with pytest.raises(MisuseError, match=r"has no adapter_config.json that can be read"):
         write_scaled_adapter(original, original, Scaling(), tmp_path)

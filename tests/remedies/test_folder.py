@@ -156,7 +156,7 @@ def test_an_original_that_is_another_is_refused(llama: Path, tmp_path: Path) -> 
     facts = write_checked(llama, Scaling(), out, PROMPTS)
     path = next(iter(sorted(llama.glob("*.safetensors"))))
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="whose weights have changed since. Bring the original back"):
+    with pytest.raises(CheckpointError, match=r"whose weights have changed since. Bring the original back"):
         verify_checked(out, facts)
 
 
@@ -249,7 +249,7 @@ def test_settings_are_scaled_where_they_are_even_nested_or_left_out(tmp_path: Pa
     read = json.loads((out / "config.json").read_text())
     assert (read["dtype"], read["vision_config"]["torch_dtype"]) == ("float16", "float16")
     (tmp_path / "more").mkdir()
-    with pytest.raises(CheckpointError, match="has no settings text_config.odd that are numbers"):
+    with pytest.raises(CheckpointError, match=r"has no settings text_config.odd that are numbers"):
         write_scaled(made, Scaling(settings={"text_config.odd": 1}), tmp_path / "more")
 
 

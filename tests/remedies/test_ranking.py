@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +12,16 @@ import pytest
 import torch
 import transformers
 from remedied import breaking, looked, rescaling, samples, small
+from torch import nn
 
 from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import matmul
-from stabilitykit.records.scaling import Scaling
+from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.bfloat16 import BFLOAT16
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
-from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal
+from stabilitykit.remedies.original import GemmaOriginal
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import Remedy
 from stabilitykit.remedies.repair import PLAIN
@@ -32,7 +34,8 @@ def windows(count: int = 3, length: int = 70) -> list[list[int]]:
 
 def test_scores_are_those_of_float64() -> None:
     opened, texts = small(3), windows()
-    (score,) = rank(GemmaOriginal(opened), [PLAIN], samples(held_out=texts).held_out)
+    (score,), left_out = rank(GemmaOriginal(opened), [PLAIN], samples(held_out=texts).held_out)
+    assert not left_out
     kl, same, surprise = [], [], []
     with torch.inference_mode():
         for window in texts:
@@ -65,7 +68,7 @@ def test_the_best_comes_first_and_what_is_not_finite_last() -> None:
     scaling = rescaling(broken, 1 / breaking(3))
     remedies = [PLAIN, *(one for one in offers if isinstance(one, Remedy)), scaling]
     assert len(remedies) == 6
-    scores = rank(GemmaOriginal(broken), remedies, samples(held_out=windows()).held_out)
+    scores, _ = rank(GemmaOriginal(broken), remedies, samples(held_out=windows()).held_out)
     assert [score.finite for score in scores] == sorted((score.finite for score in scores), reverse=True)
     (plain,) = [score for score in scores if score.name == "float16"]
     assert (plain.finite, plain.headroom) == (False, None)
@@ -85,11 +88,28 @@ def test_models_of_the_same_weights_are_opened_once_and_scored_alike() -> None:
 
     again = replace(PLAIN, name="again")
     remedies = [PLAIN, again, BFLOAT16, FLOAT32_RESIDUAL]
-    scores = rank(Counting(small(3)), remedies, samples(held_out=windows(1)).held_out)
+    scores, _ = rank(Counting(small(3)), remedies, samples(held_out=windows(1)).held_out)
     assert [dtype for dtype, _ in opened] == ["float16", "bfloat16", "float32"]
     by_name = {score.name: score for score in scores}
     assert by_name["again"].kl_mean == by_name["float16"].kl_mean
     assert by_name["float32 residual"].kl_mean != by_name["float16"].kl_mean
+
+
+def test_a_remedy_that_a_model_cannot_be_run_with_is_left_out() -> None:
+    @contextmanager
+    def around(model: nn.Module) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.layers[0].mlp.up_proj, "weight", nn.Parameter(torch.zeros(1, 1)))
+            yield
+
+    breaks = Remedy(name="breaks", summary="", around=around, exportable=False)
+    scores, left_out = rank(GemmaOriginal(small(3)), [PLAIN, breaks], samples(held_out=windows(1)).held_out)
+    assert [score.name for score in scores] == ["float16"]
+    (one,) = left_out
+    assert one.name == "breaks"
+    assert one.why.startswith("The model does not run with it: ")
+    with pytest.raises(RuntimeError):
+        rank(GemmaOriginal(small(3)), [replace(breaks, exportable=True)], samples(held_out=windows(1)).held_out)
 
 
 def test_what_returns_no_logits_is_ranked_by_its_largest_error() -> None:
@@ -112,7 +132,7 @@ def test_what_returns_no_logits_is_ranked_by_its_largest_error() -> None:
         def weights(self, subject: Any) -> Any:
             return ()
 
-    scores = rank(Vision(), [PLAIN, BFLOAT16], [pixels])
+    scores, _ = rank(Vision(), [PLAIN, BFLOAT16], [pixels])
     assert [score.name for score in scores] == ["float16", "bfloat16"]
     with torch.inference_mode(), matmul("float32-accumulate"):
         theirs = module(**pixels).last_hidden_state.double()

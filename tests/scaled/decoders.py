@@ -59,7 +59,7 @@ def down(
 
 def gain(norm: str, added: float = 0.0) -> Plant:
     """Some channels of a norm after a block, whose output is added to the residual stream."""
-    return Plant(parameter=f"{norm}.weight", at=norm, added=added)
+    return Plant(parameter=f"{norm}.weight", at=norm, part=(slice(1, 9),), added=added)
 
 
 def product(layer: int = 1, up: str = "up_proj", part: slice = slice(1, 4)) -> Plant:

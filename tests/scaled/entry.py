@@ -152,3 +152,13 @@ def outputs(model: nn.Module, *runs: Run) -> list[Tensor]:
     """What the runs return, one after the other, in float32."""
     with torch.no_grad():
         return [tensor.float() for run in runs for tensor in run(model)]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether all bits agree."""
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def error(one: list[Tensor], other: list[Tensor]) -> float:
+    """The largest difference; NaN where there is one."""
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max())

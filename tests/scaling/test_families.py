@@ -6,25 +6,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from scaled.entry import Entry, outputs
+from scaled.entry import Entry, error, outputs, same
 from scaled.solved import drawn, solved
 from scaled.table import ENTRIES
-from torch import Tensor
 
 from stabilitykit.scaling.apply import rounded
 from stabilitykit.scaling.explain import obstacles
 
 EXACT = [entry for entry in ENTRIES.values() if not entry.obstacle]
 EVERY = pytest.mark.parametrize("entry", ENTRIES.values(), ids=str)
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-def error(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference; NaN where there is one."""
-    return float(torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max())
 
 
 @pytest.mark.table

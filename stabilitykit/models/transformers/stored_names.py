@@ -38,13 +38,14 @@ _UNSET = torch.iinfo(torch.int16).min
 class Stored:
     """What is to be done to the tensors in a folder's files, by their names there.
 
-    `factors` are those of tensors that change, `dtypes` the ones that plain transformers would hold them in, and
-    `unused` those that have no place in the model.
+    `factors` are those of tensors that change, and `exact` names those of them that must not be rounded. `dtypes` are
+    the ones that plain transformers would hold tensors in, `unused` are those that have no place in the model.
     """
 
     factors: Mapping[str, Factor]
     dtypes: Mapping[str, torch.dtype]
     unused: tuple[str, ...]
+    exact: frozenset[str] = frozenset()
 
 
 _Made = tuple[Any, tuple[Any, ...], dict[str, Any], int]
@@ -154,7 +155,8 @@ def _tied(model: nn.Module, homes: Mapping[str, Tensor], stored: Mapping[str, Te
     for name, other in getattr(model, "all_tied_weights_keys", {}).items():
         if name in homes and other in homes and homes[name] is not homes[other]:
             one, two = list(_sources(homes[name])), list(_sources(homes[other]))
-            if len(one) == len(two) and all(equal(stored[a], stored[b]) for a, b in zip(one, two, strict=True)):
+            pairs = [(stored[a], stored[b]) for a, b in zip(one, two, strict=False)]
+            if len(one) == len(two) and all(not a.is_meta and not b.is_meta and equal(a, b) for a, b in pairs):
                 yield name, other
 
 
@@ -201,7 +203,7 @@ def _carried(
         if len(added) > 1:
             raise CheckpointError(f"{source} is part of {listed(spread[source], 3)}, of which not all add to it.")
         exponents[exponents == _UNSET] = 0
-        found[source] = _blocks(exponents.reshape(stored[source].shape), added.pop())
+        found[source] = blocks(exponents.reshape(stored[source].shape), added.pop())
     return {source: factor for source, factor in found.items() if any(factor.exponents)}
 
 
@@ -249,7 +251,7 @@ def _spread(
         for one in sources
     }
     places = _again(tensor, marks)
-    exponents = _by_element(factor, tensor.shape)
+    exponents = by_element(factor, tensor.shape)
     for row in range(len(places)) if places.ndim else [...]:
         where, here = places[row].reshape(-1).long(), exponents[row].reshape(-1)
         for one in sources:
@@ -283,7 +285,7 @@ def _again(tensor: Any, marks: Mapping[str, Tensor]) -> Any:
     return tensor
 
 
-def _by_element(factor: Factor, shape: torch.Size) -> Tensor:
+def by_element(factor: Factor, shape: torch.Size) -> Tensor:
     """The exponent of each element, expanded along dimensions of one block."""
     made = torch.tensor(factor.exponents, dtype=torch.int16)
     made = made.reshape([len(factor.ends.get(dim, (0,))) for dim in range(len(shape))])
@@ -292,7 +294,7 @@ def _by_element(factor: Factor, shape: torch.Size) -> Tensor:
     return made.expand(shape)
 
 
-def _blocks(exponents: Tensor, added: float) -> Factor:
+def blocks(exponents: Tensor, added: float) -> Factor:
     """The factor with these exponents, in as few blocks as there can be."""
     ends: dict[int, tuple[int, ...]] = {}
     for dim in range(exponents.ndim):

@@ -32,11 +32,16 @@ def move(call: Call) -> Shadow | list[Shadow]:
     return shadow if isinstance(shadow, int) else moved(call, shadow)
 
 
+def is_followed(call: Call) -> bool:
+    """Whether it is known where each element goes."""
+    return call.name not in _COMPLEX | _OF_MEMORY
+
+
 def moved(call: Call, shadow: Shadow) -> Shadow | list[Shadow]:
     """The shadow of what a move makes of a tensor with this one; elements that it cannot follow get one exponent."""
     if call.name in _AS_THEY_ARE:
         return shadow
-    if call.name in _COMPLEX | _OF_MEMORY:
+    if not is_followed(call):
         return call.one(shadow)
     full = expanded(shadow, call.args[0].shape)
     if call.name in _AS_RESHAPED:

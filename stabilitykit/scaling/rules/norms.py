@@ -27,7 +27,7 @@ def normalise(call: Call) -> list[Shadow]:
     gain, bias = call.argument(at_gain, "weight"), None if at_bias is None else call.argument(at_bias, "bias")
     x = call.one(call.first())
     eps = call.argument(at_eps, "eps")
-    if eps is not None:
+    if eps:
         beside(call, call.times(2, x), float(eps))
     made = ZERO if gain is None else call.one(call.of(gain))
     if bias is not None:
@@ -44,7 +44,8 @@ def normalise_batch(call: Call) -> list[Shadow]:
     for learnt, times in ((mean, 1), (variance, 2)):
         if isinstance(learnt, Tensor):
             call.equal(call.times(times, scale), call.of(learnt), why="learnt statistics scale as what they are of")
-    beside(call, call.times(2, scale), eps)
+    if eps:
+        beside(call, call.times(2, scale), eps)
     made: Shadow = ZERO if gain is None else call.one(call.of(gain))
     if bias is not None:
         made = call.equal(made, call.of(bias))

@@ -15,6 +15,30 @@ def reduce(call: Call) -> Shadow:
     return call.one(call.first())
 
 
+def leak(call: Call) -> Shadow:
+    """x where it is positive, else w x: homogeneous in x, of which w is a weight."""
+    call.zero(call.of(call.args[1]), "it is a slope, which only some elements are multiplied by")
+    return call.first()
+
+
+def length(call: Call) -> Shadow:
+    """A norm of 2^e x is 2^e times that of x, unless it counts what is not 0."""
+    one = call.one(call.first())
+    return ZERO if call.argument(1, "ord", 2) == 0 else one
+
+
+def distance(call: Call) -> Shadow:
+    """Distances between 2^e x and 2^e y are 2^e times as large, unless they count what differs."""
+    one = call.one(call.equal(*call.all(), why="distances are between what has one scale"))
+    return ZERO if call.argument(2, "p", 2.0) == 0 else one
+
+
+def bag(call: Call) -> list[Shadow]:
+    """Sums of rows, each of which may have a weight; rows and weights each need one scale."""
+    several = [call.one(one) for one in call.all()]
+    return [call.sum(*several)] * len(call.outputs)
+
+
 def add(call: Call) -> Shadow:
     """2^e x + 2^e y = 2^e (x + y). A gain c + w has the sum's exponent; other constants must follow their operand."""
     one, other = call.args[0], call.args[1]
@@ -96,13 +120,16 @@ def interpolate(call: Call) -> Shadow:
 
 
 RULES = {
-    linear: "neg abs relu leaky_relu prelu rrelu_with_noise native_dropout dropout conj",
+    linear: "neg abs relu leaky_relu rrelu_with_noise native_dropout dropout conj",
     reduce: "sum mean cumsum std nansum nanmean avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_avg_pool1d linalg_vector_norm norm upsample_nearest1d upsample_nearest2d "
+    "_adaptive_avg_pool3d adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d "
     "_upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_trilinear3d reflection_pad1d "
-    "reflection_pad2d replication_pad1d replication_pad2d _fft_r2c _fft_c2r _fft_c2c trace "
-    "_embedding_bag _cdist_forward",
+    "reflection_pad2d replication_pad1d replication_pad2d _fft_r2c _fft_c2r _fft_c2c trace",
+    leak: "_prelu_kernel prelu",
+    length: "linalg_vector_norm norm",
+    distance: "_cdist_forward",
+    bag: "_embedding_bag _embedding_bag_forward_only",
     add: "add sub rsub",
     choose: "where masked_fill maximum minimum fmax fmin",
     bound: "clamp clamp_min clamp_max hardtanh nan_to_num",
