@@ -97,7 +97,7 @@ def test_models_of_the_same_weights_are_opened_once_and_scored_alike() -> None:
 
 def test_a_remedy_that_a_model_cannot_be_run_with_is_left_out() -> None:
     @contextmanager
-    def around(model: nn.Module) -> Iterator[None]:
+    def around(model: Any) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model.layers[0].mlp.up_proj, "weight", nn.Parameter(torch.zeros(1, 1)))
             yield
