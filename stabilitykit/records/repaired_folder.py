@@ -22,7 +22,7 @@ class WrittenFolder:
     """`sha256` of each file. `casts` of those tensors, by their names in the files, that did not come through whole.
 
     `scaled` tensors were multiplied, `unused` ones have no place in the model and are as they were. `left_out` files
-    hold weights that the model is not loaded from, or leftovers, and were not carried along.
+    were not carried along: weights that the model is not loaded from, and what an earlier repair says.
     """
 
     sha256: Mapping[str, str]
