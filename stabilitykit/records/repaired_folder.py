@@ -80,10 +80,10 @@ class FolderCheck:
     """A written folder, loaded again by plain transformers and run on `prompts` of token ids.
 
     `comparisons` are of numbers that should be equal bit for bit, `float16` is the folder's own run. `gains_rounded`
-    counts gains c + w that float32 had to round, which excuse a difference, as does a scaling that is `approximate`. `kept` are the outputs of the folder with
-    its scaling undone, or as it is where weights are quantised. `not_run` are scaled parameters of modules that none of
-    the runs reached. Without the original (`original_seen`) the comparisons are with the folder undone and with what
-    was kept.
+    counts gains c + w that float32 had to round, which excuse a difference, and so does an `approximate` scaling.
+    `kept` are the outputs of the folder with its scaling undone, or as it is where weights are quantised. `not_run` are
+    scaled parameters of modules that none of the runs reached. Without the original (`original_seen`) the comparisons
+    are with the folder undone and with what was kept.
     """
 
     prompts: tuple[tuple[int, ...], ...]

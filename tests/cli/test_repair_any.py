@@ -1,4 +1,4 @@
-"""`repair hf:FOLDER` on small models of many families: written, loaded by plain transformers, verified; or told why not."""
+"""`repair hf:FOLDER` on small models of many families: written, loaded by plain transformers, verified; or refused."""
 
 import json
 from collections.abc import Callable
