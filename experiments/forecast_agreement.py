@@ -21,7 +21,6 @@ import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.diagnosis.forecast import forecast
-from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.report.blocks import Cell, Column, Figure, Hover, Prose, Section, Table
@@ -30,6 +29,7 @@ from stabilitykit.report.write import write_report
 from stabilitykit.run.case import run_case
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as tokens_of
+from stabilitykit.scaling.stressed import stressed
 from stabilitykit.words import number
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ def random_prompts() -> Iterator[list[int]]:
 
 def of_checkpoint(name: str, opened: Checkpoint, prompts: dict[str, list[int]]) -> Iterator[Outcome]:
     for exponent in EXPONENTS:
-        wide = build(opened, rescale=2.0**exponent)
+        wide = stressed(opened, 2.0**exponent)
         found = {prompt: forecast(run_case(wide, ids).recording, "float16") for prompt, ids in prompts.items()}
         del wide
-        low = build(opened, dtype="float16", rescale=2.0**exponent)
+        low = stressed(opened, 2.0**exponent, dtype="float16")
         for prompt, ids in prompts.items():
             kind = preferred_matmul("float16", "cpu")
             first = run_case(low, ids, matmul=kind).recording.first_break()

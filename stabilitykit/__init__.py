@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from stabilitykit.models.gemma import build as build
     from stabilitykit.models.gemma import generate as generate
     from stabilitykit.models.gemma import load as load
-    from stabilitykit.models.open import open_model as open_model
     from stabilitykit.models.subject import Sampling as Sampling
     from stabilitykit.recorder import Statistic as Statistic
     from stabilitykit.recorder import Where as Where
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from stabilitykit.remedies.verify import verify as verify
     from stabilitykit.remedies.verify import verify_proof as verify_proof
     from stabilitykit.run.forecast import forecast as forecast
+    from stabilitykit.run.open import open_model as open_model
     from stabilitykit.run.profile import profile as profile
     from stabilitykit.searches.run import search as search
     from stabilitykit.sweeps.run import sweep as sweep
@@ -57,7 +57,7 @@ _HOMES = {
     "generate": "models.gemma",
     "load": "models.gemma",
     "open_checkpoint": "checkpoints",
-    "open_model": "models.open",
+    "open_model": "run.open",
     "profile": "run.profile",
     "record": "recorder",
     "repair": "remedies.repair",

@@ -55,9 +55,10 @@ def test_misuse_is_told_in_a_sentence(model: Subject) -> None:
         (lambda: sk.bound(TINY, dtype="float64"), "Unknown dtype 'float64'; choose one of: float16"),  # type: ignore[arg-type]
         (lambda: sk.search(TINY, dtype="float8"), "Unknown dtype 'float8'; choose one of: float16"),  # type: ignore[arg-type]
         (lambda: sk.repair(TINY, margin=-1.0), "margin must be at least 0 bits, got -1"),
+        (lambda: sk.open_model("hf:x/y", rescale=3.0), "a power of two from"),
         (lambda: sk.open_model(TINY, attention="eager"), "apply to transformers' models only"),
         (lambda: sk.open_model(TINY, rounding="jax"), "Unknown rounding 'jax'; choose one of: transformers"),  # type: ignore[arg-type]
-        (lambda: sk.open_model("hf:x/y", rescale=2.0), "apply to the kit's own model only"),
+        (lambda: sk.open_model("hf:x/y", rounding="gemma_pytorch"), "applies to the kit's own model only"),
     ):
         with pytest.raises(MisuseError, match=said):
             call()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stabilitykit.checkpoints import Checkpoint, GemmaConfig
+from stabilitykit.checkpoints import Checkpoint, GemmaConfig, random_checkpoint
 from stabilitykit.checkpoints.vocabulary import serialised
 
 
@@ -112,3 +112,27 @@ def write_gemma_pytorch(checkpoint: Checkpoint, folder: Path, *, int8: bool = Fa
         where |= dict.fromkeys(part, name)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A fast tokenizer of single characters, over the 512 tokens of a random checkpoint."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = random_checkpoint("random:gemma3-270m?layers=1&vocabulary=512").vocabulary.pieces
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
+    made.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
+    made.save(str(folder / "tokenizer.json"))
+    turn = "<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
+                "pad_token": "<pad>", "unk_token": "<unk>", "chat_template": template,
+            }
+        )
+    )  # fmt: skip

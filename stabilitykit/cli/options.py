@@ -37,7 +37,11 @@ Rounding = Annotated[
 Rescale = Annotated[
     float,
     typer.Option(
-        help="Rescale γ, a power of two by which to scale the residual stream; float32 logits keep every bit."
+        "--stress",
+        "--rescale",
+        help="A power of two by which to scale what the embedding or the first projection writes, and all that follows "
+        "with it; a large one makes float16 overflow. float32 logits keep every bit, of hf: models but for gains 1 + w "
+        "that float32 rounds, which are counted.",
     ),
 ]
 AttentionName = Annotated[

@@ -1,5 +1,6 @@
 """`stabilitykit reproduce`: make the failure happen, for real, and show how it came about."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -12,17 +13,15 @@ def reproduce(
     scenario: Annotated[str, typer.Argument(help="Failure to reproduce; --list shows all.")] = "float16-overflow",
     list_: Annotated[bool, typer.Option("--list", help="List the scenarios.")] = False,
     checkpoint: Annotated[
-        str, typer.Option(help="Checkpoint: gemma3-270m (extra: demo), a .gguf file, or random:SIZE?layers=2&seed=0.")
+        str,
+        typer.Option(
+            help="Checkpoint: gemma3-270m (extra: demo), a .gguf file, random:SIZE?layers=2&seed=0, or, for "
+            "float16-overflow, hf:FOLDER or hf:NAME to run transformers' own code (extra: hf)."
+        ),
     ] = "gemma3-270m",
     prompt: Annotated[str, typer.Option(help="Text of the prompt to run.")] = "The capital of France is",
     device: options.Device = "cpu",
-    rescale: Annotated[
-        float,
-        typer.Option(
-            help="Rescale γ, a power of two by which to scale the residual stream; a large one makes any checkpoint "
-            "overflow."
-        ),
-    ] = 1.0,
+    rescale: options.Rescale = 1.0,
     as_json: options.Json = False,
     raise_: Annotated[bool, typer.Option("--raise", help="Raise the error itself, with its traceback.")] = False,
 ) -> None:
@@ -46,14 +45,17 @@ def reproduce(
     if not prompt:
         raise MisuseError("The prompt is empty; write at least one character.")
 
-    from stabilitykit.checkpoints import open_checkpoint
     from stabilitykit.diagnosis import cause, document
     from stabilitykit.models.devices import parse_device
+    from stabilitykit.models.transformers.backend import PREFIX
+    from stabilitykit.run.source import checkpoint_of
 
     parse_device(device)
     with screen.progress_bar() as progress:
-        opened = open_checkpoint(checkpoint, progress=lambda done, total: progress("reading weights", done, total))
-        run = chosen.run(Setup(checkpoint=opened, prompt=prompt, device=device, rescale=rescale, progress=progress))
+        setup = Setup(checkpoint=checkpoint, prompt=prompt, device=device, rescale=rescale, progress=progress)
+        if not checkpoint.startswith(PREFIX):
+            setup = replace(setup, checkpoint=checkpoint_of(checkpoint, progress))
+        run = chosen.run(setup)
     if raise_ and run.error is not None:
         raise run.error
     why = cause(run.recording)

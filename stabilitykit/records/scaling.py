@@ -39,3 +39,6 @@ class Scaling:
             parameters={name: factor.inverse for name, factor in self.parameters.items()},
             settings={key: -exponent for key, exponent in self.settings.items()},
         )
+
+
+UNCHANGED = Scaling()

@@ -7,8 +7,8 @@ from torch import Tensor
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.remedies import Change, Setting, Small
-from stabilitykit.records.scaling import Scaling
-from stabilitykit.remedies.original import UNCHANGED, Original, setting
+from stabilitykit.records.scaling import UNCHANGED, Scaling
+from stabilitykit.remedies.original import Original, setting
 from stabilitykit.scaling.apply import rounded, scaled
 
 

@@ -15,10 +15,8 @@ from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.plain import align
-from stabilitykit.records.scaling import Scaling
+from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.scaling.apply import scaled, with_settings
-
-UNCHANGED = Scaling()
 
 
 class Original(Protocol):

@@ -2,11 +2,6 @@
 
 Bounds scale with the tensors: by γ for whatever a norm reads, by 1 / γ for the final norm's output, and by each layer's
 β for what lies between its `up_proj` and `down_proj`. All other bounds must be within float16's range already.
-
-    generation   weights × γ                          gain 1 + w         final gain   eps
-    1            embed_tokens, o_proj, down_proj      -                  ÷ γ          × γ²
-    2            the same                             post-norms × γ     ÷ γ          × γ²
-    3            the same, and q_proj, k_proj         post-norms × γ     ÷ γ          × γ²
 """
 
 import math
@@ -21,6 +16,7 @@ from stabilitykit.records.bounds import SiteBound
 from stabilitykit.records.scaling import Factor, Scaling
 from stabilitykit.remedies.original import scaled_checkpoint
 from stabilitykit.run.case import Progress
+from stabilitykit.scaling.stress import check_gamma, stress_of_gemma
 
 _SMALLEST = 2.0**-24  # γ and β
 _SHARE = 0.95  # of the maximum may be used, so that a checker whose bounds are some percent coarser agrees
@@ -52,29 +48,18 @@ def prove(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Proved
 
 def by_norms(checkpoint: Checkpoint, gamma: float, inner: Sequence[float] = ()) -> Scaling:
     """What every norm reads times `gamma`, eps times γ², and what lies between `up_proj` and `down_proj` times `inner`,
-    by layer: powers of two. It has no factors of 2^0.
+    by layer: powers of two from 2^-24 to 2^24.
     """
-    config, of_gamma = checkpoint.config, _exponent(gamma)
-    matrices = {"embed_tokens": of_gamma, "o_proj": of_gamma, "down_proj": of_gamma}
-    if config.query_key_norm:
-        matrices |= {"q_proj": of_gamma, "k_proj": of_gamma}
-    gains = {"norm": -of_gamma}  # makes up for the head, which is tied to the embedding
-    if config.post_norms:
-        gains |= dict.fromkeys(("post_attention_layernorm", "post_feedforward_layernorm"), of_gamma)
-    parameters = {}
-    for name in checkpoint.tensors:
-        leaf = name.removesuffix(".weight").rpartition(".")[2]
-        exponent = matrices.get(leaf, 0) + gains.get(leaf, 0)
-        if inner and leaf in ("up_proj", "down_proj"):
-            beta = _exponent(inner[int(name.split(".")[1])])
-            exponent += beta if leaf == "up_proj" else -beta
-        if exponent:
-            parameters[name] = Factor(exponents=(exponent,), added=1.0 if leaf in gains else 0.0)
-    return Scaling(parameters=parameters, settings={"rms_eps": 2 * of_gamma} if of_gamma else {})
-
-
-def _exponent(power: float) -> int:
-    return round(math.log2(power))
+    found = stress_of_gemma(checkpoint.config, gamma)
+    parameters = dict(found.parameters)
+    for layer, beta in enumerate(inner):
+        for leaf, times in (("up_proj", 1), ("down_proj", -1)):
+            name = f"layers.{layer}.mlp.{leaf}.weight"
+            (before,) = parameters.pop(name).exponents if name in parameters else (0,)
+            exponent = before + times * check_gamma(beta)
+            if exponent:
+                parameters[name] = Factor(exponents=(exponent,))
+    return Scaling(parameters=parameters, settings=found.settings)
 
 
 def choose_factors(bounds: Sequence[SiteBound], config: GemmaConfig) -> tuple[float, tuple[float, ...]]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stabilitykit.records.scaling import Scaling
-from stabilitykit.remedies.original import UNCHANGED
+from stabilitykit.records.scaling import UNCHANGED, Scaling
 
 Around = Callable[[nn.Module], AbstractContextManager[None]]
 

@@ -15,14 +15,14 @@ from stabilitykit.models.devices import parse_device
 from stabilitykit.models.machine import provenance_of
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
-from stabilitykit.records.remedies import Change, Ranking
-from stabilitykit.records.scaling import Scaling
+from stabilitykit.records.remedies import Change, Ranking, Score
+from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies import REMEDIES
 from stabilitykit.remedies.change import change_of, small
 from stabilitykit.remedies.choose import Choice, choose
 from stabilitykit.remedies.export import export
 from stabilitykit.remedies.float32_residual import FLOAT32_RESIDUAL
-from stabilitykit.remedies.original import UNCHANGED, GemmaOriginal, HuggingFaceOriginal, Original
+from stabilitykit.remedies.original import GemmaOriginal, HuggingFaceOriginal, Original
 from stabilitykit.remedies.proved import prove
 from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import LeftOut, Remedy
@@ -192,7 +192,7 @@ class _Repairing:
         chosen = choose(self.original, self.subject, self.samples.choosing, self.margin, self.progress)
         remedies, left_out = self.remedies(seen)
         carried = self.carry(chosen, None if proof is None else proof.scaling, approximate, remedies)
-        scores = []
+        scores: list[Score] = []
         if ranking:
             scores, more = rank(
                 self.original, remedies, self.samples.held_out, reference=self.subject, progress=self.progress

@@ -9,35 +9,41 @@ from torch import Tensor
 from stabilitykit.checkpoints.checkpoint import Checkpoint
 from stabilitykit.diagnosis.cause import CauseName
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.subject import Sampling
-from stabilitykit.run.case import Progress, Run, run_case
+from stabilitykit.run.case import Progress, Run, run_case, stage
+from stabilitykit.run.source import open_source
+from stabilitykit.scaling.stressed import stressed
 
 PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a scenario starts from. `rescale` multiplies the scenario's own."""
+    """What a scenario starts from: a checkpoint, or the name of a model that transformers runs, as `hf:FOLDER`.
+    `rescale` multiplies the scenario's own.
+    """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | str
     prompt: str = PROMPT
     device: str = "cpu"
     rescale: float = 1.0
     progress: Progress | None = None
 
+    @property
+    def own(self) -> Checkpoint:
+        """Raises MisuseError where it is transformers that is to run the model."""
+        if isinstance(self.checkpoint, str):
+            raise MisuseError("Of hf: models float16-overflow is the one scenario; leave out hf: for the others.")
+        return self.checkpoint
+
     def tokens(self) -> list[int]:
-        return Tokenizer(self.checkpoint.vocabulary).encode(self.prompt)
+        return Tokenizer(self.own.vocabulary).encode(self.prompt)
 
     def model(self, dtype: str, rescale: float = 1.0) -> Gemma:
-        def announce(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress(f"{dtype}: preparing weights", done, total)
-
-        return build(
-            self.checkpoint, dtype=dtype, device=self.device, rescale=rescale * self.rescale, progress=announce
-        )
+        announce = stage(f"{dtype}: preparing weights", self.progress)
+        return stressed(self.own, rescale * self.rescale, dtype=dtype, device=self.device, progress=announce)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +57,17 @@ class Scenario:
 
 
 def _float16_overflow(setup: Setup) -> Run:
+    if isinstance(setup.checkpoint, str):
+        source = open_source(setup.checkpoint, setup.prompt, device=setup.device, rescale=setup.rescale)
+        subject = source.subject_in("float16", stage("float16: preparing weights", setup.progress))
+        return run_case(subject, source.tokens, progress=setup.progress)
     return run_case(setup.model("float16"), setup.tokens(), progress=setup.progress)
 
 
 def _int8_without_scalers(setup: Setup) -> Run:
     """Quantises as gemma_pytorch does, one scaler per output row, and loads that as if it were float."""
     state: dict[str, Tensor] = {}
-    for name, tensor in setup.checkpoint.tensors.items():
+    for name, tensor in setup.own.tensors.items():
         if tensor.ndim == 2:
             scaler = tensor.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
             state[name] = (tensor / scaler[:, None]).round().to(torch.int8)
@@ -69,7 +79,7 @@ def _int8_without_scalers(setup: Setup) -> Run:
 
 def _other_parameter_names(setup: Setup) -> Run:
     """gemma_pytorch's names for the layers, which this model does not have."""
-    return _loaded_loosely(setup, {f"transformer.{name}": t for name, t in setup.checkpoint.tensors.items()})
+    return _loaded_loosely(setup, {f"transformer.{name}": t for name, t in setup.own.tensors.items()})
 
 
 def _loaded_loosely(setup: Setup, state: dict[str, Tensor]) -> Run:
@@ -85,7 +95,7 @@ def _loaded_loosely(setup: Setup, state: dict[str, Tensor]) -> Run:
         switches.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
     with torch.device("meta"):
-        model = Gemma(setup.checkpoint.config)
+        model = Gemma(setup.own.config)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         switches.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -95,8 +105,8 @@ def _loaded_loosely(setup: Setup, state: dict[str, Tensor]) -> Run:
         switches.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
     model.lm_head.weight = model.embed_tokens.weight
     keys = model.load_state_dict(state, strict=False)
-    model.source, model.sha256 = setup.checkpoint.source, setup.checkpoint.sha256
-    model.vocabulary = setup.checkpoint.vocabulary
+    model.source, model.sha256 = setup.own.source, setup.own.sha256
+    model.vocabulary = setup.own.vocabulary
     missing = [name for name in keys.missing_keys if name != "lm_head.weight"]
     loading = {"missing": missing, "unexpected": list(keys.unexpected_keys)}
     return run_case(model, setup.tokens(), facts={"loading": loading}, progress=setup.progress)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -16,15 +16,17 @@ from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.gemma.footprint import footprint
-from stabilitykit.models.gemma.rescale import weight_factor
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
-from stabilitykit.models.open import check_options
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.recorder.weights import role_of
 from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.open import check_options
+from stabilitykit.scaling.apply import scaled
+from stabilitykit.scaling.stress import stress_of_gemma
+from stabilitykit.scaling.stressed import StressedFolder
 
 SubjectIn = Callable[[str, Callable[[int, int], None]], Subject]
 """The model in a dtype; the second argument is called with how much of it is done, and out of how much."""
@@ -142,27 +144,17 @@ def _from_name(
     check_options(checkpoint, rounding, rescale, attention, adapter, trust_remote_code)
     name = str(checkpoint)
     if name.startswith(PREFIX):
-        name = name.removeprefix(PREFIX)
-        tokenizer = hf.open_tokenizer(name, trust_remote_code=trust_remote_code)
-        return Source(
-            tokens=prompt.tokens(tokenizer.encode, tokenizer.chat),
-            piece=tokenizer.piece,
-            subject_in=lambda dtype, announce: hf.open_model(
-                name,
-                dtype=dtype,
-                device=device,
-                attention=attention,
-                adapter=adapter,
-                stream=stream or None,
-                trust_remote_code=trust_remote_code,
-                progress=announce,
-            ),
-            tensors=hf.stored_tensors(name),
-            bytes=hf.stored_bytes(name),
-        )
+        how = {
+            "attention": attention,
+            "adapter": adapter,
+            "trust_remote_code": trust_remote_code,
+            "stream": stream or None,
+        }
+        return _of_folder(name.removeprefix(PREFIX), prompt, device, rescale, how)
     opened = checkpoint_of(checkpoint, progress)
     config, own = opened.config, Tokenizer(opened.vocabulary)
     tokens = prompt.tokens(own.encode, partial(own.chat, generation=config.generation))
+    scaling = stress_of_gemma(config, rescale)
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
         products = matmul or preferred_matmul(dtype, device)
@@ -172,24 +164,47 @@ def _from_name(
             dtype=dtype,
             device=device,
             rounding=rounding,
-            rescale=rescale,
+            scaling=scaling,
             stream=stream or None,
             beside=needs.cache + needs.activations,
             progress=announce,
         )
         return GemmaSubject(model)
 
-    def scaled(name: str, tensor: Tensor) -> Tensor:
-        factor = weight_factor(config, name, rescale)
-        return tensor if factor == 1 else tensor * factor
+    def weight(name: str, tensor: Tensor) -> Tensor:
+        factor = scaling.parameters.get(name)
+        return tensor if factor is None or factor.added else scaled(tensor, factor)  # gains are scaled in their norms
 
     return Source(
         tokens=tokens,
         piece=own.piece,
         subject_in=subject_in,
-        tensors=((name, scaled(name, tensor)) for name, tensor in opened.tensors.items()),
+        tensors=((name, weight(name, tensor)) for name, tensor in opened.tensors.items()),
         bytes=sum(tensor.nbytes for tensor in opened.tensors.values()),
         blocks=opened.blocks,
+    )
+
+
+def _of_folder(name: str, prompt: _Prompt, device: str, rescale: float, how: dict[str, Any]) -> Source:
+    tokenizer = hf.open_tokenizer(name, trust_remote_code=how["trust_remote_code"])
+    tokens = prompt.tokens(tokenizer.encode, tokenizer.chat)
+    if rescale == 1:
+        return Source(
+            tokens=tokens,
+            piece=tokenizer.piece,
+            subject_in=lambda dtype, announce: hf.open_model(
+                name, dtype=dtype, device=device, progress=announce, **how
+            ),
+            tensors=hf.stored_tensors(name),
+            bytes=hf.stored_bytes(name),
+        )
+    folder = StressedFolder.of(name, rescale, **how)
+    return Source(
+        tokens=tokens,
+        piece=tokenizer.piece,
+        subject_in=lambda dtype, announce: folder.open(dtype, device=device, progress=announce),
+        tensors=folder.tensors(),
+        bytes=folder.bytes,
     )
 
 

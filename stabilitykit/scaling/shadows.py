@@ -35,6 +35,11 @@ def along(values: Sequence[int], dim: int, ndim: int) -> Shadow:
     return compressed(torch.tensor(list(values)).reshape(shape))
 
 
+def with_dimensions(shadow: Shadow, ndim: int) -> Shadow:
+    """The same with as many dimensions as the tensor has: as torch does when it broadcasts, they are added in front."""
+    return shadow if isinstance(shadow, int) else shadow.reshape((1,) * (ndim - shadow.ndim) + tuple(shadow.shape))
+
+
 def values(shadow: Shadow) -> list[int]:
     """Every value once, in ascending order."""
     return [shadow] if isinstance(shadow, int) else torch.unique(shadow).tolist()

@@ -15,7 +15,7 @@ from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
 from stabilitykit.scaling.following import Following
 from stabilitykit.scaling.rules import CUTS, MOVES, RULES
 from stabilitykit.scaling.rules.moves import is_followed, moved
-from stabilitykit.scaling.shadows import Shadow, along, same, values
+from stabilitykit.scaling.shadows import Shadow, along, same, values, with_dimensions
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on something, and returns what its caller gets: all of that keeps its scale."""
@@ -237,7 +237,7 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
             own = result_site(call.site, place)
             source = operands[0].site if name in MOVES and operands else own
             known = Known(
-                ZERO if shadow is None else shadow,
+                ZERO if shadow is None else with_dimensions(shadow, tensor.ndim),
                 parameter=operands[0].parameter if is_view and len(call.outputs) == 1 else None,
                 rows=rows[place] if rows else None,
                 site=source,

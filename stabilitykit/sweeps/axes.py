@@ -13,10 +13,10 @@ from typing import Any, get_args
 from stabilitykit.checkpoints.config import ALIASES, RELEASED
 from stabilitykit.models.devices import DTYPES
 from stabilitykit.models.gemma.model import ROUNDINGS
-from stabilitykit.models.gemma.rescale import check_gamma
 from stabilitykit.models.matmul import KINDS, check_matmul
 from stabilitykit.records import Level
 from stabilitykit.records.sweep import USUAL
+from stabilitykit.scaling.stress import check_gamma
 
 _RANGE = re.compile(r"1\.\.([1-9][0-9]*)")
 

@@ -19,7 +19,7 @@ import torch
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.config import released
-from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.footprint import footprint
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
@@ -28,6 +28,7 @@ from stabilitykit.records.sweep import Case, Failure, Footprint, Results, Shorta
 from stabilitykit.run.case import Reference, run_case, run_reference
 from stabilitykit.run.every_length import every_length
 from stabilitykit.run.prefill import measure, starve
+from stabilitykit.scaling.stressed import stressed
 from stabilitykit.sweeps.plan import case_tokens
 
 Report = Callable[[str, int, int], None]
@@ -125,12 +126,12 @@ class Runner:
         wide = settings["dtype"] == "float32"
         if wide not in self._models or self._models[wide][0] != key:
             self._models.pop(wide, None)
-            model = build(
+            model = stressed(
                 self.checkpoint,
+                settings["rescale"],
                 dtype=settings["dtype"],
                 device=settings["device"],
                 rounding=settings["rounding"],
-                rescale=settings["rescale"],
                 progress=lambda done, total: report(f"{settings['dtype']}: preparing weights", done, total),
             )
             model.tokenizer = self.tokenizer  # the same as its own, which would take half a second to make

@@ -14,9 +14,9 @@ from stabilitykit.diagnosis.forecast import forecast, overflow_becomes, predicti
 from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
-from stabilitykit.models.gemma import build
 from stabilitykit.records import FormatCounts, Header, Record, Recording, StoredWeights, WeightCounts
 from stabilitykit.run.case import run_case
+from stabilitykit.scaling.stressed import stressed
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&vocabulary=512"
 SPECS = {
@@ -140,7 +140,7 @@ def test_what_cannot_be_forecast_is_refused() -> None:
         forecast(run, "float4")
     with pytest.raises(MisuseError, match="this recording does not say"):
         forecast(Recording(HEADER, [made(0, "layers.0", 1.0, stored_dtype=None)]), "float16")
-    broken = run_case(build(random_checkpoint(SPECS[3]), dtype="float16", rescale=2.0**15), TOKENS).recording
+    broken = run_case(stressed(random_checkpoint(SPECS[3]), 2.0**15, dtype="float16"), TOKENS).recording
     with pytest.raises(MisuseError, match="this one does not, from"):
         forecast(broken, "float16")
 
@@ -172,7 +172,7 @@ def test_a_cast_that_saturates_cuts_off() -> None:
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_counts_are_those_of_a_cast_of_every_modules_output(generation: int, rescale: float, name: str) -> None:
     """ml_dtypes and numpy cast without saturating; modules whose outputs a float16 run stores in float16."""
-    model = build(random_checkpoint(SPECS[generation]), rescale=rescale)
+    model = stressed(random_checkpoint(SPECS[generation]), rescale)
     outputs: list[np.ndarray[Any, Any]] = []
     handles = [
         module.register_forward_hook(lambda m, a, out: outputs.append(out.numpy().astype(np.float32)))
@@ -208,8 +208,8 @@ def test_float16_breaks_where_a_float32_run_says(generation: int) -> None:
     broken = 0
     for exponent in range(4, 18):
         opened = random_checkpoint(SPECS[generation])
-        found = forecast(run_case(build(opened, rescale=2.0**exponent), TOKENS).recording, "float16")
-        actual = run_case(build(opened, dtype="float16", rescale=2.0**exponent), TOKENS).recording.first_break()
+        found = forecast(run_case(stressed(opened, 2.0**exponent), TOKENS).recording, "float16")
+        actual = run_case(stressed(opened, 2.0**exponent, dtype="float16"), TOKENS).recording.first_break()
         assert (None if found.first is None else found.first.site) == (None if actual is None else actual.site)
         broken += actual is not None
     assert 0 < broken < 14

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.models.gemma import Gemma, build, load
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.recorder import record
+from stabilitykit.scaling.stressed import stressed
 
 Floats = npt.NDArray[np.float64]
 NARROW = [torch.float16, torch.bfloat16]
@@ -227,7 +229,7 @@ def test_native_and_wider_products_break_at_the_same_place_and_agree_within_roun
         broke.append((first.site, first.broke.kind, first.broke.position, first.broke.channel))
         assert first.broke.value == pytest.approx(68_384, abs=64)
     assert broke[0] == broke[1] == ("layers.7", "overflow", 0, broke[0][3])
-    quarter = load("gemma3-270m", dtype="float16", rescale=0.25)
+    quarter = stressed(open_checkpoint("gemma3-270m"), 0.25, dtype="float16")
     logits = []
     for kind in ("native", "float32-accumulate"):
         with torch.inference_mode(), matmul(kind):

@@ -11,13 +11,13 @@ from torch import Tensor
 from written import write_gemma_pytorch, write_huggingface
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint, random_checkpoint
-from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES
-from stabilitykit.models.gemma import KVCache, apply_rescale, build, load
+from stabilitykit.models.gemma import KVCache, build, load
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.models.stream import STREAMED
 from stabilitykit.recorder import record
 from stabilitykit.records import Record
+from stabilitykit.scaling.stressed import stressed
 
 SIZES = "layers=3&hidden_size=64&feed_forward=96&heads=4&kv_heads=2&head_dim=16&vocabulary=400"
 SPECS = {
@@ -39,7 +39,7 @@ def stepped(
     checkpoint: Checkpoint, stream: bool, dtype: str, *, kind: str = "native", rescale: float = 1.0
 ) -> tuple[list[Tensor], list[Record]]:
     """Logits of a prompt and of two more steps with a cache, and the records of all three."""
-    model = build(checkpoint, dtype=dtype, stream=stream, rescale=rescale)
+    model = stressed(checkpoint, rescale, dtype=dtype, stream=stream)
     cache = KVCache(model.config, batch=1, length=8, dtype=model.dtype)
     with torch.inference_mode(), matmul(kind), record(model) as recording:
         logits = [model(torch.tensor([ids]), cache=cache) for ids in STEPS]
@@ -126,11 +126,6 @@ def test_what_does_not_fit_is_streamed_unless_forbidden(monkeypatch: pytest.Monk
         monkeypatch.setattr("stabilitykit.models.memory.available_memory", lambda device, free=free: free)
         built = build(random_checkpoint(SPECS[1]), stream=stream)
         assert (built.streamed, STREAMED in built.notes) == (expected, expected)
-
-
-def test_rescale_is_for_weights_that_are_there() -> None:
-    with pytest.raises(MisuseError, match="Pass rescale= to build or load"):
-        apply_rescale(build(random_checkpoint(SPECS[1]), stream=True), 2.0)
 
 
 # Six layers of 29 million weights, of which no matrix has more than 8 million: 352 MB in bfloat16.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, family_model
 from safetensors.torch import load_file, save_file
-from written import write_huggingface
+from written import write_huggingface, write_tokenizer
 
 from stabilitykit.checkpoints import random_checkpoint
 from stabilitykit.checkpoints.hub import local_folder
@@ -38,30 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_tokenizer(made)
     yield made
     shutil.rmtree(made)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A fast tokenizer of single characters over the random vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-
-    pieces = random_checkpoint(SPEC).vocabulary.pieces
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    made = Tokenizer(models.BPE(vocab=ids, merges=[], byte_fallback=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-    made.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"])
-    made.save(str(folder / "tokenizer.json"))
-    turn = "<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
-    template = f"{{{{ bos_token }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
-                "pad_token": "<pad>", "unk_token": "<unk>", "chat_template": template,
-            }
-        )
-    )  # fmt: skip
 
 
 def copied(folder: Path, to: Path, **keys: Any) -> Path:
@@ -363,7 +339,7 @@ def test_a_name_is_found_in_the_local_cache_or_the_way_to_fetch_it_is_told(
 
 def test_options_that_belong_to_the_other_kind_of_model(folder: Path, stabilitykit: Run) -> None:
     for arguments, message in (
-        ((f"hf:{folder}", "--rescale", "2"), "rounding and rescale apply to the kit's own model only"),
+        ((f"hf:{folder}", "--rounding", "gemma_pytorch"), "rounding applies to the kit's own model only"),
         (
             (str(folder), "--attention", "sdpa"),
             "attention, adapter and trust_remote_code apply to transformers' models only",

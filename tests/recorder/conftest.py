@@ -7,8 +7,9 @@ import torch
 from watched import LEVELS
 
 from stabilitykit.checkpoints.random import random_checkpoint
-from stabilitykit.models.gemma import Gemma, build
+from stabilitykit.models.gemma import Gemma
 from stabilitykit.records import Level
+from stabilitykit.scaling.stressed import stressed
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&kv_heads=2&head_dim=16&query_scalar=16&vocabulary=512"
 SPECS = {
@@ -23,7 +24,7 @@ def small() -> Callable[..., Gemma]:
     """`small(generation, dtype="float32", rescale=1.0)`: a fresh model that a test may damage."""
 
     def make(generation: int, dtype: str = "float32", rescale: float = 1.0) -> Gemma:
-        return build(random_checkpoint(SPECS[generation]), dtype=dtype, rescale=rescale)
+        return stressed(random_checkpoint(SPECS[generation]), rescale, dtype=dtype)
 
     return make
 

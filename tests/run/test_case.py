@@ -14,6 +14,7 @@ from stabilitykit.models.subject import Sampling
 from stabilitykit.records import LogitsError
 from stabilitykit.run.case import run_case, run_reference
 from stabilitykit.run.divergence import logits_error
+from stabilitykit.scaling.stressed import stressed
 
 Floats = npt.NDArray[np.float64]
 
@@ -149,7 +150,7 @@ def test_a_run_is_compared_with_its_reference(checkpoint: Checkpoint, dtype: str
 
 def test_a_run_that_breaks_says_so_and_what_is_left_of_its_logits(checkpoint: Checkpoint) -> None:
     """With <bos> made huge, everything that looks at it is lost: all positions, and so nothing is compared."""
-    reference_model, model = (build(checkpoint, dtype=dtype, rescale=2.0**15) for dtype in ("float32", "float16"))
+    reference_model, model = (stressed(checkpoint, 2.0**15, dtype=dtype) for dtype in ("float32", "float16"))
     run = run_case(model, TOKENS, reference=run_reference(reference_model, TOKENS))
     assert run.recording.first_break() is not None
     assert run.error is not None  # of the sampler

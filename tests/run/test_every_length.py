@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from stabilitykit.checkpoints import Checkpoint, GemmaConfig
+from stabilitykit.checkpoints import Checkpoint, GemmaConfig, random_checkpoint
 from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.gemma.rescale import apply_rescale
 from stabilitykit.models.matmul import matmul
 from stabilitykit.recorder import record
 from stabilitykit.run.every_length import every_length
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
+from stabilitykit.scaling.stressed import stressed
 
 LENGTH = 24
 CONFIG = GemmaConfig(
@@ -34,10 +34,12 @@ def model_and_tokens(seed: int, rescale: float) -> tuple[Gemma, list[int]]:
     torch.manual_seed(seed)
     model = Gemma(CONFIG).eval().requires_grad_(False)
     model.embed_tokens.weight[7] *= 64
-    apply_rescale(model, rescale)
     tokens = [int(token) for token in torch.randint(8, 64, (LENGTH,))]
     tokens[13] = 7
-    return model.half(), tokens
+    tensors = {name: weight.data for name, weight in model.named_parameters()}
+    vocabulary = random_checkpoint("random:gemma3-270m?layers=1&vocabulary=300").vocabulary
+    opened = Checkpoint(source="", sha256="", config=CONFIG, tensors=tensors, vocabulary=vocabulary)
+    return stressed(opened, rescale, dtype="float16"), tokens
 
 
 def first_site(model: Gemma, tokens: list[int]) -> str | None:

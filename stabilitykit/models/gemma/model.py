@@ -24,6 +24,7 @@ from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.gemma.mask import AttentionMask
 from stabilitykit.models.gemma.query_blocks import QueryBlock, query_blocks
 from stabilitykit.models.gemma.sampler import Sampler
+from stabilitykit.records.scaling import UNCHANGED
 
 if TYPE_CHECKING:
     from stabilitykit.checkpoints.checkpoint import Vocabulary
@@ -66,9 +67,9 @@ class Gemma(nn.Module):
     Bit for bit transformers' eager model in float32, bfloat16 and float16, or with `rounding="gemma_pytorch"`
     that one's arithmetic. In float64 what the references compute in float32 is computed in float64; the RoPE
     tables are float32's own numbers, so that it is the same function, computed more precisely.
-    `rescale` is the γ applied by `stabilitykit.models.gemma.rescale`; `streamed` says that matrices are in memory only
-    while they are in use, as `stabilitykit.models.stream` arranges. `source`, `sha256` and `notes` are the
-    checkpoint's. Non-finite values are passed on as the operators pass them.
+    `scaling` has the powers of two that its weights and settings were multiplied by; `streamed` says that matrices are
+    in memory only while they are in use, as `stabilitykit.models.stream` arranges. `source`, `sha256` and `notes` are
+    the checkpoint's. Non-finite values are passed on as the operators pass them.
     """
 
     def __init__(self, config: GemmaConfig, *, rounding: RoundingName = "transformers") -> None:
@@ -77,7 +78,7 @@ class Gemma(nn.Module):
             raise MisuseError(f"Unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}.")
         self.config = config
         self.rounding = rounding
-        self.rescale = 1.0
+        self.scaling = UNCHANGED
         self.streamed = False
         self.source = ""
         self.sha256 = ""
@@ -101,6 +102,12 @@ class Gemma(nn.Module):
         from stabilitykit.models.gemma.tokenizer import Tokenizer  # sentencepiece, only when there is text
 
         return Tokenizer(self.vocabulary)
+
+    @property
+    def rescale(self) -> float:
+        """What the embedding's rows were multiplied by: 1 unless the model is scaled."""
+        factor = self.scaling.parameters.get("embed_tokens.weight")
+        return 1.0 if factor is None else 2.0 ** factor.exponents[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.devices import DTYPES
 from stabilitykit.models.gemma.load import build, load
 from stabilitykit.models.gemma.model import Gemma
+from stabilitykit.scaling.stressed import stressed
 
 SOURCE = (
     "random:gemma3-270m?layers=2&kv_heads=2&window=6&hidden_size=64&feed_forward=96&heads=4&head_dim=16"
@@ -44,11 +45,11 @@ def test_weights_are_cast(checkpoint: Checkpoint, name: str) -> None:
 
 
 def test_facts_of_the_checkpoint(checkpoint: Checkpoint) -> None:
-    model = build(checkpoint, rounding="gemma_pytorch", rescale=0.5)
-    assert model.config is checkpoint.config
+    model = build(checkpoint, rounding="gemma_pytorch")
+    assert model.config == checkpoint.config
     assert (model.source, model.sha256, model.notes) == (checkpoint.source, checkpoint.sha256, ("dequantised",))
     assert (model.rounding, model.rescale, model.dtype, model.device.type) == (
-        "gemma_pytorch", 0.5, torch.float32, "cpu",
+        "gemma_pytorch", 1.0, torch.float32, "cpu",
     )  # fmt: skip
 
 
@@ -57,9 +58,9 @@ def test_tensors_are_shared_when_nothing_changes_them(checkpoint: Checkpoint) ->
     assert all(weight.data_ptr() == checkpoint.tensors[key].data_ptr() for key, weight in model.named_parameters())
 
 
-def test_float16_checkpoints_are_rescaled_in_float32(checkpoint: Checkpoint) -> None:
+def test_float16_checkpoints_are_scaled_in_float32(checkpoint: Checkpoint) -> None:
     halves = replace(checkpoint, tensors={name: tensor.half() for name, tensor in checkpoint.tensors.items()})
-    model = build(halves, rescale=2.0**24)
+    model = stressed(halves, 2.0**24)
     assert torch.equal(model.embed_tokens.weight, halves.tensors["embed_tokens.weight"].float() * 2.0**24)
 
 

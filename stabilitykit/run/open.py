@@ -1,18 +1,20 @@
 """The one way to open a model, whoever runs it."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from stabilitykit.checkpoints.cache import Progress
+from stabilitykit.checkpoints.sources import open_checkpoint
 from stabilitykit.choices import Attention, RoundingName, check_choice
 from stabilitykit.errors import MisuseError
-from stabilitykit.models.gemma import load
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers import open_model as open_transformers
 from stabilitykit.models.transformers.backend import PREFIX
+from stabilitykit.scaling.stress import check_gamma
+from stabilitykit.scaling.stressed import StressedFolder, stressed
 
 
 def open_model(
@@ -36,8 +38,9 @@ def open_model(
         dtype: float16, bfloat16, float32 or float64, as a name or a torch.dtype.
         device: cpu, cuda or mps.
         rounding: the implementation whose rounding points the kit's own model reproduces.
-        rescale: γ, a power of two from 2^-24 to 2^24 by which the kit's own model scales its residual stream; float32
-            logits keep every bit.
+        rescale: γ, a power of two from 2^-24 to 2^24 by which what the embedding writes is scaled, or what the first
+            projection does, and all that follows with it. float32 logits keep every bit; of hf: models with gains 1 + w
+            but for those gains that float32 rounds, which a note counts.
         attention: of `hf:` models, eager or sdpa; None leaves the choice to transformers.
         adapter: of `hf:` models, the folder of an adapter that peft reads, such as a LoRA.
         trust_remote_code: run Python code that an `hf:` folder brings. Without it such code never runs, and a folder
@@ -61,28 +64,21 @@ def open_model(
     """
     check_options(checkpoint, rounding, rescale, attention, adapter, trust_remote_code)
     name = str(checkpoint)
-    if name.startswith(PREFIX):
-        return open_transformers(
-            name.removeprefix(PREFIX),
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            adapter=adapter,
-            trust_remote_code=trust_remote_code,
-            stream=stream,
-            progress=progress,
+    if not name.startswith(PREFIX):
+        opened = open_checkpoint(checkpoint, progress=progress)
+        return GemmaSubject(
+            stressed(opened, rescale, dtype=dtype, device=device, rounding=rounding, stream=stream, progress=progress)
         )
-    return GemmaSubject(
-        load(
-            checkpoint,
-            dtype=dtype,
-            device=device,
-            rounding=rounding,
-            rescale=rescale,
-            stream=stream,
-            progress=progress,
-        )
-    )
+    name = name.removeprefix(PREFIX)
+    how: dict[str, Any] = {
+        "attention": attention,
+        "adapter": adapter,
+        "trust_remote_code": trust_remote_code,
+        "stream": stream,
+    }
+    if rescale != 1:
+        return StressedFolder.of(name, rescale, **how).open(dtype, device=device, progress=progress)
+    return open_transformers(name, dtype=dtype, device=device, progress=progress, **how)
 
 
 def check_options(
@@ -94,12 +90,13 @@ def check_options(
     trust_remote_code: bool,
 ) -> None:
     """Raises MisuseError for an unknown choice, and for options that belong to the other kind of model."""
+    check_gamma(rescale)
     check_choice("rounding", rounding, get_args(RoundingName))
     if attention is not None:
         check_choice("attention", attention, get_args(Attention))
     if str(checkpoint).startswith(PREFIX):
-        if rounding != "transformers" or rescale != 1:
-            raise MisuseError("rounding and rescale apply to the kit's own model only; leave them out with hf:.")
+        if rounding != "transformers":
+            raise MisuseError("rounding applies to the kit's own model only; leave it out with hf:.")
     elif attention is not None or adapter is not None or trust_remote_code:
         raise MisuseError(
             "attention, adapter and trust_remote_code apply to transformers' models only; put hf: before the folder or "
