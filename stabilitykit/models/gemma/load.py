@@ -125,7 +125,8 @@ def _with_settings(config: GemmaConfig, scaling: Scaling) -> GemmaConfig:
         raise MisuseError(
             f"The settings of a scaling are numbers in a Gemma's config, as rms_eps is; got {other[0]!r}."
         )
-    return replace(config, **{key: getattr(config, key) * 2.0**power for key, power in scaling.settings.items()})
+    changed = {key: getattr(config, key) * 2.0**power for key, power in scaling.settings.items()}
+    return replace(config, **changed) if changed else config
 
 
 def _factors(model: Gemma, scaling: Scaling) -> dict[str, float]:
