@@ -258,8 +258,8 @@ def written() -> dict[str, type]:
         importlib.import_module(f"stabilitykit.records.{module.name}")
         for module in pkgutil.iter_modules(stabilitykit.records.__path__)
     ]
-    named = (value for module in modules for value in vars(module).values())
-    known = {kind for kind in named if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    values = (value for module in modules for value in vars(module).values())
+    known = {kind for kind in values if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
     named = {"Record", "Span", "Check", "Peak", "Failure", "Footprint", "Memory", "Shortage"}
     ahead = [
         kind

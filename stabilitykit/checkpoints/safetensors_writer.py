@@ -59,7 +59,7 @@ def write_safetensors(
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header = json.dumps(_header(ordered, metadata), ensure_ascii=False, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # so that the first tensor is aligned too
+    header += b" " * (-(8 + len(header)) % 64)  # so that tensors are aligned as torch aligns them
     digest = hashlib.sha256()
     with path.open("xb") as file:
         for part in (len(header).to_bytes(8, "little"), header):

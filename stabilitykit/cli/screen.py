@@ -50,7 +50,7 @@ def print_json(value: Any) -> None:
 
 class ProgressBar:
     """Called with (what, done, total). On a terminal a bar that shows itself when the work outlasts a second;
-    elsewhere, once it has outlasted ten, a line for each thing that is done, when it begins, after the seconds so far.
+    elsewhere, once it has outlasted ten, a line for each stage as it begins, after the seconds so far.
     """
 
     def __init__(self) -> None:

@@ -146,7 +146,8 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     To look on without a part in it there is `WatchMode`.
 
     Composite operators that `apart` accepts are taken apart, and their parts arrive instead; `given` may change the
-    arguments of one before that. Views run as they are. What `operator` itself runs does not come back to it.
+    arguments of one before that. Views run as they are, unless `views` have `operator` run them too. What
+    `operator` itself runs does not come back to it.
     """
 
     supports_higher_order_operators = True  # torch would else raise at one
@@ -157,8 +158,10 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         apart: Callable[[Traits], bool] | None = None,
         given: Callable[[Traits, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]] | None = None,
+        views: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._views = views
         self._operator = operator
         self._apart = apart
         self._given = given
@@ -184,7 +187,7 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return _run_apart(kind, args, kwargs)
             finally:
                 _pop_mode()
-        if kind.view:
+        if kind.view and not self._views:
             return func(*args, **kwargs)
         return self._operator(kind, args, kwargs)
 

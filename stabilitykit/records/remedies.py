@@ -18,8 +18,8 @@ class Score:
     most likely token, `perplexity` the relative change of the text's perplexity. `headroom` is the least over what the
     remedy stores in the first windows, in bits of its dtype; None where it is not finite. `weights` and `extra` are
     bytes: of the weights, and of what a window takes in addition to a plain run. `time` is relative to a plain float16
-    pass. `exportable`: a folder can carry it, without code around the model. `error` is the largest difference from
-    what float32 returns, in parts of the largest magnitude of that.
+    pass, None where none was timed. `exportable`: a folder can carry it, without code around the model. `error` is the
+    largest difference from what float32 returns, in parts of the largest magnitude of that.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Score:
     headroom: float | None
     weights: int
     extra: int
-    time: float
+    time: float | None
     error: float | None = None
 
 

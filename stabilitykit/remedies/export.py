@@ -4,7 +4,7 @@ FOLDER/
   config.json, weights, tokenizer and generation config
   repair.json   what was changed, by which powers of two; hashes and figures, before and after
   proof.json    of a proved repair: bounds that no prompt can exceed
-  README.md     the same for people, the terms of the weights, and how to verify
+  README.md     the same for people, the terms of the weights, and how to verify; REPAIR.md where the original has one
 """
 
 import json
@@ -37,7 +37,7 @@ from stabilitykit.remedies.repaired_folder import write_checked
 from stabilitykit.run.case import Progress
 
 SCHEMA = 3
-FACTS = "repair.json"
+FACTS, README, BESIDE = "repair.json", "README.md", "REPAIR.md"
 
 _LENGTHS = (40, 24, 9)  # tokens of the texts on which a folder is checked
 _CALLED = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}  # settings of GemmaConfig in config.json
@@ -62,7 +62,9 @@ def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, prog
     with new_folder(folder) as aside:
         written = _write(repair, aside, dtype, progress)
         write_json(aside / FACTS, _facts(repair, written))
-        (aside / "README.md").write_text(_readme(repair, written), encoding="utf-8")
+        readme = aside / README
+        readme = aside / BESIDE if readme.exists() else readme  # the original's own was carried along
+        readme.write_text(_readme(repair, written), encoding="utf-8")
         if repair.bounds:
             write_proof(aside, {row.worst.kind: row.worst.bound for row in by_kind(repair.bounds)})
             _check(aside)
@@ -78,6 +80,7 @@ def _write(repair: Repair, aside: Path, dtype: ExportDtype, progress: Progress |
             aside,
             _prompts(repair),
             dtype,
+            approximate=repair.ranking.change.approximate is not None,
             trust_remote_code=repair.original.trust_remote_code,
             progress=progress,
         )

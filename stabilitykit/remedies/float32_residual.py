@@ -31,6 +31,9 @@ def _around(model: nn.Module) -> Iterator[None]:
     def narrowed(tree: Any) -> Any:
         return tree_map_only(Tensor, lambda one: one.to(dtype) if one.dtype == torch.float32 else one, tree)
 
+    def is_low(module: nn.Module) -> bool:
+        return any(one.dtype == dtype for one in module.parameters(recurse=False))
+
     def widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if args:
             return (widened(args[0]), *args[1:]), kwargs
@@ -52,11 +55,7 @@ def _around(model: nn.Module) -> Iterator[None]:
             if isinstance(module, _FUSED):
                 stack.enter_context(in_float32(module))
         for module in model.modules():
-            if (
-                module not in found
-                and module not in layers
-                and next(module.parameters(recurse=False), None) is not None
-            ):
+            if module not in found and module not in layers and is_low(module):
                 stack.callback(module.register_forward_pre_hook(narrow_given).remove)
         yield
 

@@ -33,6 +33,7 @@ from stabilitykit.scaling.apply import factors, of_rows, scaled, with_settings
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"}
 _INDICES = (".safetensors.index.json", ".bin.index.json")
 _LEFTOVERS = {".git", ".cache", ".huggingface"}
+_ABOUT = {"repair.json", "proof.json", "REPAIR.md"}  # what an earlier repair says of the weights as they were
 
 
 def write_scaled(
@@ -209,7 +210,7 @@ def _carry(source: Path, folder: Path) -> tuple[str, ...]:
         inner = path.relative_to(source)
         if not path.is_file() or inner.parts[0] in _LEFTOVERS:
             continue
-        if path.name.endswith(_INDICES) or path.suffix in _WEIGHTS:
+        if path.name.endswith(_INDICES) or path.suffix in _WEIGHTS or str(inner) in _ABOUT:
             if not (folder / inner).exists():
                 left_out.append(str(inner))
         elif str(inner) != CONFIG:

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.plain import load_plain, read_settings
 from stabilitykit.records.repaired_folder import Comparison, Float16, FolderCheck, Kept
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.answers import answers, plain_answers
 from stabilitykit.remedies.folder import write_scaled
+from stabilitykit.remedies.streamed import Opened, open_scaled
 from stabilitykit.run.case import Progress
-from stabilitykit.scaling.apply import rounded, scaled, with_settings
+from stabilitykit.scaling.apply import rounded, with_settings
 
 _KEPT = 16  # values of each output that repair.json keeps
 _NEAR = 1e-3  # of the largest of them: kernels of another processor sum in another order
-WEIGHTS, UNDONE, THEN = "weights", "the folder undone", "what was kept"
 
 
 def check_folder(
@@ -74,39 +75,39 @@ def _checked(
     """
     steps = _Steps(progress, 4)
     steps.begin("the original in float32")
-    model = load_plain(original, torch.float32, **given)
-    wanted = dict(answers(model, prompts))
-    plain = list(plain_answers(model, prompts))
-    gains = _gains_rounded(model, scaling)
-    del model
+    opened = open_scaled(original, **given)
+    wanted = dict(answers(opened.module, prompts))
+    plain = list(plain_answers(opened.module, prompts))
+    gains = _gains_rounded(opened, scaling)
+    del opened
 
     steps.begin("the scaled model in float32")
     comparisons = []
     if settings is not None:
-        model = load_plain(folder, getattr(torch, dtype), **given)
-        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        written = _digests(model, {})
-        del model
-        model = load_plain(original, torch.float32, settings=settings, **given)
-        scale(model, scaling)
-        comparisons.append(_weights(written, _digests(model, dtypes)))
+        low = Opened(module=load_plain(folder, getattr(torch, dtype), **given))
+        dtypes = {name: tensor.dtype for name, tensor in low.module.state_dict().items()}
+        written = _digests(low, {})
+        del low
+        opened = open_scaled(original, scaling.parameters, settings, **given)
+        comparisons.append(_weights(written, _digests(opened, dtypes)))
         if wide is not None:
-            del model  # not two at a time
+            del opened  # not two at a time
     if wide is not None:
-        model = load_plain(wide, torch.float32, **given)
-    with _Reached(model, scaling) as reached:
-        comparisons += [_compared(what, got, wanted[what]) for what, got in answers(model, prompts)]
-    del model
+        opened = open_scaled(wide, **given)
+    with _Reached(opened.module, scaling) as reached:
+        comparisons += [_compared(what, got, wanted[what]) for what, got in answers(opened.module, prompts)]
+    del opened
 
     steps.begin("the folder in float16")
-    low = _low(load_plain(folder, torch.float16, **given), prompts, plain)
+    half = _half(load_plain(folder, torch.float16, **given), prompts, plain)
 
     steps.begin("the folder undone in float32")
-    kept = tuple(_kept(what, got) for what, got in answers(undone(folder, scaling, dtype, **given), prompts))
+    opened = _undone(folder, scaling, dtype, given)
+    kept = tuple(_kept(what, got) for what, got in answers(opened.module, prompts))
     return FolderCheck(
         prompts=tuple(map(tuple, prompts)),
         comparisons=tuple(comparisons),
-        float16=low,
+        float16=half,
         gains_rounded=gains,
         kept=kept,
         not_run=reached.missed,
@@ -132,27 +133,26 @@ def check_alone(
     given: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code}
     steps = _Steps(progress, 3)
     steps.begin("the folder undone in float32")
-    model = undone(folder, scaling, dtype, **given)
-    wanted = dict(answers(model, before.prompts))
-    plain = list(plain_answers(model, before.prompts))
-    gains = _gains_rounded(model, scaling)
+    opened = _undone(folder, scaling, dtype, given)
+    wanted = dict(answers(opened.module, before.prompts))
+    plain = list(plain_answers(opened.module, before.prompts))
+    gains = _gains_rounded(opened, scaling)
     kept = tuple(_kept(what, got) for what, got in wanted.items())
     comparisons = list(_as_kept(before.kept, wanted))
-    del model
+    del opened
 
     steps.begin("the folder in float32")
-    settings = read_settings(folder, trust_remote_code=trust_remote_code)
-    model = load_plain(folder, _wide(settings, dtype), **given)
-    with _Reached(model, scaling) as reached:
-        comparisons += [_compared(what, got, wanted[what]) for what, got in answers(model, before.prompts)]
-    del model
+    opened = _as_it_is(folder, dtype, given)
+    with _Reached(opened.module, scaling) as reached:
+        comparisons += [_compared(what, got, wanted[what]) for what, got in answers(opened.module, before.prompts)]
+    del opened
 
     steps.begin("the folder in float16")
-    low = _low(load_plain(folder, torch.float16, **given), before.prompts, plain)
+    half = _half(load_plain(folder, torch.float16, **given), before.prompts, plain)
     return FolderCheck(
         prompts=before.prompts,
         comparisons=tuple(comparisons),
-        float16=low,
+        float16=half,
         gains_rounded=max(gains, before.gains_rounded),
         kept=kept,
         not_run=reached.missed,
@@ -160,45 +160,26 @@ def check_alone(
     )
 
 
-def undone(
-    folder: Path, scaling: Scaling, dtype: str = "float16", *, kind: Any = None, trust_remote_code: bool = False
-) -> nn.Module:
+def _undone(folder: Path, scaling: Scaling, dtype: str, given: Mapping[str, Any]) -> Opened:
     """The model of a folder of `dtype` in float32, with `scaling` taken back from its weights and settings.
 
-    One that has quantised weights is returned as it is, in `dtype`.
+    One that has quantised weights is returned as it is.
     """
-    given: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code}
-    settings = read_settings(folder, trust_remote_code=trust_remote_code)
-    wide = _wide(settings, dtype)
+    settings = read_settings(folder, trust_remote_code=given["trust_remote_code"])
     if settings.get("quantization_config"):
-        return load_plain(folder, wide, **given)
-    model = load_plain(folder, wide, settings=with_settings(settings, scaling.inverse.settings), **given)
-    scale(model, scaling.inverse)
-    return model
+        return _as_it_is(folder, dtype, given)
+    back = scaling.inverse
+    return open_scaled(folder, back.parameters, with_settings(settings, back.settings), **given)
 
 
-def _wide(settings: Mapping[str, Any], dtype: str) -> torch.dtype:
-    """float32, but of quantised weights: what is stored beside them, transformers loads in no other dtype."""
-    stored: torch.dtype = getattr(torch, dtype)
-    return stored if settings.get("quantization_config") else torch.float32
+def _as_it_is(folder: Path, dtype: str, given: Mapping[str, Any]) -> Opened:
+    """In float32; with quantised weights in `dtype`, as transformers loads what is beside them in no other."""
+    if read_settings(folder, trust_remote_code=given["trust_remote_code"]).get("quantization_config"):
+        return Opened(module=load_plain(folder, getattr(torch, dtype), **given))
+    return open_scaled(folder, **given)
 
 
-def scale(model: nn.Module, scaling: Scaling) -> None:
-    """Multiplies the parameters and persistent buffers of `model`, one that several modules share in all of them."""
-    given = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, factor in scaling.parameters.items():
-        before = given[name]
-        made = scaled(before, factor).to(before.dtype)
-        for module in model.modules():
-            for leaf, held in list(module._parameters.items()):
-                if held is before:
-                    module._parameters[leaf] = nn.Parameter(made, requires_grad=False)
-            for leaf, kept in list(module._buffers.items()):
-                if kept is before:
-                    module._buffers[leaf] = made
-
-
-def _low(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Tensor]) -> Float16:
+def _half(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Tensor]) -> Float16:
     try:
         got = list(plain_answers(model, prompts))
     except CheckpointError as error:
@@ -208,25 +189,26 @@ def _low(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Te
     return Float16(finite=True, error=max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True)))
 
 
-def _gains_rounded(model: nn.Module, scaling: Scaling) -> int:
-    given = dict(model.named_parameters()) | dict(model.named_buffers())
-    changed = [(given.get(name), factor) for name, factor in scaling.parameters.items() if factor.added]
-    return sum(rounded(tensor, factor) for tensor, factor in changed if tensor is not None)
+def _gains_rounded(opened: Opened, scaling: Scaling) -> int:
+    return sum(rounded(opened.value(name), factor) for name, factor in scaling.parameters.items() if factor.added)
 
 
-def _digests(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
+def _digests(opened: Opened, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
     """Of each parameter and persistent buffer, once it is cast to its dtype."""
-    return {name: _digest(one.to(dtypes.get(name, one.dtype))) for name, one in model.state_dict().items()}
+    return {name: _digest(one, dtypes.get(name, one.dtype)) for name, one in opened.values()}
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+def _digest(tensor: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    digest = hashlib.sha256()
+    for piece in read_once(tensor.detach()):
+        digest.update(piece.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _weights(written: Mapping[str, str], wanted: Mapping[str, str]) -> Comparison:
     names = written.keys() | wanted.keys()
     wrong = [name for name in sorted(names) if written.get(name) != wanted.get(name)]
-    told = f"{WEIGHTS} ({', '.join(wrong[:3])})" if wrong else WEIGHTS
+    told = f"weights ({', '.join(wrong[:3])})" if wrong else "weights"
     return Comparison(what=told, numbers=len(names), different=len(wrong), largest=float("nan") if wrong else 0.0)
 
 

@@ -15,13 +15,13 @@ from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import record
 from stabilitykit.records.remedies import Score
 from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies.nearness import Probabilities, nearness
 from stabilitykit.remedies.original import Original
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.samples import Inputs, answer, following
 from stabilitykit.run.case import Progress
-from stabilitykit.run.divergence import Distribution, divergence
 
-_RECORDED = 3  # inputs of which the headroom is measured
+_RECORDED = 3  # inputs of which the headroom is measured, at most
 _BLOCK = 64  # positions per mean of the confidence interval: neighbours are not independent
 
 
@@ -47,12 +47,12 @@ def rank(
         model = known[0] if known else original.open(remedy.dtype, remedy.scaling)
         if not known:
             models.append((remedy.dtype, remedy.scaling, model))
-        runs.append(_Run(remedy, model))
+        runs.append(_Run(remedy, model, min(_RECORDED, (len(held_out) + 1) // 2)))
     reference = reference or original.open()
-    done, total = 0, (len(held_out) + 1) * len(runs)
+    done, total = 0, len(held_out) * len(runs)
     for inputs in held_out:
         with torch.inference_mode():
-            theirs = _Reference.of(reference, inputs)
+            theirs = _Reference(reference, inputs)
         for run in runs:
             if progress is not None:
                 progress(f"held-out texts: {run.remedy.name}", done, total)
@@ -60,13 +60,7 @@ def rank(
             if run.failure is None:
                 run.add(inputs, theirs)
         del theirs  # before the next one is allocated
-    scores = []
-    for run in runs:
-        if progress is not None:
-            progress(f"headroom: {run.remedy.name}", done, total)
-        done += 1
-        if run.failure is None:
-            scores.append(run.score(held_out, runs[0].seconds))
+    scores = [run.score(held_out, runs[0].seconds) for run in runs if run.failure is None]
     return sorted(scores, key=_place), [LeftOut(run.remedy.name, run.failure) for run in runs if run.failure]
 
 
@@ -76,32 +70,25 @@ def _place(score: Score) -> tuple[bool, float]:
 
 
 class _Reference:
-    """What float32 answers: [N, V] and, where they are logits, the distribution that they mean."""
+    """What float32 answers: `values` [N, V] and, where they are logits, the probabilities that they mean."""
 
-    def __init__(self, values: Tensor, distribution: Distribution | None, following: Tensor | None) -> None:
-        self.values = values
-        self.distribution = distribution
-        self.following = following
-        self.largest = float(values.abs().max()) if values.numel() else 0.0
-
-    @classmethod
-    def of(cls, subject: Subject, inputs: Inputs) -> "_Reference":
+    def __init__(self, subject: Subject, inputs: Inputs) -> None:
         found = answer(subject.module, inputs)
-        values = _comparable(_rows(found.values))
+        self.values = _comparable(_rows(found.values))
+        self.probabilities = Probabilities.of(self.values) if found.logits else None
+        self.largest = _largest(self.values)
         tokens = following(subject.module, inputs)
-        if tokens is None or tokens.shape != found.values.shape[:-1]:
-            tokens = None
-        return cls(
-            values,
-            Distribution.of(values) if found.logits else None,
-            None if tokens is None else tokens.to(values.device),
-        )
+        is_each = tokens is not None and tokens.shape == found.values.shape[:-1]
+        self.following = tokens.to(self.values.device) if tokens is not None and is_each else None
 
 
 class _Run:
-    """A remedy, the model it runs on, and what was measured so far."""
+    """A remedy, the model it runs on, and what was measured so far. The first `records` inputs are recorded, for the
+    headroom that they leave; the others tell how long a pass takes.
+    """
 
-    def __init__(self, remedy: Remedy, model: Subject) -> None:
+    def __init__(self, remedy: Remedy, model: Subject, records: int) -> None:
+        self.records = records
         self.remedy = remedy
         self.model = model
         self.kind = preferred_matmul(remedy.dtype, model.device.type)
@@ -110,13 +97,14 @@ class _Run:
         self.positions = 0
         self.error = 0.0
         self.seconds: list[float] = []
+        self.headrooms: list[float] = []
         self.kl: list[Tensor] = []
         self.same: list[Tensor] = []
         self.surprise: list[Tensor] = []
 
     def add(self, inputs: Inputs, theirs: _Reference) -> None:
         try:
-            found = self.answer(inputs)
+            found = self.recorded(inputs) if len(self.headrooms) < self.records else self.timed(inputs)
         except RuntimeError as error:  # code around a model may be more than it can take
             if self.remedy.exportable:
                 raise
@@ -124,25 +112,38 @@ class _Run:
             return
         ours = _comparable(_rows(found))
         self.positions += len(ours)
-        self.finite = self.finite and bool(ours.isfinite().all())
+        if theirs.probabilities is None:
+            far = float((ours - theirs.values).abs().max())
+        else:
+            compared = nearness(ours, theirs.probabilities)
+            far = compared.error
+            self.kl.append(compared.kl.cpu())
+            self.same.append(compared.same.cpu())
+            if theirs.following is not None:
+                self.surprise.append(_surprise(ours, compared.log_totals, theirs))
+        self.finite = self.finite and math.isfinite(far)
         if theirs.largest:
-            far = (ours - theirs.values).abs_().max() / theirs.largest
-            self.error = max(self.error, float(far)) if bool(far.isfinite()) else math.inf
-        if theirs.distribution is None:
-            return
-        compared = divergence(ours, theirs.distribution)
-        self.kl.append(compared.kl.cpu())
-        self.same.append(compared.same.cpu())
-        if theirs.following is not None:
-            self.surprise.append(_surprise(ours, compared.log_totals, theirs))
+            self.error = max(self.error, far / theirs.largest) if math.isfinite(far) else math.inf
 
-    def answer(self, inputs: Inputs) -> Tensor:
+    def timed(self, inputs: Inputs) -> Tensor:
         with torch.inference_mode(), matmul(self.kind), self.remedy.around(self.model.module):
             _wait(self.model.device)
             began = time.perf_counter()
             found = answer(self.model.module, inputs).values
             _wait(self.model.device)
             self.seconds.append(time.perf_counter() - began)
+        return found
+
+    def recorded(self, inputs: Inputs) -> Tensor:
+        model, dtype = self.model.module, self.remedy.dtype
+        with (
+            torch.inference_mode(),
+            self.remedy.around(model),
+            record(model, formats=(), matmul=self.kind, fused_softmax=False) as recording,
+        ):
+            found = answer(model, inputs).values
+        top = peak(r for r in recording if r.dtype == dtype)
+        self.headrooms.append(number_format(dtype).headroom(0.0 if top is None else top.amax or 0.0))
         return found
 
     def score(self, held_out: Sequence[Inputs], plain: Sequence[float]) -> Score:
@@ -165,37 +166,36 @@ class _Run:
             kl_max=float(kl.max()) if known else None,
             top1=float(same.double().mean()) if known else None,
             perplexity=math.expm1(float(surprise.mean())) if surprise.numel() else None,
-            headroom=min(map(self.headroom, held_out[:_RECORDED])) if self.finite else None,
+            headroom=min(self.headrooms) if self.finite else None,
             weights=sum(weight.nbytes for weight in self.model.module.parameters()),
             extra=self.remedy.extra(tokens),
-            time=statistics.median(own / base for own, base in zip(self.seconds, plain, strict=True)),
+            time=statistics.median(own / base for own, base in zip(self.seconds, plain, strict=True))
+            if plain
+            else None,
             error=self.error if math.isfinite(self.error) else None,
         )
-
-    def headroom(self, inputs: Inputs) -> float:
-        model, dtype = self.model.module, self.remedy.dtype
-        with (
-            torch.inference_mode(),
-            self.remedy.around(model),
-            record(model, formats=(), matmul=self.kind) as recording,
-        ):
-            answer(model, inputs)
-        top = peak(r for r in recording if r.dtype == dtype)
-        return number_format(dtype).headroom(0.0 if top is None else top.amax or 0.0)
 
 
 def _surprise(ours: Tensor, log_totals: Tensor, theirs: _Reference) -> Tensor:
     """-log p of each next token, less the reference's; where both are finite."""
     assert theirs.following is not None
-    assert theirs.distribution is not None
+    assert theirs.probabilities is not None
     rows, length = theirs.following.shape
     taken = [
         logits.view(rows, length, -1)[:, :-1].gather(-1, theirs.following[:, 1:, None])[..., 0].double()
         for logits in (ours, theirs.values)
     ]
-    totals = [one.view(rows, length)[:, :-1] for one in (log_totals, theirs.distribution.log_totals)]
+    totals = [one.view(rows, length)[:, :-1] for one in (log_totals, theirs.probabilities.log_totals)]
     found = (totals[0] - taken[0]) - (totals[1] - taken[1])
     return found[found.isfinite()].cpu()
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude; 0 of no values."""
+    if not values.numel():
+        return 0.0
+    low, high = values.aminmax()
+    return max(abs(float(low)), abs(float(high)))
 
 
 def _rows(found: Tensor) -> Tensor:

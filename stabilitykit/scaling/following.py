@@ -3,31 +3,35 @@
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from stabilitykit.models.operators import OperatorMode, Traits
 
 
-class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the block, `after(name, site, func, args, kwargs, output)` is called for every operator, views included.
+@cache
+def _name(func: Any) -> str:
+    name: str = func._schema.name.partition("::")[2]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+class Following(OperatorMode):  # type: ignore[no-untyped-call]
+    """Inside the block, `after(name, site, func, args, kwargs, output)` is called for every operator, views included,
+    with composites taken apart.
 
     `name` is ATen's, without the overload and the mark of those that write in place. `site` is made of the path of the
     innermost module, how often that ran before, the name, and how many operators of that name it ran before.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(self._run, views=True)
         self.model = model
         self.running = [""]
         self._runs: Counter[str] = Counter()
         self._calls = [""]
         self._numbers: list[Counter[str]] = [Counter()]
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
 
     def attach(self, stack: ExitStack, entered: Callable[[str, nn.Module], None] = lambda path, module: None) -> None:
         """Follows the model's modules until the end of `stack`; `entered` is called when one begins."""
@@ -38,16 +42,10 @@ class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def after(self, name: str, site: str, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         raise NotImplementedError
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
-        if schema is not None:
-            name = schema.name.partition("::")[2]
-            if name.endswith("_") and not name.endswith("__"):
-                name = name[:-1]
-            with _disable_current_modes():
-                self.after(name, self._site(name), func, args, kwargs, output)
+    def _run(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = kind.func(*args, **kwargs)
+        name = _name(kind.func)
+        self.after(name, self._site(name), kind.func, args, kwargs, output)
         return output
 
     def _enter(self, path: str, entered: Callable[[str, nn.Module], None], module: nn.Module, args: Any) -> None:

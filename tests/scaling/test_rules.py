@@ -135,6 +135,7 @@ def _changed(rule: Rule, change: Change, differs: list[bool]) -> Rule:
     return now
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("change", [forgets, misplaces, pins])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_rule_is_found_out(

@@ -1,5 +1,6 @@
 """A folder as plain transformers loads it, whatever its model is: decoder, encoder, both, or one that sees or hears."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from stabilitykit.models.transformers.backend import explained, imported, quiet
 from stabilitykit.models.transformers.load import check_loading, named_class
 
-_ALIGNMENT = 64  # bytes: that of torch\'s own allocator
+_ALIGNMENT = 64  # bytes: that of torch's own allocator
 
 
 def read_settings(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -36,9 +37,7 @@ def load_plain(
     """
     transformers = imported()
     with quiet(transformers), explained(str(folder)):
-        config = _config(folder, trust_remote_code)
-        if settings is not None:
-            config = type(config).from_dict(dict(settings))
+        config = _config(folder, trust_remote_code, settings)
         if attention is not None:
             config._attn_implementation = attention
         model, loading = _kind(transformers, config, kind, trust_remote_code).from_pretrained(
@@ -47,7 +46,8 @@ def load_plain(
         )  # fmt: skip
     check_loading(str(folder), loading)
     loaded: nn.Module = model.eval().requires_grad_(False)
-    align(loaded)
+    if dtype == torch.float32:  # in which bits are compared
+        align(loaded)
     return loaded
 
 
@@ -56,13 +56,14 @@ def load_placeholders(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     *,
+    settings: Mapping[str, Any] | None = None,
     kind: Any = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The same model, loaded from `tensors` in place of those in the folder's files, as if its weights were plain."""
     transformers = imported()
     with quiet(transformers), explained(str(folder)):
-        config = _config(folder, trust_remote_code)
+        config = _config(folder, trust_remote_code, settings)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         model, loading = _kind(transformers, config, kind, trust_remote_code).from_pretrained(
@@ -75,17 +76,22 @@ def load_placeholders(
 
 
 def align(model: nn.Module) -> None:
-    """Gives weights that are mapped from a file a place in memory like any other's.
+    """`aligned` of all of a model's weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = aligned(tensor.data)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A weight that is mapped from a file, at a place in memory like any other's.
 
     Where in memory numbers lie decides by which instructions a processor sums them up, and so about the last bit.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT:
-            tensor.data = tensor.data.clone()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    return imported().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+def _config(folder: Path, trust_remote_code: bool, settings: Mapping[str, Any] | None = None) -> Any:
+    config = imported().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return config if settings is None else type(config).from_dict(copy.deepcopy(dict(settings)))
 
 
 def _kind(transformers: Any, config: Any, kind: Any, trust_remote_code: bool) -> Any:

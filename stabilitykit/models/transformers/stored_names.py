@@ -285,6 +285,18 @@ def _again(tensor: Any, marks: Mapping[str, Tensor]) -> Any:
     return tensor
 
 
+def values(tensor: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+    """What a parameter of a model that was loaded from placeholders would hold, before it is cast to its dtype.
+
+    Memory-mapped where it is one of the `stored` tensors as it is. Raises CheckpointError where transformers computes
+    it in a way that cannot be followed.
+    """
+    if _moved_by(tensor) is not None:
+        _check_moved(["a parameter"], {"a parameter": tensor})
+    found: Tensor = _again(tensor, stored)
+    return found
+
+
 def by_element(factor: Factor, shape: torch.Size) -> Tensor:
     """The exponent of each element, expanded along dimensions of one block."""
     made = torch.tensor(factor.exponents, dtype=torch.int16)
