@@ -18,7 +18,8 @@ def save(model: Any, folder: Path, *, tokenizer: bool = True) -> Path:
         ids = {piece: index for index, piece in enumerate((*_SPECIAL, *characters))}
         made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-        transformers.PreTrainedTokenizerFast(
+        kind: Any = transformers.PreTrainedTokenizerFast
+        kind(
             tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
         ).save_pretrained(folder)
     return folder

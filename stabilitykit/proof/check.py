@@ -1,8 +1,8 @@
-"""Proves from its weights alone that no prompt makes a Gemma overflow float16, or says which tensor could.
+"""Proves from its weights alone that no prompt makes a decoder overflow float16, or says which tensor could.
 
     python -m stabilitykit.proof.check FOLDER
 
-FOLDER is a Hugging Face folder of a Gemma 1, 2 or 3 in float16, with a proof.json:
+FOLDER is a Hugging Face folder of a Gemma 1, 2 or 3, a Llama or a Qwen3 in float16, with a proof.json:
 
     {"schema": 1, "dtype": "float16", "limit": 65504,
      "sha256": {"config.json": hex, "model.safetensors": hex, ...},    every file but the notes beside the model
@@ -19,13 +19,14 @@ values stays one.
 Rounding. An RMSNorm returns g ∘ n with |n| ≤ sqrt(d), d its channels, for any input: finite eps > 0 only shrinks n.
 Float32 lets |n| grow by d · 2^-25 and rounding to float16 by 2^-11; what rounds below 2^-14 is less than 2^-13 in n
 if no gain counts as smaller than 2^-12. So rounded outputs are exact ones of a ball 0.09% larger (d ≤ 8192), and
-every bound below is taken over that ball. The longest way from there to a tensor is that to the scores:
+every bound below is taken over that ball. Llama and Qwen3 round n itself as well, by 2^-11 more: 0.14% (where it is
+subnormal, by less than a channel's share of 2^-13). The longest way from there to a tensor is that to the scores:
 
-    two balls 0.2%; the float32 sums of q and k, sqrt(D) · d · 2^-24 each (D ≤ 256): 1.6% at the very most,
+    two balls 0.3%; the float32 sums of q and k, sqrt(D) · d · 2^-24 each (D ≤ 256): 1.6% at the very most,
     0.7% in any Gemma; RoPE, table, product and sum, sqrt(2) · 3 · 2^-11 each: 0.5%; q, k, q · k, its scaling and
     the three steps of a soft-cap 2^-11 each: 0.35%
 
-and under 2.7% in all. The way to down_proj has two balls, gate, gelu, up, their product and the result: 0.5%. What is
+and under 2.8% in all. The way to down_proj has two balls, gate, gelu, up, their product and the result: 0.6%. What is
 relative to a sum of magnitudes rather than to the bound (sums of float32 whose terms cancel) is added where it
 occurs. SLACK is 3%; with an absolute 1 for subnormal results it also covers this file's own float64.
 """
@@ -49,7 +50,8 @@ LIMIT = 65_504.0  # float16's largest finite number
 SLACK = 1.03
 HALF = 2.0**-11  # float16's unit roundoff
 SINGLE = 2.0**-24  # float32's
-DIP = 0.1701  # gelu in its tanh form is at least -0.17004, and at most max(x, 0)
+GELU_DIP = 0.1701  # gelu in its tanh form is at least -0.17004, and at most max(x, 0)
+SILU_DIP = 0.2785  # silu is at least -0.27847, and at most max(x, 0)
 TINY = 1e-30
 
 # The probabilities stored for one query: float32's sum in the denominator is short by a factor 1 - 2^-4 at most,
@@ -166,32 +168,65 @@ _THETA = _number(1, 2.0**40).optional()
 _KIND = _one_of("default", "linear").optional()
 _ROPE: _Rules = {"rope_theta": _THETA, "rope_type": _KIND, "type": _KIND, "factor": _number(1, 2.0**20).optional()}
 _CAP = _number(2.0**-10, LIMIT).or_null()
-_TYPES = {"gemma": ("GemmaForCausalLM", 1), "gemma2": ("Gemma2ForCausalLM", 2), "gemma3_text": ("Gemma3ForCausalLM", 3)}
 
 
-def _settings(config: dict[str, Any], generation: int) -> _Rules:
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What layers of a model type do; `generation` is Gemma's, 0 for others, `dip` how negative the gate becomes."""
+
+    architecture: str
+    generation: int = 0
+    query_key_norm: bool = False
+    dip: float = SILU_DIP
+
+    @property
+    def post_norms(self) -> bool:
+        return self.generation > 1
+
+
+_TYPES = {
+    "gemma": _Family("GemmaForCausalLM", 1, dip=GELU_DIP),
+    "gemma2": _Family("Gemma2ForCausalLM", 2, dip=GELU_DIP),
+    "gemma3_text": _Family("Gemma3ForCausalLM", 3, query_key_norm=True, dip=GELU_DIP),
+    "llama": _Family("LlamaForCausalLM"),
+    "qwen3": _Family("Qwen3ForCausalLM", query_key_norm=True),
+}
+
+
+def _settings(config: dict[str, Any], family: _Family) -> _Rules:
     """The rules for this config.json, whose number of layers a list of theirs must match."""
-    layers = config.get("num_hidden_layers")
-    architecture = next(name for name, number in _TYPES.values() if number == generation)
+    layers, generation = config.get("num_hidden_layers"), family.generation
     rules = _SIZES | _IDS | {
         "model_type": _one_of(*_TYPES),
-        "architectures": _each(_one_of(architecture), 1).optional(),
+        "architectures": _each(_one_of(family.architecture), 1).optional(),
         "dtype": _one_of("float16").optional(),
         "torch_dtype": _one_of("float16").optional(),
         "max_position_embeddings": _whole(1, 2**20).optional(),
         "rms_norm_eps": _number(2.0**-80, 2.0**32),
-        "hidden_activation": _one_of("gelu_pytorch_tanh"),
-        "hidden_act": _one_of("gelu_pytorch_tanh").optional(),
         "attention_bias": _one_of(False),
         "attention_dropout": _one_of(0.0, 0).optional(),
-        "tie_word_embeddings": _one_of(True),
         "rope_theta": _THETA,
         "rope_scaling": _ROPE,
-        "rope_parameters": _ROPE if generation < 3 else {"full_attention": _ROPE, "sliding_attention": _ROPE},
+        "rope_parameters": _ROPE if generation != 3 else {"full_attention": _ROPE, "sliding_attention": _ROPE},
         "initializer_range": _number(0, 2.0**10).optional(),
         "use_cache": _one_of(True, False).optional(),
         "transformers_version": _VERSION,
     }  # fmt: skip
+    if generation == 0:
+        rules |= {"hidden_act": _one_of("silu"), "tie_word_embeddings": _one_of(True, False)}
+        if family.query_key_norm:  # Qwen3; its window is read only where it is used
+            return rules | {
+                "use_sliding_window": _one_of(False).optional(),
+                "sliding_window": _whole(1, 2**20).or_null().optional(),
+                "max_window_layers": _whole(0, 2**20).optional(),
+                "layer_types": _each(_one_of("full_attention"), layers).or_null().optional(),
+            }
+        return rules | {"mlp_bias": _one_of(False).optional(), "pretraining_tp": _one_of(1).optional()}
+    rules |= {
+        "hidden_activation": _one_of("gelu_pytorch_tanh"),
+        "hidden_act": _one_of("gelu_pytorch_tanh").optional(),
+        "tie_word_embeddings": _one_of(True),
+    }
     if generation > 1:
         window, kinds = _whole(1, 2**20), _each(_one_of("full_attention", "sliding_attention"), layers)
         slides = config.get("layer_types") != ["full_attention"] * (layers if type(layers) is int else 0)
@@ -218,7 +253,10 @@ _GENERATION: _Rules = _IDS | {
     "max_length": _whole(1, 2**20).or_null().optional(),
     "max_new_tokens": _whole(1, 2**20).or_null().optional(),
     "cache_implementation": _one_of("dynamic", "static", "hybrid").or_null().optional(),
-    "_from_model_config": _one_of(True, False).optional(),
+    **dict.fromkeys(
+        ("use_cache", "output_attentions", "output_hidden_states", "_from_model_config"),
+        _one_of(True, False).optional(),
+    ),
     "transformers_version": _VERSION,
 }
 
@@ -322,8 +360,8 @@ class _Model:
         name, kinds = config.get("model_type"), ", ".join(_TYPES)
         if type(name) is not str or name not in _TYPES:
             raise _RefusedError(f"model_type in config.json is {_shown(name)}, and must be one of {kinds}.")
-        self.generation = _TYPES[name][1]
-        refused = [*_objections("config.json", config, _settings(config, self.generation)), *_foreign(folder)]
+        self.family = _TYPES[name]
+        refused = [*_objections("config.json", config, _settings(config, self.family)), *_foreign(folder)]
         if refused:
             raise _RefusedError(*refused)
         self.hidden, self.inner, self.heads, self.kv_heads, self.head, self.layers, self.vocabulary = (
@@ -337,7 +375,8 @@ class _Model:
             )
         self.scale = self.head**-0.5
         self.score_cap = self.logit_cap = math.inf
-        if self.generation > 1:
+        self.tied = bool(config["tie_word_embeddings"])
+        if self.family.generation > 1:
             self.scale = float(config["query_pre_attn_scalar"]) ** -0.5
             self.score_cap, self.logit_cap = (
                 math.inf if config[f"{key}_logit_softcapping"] is None else float(config[f"{key}_logit_softcapping"])
@@ -366,7 +405,7 @@ class _Model:
 
     def read(self, name: str, *shape: int, start: int = 0, rows: int = 2**30) -> Array:
         """A matrix [out, in] or a vector, or at most `rows` of its rows from `start` on, in float64."""
-        full = f"model.{name}.weight"
+        full = f"{'' if name == 'lm_head' else 'model.'}{name}.weight"
         stored = self._slices.get(full)
         if stored is None or stored.get_dtype() != "F16" or tuple(stored.get_shape()) != shape:
             raise _RefusedError(f"{full} must be in float16 and of shape {shape}, by the config.")
@@ -376,9 +415,14 @@ class _Model:
             raise _RefusedError(f"{full} holds weights that are not finite.")
         return read
 
+    def pieces(self, name: str) -> Iterator[Array]:
+        """The rows of a matrix with one for each token, some at a time."""
+        for start in range(0, self.vocabulary, 2**14):
+            yield self.read(name, self.vocabulary, self.hidden, start=start, rows=2**14)
+
     def gain(self, name: str, channels: int) -> Array:
-        """1 + w, none smaller than 2^-12: see above, on rounding."""
-        gain = 1 + self.read(name, channels)
+        """A norm's, 1 + w in a Gemma and w in others, none smaller than 2^-12: see above, on rounding."""
+        gain = (self.family.generation > 0) + self.read(name, channels)
         return np.copysign(np.maximum(np.abs(gain), 2.0**-12), gain)
 
 
@@ -407,12 +451,12 @@ class _Proof:
         """Bounds every tensor, in the order in which they arise; sentences on those that are not proved."""
         root, final = math.sqrt(model.hidden), model.gain("norm", model.hidden)
         largest, logit = np.zeros(model.hidden), 0.0
-        for start in range(0, model.vocabulary, 2**14):
-            rows = model.read("embed_tokens", model.vocabulary, model.hidden, start=start, rows=2**14)
+        for rows in model.pieces("embed_tokens"):
             largest = np.maximum(largest, np.abs(rows).max(0))
+        for rows in model.pieces("embed_tokens" if model.tied else "lm_head"):
             logit = max(logit, root * float(norms(rows * final).max()))
         self.place = "the embedding"
-        stream = self.hold("embed_tokens", root * largest)
+        stream = self.hold("embed_tokens", (root if model.family.generation else 1.0) * largest)
         for layer in range(model.layers):
             self.place = f"layer {layer}"
             stream = self._layer(model, f"layers.{layer}.", stream)
@@ -436,13 +480,13 @@ class _Proof:
             return gain, self.hold(name, math.sqrt(model.hidden) * np.abs(gain))
 
         branch = self._attention(model, prefix + "self_attn.", normed("input_layernorm")[0])
-        gain, bound = normed("post_attention_layernorm")  # in generation 1 the norm before the MLP
-        if model.generation > 1:
+        gain, bound = normed("post_attention_layernorm")  # without post-norms the norm before the MLP
+        if model.family.post_norms:
             branch, gain = bound, normed("pre_feedforward_layernorm")[0]
         # A sum rounds by 2^-11; where it is subnormal, it is exact.
         stream = self.note("residual", (stream + branch) * (1 + HALF))
         branch = self._mlp(model, prefix + "mlp.", gain)
-        if model.generation > 1:
+        if model.family.post_norms:
             branch = normed("post_feedforward_layernorm")[1]
         return self.note("residual", (stream + branch) * (1 + HALF))
 
@@ -455,7 +499,7 @@ class _Proof:
         )
         q_rows, k_rows, v_rows = root * norms(q), root * norms(k), root * norms(v)  # [heads, D]
         larger = max(1.0, model.scale)  # some scale q before q · k
-        if model.generation == 3:
+        if model.family.query_key_norm:
             self.hold("q_proj", q_rows)
             self.hold("k_proj", k_rows)
             # RoPE turns channels i and i + D/2 together, and a pair is at most its share of n times its larger gain.
@@ -492,14 +536,14 @@ class _Proof:
         gate, up = self.hold("gate_proj", math.sqrt(d) * norms(a)), self.hold("up_proj", math.sqrt(d) * norms(b))
         # Of one n: (a · n)(b · n) is largest halfway between a and b.
         product = d * (norms(a) * norms(b) + np.abs(np.einsum("fe,fe->f", a, b))) / 2
-        self.hold("gate · up", np.maximum(product, DIP * up))
+        self.hold("gate · up", np.maximum(product, model.family.dip * up))
 
-        # With x = a · n, y = b · n: where x < 0, |gelu(x) y| <= 0.1701 |y|. Float32's errors of x and y are relative to
+        # With x = a · n, y = b · n: where x < 0, |gelu(x) y| <= dip |y|. Float32's errors of x and y are relative to
         # their bounds, d · 2^-24 each, and so is down_proj's own, F · 2^-24; so are roundings below 2^-14.
-        dips = DIP * math.sqrt(d) * np.minimum(np.abs(w) @ norms(b), norms(w) * spectral_norm(b))
+        dips = model.family.dip * math.sqrt(d) * np.minimum(np.abs(w) @ norms(b), norms(w) * spectral_norm(b))
         rest = dips + (3 * d + 2 * model.inner) * SINGLE * (np.abs(w) @ (gate * up))
-        # In generation 1 what is returned is added up, layer by layer: a share of the limit is asked of each.
-        share = LIMIT if model.generation > 1 else LIMIT / (2 * model.layers)
+        # Without post-norms what is returned is added up, layer by layer: a share of the limit is asked of each.
+        share = LIMIT if model.family.post_norms else LIMIT / (2 * model.layers)
         sides = (SLACK * (d * screened + rest) + 1 for screened in screen(a, b, w))
         worst = np.zeros(d)
         for sign, bound in zip((1, -1), sides, strict=True):
@@ -514,10 +558,11 @@ class _Proof:
         return self.note("down_proj", worst)
 
 
-# A channel of down_proj is the sum over j of w_j gelu(x_j) y_j, with x_j = a_j · n and y_j = b_j · n. Where x_j > 0,
-# 0 <= gelu(x) <= x, and w x y <= |w| (s x + sign(w) y / s)² / 4 for every s > 0, as u v <= (u + v)² / 4. Those terms
-# sum to at most |n|² times the largest eigenvalue of M = sum |w_j| c_j c_j', c_j = (s_j a_j + sign(w_j) b_j / s_j) / 2:
-# what the j with x_j < 0 put into M is not negative. The channel's smallest value is minus the largest for -w.
+# A channel of down_proj is the sum over j of w_j gelu(x_j) y_j, or silu, with x_j = a_j · n and y_j = b_j · n. Where
+# x_j > 0, 0 <= gelu(x) <= x, and w x y <= |w| (s x + sign(w) y / s)² / 4 for every s > 0, as u v <= (u + v)² / 4.
+# Those terms sum to at most |n|² times the largest eigenvalue of M = sum |w_j| c_j c_j', with
+# c_j = (s_j a_j + sign(w_j) b_j / s_j) / 2: what the j with x_j < 0 put into M is not negative. The channel's smallest
+# value is minus the largest for -w.
 
 
 def balance(a: Array, b: Array) -> Array:

@@ -80,16 +80,17 @@ class FolderCheck:
     """A written folder, loaded again by plain transformers and run on `prompts` of token ids.
 
     `comparisons` are of numbers that should be equal bit for bit, `float16` is the folder's own run. `gains_rounded`
-    counts gains c + w that float32 had to round, which excuse a difference. `kept` are the outputs of the folder with
-    its scaling undone, or as it is where weights are quantised. `not_run` are scaled parameters of modules that none of
-    the runs reached. Without the original (`original_seen`) the comparisons are with the folder undone and with what
-    was kept.
+    counts gains c + w that float32 had to round, which excuse a difference, and so does an `approximate` scaling.
+    `kept` are the outputs of the folder with its scaling undone, or as it is where weights are quantised. `not_run` are
+    scaled parameters of modules that none of the runs reached. Without the original (`original_seen`) the comparisons
+    are with the folder undone and with what was kept.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     comparisons: tuple[Comparison, ...]
     float16: Float16
     gains_rounded: int
+    approximate: bool = False
     kept: tuple[Kept, ...] = ()
     not_run: tuple[str, ...] = ()
     original_seen: bool = True
@@ -104,7 +105,7 @@ class FolderCheck:
         found = [
             f"{one.what}: {one.different:,} of {one.numbers:,} numbers differ, by up to {one.largest:.3g}"
             for one in self.comparisons
-            if not one.equal and not (self.gains_rounded and one.excused)
+            if not one.equal and not ((self.gains_rounded or self.approximate) and one.excused)
         ]
         if self.float16.failure is not None:
             return (*found, self.float16.failure)

@@ -80,6 +80,7 @@ def _write(repair: Repair, aside: Path, dtype: ExportDtype, progress: Progress |
             aside,
             _prompts(repair),
             dtype,
+            approximate=repair.ranking.change.approximate is not None,
             trust_remote_code=repair.original.trust_remote_code,
             progress=progress,
         )

@@ -1,6 +1,7 @@
 """A scaled folder from beginning to end: written, loaded again, compared; and verified later, from what was kept."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def write_checked(
     prompts: Sequence[Sequence[int]],
     dtype: ExportDtype = "float16",
     *,
+    approximate: bool = False,
     kind: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -31,12 +33,14 @@ def write_checked(
     """Writes the model in `source`, scaled, into the empty `folder`, as `write_scaled` does, and checks it.
 
     `prompts` are token ids, better of texts that nothing was chosen by. `kind` is the name of the class of
-    transformers' whose parameters `scaling` names, None for the one in the config. Raises CheckpointError where a
+    transformers' whose parameters `scaling` names, None for the one in the config. What an `approximate` scaling
+    computes in float32 may differ. Raises CheckpointError where a
     comparison fails or float16 is not finite, and as `write_scaled` does; `folder` then holds what was written.
     """
     given: dict[str, Any] = {"kind": _class(kind), "trust_remote_code": trust_remote_code}
     written = write_scaled(source, scaling, folder, dtype, progress=stage("writing", progress), **given)
     check = check_folder(source, folder, scaling, prompts, dtype, progress=progress, **given)
+    check = replace(check, approximate=approximate)
     if check.problems:
         raise CheckpointError(f"The scaled folder is not what it should be: {'; '.join(check.problems)}.")
     return RepairedFolder(
@@ -78,6 +82,7 @@ def verify_checked(
         check = check_folder(source, folder, facts.scaling, facts.check.prompts, facts.written.dtype, **given)
     else:
         check = check_alone(folder, facts.scaling, facts.check, facts.written.dtype, **given)
+    check = replace(check, approximate=facts.check.approximate)
     return check, (*problems, *check.problems)
 
 

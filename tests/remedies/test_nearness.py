@@ -28,7 +28,7 @@ def test_divergences_are_those_of_float64(noise: float, dtype: torch.dtype) -> N
     found = nearness(ours, Probabilities.of(theirs))
     assert found.kl.dtype == torch.float64
     torch.testing.assert_close(found.kl, in_float64(ours, theirs), rtol=1e-3, atol=1e-12)
-    torch.testing.assert_close(found.log_totals, ours.double().logsumexp(-1), rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(found.log_totals, ours.double().logsumexp(-1), rtol=1e-6, atol=1e-5)
     assert torch.equal(found.same, ours.argmax(-1) == theirs.argmax(-1))
     assert found.error == pytest.approx(float((ours.float() - theirs).abs().max()))
 
