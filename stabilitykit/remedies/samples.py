@@ -100,7 +100,7 @@ def answer(module: nn.Module, inputs: Inputs) -> Answer:
         return Answer(module(moved["input_ids"]), logits=True)
     try:
         output = module(**moved)
-    except (TypeError, ValueError) as error:  # an argument too many, or too few
+    except (TypeError, ValueError, AttributeError) as error:  # an argument too many, or too few
         raise MisuseError(
             f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {error}. Give it what its forward "
             "takes with --inputs FILE, a safetensors file."

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stabilitykit.diagnosis.forecast import forecast
+from stabilitykit.errors import MisuseError
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import record
 from stabilitykit.records import Record, Recording
@@ -14,7 +15,7 @@ from stabilitykit.remedies.original import Original
 from stabilitykit.remedies.samples import Inputs, answer
 from stabilitykit.run.dry_run import with_stored_dtypes
 
-_NO_VALUES = (RuntimeError, NotImplementedError, TypeError)  # what a pass without values raises where code needs them
+_NO_VALUES = (RuntimeError, NotImplementedError, MisuseError)  # what a pass without values raises where code needs them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
