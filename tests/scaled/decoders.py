@@ -101,7 +101,7 @@ DECODERS = (
     causal("Gemma 3", "Gemma 3", gain(_POST, 1.0), product(), **_SLIDING),
     # it stores the squares of the residual stream
     causal("Gemma 3n", "Gemma 3n", gain(_POST, size=1200.0), obstacle=("it is clamped at 1e-05",), **_ALTERNATING),
-    causal("Gemma 4", "Gemma 4", gain(_POST), product(), margin=0.0, hidden_size_per_layer_input=0),
+    causal("Gemma 4", "Gemma 4", gain(_POST), product(), hidden_size_per_layer_input=0),
     causal("Gemma 4 with per-layer inputs", "Gemma 4", gain(_POST), product(), margin=0.0),
     causal("Gemma 4 MoE", "Gemma 4", gain(_POST), **_MIXTURE),
     # its blocks read the residual stream as it is
