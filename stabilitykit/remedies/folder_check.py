@@ -42,8 +42,8 @@ def check_folder(
     original does. A folder of float32 weights is that scaled model; for one of float16 weights it is the original,
     scaled in memory. Quantised weights are compared in what is computed with them: by the original and the scaled
     folder, each written once more, for as long as that takes, with everything that is not quantised in float32. Then
-    the folder runs in float16. One model is in memory at a time. `progress` is called with what is being done, how
-    many steps are, and out of how many.
+    the folder runs in float16. One model is in memory at a time, and streamed if it is large, as `open_scaled` says.
+    `progress` is called with what is being done, how many steps are, and out of how many.
     """
     given: dict[str, Any] = {"kind": kind, "trust_remote_code": trust_remote_code}
     settings = read_settings(source, trust_remote_code=trust_remote_code)
@@ -95,11 +95,11 @@ def _checked(
     if wide is not None:
         opened = open_scaled(wide, **given)
     with _Reached(opened.module, scaling) as reached:
-        comparisons += [_compared(what, got, wanted[what]) for what, got in answers(opened.module, prompts)]
+        comparisons += [_compared(what, got, wanted.pop(what)) for what, got in answers(opened.module, prompts)]
     del opened
 
     steps.begin("the folder in float16")
-    half = _half(load_plain(folder, torch.float16, **given), prompts, plain)
+    half = _half(open_scaled(folder, dtype=torch.float16, **given), prompts, plain)
 
     steps.begin("the folder undone in float32")
     opened = _undone(folder, scaling, dtype, given)
@@ -144,11 +144,11 @@ def check_alone(
     steps.begin("the folder in float32")
     opened = _as_it_is(folder, dtype, given)
     with _Reached(opened.module, scaling) as reached:
-        comparisons += [_compared(what, got, wanted[what]) for what, got in answers(opened.module, before.prompts)]
+        comparisons += [_compared(what, got, wanted.pop(what)) for what, got in answers(opened.module, before.prompts)]
     del opened
 
     steps.begin("the folder in float16")
-    half = _half(load_plain(folder, torch.float16, **given), before.prompts, plain)
+    half = _half(open_scaled(folder, dtype=torch.float16, **given), before.prompts, plain)
     return FolderCheck(
         prompts=before.prompts,
         comparisons=tuple(comparisons),
@@ -179,9 +179,9 @@ def _as_it_is(folder: Path, dtype: str, given: Mapping[str, Any]) -> Opened:
     return open_scaled(folder, **given)
 
 
-def _half(model: nn.Module, prompts: Sequence[Sequence[int]], wanted: Sequence[Tensor]) -> Float16:
+def _half(opened: Opened, prompts: Sequence[Sequence[int]], wanted: Sequence[Tensor]) -> Float16:
     try:
-        got = list(plain_answers(model, prompts))
+        got = list(plain_answers(opened.module, prompts))
     except CheckpointError as error:
         return Float16(finite=False, failure=str(error))
     if not all(bool(one.isfinite().all()) for one in got):

@@ -1,4 +1,4 @@
-"""A folder's model in float32, scaled while it runs: each matrix is read, scaled and cast when it is needed.
+"""A folder's model, scaled while it runs: each matrix is read, scaled and cast when it is needed.
 
 So a model can be run whose weights in float32 are more than memory should hold.
 """
@@ -20,7 +20,7 @@ from stabilitykit.records.scaling import Factor
 from stabilitykit.scaling.apply import scaled
 
 HELD = 4 << 30
-"""Bytes of weights in float32 that are held in memory; models with more are streamed."""
+"""Bytes that weights may have in float32; models with more are streamed, in each dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +49,12 @@ def open_scaled(
     folder: Path,
     factors: Mapping[str, Factor] | None = None,
     settings: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
     *,
     kind: Any = None,
     trust_remote_code: bool = False,
 ) -> Opened:
-    """The folder's model in float32, its parameters multiplied by `factors`, its config replaced by `settings`.
+    """The folder's model in `dtype`, its parameters multiplied by `factors`, its config replaced by `settings`.
 
     In memory it is as plain transformers loads it; streamed, it is what transformers makes of the names and shapes of
     the stored tensors, with their values. Quantised weights are never streamed. Raises as `load_plain` and
@@ -63,11 +64,11 @@ def open_scaled(
     stored = {name: tensor for path in weight_files(folder) for name, tensor in tensors_of(path).items()}
     small = read_settings(folder, trust_remote_code=trust_remote_code).get("quantization_config") is not None
     if small or 4 * sum(tensor.numel() for tensor in stored.values()) <= HELD:
-        model = load_plain(folder, torch.float32, **given)
+        model = load_plain(folder, dtype, **given)
         scale(model, factors or {})
         return Opened(module=model)
     blank = placeholders({name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()})
-    model = load_placeholders(folder, blank, torch.float32, **given)
+    model = load_placeholders(folder, blank, dtype, **given)
     by_name = by_every_name(model, stored, factors or {})
     weights = {}
     for name, tensor in list(model.named_parameters()):

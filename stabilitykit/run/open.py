@@ -77,7 +77,7 @@ def open_model(
         "stream": stream,
     }
     if rescale != 1:
-        return StressedFolder.of(name, rescale, **how).open(dtype, device=device, progress=progress)
+        return StressedFolder.of(name, rescale, progress=progress, **how).open(dtype, device=device, progress=progress)
     return open_transformers(name, dtype=dtype, device=device, progress=progress, **how)
 
 

@@ -150,7 +150,7 @@ def _from_name(
             "trust_remote_code": trust_remote_code,
             "stream": stream or None,
         }
-        return _of_folder(name.removeprefix(PREFIX), prompt, device, rescale, how)
+        return _of_folder(name.removeprefix(PREFIX), prompt, device, rescale, progress, how)
     opened = checkpoint_of(checkpoint, progress)
     config, own = opened.config, Tokenizer(opened.vocabulary)
     tokens = prompt.tokens(own.encode, partial(own.chat, generation=config.generation))
@@ -185,7 +185,9 @@ def _from_name(
     )
 
 
-def _of_folder(name: str, prompt: _Prompt, device: str, rescale: float, how: dict[str, Any]) -> Source:
+def _of_folder(
+    name: str, prompt: _Prompt, device: str, rescale: float, progress: Progress | None, how: dict[str, Any]
+) -> Source:
     tokenizer = hf.open_tokenizer(name, trust_remote_code=how["trust_remote_code"])
     tokens = prompt.tokens(tokenizer.encode, tokenizer.chat)
     if rescale == 1:
@@ -198,7 +200,7 @@ def _of_folder(name: str, prompt: _Prompt, device: str, rescale: float, how: dic
             tensors=hf.stored_tensors(name),
             bytes=hf.stored_bytes(name),
         )
-    folder = StressedFolder.of(name, rescale, **how)
+    folder = StressedFolder.of(name, rescale, progress=stage("reading weights", progress), **how)
     return Source(
         tokens=tokens,
         piece=tokenizer.piece,

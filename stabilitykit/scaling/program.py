@@ -20,7 +20,7 @@ from stabilitykit.scaling.trace import Graph, Parameter
 from stabilitykit.scaling.weights import FIRST, Magnitudes
 
 _LARGEST = {"parameter": 30, "setting": 60, "filled": 200}  # magnitudes of exponents
-_SHORT = 1e3  # what a bit costs that a tensor lacks
+_SHORT = 1e4  # what a bit costs that a tensor lacks: more than all else
 _GIVEN_UP = 30.0  # what a bit costs by which an equation is given up
 # What an exponent of one costs: of a weight a little, so that no weight is changed in vain; of a gain c + w more, for
 # 2^e (c + w) - c is stored with an absolute error of its own, near -c.
@@ -254,7 +254,8 @@ class _Problem:
         for expression, (peak, _) in peaks.items():
             if expression != ZERO and peak > 0:
                 short = self.column(0.0, math.inf, _SHORT)
-                self.rows.add([*self.terms(expression), (short, -1.0)], -math.inf, self.room(peak))
+                whole = math.floor(self.room(peak) + _TOLERANCE)  # exponents are, so a shortage is at least a bit
+                self.rows.add([*self.terms(expression), (short, -1.0)], -math.inf, whole)
 
     def room(self, peak: float) -> float:
         """By how many bits a tensor with this peak may grow."""

@@ -46,7 +46,9 @@ class StressedFolder:
     how: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str, gamma: float, *, stream: bool | None = None, **how: Any) -> "StressedFolder":
+    def of(
+        cls, name: str, gamma: float, *, stream: bool | None = None, progress: Progress | None = None, **how: Any
+    ) -> "StressedFolder":
         """The model in the folder `name`, traced on a short text in bfloat16.
 
         Raises MisuseError for a γ that is no power of two from 2^-24 to 2^24, weights that are to be streamed or are
@@ -56,7 +58,7 @@ class StressedFolder:
         check_gamma(gamma)
         if stream:
             raise MisuseError("The weights of an hf: model under stress are in memory; leave out --stream.")
-        low = open_model(name, dtype="bfloat16", stream=False, **how)
+        low = open_model(name, dtype="bfloat16", stream=False, progress=progress, **how)
         scaling = _scaling(low, gamma)
         del low
         return cls(name, gamma, scaling, open_model(name, stream=False, **how), how)

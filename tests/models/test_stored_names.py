@@ -143,3 +143,27 @@ def test_parts_of_one_tensor_get_blocks_and_contradictions_are_refused() -> None
         stored_factors(Halved(blank), stored, {"two": both["two"]})
     with pytest.raises(CheckpointError, match=r"transformers computes one from what is stored .* by aten.mul"):
         stored_factors(Halved(blank, computed=True), stored, both)
+
+
+def test_large_experts_are_followed_by_one_of_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 experts of 1,536 × 2,048 are 400 million numbers; 64 KiB of marks are enough for blocks of their rows."""
+    shapes = {f"{part}.{expert}": (256, 2048) for part in ("gate", "up") for expert in range(4)}
+    blank = placeholders({name: (torch.bfloat16, shape) for name, shape in shapes.items()})
+    gate, up = (torch.stack([blank[f"{part}.{expert}"] for expert in range(4)]) for part in ("gate", "up"))
+    model = nn.Module()
+    model.both = nn.Parameter(torch.cat([gate, up], dim=1).transpose(1, 2))
+    stored = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    counted: list[int] = []
+    arange = torch.arange
+    monkeypatch.setattr(
+        torch, "arange", lambda *given, **how: counted.append(given[1] - given[0]) or arange(*given, **how)
+    )
+    factor = Factor(exponents=tuple(range(8)), ends={0: (1, 2, 3, 4), 2: (256, 512)})
+    asked = stored_factors(model, stored, {"both": factor})
+    assert sum(counted) == 2 * 4 * 256
+    assert asked.factors == {
+        f"{part}.{expert}": Factor(exponents=(2 * expert + half,))
+        for half, part in enumerate(("gate", "up"))
+        for expert in range(4)
+        if 2 * expert + half
+    }

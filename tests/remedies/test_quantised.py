@@ -197,6 +197,10 @@ def test_experts_in_mxfp4_take_exponents(tmp_path: Path) -> None:
     added = after[f"{experts}.gate_up_proj_scales"].int() - tensors[f"{experts}.gate_up_proj_scales"].int()
     assert added[:, 3].tolist() == [[1, 1], [3, 3], [5, 5]]
     assert added[:, 10].tolist() == [[2, 2], [4, 4], [6, 6]]
+    groups = Factor(exponents=(1, 2), ends={1: (32, 64)})
+    after = scaled(source, Scaling(parameters={f"{experts}.gate_up_proj": groups}), tmp_path / "e")
+    added = after[f"{experts}.gate_up_proj_scales"].int() - tensors[f"{experts}.gate_up_proj_scales"].int()
+    assert torch.equal(added, torch.tensor([1, 2], dtype=torch.int32).expand(3, 64, 2))
     far = {f"{experts}.down_proj": Factor(exponents=(-120,))}
     with pytest.raises(CheckpointError, match="are exponents of 8 bits, which cannot hold them"):
         scaled(source, Scaling(parameters=far), tmp_path / "d")

@@ -57,9 +57,9 @@ def down(
     return Plant(parameter=f"{at}.weight", at=at, louder=(f"{mlp.format(layer)}.{up}.weight",), size=size)
 
 
-def gain(norm: str, added: float = 0.0) -> Plant:
+def gain(norm: str, added: float = 0.0, size: float = 70_000.0) -> Plant:
     """Some channels of a norm after a block, whose output is added to the residual stream."""
-    return Plant(parameter=f"{norm}.weight", at=norm, part=(slice(1, 9),), added=added)
+    return Plant(parameter=f"{norm}.weight", at=norm, part=(slice(1, 9),), added=added, size=size)
 
 
 def product(layer: int = 1, up: str = "up_proj", part: slice = slice(1, 4)) -> Plant:
@@ -79,6 +79,10 @@ _POST = "model.layers.0.post_feedforward_layernorm"
 _GPT = "transformer.h.0.mlp"
 _NEOX = "gpt_neox.layers.0.mlp"
 _SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+_ALTERNATING: dict[str, Any] = {  # the last two layers read keys and values of layers before
+    "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "intermediate_size": [64] * 6, "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4,
+}  # fmt: skip
 _MIXTURE: dict[str, Any] = {
     "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
     "hidden_size_per_layer_input": 0,
@@ -95,8 +99,9 @@ DECODERS = (
     causal("Gemma", "Gemma", down(), product()),
     causal("Gemma 2", "Gemma 2", gain(_POST, 1.0), product(), attentions=("eager",)),
     causal("Gemma 3", "Gemma 3", gain(_POST, 1.0), product(), **_SLIDING),
-    causal("Gemma 3n", "Gemma 3n", gain(_POST), obstacle=("it is clamped at 1e-05",)),
-    causal("Gemma 4", "Gemma 4", gain(_POST), product(), margin=0.0, hidden_size_per_layer_input=0),
+    # it stores the squares of the residual stream
+    causal("Gemma 3n", "Gemma 3n", gain(_POST, size=1200.0), obstacle=("it is clamped at 1e-05",), **_ALTERNATING),
+    causal("Gemma 4", "Gemma 4", gain(_POST), product(), hidden_size_per_layer_input=0),
     causal("Gemma 4 with per-layer inputs", "Gemma 4", gain(_POST), product(), margin=0.0),
     causal("Gemma 4 MoE", "Gemma 4", gain(_POST), **_MIXTURE),
     # its blocks read the residual stream as it is

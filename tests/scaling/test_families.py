@@ -76,3 +76,20 @@ def test_what_has_no_exact_repair_is_told_why(entry: Entry) -> None:
     said = " ".join(obstacles(found.traced, found.solution, entry.margin))
     for words in entry.obstacle:
         assert words in said
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("entry", [one for one in ENTRIES.values() if one.obstacle], ids=str)
+def test_where_only_an_eps_or_a_small_bound_is_in_the_way_an_approximate_repair_serves(entry: Entry) -> None:
+    found = solved(entry.name)
+    soft = found.traced.solve(margin=entry.margin, soft=True)
+    if entry.name in ("Whisper", "scores before a constant"):
+        assert soft.short
+        return
+    assert soft.given_up
+    assert not soft.short
+    near = entry.scaled(found.model, soft.scaling)
+    expected = outputs(found.model, entry.run)
+    coarse = error(outputs(copy.deepcopy(found.model).bfloat16(), entry.run), expected)
+    assert error(outputs(near, entry.run), expected) < coarse / 8
+    assert error(outputs(near.half(), entry.run), expected) < coarse

@@ -13,6 +13,7 @@ from torch import Tensor
 from stabilitykit.files import new_folder
 from stabilitykit.remedies.folder import write_scaled
 from stabilitykit.remedies.repair import repair
+from stabilitykit.remedies.samples import Samples
 from stabilitykit.scaling.stress import stress
 from stabilitykit.scaling.subjects import blueprint_of, continued
 from stabilitykit.scaling.trace import trace
@@ -58,15 +59,14 @@ def test_it_is_stressed_repaired_and_generates_in_plain_float16(smollm: Path, tm
     assert torch.equal(stressed(ids).logits, expected)
     assert not stressed.half()(ids).logits.isfinite().any()
 
-    found = repair(f"hf:{tmp_path / 'stressed'}", margin=2.0, ranking=False, out=tmp_path / "repaired", dtype="float32")
+    samples = Samples(choosing=({"input_ids": ids},), held_out=({"input_ids": ids},))
+    source, out = f"hf:{tmp_path / 'stressed'}", tmp_path / "repaired"
+    found = repair(source, samples, margin=2.0, ranking=False, out=out, dtype="float32")
     assert found.finite
-    assert torch.equal(read(tmp_path / "repaired")(ids).logits, expected)
-    half = read(tmp_path / "repaired", torch.float16)
+    assert torch.equal(read(out)(ids).logits, expected)
+    half = read(out, torch.float16)
     error = (half(ids).logits.float() - expected).abs().max()
     assert error < (low(ids).logits.float() - expected).abs().max()
-    for one in (half, model):
-        said = one.generate(ids, max_new_tokens=16, do_sample=False)
-        print(transformers.AutoTokenizer.from_pretrained(smollm).decode(said[0]))
     assert torch.equal(
         half.generate(ids, max_new_tokens=16, do_sample=False), model.generate(ids, max_new_tokens=16, do_sample=False)
     )

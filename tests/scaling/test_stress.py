@@ -139,6 +139,17 @@ def test_notes_and_facts_say_so(checkpoint: Checkpoint) -> None:
     assert (unscaled.notes, unscaled.rescale, unscaled.scaling) == (checkpoint.notes, 1.0, Scaling())
 
 
+def test_a_scaling_may_leave_the_embedding_as_it_is(checkpoint: Checkpoint) -> None:
+    """Here up against down, in one layer."""
+    inner = {"up_proj": 3, "down_proj": -3}
+    parameters = {f"layers.1.mlp.{name}.weight": Factor(exponents=(e,)) for name, e in inner.items()}
+    model = build(checkpoint, scaling=Scaling(parameters=parameters))
+    assert torch.equal(model(TOKENS), build(checkpoint)(TOKENS))
+    up = "layers.1.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(up), checkpoint.tensors[up] * 8)
+    assert (model.rescale, model.notes[-1]) == (1.0, "scaled by powers of two")
+
+
 @pytest.mark.parametrize("gamma", [0.1875, 3, 0, -2, 2.0**25, 2.0**-25, math.inf, math.nan])
 def test_other_factors_are_refused(checkpoint: Checkpoint, gamma: float) -> None:
     with pytest.raises(MisuseError, match=r"power of two from 2\^-24 to 2\^24.* is not"):
@@ -154,6 +165,7 @@ def test_the_size_of_a_model_does_not_matter(checkpoint: Checkpoint) -> None:
     ("scaling", "message"),
     [
         (Scaling(parameters={"layers.0.nothing.weight": Factor(exponents=(1,))}), "layers.0.nothing.weight is scaled"),
+        (Scaling(parameters={"lm_head.weight": Factor(exponents=(1,))}), "lm_head.weight is scaled in another way"),
         (
             Scaling(parameters={"embed_tokens.weight": Factor(exponents=(1, 2), ends={0: (10, 400)})}),
             "by whole tensors.*embed_tokens.weight is scaled in another way",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from truth.models import DECODERS, Parts, decoder
+from truth.models import DECODERS, Parts, decoder, under_stress
 from truth.plants import Run, answer, given, lost_places, only_at, rows_of
 from truth.row import Expected, Origin, Planted, Row
 
@@ -114,11 +114,15 @@ def product(name: str, position: int = AT, layer: int = 1, size: float = 300.0, 
     )  # fmt: skip
 
 
-def residual(name: str, position: int = AT, channel: int = 5) -> Planted:
-    """The sum that ends a layer: 40,000 in the stream, and 40,000 more from the MLP."""
+def residual(name: str, position: int = AT, channel: int = 5, gamma: float = 1.0) -> Planted:
+    """The sum that ends a layer: 40,000 in the stream, and 40,000 more from the MLP; of a model that is put under
+    stress γ, 40,000 / γ before.
+    """
     model, parts = decoder(name), DECODERS[name].parts
-    answer(model, parts.output.format(1), forward, {position: 40000.0}, channel)
-    answer(model, parts.down.format(1), forward, {position: 40000.0}, channel)
+    answer(model, parts.output.format(1), forward, {position: 40000.0 / gamma}, channel)
+    answer(model, parts.down.format(1), forward, {position: 40000.0 / gamma}, channel)
+    if gamma != 1:
+        model = under_stress(model, gamma, IDS)
     model.half()
     layer = parts.layer.format(1)
 
@@ -137,6 +141,11 @@ def residual(name: str, position: int = AT, channel: int = 5) -> Planted:
             residual=True, **here(position),
         ),
     )  # fmt: skip
+
+
+def stressed(name: str) -> Planted:
+    """A sum of 1,250 that is 80,000 after everything was scaled with the embedding."""
+    return residual(name, gamma=64.0)
 
 
 def norm(name: str) -> Planted:
@@ -401,6 +410,7 @@ def _has(parts: Parts, plant: Callable[..., Planted]) -> bool:
         up: bool(parts.up),
         product: parts.product is not None,
         residual: parts.residual and not parts.down.endswith("experts"),
+        stressed: parts.residual and not parts.down.endswith("experts"),
         scores: parts.queries is not None,
         autocast: not parts.down.endswith("experts"),
         generated: not parts.down.endswith("experts"),
@@ -413,6 +423,7 @@ PLANTS: tuple[tuple[str, int, Callable[..., Planted]], ...] = (
     ("gate · up overflows", 5, product),
     ("q · k before the scale", 5, scores),
     ("residual sum", 5, residual),
+    ("residual sum under stress", 5, stressed),
     ("gain of a norm", 5, norm),
     ("NaN in a weight", 10, weight),
     ("embedding past the maximum", 4, embedding),

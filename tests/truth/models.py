@@ -10,6 +10,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from stabilitykit.scaling.apply import scaled, with_settings
+from stabilitykit.scaling.stress import stress
+from stabilitykit.scaling.subjects import blueprint_of, continued
+from stabilitykit.scaling.trace import trace
+
 HIDDEN, INNER, VOCABULARY = 64, 128, 128
 
 _SIZES: dict[str, Any] = {
@@ -141,6 +146,22 @@ def decoder(name: str, *, attention: str = "eager", **sizes: Any) -> Any:
     """A new model in float32, with the same weights each time; `sizes` are settings of its config."""
     frozen = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in sizes.items()))
     return copy.deepcopy(_first(name, attention, frozen))
+
+
+def under_stress(model: Any, gamma: float, ids: Tensor) -> Any:
+    """What its embedding writes times γ, and all that follows, by the scale calculus: float32 keeps every bit."""
+    blueprint = blueprint_of(model)
+    assert blueprint is not None
+    low = copy.deepcopy(model).bfloat16()
+    scaling = stress(trace(low, continued({"input_ids": ids}, steps=0), blueprint), gamma)
+    made = blueprint.build(with_settings(blueprint.settings, scaling.settings)).eval().requires_grad_(False)
+    found = {
+        name: scaled(tensor, scaling.parameters[name]) if name in scaling.parameters else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    made.load_state_dict(found)
+    assert torch.equal(made(ids).logits, model(ids).logits)
+    return made
 
 
 @cache

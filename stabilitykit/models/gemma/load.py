@@ -1,7 +1,7 @@
 """From a checkpoint to a model that runs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ def build(
     _check_names(checkpoint, shapes)
     with torch.device("meta"):
         model = Gemma(_with_settings(checkpoint.config, scaling), rounding=rounding)
-    factors = _factors(model, scaling)
+    factors = _factors(model, scaling, shapes)
 
     misshapen = []
     streamed: dict[str, StoredWeight] = {}
@@ -93,7 +93,8 @@ def build(
         model.streamed, model.notes = True, (*model.notes, STREAMED)
     if scaling != UNCHANGED:
         model.scaling = scaling
-        model.notes = (*model.notes, f"scaled by 2^{round(math.log2(model.rescale))}")
+        by = "powers of two" if model.rescale == 1 else f"2^{round(math.log2(model.rescale))}"
+        model.notes = (*model.notes, f"scaled by {by}")
     model.vocabulary, model.eos = checkpoint.vocabulary, checkpoint.vocabulary.eos
     return model.eval()
 
@@ -125,14 +126,15 @@ def _with_settings(config: GemmaConfig, scaling: Scaling) -> GemmaConfig:
         raise MisuseError(
             f"The settings of a scaling are numbers in a Gemma's config, as rms_eps is; got {other[0]!r}."
         )
-    return replace(config, **{key: getattr(config, key) * 2.0**power for key, power in scaling.settings.items()})
+    changed = {key: getattr(config, key) * 2.0**power for key, power in scaling.settings.items()}
+    return replace(config, **changed) if changed else config
 
 
-def _factors(model: Gemma, scaling: Scaling) -> dict[str, float]:
+def _factors(model: Gemma, scaling: Scaling, names: Collection[str]) -> dict[str, float]:
     """By its name, what multiplies each weight; gains 1 + w are multiplied here, in their norms."""
     modules, found = dict(model.named_modules()), {}
     for name, factor in scaling.parameters.items():
-        module = modules.get(name.removesuffix(".weight"))
+        module = modules[name.removesuffix(".weight")] if name in names else None
         if (
             module is None
             or len(factor.exponents) != 1

@@ -6,6 +6,7 @@ to them. Where more was done to a placeholder than a cast, the same steps are do
 element's place in the files, one parameter at a time.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,15 +196,16 @@ def _carried(
         else:
             _check_moved(names, homes)
             spread[source] = list(names)
-    maps = {source: torch.full((stored[source].numel(),), _UNSET, dtype=torch.int16) for source in spread}
+    maps: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for names in spread.values() for name in names):
-        _spread(name, homes[name], wanted[name], maps, stored)
+        for source, exponents in _spread(name, homes[name], wanted[name], stored).items():
+            if source in spread:
+                maps[source] = _joined(source, name, maps.get(source), exponents)
     for source, exponents in maps.items():
         added = {wanted[name].added for name in spread[source]}
         if len(added) > 1:
             raise CheckpointError(f"{source} is part of {listed(spread[source], 3)}, of which not all add to it.")
-        exponents[exponents == _UNSET] = 0
-        found[source] = blocks(exponents.reshape(stored[source].shape), added.pop())
+        found[source] = blocks(exponents.where(exponents != _UNSET, 0), added.pop())
     return {source: factor for source, factor in found.items() if any(factor.exponents)}
 
 
@@ -236,36 +238,82 @@ def _operators(tensor: Any) -> Iterator[Any]:
             yield from _operators(one)
 
 
-def _spread(
-    name: str, tensor: Tensor, factor: Factor, maps: Mapping[str, Tensor], stored: Mapping[str, Tensor]
-) -> None:
-    """Writes the exponents of a parameter's elements into the `maps` of those tensors that they come from."""
+def _spread(name: str, tensor: Tensor, factor: Factor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The exponents of a parameter's elements, by the stored tensors that these come from, each in its own shape.
+
+    Every element of these has a number, and what the steps that made the parameter make of the numbers tells where each
+    one went. A dimension that is one block, and stays a dimension, is cut to its first element: experts are large.
+    """
     sources = list(dict.fromkeys(_sources(tensor)))
-    starts = dict(
-        zip(sources, torch.tensor([0, *(stored[one].numel() for one in sources)]).cumsum(0).tolist(), strict=False)
-    )
-    total = sum(stored[one].numel() for one in sources)
-    counting = torch.int32 if total < 2**31 else torch.int64
+    free = [dim for dim in range(tensor.ndim) if dim not in factor.ends]
+    lines = max(
+        ((tensor.shape[dim], found) for dim in free if (found := _lines(tensor, dim)) is not None),
+        key=lambda one: one[0],
+        default=(0, {}),
+    )[1]
+    shapes = [[1 if dim == lines.get(one) else size for dim, size in enumerate(stored[one].shape)] for one in sources]
+    starts = torch.tensor([0, *map(math.prod, shapes)]).cumsum(0)
+    counting = torch.int32 if int(starts[-1]) < 2**31 else torch.int64
     marks = {
-        one: torch.arange(starts[one], starts[one] + stored[one].numel(), dtype=counting).reshape(stored[one].shape)
-        for one in sources
+        one: torch.arange(int(start), int(end), dtype=counting).reshape(shape)
+        for one, shape, start, end in zip(sources, shapes, starts, starts[1:], strict=False)
     }
     places = _again(tensor, marks)
-    exponents = by_element(factor, tensor.shape)
+    exponents = by_element(factor, places.shape)
+    made = {
+        one: torch.full((math.prod(shape),), _UNSET, dtype=torch.int16)
+        for one, shape in zip(sources, shapes, strict=True)
+    }
     for row in range(len(places)) if places.ndim else [...]:
         where, here = places[row].reshape(-1).long(), exponents[row].reshape(-1)
-        for one in sources:
-            own = (where >= starts[one]) & (where < starts[one] + stored[one].numel())
-            if one not in maps or not own.any():
-                continue
-            index, asked = where[own] - starts[one], here[own]
-            before = maps[one][index]
-            if bool(((before != _UNSET) & (before != asked)).any()):
-                raise CheckpointError(
-                    f"{one} becomes part of {name} and of another parameter, or is there twice, with different "
-                    "factors: no factor of the stored tensor can say that."
-                )
-            maps[one][index] = asked
+        owners = torch.bucketize(where, starts, right=True) - 1
+        for owner in owners.bincount(minlength=len(sources)).nonzero().reshape(-1).tolist():
+            own = owners == owner
+            index, asked, map_ = where[own] - starts[owner], here[own], made[sources[owner]]
+            before = map_[index]
+            map_[index] = asked
+            if bool(((before != _UNSET) & (before != asked)).any() or (map_[index] != asked).any()):
+                raise _contradiction(sources[owner], name)
+    return {one: made[one].reshape(shape) for one, shape in zip(sources, shapes, strict=True)}
+
+
+def _lines(tensor: Any, dim: int) -> dict[str, int] | None:
+    """By stored tensor, which of its dimensions is the dimension `dim` of this one; None where it is no whole one."""
+    if isinstance(tensor.made, str):
+        return {tensor.made: dim}
+    func, args, kwargs, _ = tensor.made
+    rule = func.overloadpacket
+    if rule in _SAME:
+        return _lines(args[0], dim)
+    if rule is aten.transpose:
+        one, other = (at % tensor.ndim for at in args[1:3])
+        return _lines(args[0], {one: other, other: one}.get(dim, dim))
+    if rule in (aten.cat, aten.stack):
+        at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % tensor.ndim
+        parts = [] if at == dim else [_lines(one, dim - (rule is aten.stack and at < dim)) for one in args[0]]
+        found: dict[str, int] = {}
+        for part in parts:
+            if part is None or any(found.get(name, own) != own for name, own in part.items()):
+                return None
+            found |= part
+        return found or None
+    return None
+
+
+def _joined(source: str, name: str, before: Tensor | None, exponents: Tensor) -> Tensor:
+    """What two parameters ask of one stored tensor."""
+    if before is None:
+        return exponents
+    if bool(((before != _UNSET) & (exponents != _UNSET) & (before != exponents)).any()):
+        raise _contradiction(source, name)
+    return torch.where(before != _UNSET, before, exponents)
+
+
+def _contradiction(source: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} becomes part of {name} and of another parameter, or is there twice, with different factors: no "
+        "factor of the stored tensor can say that."
+    )
 
 
 def _again(tensor: Any, marks: Mapping[str, Tensor]) -> Any:

@@ -46,7 +46,7 @@ def test_weights_are_cast(checkpoint: Checkpoint, name: str) -> None:
 
 def test_facts_of_the_checkpoint(checkpoint: Checkpoint) -> None:
     model = build(checkpoint, rounding="gemma_pytorch")
-    assert model.config == checkpoint.config
+    assert model.config is checkpoint.config
     assert (model.source, model.sha256, model.notes) == (checkpoint.source, checkpoint.sha256, ("dequantised",))
     assert (model.rounding, model.rescale, model.dtype, model.device.type) == (
         "gemma_pytorch", 1.0, torch.float32, "cpu",
