@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.remedies import Change, Setting, Small
 from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies.original import Original, setting
-from stabilitykit.scaling.apply import rounded, scaled
+from stabilitykit.scaling.apply import of_rows, rounded, scaled
 
 
 def change_of(original: Original, subject: Subject, scaling: Scaling) -> Change:
@@ -37,7 +38,14 @@ def small(original: Original, subject: Subject, scaling: Scaling) -> Small:
     def made() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in original.weights(subject):
             factor = scaling.parameters.get(name)
-            yield name, tensor if factor is None else scaled(tensor, factor)
+            if factor is None:
+                yield name, tensor
+                continue
+            row = 0
+            for piece in read_once(tensor):  # a few rows at a time are in memory
+                rows = len(piece) if piece.ndim else 0
+                yield name, scaled(piece, of_rows(factor, row, row + rows) if rows else factor)
+                row += rows
 
     found = check_weights(made(), ("float16",))["float16"]
     return Small(subnormal=found.subnormal, zero=found.zero)

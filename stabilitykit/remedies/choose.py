@@ -1,7 +1,8 @@
 """The scaling that keeps a model finite in float16 on the inputs that choose, or what stands in its way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from stabilitykit.remedies.places import stacks
 from stabilitykit.remedies.samples import Inputs
 from stabilitykit.run.case import Progress
 from stabilitykit.scaling.explain import obstacles
+from stabilitykit.scaling.exponents import Expression
 from stabilitykit.scaling.look import Traced, look
 from stabilitykit.scaling.program import Solution
 from stabilitykit.scaling.shadows import values
@@ -25,15 +27,15 @@ _TRACED = 24  # tokens of the text that is traced
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """`peak` is the largest value that float16 has to store of the scaled model, and `site` where.
+    """`before` is the largest value that float16 has to store, and where it is; `after` the same of the scaled model.
 
     `shortfall` is by how many bits the margin is missed, `obstacles` are sentences that say why. An `exact` scaling
     keeps the function; where there is none that fits, `approximate` is one that gives up what matters little.
     """
 
     exact: Scaling
-    peak: float
-    site: str
+    before: tuple[float, str]
+    after: tuple[float, str]
     shortfall: float
     obstacles: tuple[str, ...]
     residual: int | None
@@ -61,14 +63,13 @@ def choose(
         traced = look(subject.module, low, [_one_by_one(runs)], blueprint, announce=announce)
     announce("choosing", 0, 1)
     solution = traced.solve(margin=margin)
-    peak, site = _largest(traced, solution)
     over = max((one.bits for one in solution.short), default=0.0)
     nearly = traced.solve(margin=margin, soft=True) if over > margin else None
     fits = nearly is not None and max((one.bits for one in nearly.short), default=0.0) <= margin
     return Choice(
         exact=solution.scaling,
-        peak=peak,
-        site=site,
+        before=_largest(traced, lambda expression: 0),
+        after=_largest(traced, partial(solution.of, traced.graph)),
         shortfall=over,
         obstacles=obstacles(traced, solution, margin),
         residual=_residual(traced, solution, subject.module),
@@ -76,11 +77,9 @@ def choose(
     )
 
 
-def _largest(traced: Traced, solution: Solution) -> tuple[float, str]:
-    """The largest value of the scaled model, which is a power of two times what was measured."""
-    found = (
-        (peak * 2.0 ** solution.of(traced.graph, expression), site) for expression, (peak, site) in traced.peaks.items()
-    )
+def _largest(traced: Traced, exponent: Callable[[Expression], int]) -> tuple[float, str]:
+    """The largest value, each a power of two times what was measured, and where it is."""
+    found = ((peak * 2.0 ** exponent(expression), site) for expression, (peak, site) in traced.peaks.items())
     peak, site = max(found, default=(0.0, ""))
     module, _, operator = site.rpartition("/")
     return peak, f"{site_path(module)}/{operator}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -9,13 +10,18 @@ from torch import Tensor, nn
 
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.checkpoint import LazyTensors
+from stabilitykit.checkpoints.hub import local_folder
+from stabilitykit.checkpoints.huggingface import tensors_of, weight_files
+from stabilitykit.errors import MisuseError
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.stream import stored_weight
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.plain import align
 from stabilitykit.records.scaling import UNCHANGED, Scaling
+from stabilitykit.remedies.streamed import HELD, open_scaled
 from stabilitykit.scaling.apply import scaled, with_settings
 
 
@@ -89,7 +95,15 @@ class HuggingFaceOriginal:
 
     @classmethod
     def of(cls, name: str, **how: Any) -> "HuggingFaceOriginal":
-        """Opens the folder `name` in float32 for the first time. Raises as `open_model` does."""
+        """Opens the folder `name` in float32 for the first time; weights that are large are streamed where they can be.
+
+        Raises as `open_model` does.
+        """
+        if how.get("adapter") is None and is_large(local_folder(name)):
+            try:
+                return cls(name, hf.open_model(name, whole=True, **how, stream=True), {**how, "stream": True})
+            except MisuseError:  # quantised, or made of several tensors while they are loaded
+                pass
         first = hf.open_model(name, whole=True, **how)
         align(first.module)
         return cls(name, first, how)
@@ -120,16 +134,35 @@ class HuggingFaceOriginal:
         if dtype == "float32" and scaling == UNCHANGED:
             return self.first
         settings = with_settings(self.settings, scaling.settings) if scaling.settings else None
-        opened = hf.open_model(self.name, whole=True, dtype=parse_dtype(dtype), settings=settings, **self.how)
-        align(opened.module)
-        wide, low = dict(_named(self.first.module)), dict(_named(opened.module))
+        if dtype == "float32" and self.is_streamed:
+            made = open_scaled(
+                local_folder(self.name), scaling.parameters, settings, trust_remote_code=self.trust_remote_code
+            )
+            return replace(self.first, module=made.module)
+        how = dict(self.how)
+        if scaling.parameters:  # they are put in the place of weights in memory
+            how["stream"] = False
+        opened = hf.open_model(self.name, whole=True, dtype=parse_dtype(dtype), settings=settings, **how)
+        if scaling.parameters or not self.is_streamed:
+            align(opened.module)
+        low = dict(_named(opened.module))
         with torch.no_grad():
             for name, factor in scaling.parameters.items():
-                low[name].data = scaled(wide[name], factor).to(low[name].dtype)
+                low[name].data = scaled(stored_weight(self.first.module, name), factor).to(low[name].dtype)
         return opened
 
+    @property
+    def is_streamed(self) -> bool:
+        return bool(self.how.get("stream"))
+
     def weights(self, subject: Subject) -> Iterable[tuple[str, Tensor]]:
-        return subject.module.named_parameters()
+        for name, _ in subject.module.named_parameters():
+            yield name, stored_weight(subject.module, name)
+
+
+def is_large(folder: Path) -> bool:
+    """Whether the weights in a folder take more memory in float32 than a repair should hold."""
+    return 4 * sum(tensor.numel() for path in weight_files(folder) for tensor in tensors_of(path).values()) > HELD
 
 
 def setting(settings: Mapping[str, Any], key: str) -> float:

@@ -28,7 +28,7 @@ from stabilitykit.remedies.ranking import rank
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.repaired import Repair
 from stabilitykit.remedies.samples import Samples, answer, samples_for
-from stabilitykit.remedies.seen import Seen, look
+from stabilitykit.remedies.seen import look
 from stabilitykit.run.case import Progress, stage
 from stabilitykit.run.source import checkpoint_of
 
@@ -183,14 +183,13 @@ class _Repairing:
         """With `proved` the model to be carried is the one whose bounds say that no prompt makes it overflow; the one
         chosen by what was measured is ranked beside it.
         """
-        seen = look(self.original, self.subject, self.samples.choosing, stage("choosing inputs", self.progress))
         proof = None
         if proved:
             if not isinstance(self.original, GemmaOriginal):
                 raise MisuseError("Bounds are those of Gemma 1, 2 and 3 in the kit's own model; leave out --proved.")
             proof = prove(self.original.checkpoint, progress=self.progress)
         chosen = choose(self.original, self.subject, self.samples.choosing, self.margin, self.progress)
-        remedies, left_out = self.remedies(seen)
+        remedies, left_out, islands = self.remedies() if ranking else ([], [], [])
         carried = self.carry(chosen, None if proof is None else proof.scaling, approximate, remedies)
         scores: list[Score] = []
         if ranking:
@@ -198,20 +197,20 @@ class _Repairing:
                 self.original, remedies, self.samples.held_out, reference=self.subject, progress=self.progress
             )
             left_out += more
-        peak, site = chosen.peak, chosen.site
+        (peak, site), (scaled_peak, scaled_site) = chosen.before, chosen.after
         if carried.scaling != chosen.exact:
             after = self.original.open("float32", carried.scaling)
             again = look(self.original, after, self.samples.choosing, stage("checking the choice", self.progress))
-            peak, site = again.peak, again.site
+            scaled_peak, scaled_site = again.peak, again.site
         made = Ranking(
             margin=self.margin,
-            peak=seen.peak,
-            site=seen.site,
-            scaled_peak=peak,
-            scaled_site=site,
+            peak=peak,
+            site=site,
+            scaled_peak=scaled_peak,
+            scaled_site=scaled_site,
             scaling=carried.scaling,
             change=self.change(carried.scaling, chosen),
-            islands=tuple(sorted(seen.overflowing)),
+            islands=tuple(islands),
             carried=carried.name,
             scores=tuple(scores),
             shortfall=chosen.shortfall,
@@ -227,12 +226,12 @@ class _Repairing:
             bounds=() if proof is None else proof.bounds,
         )
 
-    def remedies(self, seen: Seen) -> tuple[list[Remedy], list[LeftOut]]:
-        """Those that apply, the plain run first, and those that do not."""
+    def remedies(self) -> tuple[list[Remedy], list[LeftOut], list[str]]:
+        """Those that apply, the plain run first, and those that do not; and the sites that overflow float16."""
+        seen = look(self.original, self.subject, self.samples.choosing, stage("looking for overflows", self.progress))
         offers = [offer(seen) for offer in REMEDIES]
-        return [PLAIN, *(one for one in offers if isinstance(one, Remedy))], [
-            one for one in offers if isinstance(one, LeftOut)
-        ]
+        apply = [PLAIN, *(one for one in offers if isinstance(one, Remedy))]
+        return apply, [one for one in offers if isinstance(one, LeftOut)], sorted(seen.overflowing)
 
     def carry(self, chosen: Choice, proved: Scaling | None, approximate: bool, remedies: list[Remedy]) -> Remedy:
         """What a folder carries; adds all scalings to `remedies`."""

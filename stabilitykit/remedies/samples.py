@@ -17,6 +17,8 @@ from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers import HuggingFaceModel
 from stabilitykit.run.windows import Texts, texts
 
+_FEW = 4  # tokens, to see whether a model can be called
+
 Inputs = Mapping[str, Tensor]
 """What one forward pass is given, by the names of its arguments."""
 
@@ -42,10 +44,12 @@ def samples_for(
     the first chooses and the others rank; one alone does both.
 
     Raises MisuseError, with what to do, for a model that reads no text and is given no `inputs`, and for files that
-    cannot be read.
+    cannot be read, or that do not hold what the model takes.
     """
     if inputs:
         read = tuple(map(_read, inputs))
+        for one in read:
+            _check(subject, one)
         return Samples(choosing=read[:1], held_out=read[1:] or read)
     if isinstance(subject, HuggingFaceModel):
         tokenizer, main = subject.tokenizer, subject.causal.main_input_name
@@ -59,7 +63,15 @@ def samples_for(
         found = texts(subject.context, subject.module.tokenizer, prompts, bos=bos, held_out=held_out)
     else:
         raise MisuseError("A model that came without a tokenizer is repaired on --inputs, files of tensors.")
-    return of_texts(subject, found)
+    made = of_texts(subject, found)
+    _check(subject, {name: ids[:, :_FEW] for name, ids in made.choosing[0].items()})
+    return made
+
+
+def _check(subject: Subject, inputs: Inputs) -> None:
+    """Raises MisuseError for inputs that the model cannot be called with."""
+    with torch.inference_mode():
+        answer(subject.module, inputs)
 
 
 def of_texts(subject: Subject, found: Texts) -> Samples:
