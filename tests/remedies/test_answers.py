@@ -1,5 +1,7 @@
 """What a model is run on: prompts with padding that is masked, and whatever else it needs, the same each time."""
 
+from typing import Any
+
 import torch
 from architectures import ARCHITECTURES
 from families import family_model
