@@ -156,9 +156,9 @@ def test_large_experts_are_followed_by_one_of_their_columns(monkeypatch: pytest.
     counted: list[int] = []
     arange = torch.arange
 
-    def counting(*given: int, **how: Any) -> torch.Tensor:
-        counted.append(given[1] - given[0])
-        return arange(*given, **how)
+    def counting(start: int, end: int, **how: Any) -> Tensor:
+        counted.append(end - start)
+        return arange(start, end, **how)
 
     monkeypatch.setattr(torch, "arange", counting)
     factor = Factor(exponents=tuple(range(8)), ends={0: (1, 2, 3, 4), 2: (256, 512)})
