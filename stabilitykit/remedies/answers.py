@@ -16,13 +16,18 @@ from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.backend import imported, quiet
 
 NEW_TOKENS = 16
-_ATTENTIONS = ("eager", "sdpa")
+ATTENTIONS = ("eager", "sdpa")
 _OUTPUTS = ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds")
 
 
-def answers(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
-    """By what was run, its outputs: logits where a model has any, or else hidden states, in float32, on the CPU."""
-    for attention in _ATTENTIONS:
+def answers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, generating: Sequence[str] = ATTENTIONS
+) -> Iterator[tuple[str, Tensor]]:
+    """By what was run, its outputs: logits where a model has any, or else hidden states, in float32, on the CPU.
+
+    Token by token only with the attentions in `generating`: each token costs a run.
+    """
+    for attention in ATTENTIONS:
         with _attention(model, attention) as has:
             if not has:
                 continue
@@ -31,7 +36,7 @@ def answers(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Iterator[tupl
             if _main(model) == "input_ids":
                 if len({len(prompt) for prompt in prompts}) > 1:
                     yield f"padded on the left, {attention}", _outputs(model, inputs(model, prompts))
-                if _generates(model):
+                if attention in generating and _generates(model):
                     yield f"{NEW_TOKENS} new tokens with a cache, {attention}", _generated(model, prompts[0])
 
 

@@ -14,7 +14,7 @@ from stabilitykit.errors import CheckpointError
 from stabilitykit.models.transformers.plain import load_plain, read_settings
 from stabilitykit.records.repaired_folder import Comparison, Float16, FolderCheck, Kept
 from stabilitykit.records.scaling import Scaling
-from stabilitykit.remedies.answers import answers, plain_answers
+from stabilitykit.remedies.answers import ATTENTIONS, answers, plain_answers
 from stabilitykit.remedies.folder import write_scaled
 from stabilitykit.remedies.streamed import Opened, open_scaled
 from stabilitykit.run.case import Progress
@@ -76,7 +76,7 @@ def _checked(
     steps = _Steps(progress, 4)
     steps.begin("the original in float32")
     opened = open_scaled(original, **given)
-    wanted = dict(answers(opened.module, prompts))
+    wanted = dict(_answers(opened, prompts))
     plain = list(plain_answers(opened.module, prompts))
     gains = _gains_rounded(opened, scaling)
     del opened
@@ -95,7 +95,7 @@ def _checked(
     if wide is not None:
         opened = open_scaled(wide, **given)
     with _Reached(opened.module, scaling) as reached:
-        comparisons += [_compared(what, got, wanted.pop(what)) for what, got in answers(opened.module, prompts)]
+        comparisons += [_compared(what, got, wanted.pop(what)) for what, got in _answers(opened, prompts)]
     del opened
 
     steps.begin("the folder in float16")
@@ -103,7 +103,7 @@ def _checked(
 
     steps.begin("the folder undone in float32")
     opened = _undone(folder, scaling, dtype, given)
-    kept = tuple(_kept(what, got) for what, got in answers(opened.module, prompts))
+    kept = tuple(_kept(what, got) for what, got in answers(opened.module, prompts, generating=()))
     return FolderCheck(
         prompts=tuple(map(tuple, prompts)),
         comparisons=tuple(comparisons),
@@ -134,7 +134,7 @@ def check_alone(
     steps = _Steps(progress, 3)
     steps.begin("the folder undone in float32")
     opened = _undone(folder, scaling, dtype, given)
-    wanted = dict(answers(opened.module, before.prompts))
+    wanted = dict(_answers(opened, before.prompts))
     plain = list(plain_answers(opened.module, before.prompts))
     gains = _gains_rounded(opened, scaling)
     kept = tuple(_kept(what, got) for what, got in wanted.items())
@@ -144,7 +144,7 @@ def check_alone(
     steps.begin("the folder in float32")
     opened = _as_it_is(folder, dtype, given)
     with _Reached(opened.module, scaling) as reached:
-        comparisons += [_compared(what, got, wanted.pop(what)) for what, got in answers(opened.module, before.prompts)]
+        comparisons += [_compared(what, got, wanted.pop(what)) for what, got in _answers(opened, before.prompts)]
     del opened
 
     steps.begin("the folder in float16")
@@ -158,6 +158,11 @@ def check_alone(
         not_run=reached.missed,
         original_seen=False,
     )
+
+
+def _answers(opened: Opened, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """With both attentions; of a model that is streamed, each of whose runs reads all weights, tokens with one."""
+    return answers(opened.module, prompts, generating=ATTENTIONS[:1] if opened.weights else ATTENTIONS)
 
 
 def _undone(folder: Path, scaling: Scaling, dtype: str, given: Mapping[str, Any]) -> Opened:

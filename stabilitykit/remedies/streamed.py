@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.checkpoints.huggingface import tensors_of, weight_files
+from stabilitykit.checkpoints.mapped import give_back
 from stabilitykit.models.stream import StoredWeight, stream
 from stabilitykit.models.transformers.backend import imported
 from stabilitykit.models.transformers.plain import aligned, load_placeholders, load_plain, read_settings
@@ -93,9 +94,15 @@ def _stored(tensor: Tensor, factor: Factor, stored: Mapping[str, Tensor]) -> Sto
         found = values(tensor, stored)
         return aligned(found) if found.dtype == tensor.dtype else found  # else it is cast, into memory of its own
 
+    def changed() -> Tensor:
+        found = values(tensor, stored)
+        made = scaled(found, factor)
+        give_back(found)
+        return made
+
     whole = not factor.ends and not factor.added
     return StoredWeight(
-        read=plain if whole else lambda: scaled(plain(), factor),
+        read=plain if whole else changed,
         dtype=tensor.dtype,
         device=torch.device("cpu"),
         factor=2.0 ** factor.exponents[0] if whole else 1.0,

@@ -20,7 +20,6 @@ from stabilitykit.scaling.trace import Graph, Parameter
 from stabilitykit.scaling.weights import FIRST, Magnitudes
 
 _LARGEST = {"parameter": 30, "setting": 60, "filled": 200}  # magnitudes of exponents
-_SHORT = 1e4  # what a bit costs that a tensor lacks: more than all else
 _GIVEN_UP = 30.0  # what a bit costs by which an equation is given up
 # What an exponent of one costs: of a weight a little, so that no weight is changed in vain; of a gain c + w more, for
 # 2^e (c + w) - c is stored with an absolute error of its own, near -c.
@@ -157,6 +156,7 @@ class _Problem:
         self.low = [-float(_LARGEST[one.kind]) for one in unknowns]
         self.high = [float(_LARGEST[one.kind]) for one in unknowns]
         self.integers = set(range(len(unknowns)))
+        self.short: list[int] = []  # by how many bits a tensor lacks its margin
         self.soft: list[tuple[int, int, Equation]] = []  # by how much more, by how much less, of what
         for expression in sorted(graph.integral):
             whole = self.column(-math.inf, math.inf)
@@ -253,7 +253,8 @@ class _Problem:
     def limit(self, peaks: Peaks) -> None:
         for expression, (peak, _) in peaks.items():
             if expression != ZERO and peak > 0:
-                short = self.column(0.0, math.inf, _SHORT)
+                short = self.column(0.0, math.inf)
+                self.short.append(short)
                 whole = math.floor(self.room(peak) + _TOLERANCE)  # exponents are, so a shortage is at least a bit
                 self.rows.add([*self.terms(expression), (short, -1.0)], -math.inf, whole)
 
@@ -262,8 +263,16 @@ class _Problem:
         return math.log2(self.target.largest) - self.margin - math.log2(peak)
 
     def solved(self, *, in_integers: bool = True) -> NDArray[np.float64]:
+        """What lacks the fewest bits, and of that what costs least."""
+        if self.short:
+            lacking = self._least(dict.fromkeys(self.short, 1.0), in_integers)
+            most = float(np.rint(lacking[self.short].sum())) if in_integers else float(lacking[self.short].sum())
+            self.rows.add([(column, 1.0) for column in self.short], -math.inf, most + _TOLERANCE)
+        return self._least(self.cost, in_integers)
+
+    def _least(self, prices: Mapping[int, float], in_integers: bool) -> NDArray[np.float64]:
         costs = np.zeros(self.rows.width)
-        for column, price in self.cost.items():
+        for column, price in prices.items():
             costs[column] = price
         integral = np.zeros(self.rows.width)
         integral[list(self.integers)] = in_integers

@@ -155,9 +155,12 @@ def test_large_experts_are_followed_by_one_of_their_columns(monkeypatch: pytest.
     stored = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     counted: list[int] = []
     arange = torch.arange
-    monkeypatch.setattr(
-        torch, "arange", lambda *given, **how: counted.append(given[1] - given[0]) or arange(*given, **how)
-    )
+
+    def counting(start: int, end: int, **how: Any) -> Tensor:
+        counted.append(end - start)
+        return arange(start, end, **how)
+
+    monkeypatch.setattr(torch, "arange", counting)
     factor = Factor(exponents=tuple(range(8)), ends={0: (1, 2, 3, 4), 2: (256, 512)})
     asked = stored_factors(model, stored, {"both": factor})
     assert sum(counted) == 2 * 4 * 256

@@ -1,5 +1,7 @@
 """What a model is run on: prompts with padding that is masked, and whatever else it needs, the same each time."""
 
+from typing import Any
+
 import torch
 from architectures import ARCHITECTURES
 from families import family_model
@@ -33,7 +35,7 @@ def test_new_tokens_are_those_of_greedy_decoding() -> None:
 
 def test_images_and_sounds_are_drawn_by_the_first_number() -> None:
     for name in ("ViT", "Whisper", "Wav2Vec2"):
-        model = ARCHITECTURES[name]()[0]
+        model: Any = ARCHITECTURES[name]()[0]
         one, same, other = (inputs(model, [prompt])[model.main_input_name] for prompt in ([1], [1, 5], [2]))
         assert torch.equal(one, same)
         assert not torch.equal(one, other)

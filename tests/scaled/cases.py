@@ -29,7 +29,7 @@ def _alone(model: Any, token: int, channel: int, *silent: nn.Parameter) -> None:
 
 def _pad_token(model: Any, run: Run) -> None:
     """gate · up of the pad token is 46 √32 · 47 √32 = 69,184; that of no other token reaches 65,504."""
-    first, second = model.model.layers
+    first, second, _ = model.model.layers
     _alone(model, PAD, 0, first.self_attn.o_proj.weight, first.mlp.down_proj.weight, second.self_attn.o_proj.weight)
     second.post_attention_layernorm.weight[0] = 1.0
     second.mlp.gate_proj.weight[0, 0], second.mlp.up_proj.weight[0, 0] = 46.0, 47.0
@@ -112,7 +112,7 @@ def _embedder() -> Entry:
 
 
 CASES = (
-    causal("pad token", "Llama", plant=_pad_token, run=padded(9, 6)),
+    causal("pad token", "Llama", plant=_pad_token, run=padded(9, 6), num_hidden_layers=3),
     causal("expert before its weight", "Mixtral", plant=_expert, experts="eager", run=_with(TOKEN)),
     causal("scores before a constant", "Phi", plant=functools.partial(_scores, slice(4, None), 140.0),
            attentions=("eager",), obstacle=("softmax is not homogeneous",)),
