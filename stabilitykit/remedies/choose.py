@@ -1,19 +1,22 @@
 """The scaling that keeps a model finite in float16 on the inputs that choose, or what stands in its way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers import HuggingFaceModel
 from stabilitykit.recorder.names import site_path
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.original import Original
 from stabilitykit.remedies.places import stacks
 from stabilitykit.remedies.samples import Inputs
 from stabilitykit.run.case import Progress
+from stabilitykit.scaling.blueprint import Blueprint
 from stabilitykit.scaling.explain import obstacles
 from stabilitykit.scaling.exponents import Expression
 from stabilitykit.scaling.look import Traced, look
@@ -56,7 +59,7 @@ def choose(
 
     low = original.open("bfloat16").module
     runs = [continued(one, steps=0) for one in inputs]
-    blueprint = blueprint_of(subject.module)
+    blueprint = _blueprint(subject)
     try:
         traced = look(subject.module, low, [_beginning(inputs[0]), *runs], blueprint, announce=announce)
     except MisuseError:  # a short run may leave out an expert
@@ -95,6 +98,21 @@ def _residual(traced: Traced, solution: Solution, module: nn.Module) -> int | No
         for expression in values(stored.shadow)
     }
     return found.pop() if len(found) == 1 else None
+
+
+def _blueprint(subject: Subject) -> Blueprint | None:
+    """That of the model inside where an adapter is around it, with the paths that its modules have there."""
+    if not isinstance(subject, HuggingFaceModel) or subject.causal is subject.module:
+        return blueprint_of(subject.module)
+    inner = blueprint_of(subject.causal)
+    assert inner is not None  # of a model of transformers'
+
+    def build(settings: Mapping[str, Any]) -> nn.Module:
+        around, base = nn.Module(), nn.Module()
+        around.base_model, base.model = base, inner.build(settings)
+        return around
+
+    return Blueprint(settings=inner.settings, build=build)
 
 
 def _beginning(inputs: Inputs) -> Run:

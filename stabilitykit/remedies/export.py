@@ -2,6 +2,7 @@
 
 FOLDER/
   config.json, weights, tokenizer and generation config
+  adapter/      that which the model came with, if any, scaled with it
   repair.json   what was changed, by which powers of two; hashes and figures, before and after
   proof.json    of a proved repair: bounds that no prompt can exceed
   README.md     the same for people, the terms of the weights, and how to verify; REPAIR.md where the original has one
@@ -31,6 +32,7 @@ from stabilitykit.proof.write import write_proof
 from stabilitykit.records.document import to_document
 from stabilitykit.records.repaired_folder import RepairedFolder
 from stabilitykit.records.scaling import Scaling
+from stabilitykit.remedies.adapter import write_scaled_adapter
 from stabilitykit.remedies.original import GemmaOriginal, HuggingFaceOriginal, Original
 from stabilitykit.remedies.repaired import Repair
 from stabilitykit.remedies.repaired_folder import write_checked
@@ -38,6 +40,7 @@ from stabilitykit.run.case import Progress
 
 SCHEMA = 3
 FACTS, README, BESIDE = "repair.json", "README.md", "REPAIR.md"
+ADAPTER = "adapter"
 
 _LENGTHS = (40, 24, 9)  # tokens of the texts on which a folder is checked
 _CALLED = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}  # settings of GemmaConfig in config.json
@@ -47,9 +50,9 @@ def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, prog
     """Writes a repaired model into the new `folder`, aside and then renamed, and returns it.
 
     What was written is loaded again and compared, bit by bit, and a proof is checked, before it gets its name. Raises
-    MisuseError where `folder` holds something already or cannot be written, for a model with an adapter, and for a
-    repair that is not finite or a proof of other weights than float16's; CheckpointError where what was read back is
-    not what was to be written, or a proof is not accepted.
+    MisuseError where `folder` holds something already or cannot be written, and for a repair that is not finite or a
+    proof of other weights than float16's; CheckpointError where what was read back is not what was to be written, or a
+    proof is not accepted.
     """
     check_new(folder)
     if repair.bounds and dtype != "float16":
@@ -60,7 +63,7 @@ def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, prog
             "--margin, or --prompts with texts like those that it has to run."
         )
     with new_folder(folder) as aside:
-        written = _write(repair, aside, dtype, progress)
+        written = _write(repair, folder, aside, dtype, progress)
         write_json(aside / FACTS, _facts(repair, written))
         readme = aside / README
         readme = aside / BESIDE if readme.exists() else readme  # the original's own was carried along
@@ -71,12 +74,15 @@ def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, prog
     return folder
 
 
-def _write(repair: Repair, aside: Path, dtype: ExportDtype, progress: Progress | None) -> RepairedFolder:
-    """Writes the model and checks it in plain transformers, on inputs that nothing was chosen by."""
+def _write(repair: Repair, folder: Path, aside: Path, dtype: ExportDtype, progress: Progress | None) -> RepairedFolder:
+    """Writes the model and checks it in plain transformers, on inputs that nothing was chosen by; an adapter, scaled
+    with it, goes into a folder of its own.
+    """
+    scaling = in_folder(repair.original, repair.ranking.scaling)
     with source_folder(repair.original) as source:
         made = write_checked(
             source,
-            in_folder(repair.original, repair.ranking.scaling),
+            scaling,
             aside,
             _prompts(repair),
             dtype,
@@ -84,6 +90,13 @@ def _write(repair: Repair, aside: Path, dtype: ExportDtype, progress: Progress |
             trust_remote_code=repair.original.trust_remote_code,
             progress=progress,
         )
+        adapter = repair.original.how.get("adapter") if isinstance(repair.original, HuggingFaceOriginal) else None
+        if adapter is not None:
+            (aside / ADAPTER).mkdir()
+            trusted = repair.original.trust_remote_code
+            write_scaled_adapter(
+                Path(adapter), source, scaling, aside / ADAPTER, base=str(folder), trust_remote_code=trusted
+            )
     return replace(made, source=repair.original.source)
 
 
@@ -126,11 +139,17 @@ def is_text_folder(place: Path) -> bool:
 def in_folder(original: Original, scaling: Scaling) -> Scaling:
     """`scaling` by the names that plain transformers has for parameters and settings."""
     if not isinstance(original, GemmaOriginal):
-        return scaling
+        own = {_without_adapter(name): factor for name, factor in scaling.parameters.items() if ".lora_" not in name}
+        return replace(scaling, parameters=own)
     return Scaling(
         parameters={f"model.{name}": factor for name, factor in scaling.parameters.items()},
         settings={_CALLED[key]: exponent for key, exponent in scaling.settings.items()},
     )
+
+
+def _without_adapter(name: str) -> str:
+    """A parameter's name in the model that an adapter of peft's is around."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _check(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -104,6 +105,11 @@ def repair(
     device = str(parse_device(device))
     if out is not None:
         check_new(Path(out))
+        if find_spec("transformers") is None:
+            raise MisuseError(
+                "A repaired folder is loaded and compared by plain transformers before it gets its name, and that is "
+                'not installed: pip install "stabilitykit[hf]", or leave out --out.'
+            )
     if isinstance(checkpoint, str | Path | Checkpoint):
         original = open_original(
             checkpoint, device=device, adapter=adapter, trust_remote_code=trust_remote_code, progress=progress

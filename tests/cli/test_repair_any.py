@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -128,6 +129,27 @@ def test_an_approximate_repair_is_written_where_it_is_asked_for(stabilitykit: Ru
         before, after = (loaded(one, torch.float32)(ids).logits for one in (folder, out))
         assert loaded(out, torch.float16)(ids).logits.isfinite().all()
     assert 0 < float((before - after).abs().max() / before.abs().max()) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_is_scaled_with_its_base(stabilitykit: Run, tmp_path: Path) -> None:
+    folder, own, out = folder_of("Llama", tmp_path), tmp_path / "adapter", tmp_path / "out"
+    torch.manual_seed(1)
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=targets)
+    peft.get_peft_model(loaded(folder, torch.float32), config).save_pretrained(str(own))
+    options = ("--adapter", str(own), "--no-ranking", "--dtype", "float32", "--out", str(out))
+    made = stabilitykit("repair", f"hf:{folder}", *options)
+    assert made.code == 0, made.err or made.out
+    ids = torch.randint(4, 110, (1, 40), generator=torch.Generator().manual_seed(7))
+    found = {}
+    with torch.inference_mode():
+        for name, base, adapter in (("before", folder, own), ("after", out, out / "adapter")):
+            found[name] = peft.PeftModel.from_pretrained(loaded(base, torch.float32), adapter)(ids).logits
+        halved = peft.PeftModel.from_pretrained(loaded(out, torch.float16), out / "adapter")(ids).logits
+    assert torch.equal(found["before"], found["after"])
+    assert halved.isfinite().all()
 
 
 @pytest.mark.slow
