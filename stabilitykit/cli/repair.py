@@ -66,8 +66,9 @@ def repair(
     """Rank what keeps a model finite in float16 on held-out texts, and with --out write a repaired one.
 
     The repair multiplies weights and settings by powers of two: float32 logits keep every bit, and float16 holds what
-    it could not. It works on the kit's own Gemma and, with hf:, on whatever transformers runs. Exits 0 when the
-    repaired model is finite on all texts, 1 when it is not and nothing was written.
+    it could not. It works on the kit's own Gemma and, with hf:, on whatever transformers runs.
+
+    Exits 0 when the repaired model is finite on all texts, 1 when it is not and nothing was written.
     """
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, conclude

@@ -60,7 +60,7 @@ def how_scaled(ranking: Ranking) -> str | None:
     what = [f"{change.moved} of {counted(change.parameters, 'parameter')} by powers of two"]
     if change.residual is not None:
         what.append(f"the residual stream by {power(change.residual)}")
-    what += [f"{key} by {power(ranking.scaling.settings[key])}" for key in change.settings]
+    what += [f"{key} by {power(round(math.log2(one.after / one.before)))}" for key, one in change.settings.items()]
     where = "" if ranking.scaled_site == ranking.site else f" in {ranking.scaled_site}"
     said = (
         f"The repair scales {listed(what)}: the largest value that float16 must store, {number(ranking.peak)} in "

@@ -61,11 +61,11 @@ class Setting:
 class Change:
     """What a scaling does to a model's weights and settings.
 
-    `moved` of the `parameters` are multiplied by powers of two, and the `settings`, by their keys in the config, joined
-    by dots. `gains_rounded` counts, by norm, gains that float32 had to round; `approximate` is the largest difference
-    from what float32 returned before, in parts of the largest magnitude of that, None where every bit was kept.
-    `before` and `after` count small float16 weights. `residual` is the exponent of the residual stream, None where
-    layers differ or it is not known.
+    `moved` of the `parameters` are multiplied by powers of two, and so are the `settings`, by their keys in
+    config.json, joined by dots. `gains_rounded` counts, by norm, gains that float32 had to round; `approximate` is the
+    largest difference from what float32 returned before, in parts of the largest magnitude of that, None where every
+    bit was kept. `before` and `after` count small float16 weights. `residual` is the exponent of the residual stream,
+    None where layers differ or it is not known.
     """
 
     moved: int

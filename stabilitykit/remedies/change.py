@@ -9,7 +9,7 @@ from stabilitykit.models.subject import Subject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.remedies import Change, Setting, Small
 from stabilitykit.records.scaling import UNCHANGED, Scaling
-from stabilitykit.remedies.original import Original, setting
+from stabilitykit.remedies.original import CALLED, Original, setting
 from stabilitykit.scaling.apply import of_rows, rounded, scaled
 
 
@@ -22,7 +22,7 @@ def change_of(original: Original, subject: Subject, scaling: Scaling) -> Change:
         moved=sum(any(factor.exponents) for factor in scaling.parameters.values()),
         parameters=len(weights),
         settings={
-            key: Setting(before=value, after=value * 2.0**exponent)
+            CALLED.get(key, key): Setting(before=value, after=value * 2.0**exponent)
             for key, exponent in scaling.settings.items()
             for value in [setting(original.settings, key)]
         },

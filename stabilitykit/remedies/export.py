@@ -33,7 +33,7 @@ from stabilitykit.records.document import to_document
 from stabilitykit.records.repaired_folder import RepairedFolder
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.adapter import write_scaled_adapter
-from stabilitykit.remedies.original import GemmaOriginal, HuggingFaceOriginal, Original
+from stabilitykit.remedies.original import CALLED, GemmaOriginal, HuggingFaceOriginal, Original
 from stabilitykit.remedies.repaired import Repair
 from stabilitykit.remedies.repaired_folder import write_checked
 from stabilitykit.run.case import Progress
@@ -43,7 +43,6 @@ FACTS, README, BESIDE = "repair.json", "README.md", "REPAIR.md"
 ADAPTER = "adapter"
 
 _LENGTHS = (40, 24, 9)  # tokens of the texts on which a folder is checked
-_CALLED = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}  # settings of GemmaConfig in config.json
 
 
 def export(repair: Repair, folder: Path, dtype: ExportDtype = "float16", *, progress: Progress | None = None) -> Path:
@@ -143,7 +142,7 @@ def in_folder(original: Original, scaling: Scaling) -> Scaling:
         return replace(scaling, parameters=own)
     return Scaling(
         parameters={f"model.{name}": factor for name, factor in scaling.parameters.items()},
-        settings={_CALLED[key]: exponent for key, exponent in scaling.settings.items()},
+        settings={CALLED[key]: exponent for key, exponent in scaling.settings.items()},
     )
 
 

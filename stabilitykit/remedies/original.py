@@ -24,6 +24,9 @@ from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies.streamed import HELD, open_scaled
 from stabilitykit.scaling.apply import scaled, with_settings
 
+CALLED: Mapping[str, str] = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}
+"""What config.json calls the settings of a GemmaConfig that a scaling may change."""
+
 
 class Original(Protocol):
     """`source`, `sha256` and `notes` say where the weights come from, as in a Checkpoint. `trust_remote_code`: whether

@@ -263,9 +263,9 @@ class _Repairing:
         announce = stage("comparing float32", self.progress)
         announce(0, 1)
         inputs = self.samples.choosing[0]
+        scaled = self.original.open("float32", scaling).module
         with torch.inference_mode():
-            before = answer(self.subject.module, inputs).values
-            after = answer(self.original.open("float32", scaling).module, inputs).values
+            before, after = (answer(module, inputs).values for module in (self.subject.module, scaled))
         far = float((after - before).abs().max() / before.abs().max()) if not torch.equal(after, before) else None
         residual = chosen.residual if scaling == chosen.exact else None
         return replace(counted, approximate=far, residual=residual)

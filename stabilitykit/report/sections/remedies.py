@@ -81,6 +81,19 @@ _COLUMNS: Sequence[tuple[Column, Callable[[Score], Any]]] = [
 ]
 
 
+def _note(*, is_kl: bool) -> str:
+    kl = (
+        "KL: mean, half the width of its 95% interval, 99th percentile, largest. Top-1: positions with float32's "
+        "likeliest token."
+    )
+    error = "Error: the largest difference from what float32 returns, in parts of the largest magnitude of that."
+    return (
+        f"{kl if is_kl else error} Headroom: bits between the largest value stored and the dtype's maximum. Extra: "
+        "what a window of tokens takes on top of a plain run. Time: against plain float16, on one machine and with the "
+        "kit's own code around the model. A dash: not finite."
+    )
+
+
 def of_scores(scores: Sequence[Score]) -> list[Block]:
     """The remedies in figures, then what each of them does."""
     far = [one.kl_mean for one in scores if one.kl_mean is not None]
@@ -91,11 +104,7 @@ def of_scores(scores: Sequence[Score]) -> list[Block]:
         f"Against float32, over {scores[0].positions:,} held-out {'tokens' if far else 'rows'}",
         scores,
         known,
-        note="KL: mean, half the width of its 95% interval, 99th percentile, largest. Top-1: positions with "
-        "float32's likeliest token. Error: the largest difference from what float32 returns, in parts of the largest "
-        "magnitude of that. Headroom: bits between the largest value stored and the dtype's maximum. Extra: "
-        "what a window of tokens takes on top of a plain run. Time: against plain float16, on one machine and with the "
-        "kit's own code around the model. A dash: not finite.",
+        note=_note(is_kl=bool(far)),
         alarming=lambda one: not one.finite,
     )
     said = table(
