@@ -20,7 +20,7 @@ from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.stream import stored_weight
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.plain import align
-from stabilitykit.records.scaling import UNCHANGED, Scaling
+from stabilitykit.records.scaling import UNCHANGED, Factor, Scaling
 from stabilitykit.remedies.streamed import HELD, open_scaled
 from stabilitykit.scaling.apply import scaled, with_settings
 
@@ -104,7 +104,9 @@ class HuggingFaceOriginal:
         """
         if how.get("adapter") is None and is_large(local_folder(name)):
             try:
-                return cls(name, hf.open_model(name, whole=True, **how, stream=True), {**how, "stream": True})
+                first = hf.open_model(name, whole=True, **how, stream=True)
+                made = cls(name, first, {**how, "stream": True})
+                return replace(made, first=made._streamed())  # as those that are scaled, to the last bit
             except MisuseError:  # quantised, or made of several tensors while they are loaded
                 pass
         first = hf.open_model(name, whole=True, **how)
@@ -138,10 +140,7 @@ class HuggingFaceOriginal:
             return self.first
         settings = with_settings(self.settings, scaling.settings) if scaling.settings else None
         if dtype == "float32" and self.is_streamed:
-            made = open_scaled(
-                local_folder(self.name), scaling.parameters, settings, trust_remote_code=self.trust_remote_code
-            )
-            return replace(self.first, module=made.module)
+            return self._streamed(scaling.parameters, settings)
         how = dict(self.how)
         if scaling.parameters:  # they are put in the place of weights in memory
             how["stream"] = False
@@ -153,6 +152,15 @@ class HuggingFaceOriginal:
             for name, factor in scaling.parameters.items():
                 low[name].data = scaled(stored_weight(self.first.module, name), factor).to(low[name].dtype)
         return opened
+
+    def _streamed(
+        self, factors: Mapping[str, Factor] | None = None, settings: Mapping[str, Any] | None = None
+    ) -> hf.HuggingFaceModel:
+        folder, trusted = local_folder(self.name), self.trust_remote_code
+        module: Any = open_scaled(folder, factors, settings, trust_remote_code=trusted).module
+        if self.how.get("attention") is not None:
+            module.set_attn_implementation(self.how["attention"])
+        return replace(self.first, module=module)
 
     @property
     def is_streamed(self) -> bool:

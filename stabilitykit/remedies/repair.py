@@ -258,8 +258,9 @@ class _Repairing:
     def change(self, scaling: Scaling, chosen: Choice) -> Change:
         """What `scaling` does, and whether float32 keeps every bit of what it returned on the first choosing input."""
         counted = change_of(self.original, self.subject, scaling)
-        if scaling == UNCHANGED:
-            return counted
+        streamed = isinstance(self.original, HuggingFaceOriginal) and self.original.is_streamed
+        if scaling == UNCHANGED or (streamed and scaling == chosen.exact):  # what is written is compared bit by bit
+            return replace(counted, residual=chosen.residual)
         announce = stage("comparing float32", self.progress)
         announce(0, 1)
         inputs = self.samples.choosing[0]
