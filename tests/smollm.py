@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from gguf.quants import dequantize
 from torch import Tensor
 
@@ -36,6 +35,8 @@ def smollm_gguf() -> Path | None:
 
 def written_smollm(gguf: Path, folder: Path) -> Path:
     """`folder`, with the model and its tokenizer, written if it is not there yet."""
+    import transformers  # not before it is needed: it imports Triton, which looks at its environment then
+
     if not folder.is_dir():
         with new_folder(folder) as partial:
             _model(read_gguf_file(gguf)).save_pretrained(partial)
@@ -43,7 +44,9 @@ def written_smollm(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def _model(file: GgufFile) -> transformers.LlamaForCausalLM:
+def _model(file: GgufFile) -> Any:
+    import transformers
+
     config = _config(file)
     heads: dict[str, Any] = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state = {}
@@ -64,7 +67,9 @@ def _halves(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, -1, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _config(file: GgufFile) -> transformers.LlamaConfig:
+def _config(file: GgufFile) -> Any:
+    import transformers
+
     said: dict[str, Any] = {key.removeprefix("llama."): value for key, value in file.metadata.items()}
     return transformers.LlamaConfig(
         vocab_size=len(said["tokenizer.ggml.tokens"]),

@@ -21,9 +21,12 @@ def recommendation(ranking: Ranking) -> str:
     assert carried is not None
     if not best.finite:
         return "No remedy keeps the held-out texts finite."
-    if not _is_changed(ranking) and carried.finite and not ranking.proved:
+    fits = ranking.scaled_headroom >= 0
+    if not _is_changed(ranking) and carried.finite and fits and not ranking.proved:
         return _nothing_to_do(carried.headroom)
     said = f"Closest to float32 is {best.name}{_closer(best, ranking)}."
+    if not fits:
+        return f"{said} {_unranked(ranking)}"
     if best.name == carried.name:
         return said
     if not carried.finite:

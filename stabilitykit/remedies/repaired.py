@@ -22,9 +22,9 @@ class Repair:
 
     @property
     def finite(self) -> bool:
-        """Whether the scaled model is finite in float16 on all held-out inputs, and so may be written.
-
-        Where nothing was ranked it is what float32 showed: whether all that float16 has to store is within its range.
+        """Whether float16 holds the scaled model, which so may be written: all that it has to store of the choosing
+        inputs, as float32 showed, and what it returns on all held-out ones. A value that overflows on the way may leave
+        results that are finite and wrong.
         """
         score = self.ranking.repaired
-        return self.ranking.scaled_headroom >= 0 if score is None else score.finite
+        return self.ranking.scaled_headroom >= 0 and (score is None or score.finite)
