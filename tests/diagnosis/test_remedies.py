@@ -85,3 +85,8 @@ def test_a_single_token_in_a_mean() -> None:
     )
     assert outlier(score("rescale", 2e-5, kl_max=1e-3)) is None
     assert outlier(score("float16", None)) is None
+
+
+def test_a_value_that_overflows_on_the_way_is_no_repair_though_what_is_returned_is_finite() -> None:
+    said = recommendation(ranking(scaled_peak=70_000.0))
+    assert said.endswith("layers.1 reaches 70,000, and the maximum is 65,504.")
