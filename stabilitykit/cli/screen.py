@@ -50,7 +50,7 @@ def print_json(value: Any) -> None:
 
 class ProgressBar:
     """Called with (what, done, total). On a terminal a bar that shows itself when the work outlasts a second;
-    elsewhere, once it has outlasted ten, a line for each stage as it begins, after the seconds so far.
+    elsewhere, once it has outlasted ten, a line for each stage, after the seconds so far.
     """
 
     def __init__(self) -> None:
@@ -64,6 +64,7 @@ class ProgressBar:
         )
         self._began = time.monotonic()
         self._tasks: dict[str, TaskID] = {}
+        self._said: set[str] = set()
         self._shown = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -72,8 +73,9 @@ class ProgressBar:
             for task in self._tasks.values():
                 self._bars.update(task, visible=False)
             self._tasks[what] = self._bars.add_task(what, total=total)
-            if not messages.is_terminal and elapsed > _LONG:
-                messages.print(f"{elapsed:.0f} s: {what}", soft_wrap=True, markup=False)
+        if what not in self._said and not messages.is_terminal and elapsed > _LONG:
+            self._said.add(what)
+            messages.print(f"{elapsed:.0f} s: {what}", soft_wrap=True, markup=False)
         self._bars.update(self._tasks[what], completed=done)
         if not self._shown and messages.is_terminal and elapsed > _PATIENCE:
             self._bars.start()
