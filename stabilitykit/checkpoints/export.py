@@ -41,7 +41,7 @@ def write_folder(
     tokenizer is made from the vocabulary. `progress` is called with the bytes written and the total.
     """
     config = huggingface_config(checkpoint, dtype)
-    (folder / CONFIG).write_text(_json(config), encoding="utf-8")
+    (folder / CONFIG).write_text(folder_json(config), encoding="utf-8")
     _write_generation(config, folder, source)
     _write_tokenizer(checkpoint, folder, source)
     return _write_weights(checkpoint, folder, getattr(torch, dtype), progress)
@@ -105,7 +105,7 @@ def _write_generation(config: dict[str, Any], folder: Path, source: Path | None)
         shutil.copyfile(source / name, folder / name)
         return
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (folder / name).write_text(_json(ids | {"do_sample": True, "top_k": 64, "top_p": 0.95}), encoding="utf-8")
+    (folder / name).write_text(folder_json(ids | {"do_sample": True, "top_k": 64, "top_p": 0.95}), encoding="utf-8")
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path, source: Path | None) -> None:
@@ -119,7 +119,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path, source: Path | None) 
     named = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad, "unk": vocabulary.unk}
     tokens = {f"{name}_token": vocabulary.pieces[index] for name, index in named.items()}
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **tokens}
-    (folder / "tokenizer_config.json").write_text(_json(settings), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(folder_json(settings), encoding="utf-8")
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, progress: Progress | None) -> list[Path]:
@@ -143,7 +143,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, pro
         paths.append(folder / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(_json(index), encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(folder_json(index), encoding="utf-8")
     return paths
 
 
@@ -160,5 +160,6 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
     yield names
 
 
-def _json(value: Any) -> str:
+def folder_json(value: Any) -> str:
+    """A JSON file as transformers writes those in a folder."""
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"

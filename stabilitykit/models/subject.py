@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.models.machine import Examined
+
 Saw = Callable[[Tensor], bool]
 """Called with each step's logits before a token is drawn from them; where it returns True, that token is the last."""
 
@@ -37,7 +39,7 @@ class Continuation:
     every_logit: bool = False
 
 
-class Subject(Protocol):
+class Subject(Examined, Protocol):
     """A model to record. `module` is what is recorded, `layers` are its decoder layers, `context` counts tokens.
 
     `source`, `sha256` and `notes` say where it comes from, as in a Checkpoint; `module` has them too, for a recorder to
@@ -54,12 +56,6 @@ class Subject(Protocol):
     def context(self) -> int: ...
     @property
     def pad(self) -> int: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
     @property
     def facts(self) -> dict[str, Any]: ...
 

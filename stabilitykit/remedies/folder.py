@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.checkpoints.cache import Progress
+from stabilitykit.checkpoints.export import folder_json
 from stabilitykit.checkpoints.huggingface import CONFIG, tensors_of, weight_files
 from stabilitykit.checkpoints.mapped import read_once
 from stabilitykit.checkpoints.safetensors_writer import Written, write_safetensors
@@ -199,7 +200,7 @@ def _write_index(source: Path, folder: Path, names: Mapping[str, str], total: in
             index = json.loads(path.read_text(encoding="utf-8"))
             index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-            (folder / f"model{_INDICES[0]}").write_text(_json(index), encoding="utf-8")
+            (folder / f"model{_INDICES[0]}").write_text(folder_json(index), encoding="utf-8")
             return
 
 
@@ -238,7 +239,7 @@ def _write_config(
             inner, value = inner.setdefault(key, {}), value[key]
         inner[last] = value[last]
     _set_dtype(raw, dtype)
-    (folder / CONFIG).write_text(_json(raw), encoding="utf-8")
+    (folder / CONFIG).write_text(folder_json(raw), encoding="utf-8")
     after = read_settings(folder, trust_remote_code=trust_remote_code)
     if _without_dtype(after) != _without_dtype(wanted):
         raise CheckpointError(
@@ -271,7 +272,3 @@ def _without_dtype(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in settings.items()
         if key not in ignored
     }
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"

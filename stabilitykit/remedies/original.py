@@ -1,12 +1,12 @@
 """The model to repair, which can be opened as often as needed: in each dtype, as it is or scaled."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint, GemmaConfig
 from stabilitykit.checkpoints.checkpoint import LazyTensors
@@ -17,31 +17,23 @@ from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import build
 from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.machine import Examined
 from stabilitykit.models.stream import stored_weight
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.plain import align
 from stabilitykit.records.scaling import UNCHANGED, Factor, Scaling
 from stabilitykit.remedies.streamed import HELD, open_scaled
-from stabilitykit.scaling.apply import scaled, with_settings
+from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
 
 CALLED: Mapping[str, str] = {"rms_eps": "rms_norm_eps", "query_scalar": "query_pre_attn_scalar"}
 """What config.json calls the settings of a GemmaConfig that a scaling may change."""
 
 
-class Original(Protocol):
-    """`source`, `sha256` and `notes` say where the weights come from, as in a Checkpoint. `trust_remote_code`: whether
-    Python code that a folder brings may run.
-    """
+class Original(Examined, Protocol):
+    """`trust_remote_code`: whether Python code that a folder brings may run."""
 
     @property
     def trust_remote_code(self) -> bool: ...
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def notes(self) -> tuple[str, ...]: ...
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -147,7 +139,7 @@ class HuggingFaceOriginal:
         opened = hf.open_model(self.name, whole=True, dtype=parse_dtype(dtype), settings=settings, **how)
         if scaling.parameters or not self.is_streamed:
             align(opened.module)
-        low = dict(_named(opened.module))
+        low = tensors_by_name(opened.module)
         with torch.no_grad():
             for name, factor in scaling.parameters.items():
                 low[name].data = scaled(stored_weight(self.first.module, name), factor).to(low[name].dtype)
@@ -206,8 +198,3 @@ def scaled_checkpoint(checkpoint: Checkpoint, scaling: Scaling) -> Checkpoint:
         tensors=LazyTensors(checkpoint.tensors, made),
         notes=(*checkpoint.notes, "scaled by powers of two"),
     )
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

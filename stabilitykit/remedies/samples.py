@@ -16,6 +16,7 @@ from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers import HuggingFaceModel
 from stabilitykit.run.windows import Texts, texts
+from stabilitykit.scaling.subjects import fitted
 
 _FEW = 4  # tokens, to see whether a model can be called
 
@@ -100,18 +101,13 @@ class Answer(NamedTuple):
 def answer(module: nn.Module, inputs: Inputs) -> Answer:
     """One forward pass: its logits where there are any, else the first tensor of numbers that it returns.
 
-    Floating inputs are cast to the dtype of the model's weights, and all are moved to its device. Raises MisuseError
-    for inputs that the model cannot be called with.
+    The inputs are `fitted` to the model. Raises MisuseError for inputs that it cannot be called with.
     """
-    weight = next(one for one in module.parameters() if one.is_floating_point())
-    moved = {
-        name: one.to(weight.device, weight.dtype if one.is_floating_point() else one.dtype)
-        for name, one in inputs.items()
-    }
+    given = fitted(inputs, module)
     if isinstance(module, Gemma):
-        return Answer(module(moved["input_ids"]), logits=True)
+        return Answer(module(given["input_ids"]), logits=True)
     try:
-        output = module(**moved)
+        output = module(**given)
     except (TypeError, ValueError, AttributeError) as error:  # an argument too many, or too few
         raise MisuseError(
             f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {error}. Give it what its forward "

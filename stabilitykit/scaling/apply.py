@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabilitykit.records.scaling import Factor
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by its own names for them, as a Scaling has them."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def factors(factor: Factor, shape: torch.Size) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.checkpoints.cache import Progress
@@ -15,7 +15,7 @@ from stabilitykit.models.devices import parse_dtype
 from stabilitykit.models.gemma import Gemma, build
 from stabilitykit.models.transformers import HuggingFaceModel, open_model
 from stabilitykit.records.scaling import Scaling
-from stabilitykit.scaling.apply import rounded, scaled, with_settings
+from stabilitykit.scaling.apply import rounded, scaled, tensors_by_name, with_settings
 from stabilitykit.scaling.stress import check_gamma, stress, stress_of_gemma
 from stabilitykit.scaling.subjects import blueprint_of, continued
 from stabilitykit.scaling.trace import trace
@@ -78,8 +78,8 @@ class StressedFolder:
         opened = open_model(
             self.name, dtype=target, device=device, stream=False, settings=settings, progress=progress, **self.how
         )
-        wide, lost = _named(self.wide.causal), 0
-        for name, tensor in _named(opened.causal).items():
+        wide, lost = tensors_by_name(self.wide.causal), 0
+        for name, tensor in tensors_by_name(opened.causal).items():
             factor = self.scaling.parameters.get(name)
             if factor is not None:
                 lost += rounded(wide[name], factor)
@@ -122,10 +122,6 @@ def _layer(name: str) -> str:
     """What a parameter's name begins with, up to the number of its layer; the name itself where it is in none."""
     found = _LAYER.match(name)
     return found[0] if found else name
-
-
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _placed(made: Tensor, original: Tensor) -> Tensor:

@@ -43,20 +43,25 @@ def continued(inputs: Mapping[str, Tensor], steps: int = 2) -> Run:
     """One forward pass on `inputs`, the arguments of a call by their names, then, where the model keeps a cache of what
     it has read, so many steps of one token each. Returned are the logits, or whatever else holds numbers.
 
-    Floating inputs are cast to the dtype of the model's weights, and all are moved to its device.
+    The inputs are `fitted` to the model.
     """
 
     def run(model: nn.Module) -> list[Tensor]:
-        weight = next(one for one in model.parameters() if one.is_floating_point())
-        moved = {
-            name: one.to(weight.device, weight.dtype if one.is_floating_point() else one.dtype)
-            for name, one in inputs.items()
-        }
+        given = fitted(inputs, model)
         return (
-            _of_gemma(model, moved["input_ids"], steps) if isinstance(model, Gemma) else _of_other(model, moved, steps)
+            _of_gemma(model, given["input_ids"], steps) if isinstance(model, Gemma) else _of_other(model, given, steps)
         )
 
     return run
+
+
+def fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Inputs on the device of the model's weights, floating ones in their dtype."""
+    weight = next(one for one in model.parameters() if one.is_floating_point())
+    return {
+        name: one.to(weight.device, weight.dtype if one.is_floating_point() else one.dtype)
+        for name, one in inputs.items()
+    }
 
 
 def _of_gemma(model: Gemma, ids: Tensor, steps: int) -> list[Tensor]:
@@ -77,12 +82,12 @@ def _of_other(model: Any, inputs: Mapping[str, Tensor], steps: int) -> list[Tens
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             break
-        output = model(**_next(model, inputs, output, tokens, step, cache))
+        output = model(**_next(inputs, output, tokens, step, cache))
         found += _numbers(output)
     return found
 
 
-def _next(model: Any, inputs: Mapping[str, Tensor], output: Any, tokens: str, step: int, cache: Any) -> dict[str, Any]:
+def _next(inputs: Mapping[str, Tensor], output: Any, tokens: str, step: int, cache: Any) -> dict[str, Any]:
     """What one more token is given: that one, the cache, and a mask that is one longer."""
     last = inputs[tokens][:, -1:]
     given: dict[str, Any] = {tokens: last, "past_key_values": cache, "use_cache": True}

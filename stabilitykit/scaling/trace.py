@@ -13,20 +13,20 @@ from stabilitykit.scaling.blueprint import Blueprint, Follows, followers
 from stabilitykit.scaling.call import Call, Known, Rows, is_number, numbers, scalar
 from stabilitykit.scaling.exponents import ZERO, Exponents, Expression
 from stabilitykit.scaling.following import Following
-from stabilitykit.scaling.rules import CUTS, MOVES, RULES
+from stabilitykit.scaling.rules import CUTS, MAKES, MOVES, RULES
 from stabilitykit.scaling.rules.moves import is_followed, moved
 from stabilitykit.scaling.shadows import Shadow, along, same, values, with_dimensions
 
 Run = Callable[[nn.Module], Any]
 """Runs a model on something, and returns what its caller gets: all of that keeps its scale."""
 
-_KNOWN = (
-    "_stabilitykit_known"  # an attribute of tensors, so that what is known of one goes when it does; with its trace
-)
+# An attribute of tensors, so that what a trace knows of one goes when it does.
+_KNOWN = "_stabilitykit_known"
 _MOST_BLOCKS = 64  # of one parameter
 _LOW = (torch.float16, torch.bfloat16)
-# Results of these are read off their operand, or mean nothing yet.
+# Through these a number is remembered by which a tensor was multiplied.
 _KEEP_CONSTANT = MOVES | {"mul", "div", "add", "where", "masked_fill"}
+# Their results hold whatever the memory held.
 _UNMEASURED = frozenset("empty empty_like new_empty empty_strided new_empty_strided empty_permuted".split())
 
 
@@ -270,11 +270,9 @@ class _Trace(Following):  # type: ignore[no-untyped-call]
 
     def _result(self, call: Call) -> Any:
         shadows = call.all()
-        if all(isinstance(one, int) and one == ZERO for one in shadows) and not self._has_setting(call):
-            rule = RULES.get(call.name)
-            makes = rule is not None and rule.__module__.endswith(".constants")
-            return rule(call) if rule is not None and makes and call.outputs else ZERO
         rule = RULES.get(call.name)
+        if all(isinstance(one, int) and one == ZERO for one in shadows) and not self._has_setting(call):
+            return rule(call) if rule is not None and call.name in MAKES and call.outputs else ZERO
         if rule is not None:
             return rule(call)
         self.graph.unknown_operators[call.name] += 1

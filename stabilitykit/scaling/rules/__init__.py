@@ -21,6 +21,9 @@ RULES: Mapping[str, Rule] = {
     for name in names.split()
 }
 
+# They make tensors of numbers, which may have a scale though nothing that they are given has one.
+MAKES = frozenset(name for names in constants.RULES.values() for name in names.split())
+
 # They place the values of one tensor and compute none; a view of a parameter that goes through them is still one.
 MOVES = frozenset(moves.VIEWS.split())
 
