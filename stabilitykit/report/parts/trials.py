@@ -63,8 +63,8 @@ def _trials(trials: Sequence[Trial]) -> list[Block]:
         "Tried on this input, what cures it first",
         trials,
         known,
-        note=f"{kl}Error: the largest difference in a row, in parts of the largest magnitude that float32 returned. A dash: "
-        "nothing could be compared. Extra: beyond a plain run.",
+        note=f"{kl}Error: the largest difference in a row, in parts of the largest magnitude that float32 returned. A "
+        "dash: nothing could be compared. Extra: beyond a plain run.",
         alarming=lambda one: not one.cured,
     )
     said = table(
@@ -83,8 +83,8 @@ def _smallest(found: Smallest) -> str:
     what = " / ".join(quoted(text) for text in shown)
     minimal = ", and without any one of them the break is another or gone" if found.minimal else ""
     return (
-        f"The smallest input found that fails alike has {counted(after, 'token')} of {found.before:,}{minimal}: {what}. "
-        f"{found.runs:,} runs were made."
+        f"The smallest input found that fails alike has {counted(after, 'token')} of {found.before:,}{minimal}: "
+        f"{what}. {found.runs:,} runs were made."
     )
 
 
