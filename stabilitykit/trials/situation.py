@@ -26,8 +26,8 @@ class Situation:
     """A failure of `model`, which computes in the failing dtype, and is one of `models`.
 
     `low` are the records of that run, `found` what became of its decisive break, and `part` the part of the model that
-    broke; None where nothing did. `wide` are the records of a float32 run of the same, with stored dtypes; `overflowing`
-    those of what the dtype cannot hold, by site, of all steps the largest.
+    broke; None where nothing did. `wide` are the records of a float32 run of the same, with stored dtypes, and
+    `overflowing` those of what the dtype cannot hold, by site, of all steps the largest.
     """
 
     reproduction: Reproduction
