@@ -17,7 +17,7 @@ from stabilitykit.recorder.places.streams import Step, Stream
 from stabilitykit.recorder.rounding import Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
-from stabilitykit.records import Break, Header, Record, flat_index, index_at
+from stabilitykit.records import BACKWARD, Break, Header, Record, flat_index, index_at
 from stabilitykit.records.layers import layer_of
 
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
@@ -227,7 +227,7 @@ class Entry:
             order=order,
             step=self.step.number,
             site=self.site,
-            label=label(self.site, family, self.role),
+            label=None if self.module == BACKWARD else label(self.site, family, self.role),
             module=self.module,
             operator=self.operator,
             layer=layer[1] if layer else None,

@@ -51,6 +51,7 @@ def record(
     position_peaks: bool = False,
     fused_softmax: bool = True,
     stop_at_break: bool = False,
+    backward: bool = False,
     keep: dict[str, Tensor] | None = None,
     against: Mapping[str, Tensor] | None = None,
     matmul: str | None = None,
@@ -103,6 +104,7 @@ def record(
         position_peaks=position_peaks,
         fused_softmax=fused_softmax,
         stop_at_break=stop_at_break,
+        backward=backward,
         keep=keep,
         against=against or {},
         watch=watch,
@@ -225,6 +227,11 @@ def _finish(
         notes=(*recording.header.notes, *observer.custom.failures(), *session.unseen.notes()),
         error=error,
     )
+    gradients = session.gradients
+    if gradients is not None:
+        if gradients.loss_scale is not None:
+            header = recording.header = replace(header, case={"loss_scale": gradients.loss_scale} | header.case)
+        gradients.forget()
     family = family_of(model)
     recording.records = lambda: _records(observer, header, family, shows_tokens=not redact)
     session.names.origins.forget()

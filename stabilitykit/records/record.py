@@ -9,6 +9,9 @@ import pyarrow as pa
 
 Level = Literal["layers", "modules", "operators"]
 
+BACKWARD = "backward"
+"""What the sites of gradients begin with, and the module of their records."""
+
 BreakKind = Literal[
     "overflow",  # the result, combined in wider arithmetic, is past the stored format's largest value
     "reduction",  # the result would fit, but a partial sum on the way to it did not
@@ -255,6 +258,11 @@ class Record:
     def lost(self) -> int:
         """Elements that are not finite; masked ones are not among them."""
         return self.nan + self.positive_inf + self.negative_inf
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether this is of a backward pass."""
+        return self.module == BACKWARD
 
     @property
     def broke_at(self) -> int | None:
