@@ -1,0 +1,156 @@
+"""What a run gives: the outputs of every call of the model, what its caller gets, and what was raised."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stabilitykit.models.gemma import Gemma
+from stabilitykit.models.matmul import matmul
+from stabilitykit.trials.recast import Recast
+from stabilitykit.trials.reproduction import Reproduction, same_draws
+
+_KEPT = 1 << 26  # elements of an output that are kept to compare; of more, rows evenly spaced, the last one among them
+_CACHES = ("past", "cache")
+
+Change = AbstractContextManager[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """`values` [N, V] are the rows of a tensor of `shape` [..., V] that were kept, `rows` their numbers in it.
+
+    `lost` are the numbers of all rows that hold NaN or infinities. `logits`: they are scores of V choices.
+    """
+
+    values: Tensor
+    rows: Tensor
+    shape: tuple[int, ...]
+    lost: tuple[int, ...]
+    logits: bool
+
+    def place(self, row: int) -> tuple[int, int | None]:
+        """The batch row and the position of a row, None where the tensor has no positions."""
+        if len(self.shape) < 3:
+            return row, None
+        inner = 1
+        for size in self.shape[1:-1]:
+            inner *= size
+        return row // inner, row % inner
+
+
+@dataclass(slots=True)
+class Answers:
+    """`given` holds, for each output, the integers that the call was given: outputs are compared as long as these are
+    alike. `tokens` are the integers that the caller gets. `recast`: how many operators asked for a narrow dtype.
+    """
+
+    outputs: list[Output] = field(default_factory=list)
+    given: list[tuple[Tensor, ...]] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    error: str | None = None
+    recast: int = 0
+
+    @property
+    def finite(self) -> bool:
+        return self.error is None and not any(output.lost for output in self.outputs)
+
+
+def answers(
+    reproduction: Reproduction,
+    model: nn.Module,
+    *,
+    around: Change | None = None,
+    recast: Recast | None = None,
+    raising: type[BaseException] | tuple[type[BaseException], ...] = (),
+) -> Answers:
+    """Runs `model`, with `around` entered while it does, and keeps what it gives; `raising` is not caught."""
+    found = Answers()
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        ints = tuple(
+            leaf.detach().clone()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
+        )
+        for tensor, logits in outputs_of(module, output):
+            found.outputs.append(_kept(tensor, logits))
+            found.given.append(ints)
+            seen.append(tensor)
+
+    with ExitStack() as stack:
+        stack.enter_context(same_draws())
+        stack.enter_context(torch.enable_grad() if reproduction.grad else torch.inference_mode())
+        stack.callback(model.register_forward_hook(hook, with_kwargs=True).remove)
+        if reproduction.matmul is not None:
+            stack.enter_context(matmul(reproduction.matmul))
+        stack.enter_context(around or nullcontext())
+        if recast is not None:
+            stack.enter_context(recast)
+        try:
+            result = reproduction.run(model)
+        except raising:
+            raise
+        except Exception as error:
+            found.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            return found
+        finally:
+            found.recast = 0 if recast is None else recast.changed
+        ends = {one.data_ptr() for one in seen if one.numel()}
+        for tensor, logits in outputs_of(model, result):
+            if not tensor.numel() or tensor.data_ptr() not in ends:
+                found.outputs.append(_kept(tensor, logits))
+                found.given.append(())
+        found.tokens = [
+            leaf.detach().clone()
+            for leaf in tree_leaves(_plain(result))
+            if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
+        ]
+    return found
+
+
+def outputs_of(module: nn.Module, output: Any) -> Iterator[tuple[Tensor, bool]]:
+    """The floating tensors of an output, caches left out, and whether each holds scores of choices."""
+    held = _plain(output)
+    if isinstance(held, Mapping):
+        for name, value in held.items():
+            if not any(part in str(name) for part in _CACHES):
+                for leaf in tree_leaves(value):
+                    if _is_numbers(leaf):
+                        yield leaf.detach(), "logits" in str(name) or str(name) == "scores"
+        return
+    for leaf in tree_leaves(held):
+        if _is_numbers(leaf):
+            yield leaf.detach(), isinstance(module, Gemma) or leaf.shape[-1:] == (_vocabulary(module),)
+
+
+def _vocabulary(module: nn.Module) -> int | None:
+    config: Any = getattr(module, "config", None)
+    return getattr(config, "vocab_size", None)
+
+
+def _plain(output: Any) -> Any:
+    return dict(output) if hasattr(output, "keys") else output
+
+
+def _is_numbers(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_nested and leaf.layout == torch.strided
+
+
+def _kept(tensor: Tensor, logits: bool) -> Output:
+    shape = tuple(tensor.shape) or (1,)
+    rows = tensor.reshape(-1, shape[-1]) if tensor.numel() else tensor.reshape(0, 1)
+    if rows.element_size() == 1:
+        rows = rows.float()
+    lost = tuple((~rows.isfinite().all(-1)).nonzero()[:, 0].tolist())
+    places = torch.arange(len(rows))
+    most = max(1, _KEPT // max(1, rows.shape[1]))
+    if len(rows) > most:
+        places = torch.linspace(0, len(rows) - 1, most).round().long().unique()
+    values = rows[places.to(rows.device)] if len(places) < len(rows) else rows.clone()
+    return Output(values.cpu() if values.device.type == "mps" else values, places, shape, lost, logits)

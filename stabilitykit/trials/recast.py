@@ -1,0 +1,63 @@
+"""The same code in another dtype, also where the code itself asks for a narrow one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from stabilitykit.models.operators import OperatorMode, Traits
+
+NARROW = (torch.float16, torch.bfloat16)
+_FLOAT8 = tuple(
+    getattr(torch, name) for name in dir(torch) if name.startswith("float8_") and isinstance(getattr(torch, name), torch.dtype)
+)  # fmt: skip
+
+
+class Recast(OperatorMode):  # type: ignore[no-untyped-call]
+    """Inside the block, operators that are given tensors of a narrow dtype, or asked for one, work in `target` instead.
+
+    Narrow is `source`, or all that have fewer bits than float32 where it is None, float8 among them. What is written
+    into a narrow tensor that was there before is rounded to it. `changed` counts the operators that were.
+    """
+
+    def __init__(self, target: torch.dtype, source: torch.dtype | None = None) -> None:
+        super().__init__(self._run, given=self._given)
+        self.changed = 0
+        self._target = target
+        self._narrow = (source,) if source is not None else (*NARROW, *_FLOAT8)
+
+    def _given(self, kind: Traits, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kind.writes_in_place:
+            return args, kwargs
+        changed = False
+
+        def cast(leaf: Any) -> Any:
+            nonlocal changed
+            if isinstance(leaf, Tensor) and leaf.dtype in self._narrow:
+                changed = True
+                return leaf.to(self._target)
+            if isinstance(leaf, torch.dtype) and leaf in self._narrow:
+                changed = True
+                return self._target
+            return leaf
+
+        args, kwargs = tree_map(cast, (args, kwargs))
+        self.changed += changed
+        return args, kwargs
+
+    def _run(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kind.writes_in_place:
+            args, kwargs = self._given(kind, args, kwargs)
+            return kind.func(*args, **kwargs)
+        places = {place for place, _ in kind.written}
+        into = next((args[place] for place in places if place < len(args) and isinstance(args[place], Tensor)), None)
+        if into is None or not into.is_floating_point():
+            return kind.func(*args, **kwargs)
+
+        def fit(leaf: Any) -> Any:
+            differs = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != into.dtype
+            return leaf.to(into.dtype) if differs else leaf
+
+        fitted = [arg if place in places else tree_map(fit, arg) for place, arg in enumerate(args)]
+        return kind.func(*fitted, **kwargs)

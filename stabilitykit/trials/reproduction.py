@@ -1,0 +1,189 @@
+"""A failure that can be run again, in any dtype, each time from the same state."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
+from stabilitykit.scaling.blueprint import Blueprint
+from stabilitykit.scaling.subjects import blueprint_of
+
+
+class Reproduction(Protocol):
+    """A model and what it is run on. `dtype` is the one that fails, `own` the one in which the weights are at hand.
+
+    `source` is what a command line calls the model, None where it came without a name. `matmul` is how 16-bit products
+    are summed, `grad` whether the run needs gradients.
+    """
+
+    dtype: str
+    own: str
+    source: str | None
+    matmul: str | None
+    grad: bool
+    notes: tuple[str, ...]
+
+    def model(self, dtype: str) -> nn.Module:
+        """The model in `dtype`, to be changed at will."""
+        ...
+
+    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
+        """The model with its weights and settings scaled before they are rounded to `dtype`."""
+        ...
+
+    def run(self, model: nn.Module) -> Any:
+        """Runs a model that `model` or `scaled` made, and returns what the caller of the failing run would get."""
+        ...
+
+    @property
+    def text(self) -> Callable[[int], str] | None:
+        """What a token says."""
+        ...
+
+
+@dataclass
+class Given:
+    """A model that is there, and `call`, which runs it or a copy of it in another dtype."""
+
+    given: nn.Module
+    call: Callable[[nn.Module], Any]
+    dtype: str
+    reference: nn.Module | None = None
+    grad: bool = False
+    source: str | None = None
+    matmul: str | None = None
+    notes: tuple[str, ...] = ()
+    text: Callable[[int], str] | None = None
+
+    @property
+    def own(self) -> str:
+        return dtype_of(self.given)
+
+    def model(self, dtype: str) -> nn.Module:
+        wide = dtype == "float32" and self.reference is not None
+        return copied(self.reference if wide and self.reference is not None else self.given, dtype)
+
+    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
+        made = copied(self.reference or self.given, "float32")
+        held = tensors_by_name(made)
+        for name, factor in scaling.parameters.items():
+            held[name].data = scaled(held[name].data, factor).to(held[name].dtype)
+        set_settings(made, blueprint_of(made), scaling.settings)
+        return made.to(getattr(torch, dtype))
+
+    def run(self, model: nn.Module) -> Any:
+        return self.call(model)
+
+
+def called(model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
+    """Calls `method` of a copy of `model` with copies of the arguments: floating ones in the copy's dtype, where they
+    have the model's. A streamer is left out, which would print each run.
+    """
+    own = getattr(torch, dtype_of(model))
+    kept = tree_map_only(Tensor, lambda one: one.detach().clone(), (list(args), dict(kwargs)))
+    kept[1].pop("streamer", None)
+
+    def call(other: nn.Module) -> Any:
+        target = getattr(torch, dtype_of(other))
+        try:
+            made = copy.deepcopy(kept, {id(model): other})
+        except RuntimeError as error:
+            raise MisuseError(f"An argument cannot be copied, so that it cannot be passed again: {error}") from error
+        fresh_args, fresh_kwargs = tree_map_only(
+            Tensor, lambda one: one.to(target) if one.dtype == own and target != own else one, made
+        )
+        for value in fresh_kwargs.values():
+            _recast_inside(value, own, target)
+        return getattr(other, method)(*fresh_args, **fresh_kwargs)
+
+    return call
+
+
+def _recast_inside(value: Any, own: torch.dtype, target: torch.dtype, depth: int = 4) -> None:
+    """Casts the tensors that a cache holds."""
+    if own == target or depth == 0 or isinstance(value, nn.Module | type | Tensor | str):
+        return
+    if isinstance(value, list | tuple):
+        for item in value:
+            _recast_inside(item, own, target, depth - 1)
+    elif hasattr(value, "__dict__"):
+        for name, item in vars(value).items():
+            if isinstance(item, Tensor) and item.dtype == own:
+                setattr(value, name, item.to(target))
+            elif isinstance(item, list) and item and all(isinstance(one, Tensor) for one in item):
+                item[:] = [one.to(target) if one.dtype == own else one for one in item]
+            else:
+                _recast_inside(item, own, target, depth - 1)
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The dtype of most of a model's floating parameters and buffers; float32 where there are none.
+
+    Of float8 and narrower ones, in which nothing is computed, there is no word.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for one in (*model.parameters(), *model.buffers()):
+        if one.is_floating_point() and one.element_size() > 1:
+            sizes[one.dtype] = sizes.get(one.dtype, 0) + one.numel()
+    most = max(sizes, key=lambda one: sizes[one], default=torch.float32)
+    return str(most).removeprefix("torch.")
+
+
+def copied(model: nn.Module, dtype: str) -> nn.Module:
+    """A copy in `dtype`. Raises MisuseError for a model that cannot be copied."""
+    try:
+        made: nn.Module = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise MisuseError(
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and is not run as it is, so that "
+            "nothing changes in it. Write a file with make(dtype), which builds the model anew: stabilitykit diagnose "
+            "FILE.py:make"
+        ) from error
+    return made.to(getattr(torch, dtype)) if dtype_of(made) != dtype else made
+
+
+def set_settings(model: nn.Module, blueprint: Blueprint | None, settings: Mapping[str, int]) -> None:
+    """Multiplies settings of a model's config by powers of two: in the config, and where modules have read them.
+
+    The attributes are found by building the model twice on the meta device. Raises MisuseError where settings are to
+    change and nothing says how the model is built.
+    """
+    if not settings:
+        return
+    if blueprint is None:
+        raise MisuseError("This model has no config, so its settings cannot be changed.")
+    with torch.device("meta"):
+        before = blueprint.build(blueprint.settings)
+        after = blueprint.build(with_settings(blueprint.settings, settings))
+    old, new = dict(before.named_modules()), dict(after.named_modules())
+    for path, module in model.named_modules():
+        if path not in old:
+            continue
+        for name, value in vars(new[path]).items():
+            if isinstance(value, float) and value != getattr(old[path], name):
+                setattr(module, name, value)
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Random numbers go on after the block as if it had not been, whatever was drawn in it."""
+    own, python, numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(own)
+        random.setstate(python)
+        np.random.set_state(numbers)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
