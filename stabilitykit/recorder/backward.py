@@ -100,7 +100,7 @@ class Backward:
         values = measurable(tensor)
         shape = tuple(values.shape)
         form = form_of(tensor, values, shape, Axes(shape), observer.options.formats)
-        entry = Entry(observer.places.step, BACKWARD, f"{BACKWARD}/{path}", None, region(tensor), form)
+        entry = Entry(observer.places.step, BACKWARD, f"{BACKWARD}/{path}", None, region(tensor), form, of_weight=True)
         lost = ~values.isfinite()
         index = index_at(int(lost.flatten().int().argmax()), shape)
         entry.broke = Break(

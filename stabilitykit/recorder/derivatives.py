@@ -219,6 +219,7 @@ def _of_whole(
                 return UNKNOWN
             if hole.floating:
                 held = torch.zeros(hole.shape, dtype=torch.float64) if held is None else held.detach().double()
+            assert held is not None
             operands[hole.name] = held.to(given.device)
     wanted = forward.holes()[place]
     leaf = operands[wanted.name].clone().requires_grad_()

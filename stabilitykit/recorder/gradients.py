@@ -4,37 +4,33 @@ Nothing of autograd is changed, and no mode watches it: a hook before a node see
 the forward pass, complete, and a hook after it the gradients of its operands. Both are there for the length of one
 backward pass. No gradient is kept: of each that is on its way it is remembered whether it is finite, and what was
 counted of it.
-
-Which node belongs to which record the numbers tell that autograd gives to nodes in the order in which it makes them.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from threading import RLock, get_ident
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabilitykit.formats import FLOAT32, FORMATS
-from stabilitykit.models.operators import Traits, common_name
 from stabilitykit.recorder.breaks import Finding, break_at, kind_of
-from stabilitykit.recorder.derivatives import Element, Forward, Hole, element
+from stabilitykit.recorder.derivatives import Element, Forward, element
 from stabilitykit.recorder.entry import Entry
-from stabilitykit.recorder.hooks import ModuleHooks
 from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import Field, edges
 from stabilitykit.recorder.names import Names, site_path
+from stabilitykit.recorder.nodes import Nodes, edge, graph, is_leaf, operator_of
 from stabilitykit.recorder.observation import form_of
 from stabilitykit.recorder.observe import Observer
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Row
 from stabilitykit.recorder.statistics import tally
-from stabilitykit.recorder.tensors import NAMES, aside, floating, has_elements, measurable, region
+from stabilitykit.recorder.tensors import NAMES, aside, has_elements, measurable, region
 from stabilitykit.recorder.unseen import Unseen
 from stabilitykit.records import BACKWARD, index_at
 
@@ -89,103 +85,20 @@ class Gradients:
     `loss_scale` is what the loss was multiplied by in the pass of the first break, else in the last one.
     """
 
-    def __init__(self, model: nn.Module, observer: Observer, names: Names, unseen: Unseen) -> None:
+    def __init__(self, model: nn.Module, observer: Observer, names: Names, nodes: Nodes, unseen: Unseen) -> None:
         self._model = model
         self._observer = observer
         self._names = names
         self._unseen = unseen
-        self._forward: dict[int, Forward] = {}  # by the number that autograd gave to the node
-        self._by_path: dict[str, Entry] = {}
+        self._nodes = nodes
         self._parameters: dict[int, str] = {}
         self.lost: set[int] = set()  # the parameters whose gradients are not finite, of which a record says so
         self._lock = RLock()
         self._busy = False
         self._breaks = 0
-        self._unlanded: Finding | None = None
+        self._unlanded: Finding | None = None  # made in a pass inside a node, and of no record yet
+        self._told: list[Finding] = []
         self.loss_scale: float | None = None
-
-    # The forward pass
-
-    def attach(self, stack: ExitStack) -> None:
-        """Follows the modules that run again inside a backward pass, until the end of `stack`."""
-        hooks, thread = ModuleHooks(self._model, stack), get_ident()
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            pass
-
-        def leave(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() == -1 or get_ident() != thread or path not in self._by_path:
-                return
-            for tensor in floating(output)[:1]:
-                self._remember(tensor, self._by_path[path], packed=True)
-
-        for name, module in self._model.named_modules():
-            hooks.attach(module, enter, partial(leave, site_path(name)))
-
-    def operator(self, kind: Traits, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> None:
-        """An operator ran, and its results have records: autograd made its node just before."""
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
-            return
-        given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
-        lists = [one for some in args if isinstance(some, list | tuple) for one in some if isinstance(one, Tensor)]
-        if not any(one.requires_grad for one in (*given, *lists)):
-            return
-        entries = self._entries_of(outputs)
-        if not entries:
-            return
-        number = torch._C._autograd._get_sequence_nr() - 1
-        if number in self._forward:
-            return
-        arguments = kind.func._schema.arguments
-        packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        held = tuple(self._hole(argument.name, one) for argument, one in zip(arguments, args, strict=False))
-        named = {name: self._hole(name, one) for name, one in kwargs.items()}
-        func = None if lists else kind.func
-        self._forward[number] = Forward(func, kind.name, held, named, entries, packed)
-
-    def module(self, path: str, tensor: Tensor) -> None:
-        """A module's output has a record."""
-        number = self._names.origins.of(tensor).entry
-        if number is None or torch._C._current_graph_task_id() != -1:
-            return
-        entry = self._by_path[path] = self._observer.entries[number]
-        whole = tensor.is_contiguous() and tensor.numel() == math.prod(entry.form.shape)
-        if tensor.grad_fn is not None and whole:
-            self._remember(tensor, entry, packed=True)
-
-    def _remember(self, tensor: Tensor, entry: Entry, *, packed: bool) -> None:
-        node: Any = tensor.grad_fn
-        if node is None or _is_leaf(node):
-            return
-        number = node._sequence_nr()
-        known = self._forward.get(number)
-        if known is None:
-            self._forward[number] = Forward(None, _name(node), (), {}, {tensor.output_nr: entry}, packed)
-        else:
-            known.entries.setdefault(tensor.output_nr, entry)
-
-    def _entries_of(self, outputs: Sequence[Tensor]) -> dict[int, Entry]:
-        found = {}
-        for place, tensor in enumerate(outputs):
-            number = self._names.origins.of(tensor).entry
-            if number is not None:
-                found[place] = self._observer.entries[number]
-        return found
-
-    def _hole(self, name: str, argument: Any) -> Any:
-        if not isinstance(argument, Tensor):
-            return None if isinstance(argument, list | tuple) and _holds_tensors(argument) else argument
-        origin = self._names.origins.of(argument) if has_elements(argument) else Origin("constant", name)
-        light = Origin(origin.kind, origin.name, origin.entry, lost=origin.lost)  # holds no tensor
-        floats = argument.is_floating_point() or argument.is_complex()
-        return Hole(name, tuple(argument.shape), floats, light)
-
-    def forget(self) -> None:
-        """The block has ended."""
-        self._forward.clear()
-        self._by_path.clear()
-
-    # The backward pass
 
     @contextmanager
     def watch(self, roots: Sequence[Any]) -> Iterator[None]:
@@ -201,15 +114,15 @@ class Gradients:
         return self._busy
 
     def _begin(self, roots: Sequence[Any], stack: ExitStack) -> None:
-        starts = [_edge(root) for root in roots]
-        nodes = list(_graph([node for node, _ in starts if node is not None]))
+        starts = [edge(root) for root in roots]
+        nodes = list(graph([node for node, _ in starts if node is not None]))
         run = _Pass(nodes, {node: number for number, node in enumerate(nodes)})
         run.roots = {(run.numbers[node], output) for node, output in starts if node is not None}
         self._parameters = {id(held): site_path(name) for name, held in reversed(list(self._model.named_parameters()))}
         if torch._C._current_graph_task_id() == -1:
             self._look_for_scale([node for node, _ in starts])
         for number, node in enumerate(nodes):
-            leaf = _is_leaf(node)
+            leaf = is_leaf(node)
             before = self._leaf if leaf else self._before
             stack.callback(node.register_prehook(partial(self._guarded, before, run, number)).remove)
             if not leaf:
@@ -241,7 +154,7 @@ class Gradients:
         """A node is about to run: the gradients of what it made are complete."""
         node = run.nodes[number]
         given = run.given[number] = _Given(breaks=self._breaks)
-        forward = self._forward.get(node._sequence_nr())
+        forward = self._nodes.of(node)
         for output, grad in enumerate(grads):
             if grad is None or not _is_measured(grad):
                 continue
@@ -274,8 +187,8 @@ class Gradients:
         node, given = run.nodes[number], run.given.pop(number, None)
         if given is None:
             return
-        forward = self._forward.get(node._sequence_nr())
-        name = _name(node) if forward is None else forward.name
+        forward = self._nodes.of(node)
+        name = operator_of(node) if forward is None else forward.name
         reshapes = name in _RESHAPES and len(made) == 1
         if name in _MOVES:
             name = given.by or name
@@ -289,9 +202,9 @@ class Gradients:
             lost = bool(_count(row, *_LOST))
             finding = None
             if lost and given.lost:
-                finding, passed = passed, None
-            elif lost and self._unlanded is not None:  # made in a pass inside this node
-                finding, self._unlanded = self._unlanded, None
+                finding = passed
+            elif lost and self._unlanded is not None:
+                finding = self._unlanded
             elif lost and self._breaks == given.breaks:
                 finding = self._judge(node, forward, place, grad, grads, given)
             sent = _Sent(row, float(row[Field.AMAX]), lost, name, finding)
@@ -305,7 +218,7 @@ class Gradients:
         if name is None:
             origin = self._names.origins.of(held)
             if origin.kind == "computed" or origin.name == "a tensor":
-                self._unlanded = next((one.finding for one in sent if one.finding is not None), self._unlanded)
+                self._unlanded = self._arrived(run, number, 0, sent) or self._unlanded
                 return
             name = origin.name
         if grad is None:
@@ -323,6 +236,7 @@ class Gradients:
                 finding = None if id(held) in self.lost else self._of_accumulation(name, before, grad, whole)
             sent, grad = [_Sent(row, 0.0, False, "add" if finding else sent[0].by if sent else "add")], whole
         made = self._record(grad, f"{BACKWARD}/{name}", sent, finding, None)
+        made.of_weight = id(held) in self._parameters
         if self._is_lost(made):
             self.lost.add(id(held))
 
@@ -350,6 +264,7 @@ class Gradients:
                 finding = self._of_sum(sent, grad)
             if finding is not None:
                 self._breaks += 1
+                self._told.append(finding)
                 where = break_at(finding.broke.kind, lost, axes, FORMATS.get(form.dtype, FLOAT32), BACKWARD)
                 told = replace(where, operands=finding.broke.operands, value=finding.broke.value)
                 if finding.broke.index and len(finding.broke.index) == len(shape) and entry is None:
@@ -374,7 +289,10 @@ class Gradients:
         if not sent and (number, output) in run.roots:
             origin = Origin("outside", "the gradient that backward() was given", lost=True)
             return _finding("input", Element(None, (), (origin,)), origin)
-        return next((one.finding for one in sent if one.finding is not None), None)
+        return next((one.finding for one in sent if one.finding is not None and not self._is_told(one.finding)), None)
+
+    def _is_told(self, finding: Finding) -> bool:
+        return any(one is finding for one in self._told)
 
     def _judge(
         self,
@@ -397,7 +315,7 @@ class Gradients:
             found = element(node, forward, wanted, index, made, first)
         stored = FORMATS.get(NAMES.get(made.dtype, ""), FLOAT32)
         operands = found.operands
-        kind = kind_of(_name(node) if forward is None else forward.name, found.value, stored)
+        kind = kind_of(operator_of(node) if forward is None else forward.name, found.value, stored)
         origins: tuple[Origin | None, ...] = (given.origin, *found.origins)
         source = None
         if not all(math.isfinite(operand) for operand in operands[1:]):  # saved by the forward pass
@@ -441,40 +359,3 @@ def _count(row: Row, *of: Field) -> float:
 
 def _is_measured(grad: Tensor) -> bool:
     return has_elements(grad) and not grad.is_meta and grad.numel() > 0
-
-
-def _holds_tensors(argument: Sequence[Any]) -> bool:
-    return any(isinstance(one, Tensor) for one in argument)
-
-
-def _is_leaf(node: Any) -> bool:
-    return bool(node.name().endswith("AccumulateGrad"))
-
-
-@cache
-def _operator(node: str) -> str:
-    """`matmul` of MmBackward0, `to_copy` of ToCopyBackward0."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", node.rpartition("::")[2].partition("Backward")[0]).lower()
-    return common_name({"to_copy": "_to_copy", "unsafe_view": "view"}.get(words, words))
-
-
-def _name(node: Any) -> str:
-    return _operator(node.name())
-
-
-def _edge(root: Any) -> tuple[Any, int]:
-    """The node, and the number of its output, at which a pass begins: None for a leaf."""
-    if isinstance(root, Tensor):
-        return root.grad_fn, root.output_nr
-    return root.node, root.output_nr
-
-
-def _graph(roots: Sequence[Any]) -> Iterator[Any]:
-    """Every node that these can reach, once."""
-    seen, found = set(roots), list(dict.fromkeys(roots))
-    for node in found:
-        yield node
-        for source, _ in node.next_functions:
-            if source is not None and source not in seen:
-                seen.add(source)
-                found.append(source)

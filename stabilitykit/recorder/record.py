@@ -175,6 +175,7 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         device=str(first.device),
         level=session.options.level,
+        backward=session.options.backward,
         matmul="native",
         formats=session.options.formats,
         statistics=session.observer.custom.units,
@@ -227,16 +228,15 @@ def _finish(
         notes=(*recording.header.notes, *observer.custom.failures(), *session.unseen.notes()),
         error=error,
     )
-    gradients = session.gradients
-    if gradients is not None:
-        if gradients.loss_scale is not None:
-            header = recording.header = replace(header, case={"loss_scale": gradients.loss_scale} | header.case)
-        gradients.forget()
+    if session.gradients is not None and session.gradients.loss_scale is not None:
+        header = recording.header = replace(header, case={"loss_scale": session.gradients.loss_scale} | header.case)
     family = family_of(model)
     recording.records = lambda: _records(observer, header, family, shows_tokens=not redact)
     session.names.origins.forget()
     session.names.frames.clear()
     observer.calls.forget()
+    if session.nodes is not None:
+        session.nodes.forget()
     session.places.close()
 
 
