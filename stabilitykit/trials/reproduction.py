@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.models.stream import stored_weight
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
 from stabilitykit.scaling.blueprint import Blueprint
@@ -20,18 +21,24 @@ from stabilitykit.scaling.subjects import blueprint_of
 
 
 class Reproduction(Protocol):
-    """A model and what it is run on. `dtype` is the one that fails, `own` the one in which the weights are at hand.
+    """A model and what it is run on. `dtype` is the one that fails.
 
     `source` is what a command line calls the model, None where it came without a name. `matmul` is how 16-bit products
-    are summed, `grad` whether the run needs gradients.
+    are summed, None for as torch does; `grad` whether the run needs gradients. `text` says what a token reads like.
     """
 
-    dtype: str
-    own: str
-    source: str | None
-    matmul: str | None
-    grad: bool
-    notes: tuple[str, ...]
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def matmul(self) -> str | None: ...
+    @property
+    def grad(self) -> bool: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def text(self) -> Callable[[int], str] | None: ...
 
     def model(self, dtype: str) -> nn.Module:
         """The model in `dtype`, to be changed at will."""
@@ -45,13 +52,8 @@ class Reproduction(Protocol):
         """Runs a model that `model` or `scaled` made, and returns what the caller of the failing run would get."""
         ...
 
-    @property
-    def text(self) -> Callable[[int], str] | None:
-        """What a token says."""
-        ...
 
-
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Given:
     """A model that is there, and `call`, which runs it or a copy of it in another dtype."""
 
@@ -65,21 +67,14 @@ class Given:
     notes: tuple[str, ...] = ()
     text: Callable[[int], str] | None = None
 
-    @property
-    def own(self) -> str:
-        return dtype_of(self.given)
-
     def model(self, dtype: str) -> nn.Module:
-        wide = dtype == "float32" and self.reference is not None
-        return copied(self.reference if wide and self.reference is not None else self.given, dtype)
+        wide = self.reference if dtype in ("float32", "float64") else None
+        return copied(self.given if wide is None else wide, dtype)
 
     def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        made = copied(self.reference or self.given, "float32")
-        held = tensors_by_name(made)
-        for name, factor in scaling.parameters.items():
-            held[name].data = scaled(held[name].data, factor).to(held[name].dtype)
-        set_settings(made, blueprint_of(made), scaling.settings)
-        return made.to(getattr(torch, dtype))
+        made = self.model(dtype)
+        in_place(self.reference or self.given, made, scaling)
+        return made
 
     def run(self, model: nn.Module) -> Any:
         return self.call(model)
@@ -152,6 +147,15 @@ def copied(model: nn.Module, dtype: str) -> nn.Module:
     return made.to(getattr(torch, dtype)) if dtype_of(made) != dtype else made
 
 
+def in_place(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
+    """Scales `low`: its weights become those of `wide`, scaled in float32 and rounded once, and its settings change."""
+    made = tensors_by_name(low)
+    with torch.no_grad():
+        for name, factor in scaling.parameters.items():
+            made[name].data = scaled(stored_weight(wide, name), factor).to(made[name])
+    set_settings(low, blueprint_of(low), scaling.settings)
+
+
 def set_settings(model: nn.Module, blueprint: Blueprint | None, settings: Mapping[str, int]) -> None:
     """Multiplies settings of a model's config by powers of two: in the config, and where modules have read them.
 
@@ -178,7 +182,7 @@ def set_settings(model: nn.Module, blueprint: Blueprint | None, settings: Mappin
 def same_draws() -> Iterator[None]:
     """Random numbers go on after the block as if it had not been, whatever was drawn in it."""
     own, python, numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:
