@@ -12,17 +12,19 @@ from stabilitykit.words import counted, listed, number
 
 _TRY = "`stabilitykit diagnose FILE.py:make --backward` runs the step and tries what helps."
 
+_MUCH = 0.01  # of all elements
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Underflow:
-    """Of gradients that were stored in a format: the share of elements that are 0, and of those below its normal range.
+    """What of gradients is too small for a format: counts of elements.
 
-    `zero` and `subnormal` are counts, `vanish` of those that are not 0 and would be in the format, where they were
-    stored wider; `lost` are the weights of whose gradients nothing but zeros is left.
+    `subnormal` are below its normal range, and not 0 in it. `vanish` are not 0, in a wider dtype, and would be in the
+    format. Of what is 0 already nobody knows whether it should be; `lost` are the weights in whose gradients nothing
+    else is left.
     """
 
     elements: int
-    zero: int
     subnormal: int
     vanish: int
     lost: tuple[str, ...]
@@ -45,11 +47,14 @@ def underflow(records: Iterable[Record], form: str = "float16") -> Underflow:
     wide = [record for record in held if record.dtype != form]
     return Underflow(
         elements=sum(record.elements for record in held),
-        zero=sum(record.zero for record in own),
         subnormal=sum(record.subnormal for record in own) + sum(record.formats[form].subnormal for record in wide),
         vanish=sum(record.formats[form].zero for record in wide),
-        lost=tuple(dict.fromkeys(of(r) for r in held if r.of_weight and r.zero == r.elements - r.masked)),
+        lost=tuple(dict.fromkeys(of(r) for r in held if r.of_weight and r.zero + _vanish(r, form) == r.elements)),
     )
+
+
+def _vanish(record: Record, form: str) -> int:
+    return 0 if record.dtype == form else record.formats[form].zero
 
 
 def first_gradient(recording: Recording, first: Record) -> str:
@@ -112,7 +117,7 @@ def clean(recording: Recording) -> str:
     gradients = [record for record in recording if record.is_gradient]
     if not gradients:
         return ""
-    top = peak(gradients)
+    top = peak(record for record in gradients if record.dtype == recording.header.dtype)
     largest = "" if top is None else f" The largest gradient is {number(top.amax)}, of {of(top)}{_scale(recording)}."
     return f"{largest}{_small(gradients)}"
 
@@ -121,6 +126,12 @@ def spread(recording: Recording, first: Record) -> tuple[Sequence[Record], Seque
     """Of the weights' gradients made after this one in the same step: those that are not finite, and all of them."""
     after = [r for r in weight_gradients(recording) if r.step == first.step and r.order >= first.order]
     return [record for record in after if record.lost], after
+
+
+def scale_of(loss_scale: float) -> str:
+    """`2^16`, or the number where it is no power of two."""
+    mantissa, _, power = float(loss_scale).hex().partition("p")
+    return f"2^{int(power)}" if mantissa == "0x1.0000000000000" else number(loss_scale)
 
 
 def _parameters(recording: Recording, record: Record) -> str:
@@ -144,11 +155,7 @@ def _forward(recording: Recording, first: Record) -> str:
 
 def _scale(recording: Recording) -> str:
     scale = recording.header.case.get("loss_scale")
-    if not isinstance(scale, int | float):
-        return ""
-    power = float(scale).hex().partition("p")
-    exact = power[0] == "0x1.0000000000000" and scale >= 4
-    return f" at loss scale {f'2^{int(power[2])}' if exact else number(float(scale))}"
+    return f" at loss scale {scale_of(scale)}" if isinstance(scale, int | float) and scale != 1 else ""
 
 
 def _capital(text: str) -> str:
@@ -199,13 +206,12 @@ def _small(gradients: Sequence[Record]) -> str:
         return ""
     said = []
     if found.lost:
-        said.append(f"every element of the gradient of {listed(found.lost, most=3)} is 0 in float16")
-    share = (found.zero + found.vanish + found.subnormal) / found.elements
-    if share >= 0.01:
-        zero = (found.zero + found.vanish) / found.elements
+        said.append(f"every element of the gradient of {listed(found.lost, most=3)} is 0, or too small for float16")
+    vanish, subnormal = found.vanish / found.elements, found.subnormal / found.elements
+    if vanish + subnormal >= _MUCH:
         said.append(
-            f"of all gradients' elements {zero:.1%} are 0 in float16, and {found.subnormal / found.elements:.1%} "
-            "subnormal"
+            f"of all gradients' elements {subnormal:.1%} are subnormal in float16, and {vanish:.1%}, now stored wider, "
+            "would be 0"
         )
     return f" {_capital(listed(said))}." if said else ""
 

@@ -67,8 +67,7 @@ def element(
 ) -> Element:
     """The element at `index` of `made`, the gradient of the operand number `place`, which `node` made of `given`."""
     try:
-        with torch.enable_grad():
-            return _element(node, forward, place, index, made.shape, given)
+        return _element(node, forward, place, index, made.shape, given)
     except (RuntimeError, TypeError, IndexError, ValueError, AttributeError, NotImplementedError):
         return UNKNOWN  # written over since, or without a kernel for float64
 
@@ -132,7 +131,7 @@ def _of_product(
         summed = _summed(_along(given, shape, index))
         return Element(None if summed.value is None else beta * summed.value, summed.operands)
     other = right if number == 0 else left
-    held = getattr(node, f"_saved_{other.name}")
+    held = getattr(node, f"_saved_{other.name}").detach()
     if given.ndim < 2 or held.ndim < 2:
         return UNKNOWN
     batch, (row, column) = index[:-2], index[-2:]
@@ -181,10 +180,7 @@ def _of_pointwise(
             operands[hole.name] = torch.ones_like(wide)
         else:
             operands[hole.name] = _along(tensor.detach().expand(given.shape), shape, index).double()
-    wanted = forward.holes()[place]
-    leaf = operands[wanted.name].clone().requires_grad_()
-    out = _again(forward, operands | {wanted.name: leaf.clone()})
-    (gradient,) = torch.autograd.grad(out, leaf, wide)
+    gradient = _derivative(forward, operands, forward.holes()[place].name, wide)
     shown = [hole for hole in forward.holes() if saved[hole.name] is not None]
     return Element(
         float(gradient.sum()),
@@ -221,11 +217,7 @@ def _of_whole(
                 held = torch.zeros(hole.shape, dtype=torch.float64) if held is None else held.detach().double()
             assert held is not None
             operands[hole.name] = held.to(given.device)
-    wanted = forward.holes()[place]
-    leaf = operands[wanted.name].clone().requires_grad_()
-    out = _again(forward, operands | {wanted.name: leaf.clone()})
-    first = out[0] if isinstance(out, tuple | list) else out
-    (gradient,) = torch.autograd.grad(first, leaf, given.double())
+    gradient = _derivative(forward, operands, forward.holes()[place].name, given.double())
     shown = [hole for hole in forward.holes() if saved[hole.name] is not None]
     return Element(
         float(gradient[index]),
@@ -234,13 +226,18 @@ def _of_whole(
     )
 
 
-def _again(forward: Forward, tensors: dict[str, Tensor]) -> Any:
-    """The operator's result on these tensors, in float64."""
+def _derivative(forward: Forward, operands: dict[str, Tensor], name: str, given: Tensor) -> Tensor:
+    """The gradient of the operand of this name, of the operator on operands in float64."""
+    leaf = operands[name].clone().requires_grad_()
+    tensors = operands | {name: leaf}
 
     def put(argument: Any) -> Any:
         if isinstance(argument, Hole):
-            return tensors[argument.name]
+            return tensors[argument.name].clone()  # which the operator may write to
         return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
-    args = tree_map(put, forward.args)
-    return forward.func(*args, **tree_map(put, forward.kwargs))
+    with torch.enable_grad():
+        out = forward.func(*tree_map(put, forward.args), **tree_map(put, forward.kwargs))
+        first = out[0] if isinstance(out, tuple | list) else out
+        (gradient,) = torch.autograd.grad(first, leaf, given)
+    return gradient
