@@ -97,8 +97,8 @@ def is_finite(ours: Answers, theirs: Answers) -> bool:
         return True
     lost = compare(ours, theirs).lost()
     known = {(number, row) for number, output in enumerate(theirs.outputs) for row in output.lost}
-    return not lost and all(
-        (number, row) in known
-        for number, output in enumerate(ours.outputs)
-        for row in output.lost
-    ) and not any(bool(output.values.isnan().any()) for output in ours.outputs)
+    return (
+        not lost
+        and all((number, row) in known for number, output in enumerate(ours.outputs) for row in output.lost)
+        and not any(bool(output.values.isnan().any()) for output in ours.outputs)
+    )
