@@ -153,9 +153,8 @@ def zero_filled_cache(planted: Planted, stack: ExitStack) -> Any:
 
 def _does(planted: Planted, used: list[bool]) -> bool:
     """Whether a run makes use of a change that was made for it."""
-    with torch.no_grad():
-        with suppress(RuntimeError, ValueError):
-            planted.run(planted.model)
+    with torch.no_grad(), suppress(RuntimeError, ValueError):
+        planted.run(planted.model)
     return bool(used)
 
 
