@@ -27,6 +27,7 @@ FLOORS = [
     {"report", "run"},
     {"bounds", "searches", "sweeps"},
     {"remedies"},
+    {"trials"},
     {"cli"},
 ]
 

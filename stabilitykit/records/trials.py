@@ -1,4 +1,4 @@
-"""What was tried against a failure, on the very input that failed, and what came of it; written and read without torch."""
+"""What was tried against a failure, on the very input that failed; written and read without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -104,9 +104,9 @@ class Smallest:
 class Diagnosis:
     """A failure, and what cures it: `trials`, the best first.
 
-    `verdict` is what the records of the run in `dtype` say. `plain` is the distance of that run from float32. `left_out`
-    says, by its name, why a candidate does not apply. `findings` is what `stabilitykit profile --json` prints of
-    the run. `advice` is one paragraph.
+    `verdict` is what the records of the run in `dtype` say, `findings` the same as `stabilitykit profile --json` prints
+    it. `plain` is the distance of that run from float32. `left_out` says, by its name, why a candidate does not apply.
+    `advice` is one paragraph.
     """
 
     source: str | None

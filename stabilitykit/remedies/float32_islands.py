@@ -4,7 +4,7 @@ Which they are is read from the records of one float32 run: those that float16 c
 rounded to float16 it would be infinite, and together they suffice, for every other tensor was seen to fit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from stabilitykit.models.operators import OperatorMode, Traits
 from stabilitykit.recorder.names import Names, by_operator, site_path
 from stabilitykit.recorder.tensors import floating_of_call
 from stabilitykit.records import Recording
-from stabilitykit.remedies.remedy import LeftOut, Remedy
+from stabilitykit.remedies.remedy import Around, LeftOut, Remedy
 from stabilitykit.remedies.seen import Seen
 from stabilitykit.words import counted
 
@@ -33,14 +33,6 @@ def float32_islands(seen: Seen) -> Remedy | LeftOut:
 
 def keeping_in_float32(seen: Seen) -> Remedy:
     """What `seen` says is overflowing in float32; where nothing is, no bit changes."""
-    layout = _layout(seen.low)
-    kept = frozenset(layout.operators.get(site, site) for site in seen.overflowing)
-
-    @contextmanager
-    def around(model: nn.Module) -> Iterator[None]:
-        with ExitStack() as stack:
-            _Keeping(model, kept, layout).attach(stack)
-            yield
 
     def extra(tokens: int) -> int:
         return 2 * tokens * seen.channels  # float32 instead of float16, one tensor at a time
@@ -49,10 +41,24 @@ def keeping_in_float32(seen: Seen) -> Remedy:
         name=NAME,
         summary=f"Keeps in float32 the {counted(len(seen.overflowing), 'tensor')} that float16 cannot hold, and rounds "
         "what is made of them to float16.",
-        around=around,
+        around=in_float32_at(seen.low, seen.overflowing),
         extra=extra,
         exportable=False,
     )
+
+
+def in_float32_at(low: Recording, sites: Iterable[str]) -> Around:
+    """Keeps in float32 what is made at `sites`, which are those of `low`, the records of a run in 16 bits."""
+    layout = _layout(low)
+    kept = frozenset(layout.operators.get(site, site) for site in sites)
+
+    @contextmanager
+    def around(model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            _Keeping(model, kept, layout, low.header.dtype).attach(stack)
+            yield
+
+    return around
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +82,12 @@ def _layout(low: Recording) -> _Layout:
 class _Keeping:
     """Runs the operators of `kept` in float32; what others make of their results is stored as a plain run stores it."""
 
-    def __init__(self, model: nn.Module, kept: frozenset[str], layout: _Layout) -> None:
+    def __init__(self, model: nn.Module, kept: frozenset[str], layout: _Layout, low: str) -> None:
         self.model = model
         self.kept = kept
         self.layout = layout
-        self.dtype = next(model.parameters()).dtype
-        self.low = str(self.dtype).removeprefix("torch.")
+        self.dtype: torch.dtype = getattr(torch, low)
+        self.low = low
         self.names = Names(model)
 
     def attach(self, stack: ExitStack) -> None:

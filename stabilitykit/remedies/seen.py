@@ -80,4 +80,5 @@ def run_in_16_bits(original: Original, subject: Subject, inputs: Inputs) -> Reco
 def _recorded(model: nn.Module, inputs: Inputs) -> Recording:
     with torch.inference_mode(), record(model, formats=()) as low:
         answer(model, inputs)
-    return Recording(low.header, [replace(one, dtype="float16") if one.dtype == "bfloat16" else one for one in low])
+    records = [replace(one, dtype="float16") if one.dtype == "bfloat16" else one for one in low]
+    return Recording(replace(low.header, dtype="float16"), records)

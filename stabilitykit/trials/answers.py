@@ -1,7 +1,7 @@
 """What a run gives: the outputs of every call of the model, what its caller gets, and what was raised."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul
 from stabilitykit.trials.recast import Recast
@@ -24,7 +25,8 @@ Change = AbstractContextManager[Any]
 class Output:
     """`values` [N, V] are the rows of a tensor of `shape` [..., V] that were kept, `rows` their numbers in it.
 
-    `lost` are the numbers of all rows that hold NaN or infinities. `logits`: they are scores of V choices.
+    `logits`: they are scores of V choices. `lost` are the numbers of all rows that hold NaN or infinities; -inf is
+    none of these among scores, where it stands for a choice that was taken away, unless nothing is left.
     """
 
     values: Tensor
@@ -66,52 +68,53 @@ def answers(
     *,
     around: Change | None = None,
     recast: Recast | None = None,
-    raising: type[BaseException] | tuple[type[BaseException], ...] = (),
+    recorder: Change | None = None,
 ) -> Answers:
-    """Runs `model`, with `around` entered while it does, and keeps what it gives; `raising` is not caught."""
+    """Runs `model` inside `recast`, `around` and `recorder`, entered in this order, and keeps what it gives.
+
+    Whatever is raised becomes the `error`.
+    """
     found = Answers()
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        ints = tuple(
-            leaf.detach().clone()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
-        )
         for tensor, logits in outputs_of(module, output):
             found.outputs.append(_kept(tensor, logits))
-            found.given.append(ints)
+            found.given.append(_integers((args, kwargs)))
             seen.append(tensor)
 
-    with ExitStack() as stack:
-        stack.enter_context(same_draws())
-        stack.enter_context(torch.enable_grad() if reproduction.grad else torch.inference_mode())
-        stack.callback(model.register_forward_hook(hook, with_kwargs=True).remove)
-        if reproduction.matmul is not None:
-            stack.enter_context(matmul(reproduction.matmul))
-        stack.enter_context(around or nullcontext())
-        if recast is not None:
-            stack.enter_context(recast)
-        try:
+    result: Any = None
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(same_draws())
+            stack.enter_context(torch.enable_grad() if reproduction.grad else torch.inference_mode())
+            stack.callback(model.register_forward_hook(hook, with_kwargs=True).remove)
+            if reproduction.matmul is not None:
+                stack.enter_context(matmul(reproduction.matmul))
+            for one in (recast, around, recorder):
+                if one is not None:
+                    stack.enter_context(one)
             result = reproduction.run(model)
-        except raising:
-            raise
-        except Exception as error:
-            found.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-            return found
-        finally:
-            found.recast = 0 if recast is None else recast.changed
-        ends = {one.data_ptr() for one in seen if one.numel()}
-        for tensor, logits in outputs_of(model, result):
-            if not tensor.numel() or tensor.data_ptr() not in ends:
-                found.outputs.append(_kept(tensor, logits))
-                found.given.append(())
-        found.tokens = [
-            leaf.detach().clone()
-            for leaf in tree_leaves(_plain(result))
-            if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
-        ]
+    except MisuseError:
+        raise
+    except Exception as error:
+        found.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    found.recast = 0 if recast is None else recast.changed
+    ends = {one.data_ptr() for one in seen if one.numel()}
+    for tensor, logits in outputs_of(model, result):
+        if not tensor.numel() or tensor.data_ptr() not in ends:
+            found.outputs.append(_kept(tensor, logits))
+            found.given.append(())
+    found.tokens = list(_integers(_plain(result)))
     return found
+
+
+def _integers(tree: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        leaf.detach().clone()
+        for leaf in tree_leaves(tree)
+        if isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
+    )
 
 
 def outputs_of(module: nn.Module, output: Any) -> Iterator[tuple[Tensor, bool]]:
@@ -142,15 +145,22 @@ def _is_numbers(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_nested and leaf.layout == torch.strided
 
 
+def _lost(rows: Tensor, logits: bool) -> Tensor:
+    finite = rows.isfinite()
+    if not logits:
+        return ~finite.all(-1)
+    return rows.isnan().any(-1) | (rows == torch.inf).any(-1) | ~finite.any(-1)
+
+
 def _kept(tensor: Tensor, logits: bool) -> Output:
     shape = tuple(tensor.shape) or (1,)
     rows = tensor.reshape(-1, shape[-1]) if tensor.numel() else tensor.reshape(0, 1)
     if rows.element_size() == 1:
         rows = rows.float()
-    lost = tuple((~rows.isfinite().all(-1)).nonzero()[:, 0].tolist())
+    lost = tuple(_lost(rows, logits).nonzero()[:, 0].tolist())
     places = torch.arange(len(rows))
     most = max(1, _KEPT // max(1, rows.shape[1]))
     if len(rows) > most:
-        places = torch.linspace(0, len(rows) - 1, most).round().long().unique()
+        places = torch.linspace(0, len(rows) - 1, most, dtype=torch.float64).round().long()
     values = rows[places.to(rows.device)] if len(places) < len(rows) else rows.clone()
     return Output(values.cpu() if values.device.type == "mps" else values, places, shape, lost, logits)

@@ -84,21 +84,3 @@ def _pairs(ours: Answers, theirs: Answers) -> Iterator[tuple[Output, Output]]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
-
-
-def is_finite(ours: Answers, theirs: Answers) -> bool:
-    """Whether nothing was raised and every row that is not finite is not in `theirs` either, the same way.
-
-    Filters of logits put -inf into both.
-    """
-    if ours.error is not None:
-        return False
-    if not any(output.lost for output in ours.outputs):
-        return True
-    lost = compare(ours, theirs).lost()
-    known = {(number, row) for number, output in enumerate(theirs.outputs) for row in output.lost}
-    return (
-        not lost
-        and all((number, row) in known for number, output in enumerate(ours.outputs) for row in output.lost)
-        and not any(bool(output.values.isnan().any()) for output in ours.outputs)
-    )

@@ -9,15 +9,13 @@ from torch.utils._pytree import tree_map
 from stabilitykit.models.operators import OperatorMode, Traits
 
 NARROW = (torch.float16, torch.bfloat16)
-_FLOAT8 = tuple(
-    getattr(torch, name) for name in dir(torch) if name.startswith("float8_") and isinstance(getattr(torch, name), torch.dtype)
-)  # fmt: skip
+_FLOAT8 = tuple(one for name, one in vars(torch).items() if name.startswith("float8_") and isinstance(one, torch.dtype))
 
 
 class Recast(OperatorMode):  # type: ignore[no-untyped-call]
     """Inside the block, operators that are given tensors of a narrow dtype, or asked for one, work in `target` instead.
 
-    Narrow is `source`, or all that have fewer bits than float32 where it is None, float8 among them. What is written
+    Narrow is `source`, or all that have fewer bits than `target` where it is None, float8 among them. What is written
     into a narrow tensor that was there before is rounded to it. `changed` counts the operators that were.
     """
 
@@ -25,7 +23,8 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
         super().__init__(self._run, given=self._given)
         self.changed = 0
         self._target = target
-        self._narrow = (source,) if source is not None else (*NARROW, *_FLOAT8)
+        fewer = (*NARROW, *_FLOAT8, *((torch.float32,) if target == torch.float64 else ()))
+        self._narrow = (source,) if source is not None else fewer
 
     def _given(self, kind: Traits, args: Any, kwargs: dict[str, Any]) -> Any:
         if kind.writes_in_place:

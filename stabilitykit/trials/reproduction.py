@@ -20,18 +20,24 @@ from stabilitykit.scaling.subjects import blueprint_of
 
 
 class Reproduction(Protocol):
-    """A model and what it is run on. `dtype` is the one that fails, `own` the one in which the weights are at hand.
+    """A model and what it is run on. `dtype` is the one that fails.
 
     `source` is what a command line calls the model, None where it came without a name. `matmul` is how 16-bit products
-    are summed, `grad` whether the run needs gradients.
+    are summed, None for as torch does; `grad` whether the run needs gradients. `text` says what a token reads like.
     """
 
-    dtype: str
-    own: str
-    source: str | None
-    matmul: str | None
-    grad: bool
-    notes: tuple[str, ...]
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def matmul(self) -> str | None: ...
+    @property
+    def grad(self) -> bool: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def text(self) -> Callable[[int], str] | None: ...
 
     def model(self, dtype: str) -> nn.Module:
         """The model in `dtype`, to be changed at will."""
@@ -45,13 +51,8 @@ class Reproduction(Protocol):
         """Runs a model that `model` or `scaled` made, and returns what the caller of the failing run would get."""
         ...
 
-    @property
-    def text(self) -> Callable[[int], str] | None:
-        """What a token says."""
-        ...
 
-
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Given:
     """A model that is there, and `call`, which runs it or a copy of it in another dtype."""
 
@@ -65,13 +66,9 @@ class Given:
     notes: tuple[str, ...] = ()
     text: Callable[[int], str] | None = None
 
-    @property
-    def own(self) -> str:
-        return dtype_of(self.given)
-
     def model(self, dtype: str) -> nn.Module:
-        wide = dtype == "float32" and self.reference is not None
-        return copied(self.reference if wide and self.reference is not None else self.given, dtype)
+        wide = self.reference if dtype in ("float32", "float64") else None
+        return copied(self.given if wide is None else wide, dtype)
 
     def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
         made = copied(self.reference or self.given, "float32")
@@ -178,7 +175,7 @@ def set_settings(model: nn.Module, blueprint: Blueprint | None, settings: Mappin
 def same_draws() -> Iterator[None]:
     """Random numbers go on after the block as if it had not been, whatever was drawn in it."""
     own, python, numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:

@@ -1,0 +1,37 @@
+"""The very operator that broke, in float32, and rounded where it fits again."""
+
+from collections.abc import Iterator
+
+from stabilitykit.remedies.float32_islands import in_float32_at
+from stabilitykit.trials.candidate import Candidate
+from stabilitykit.trials.situation import Situation
+from stabilitykit.words import counted
+
+OPERATOR = "float32 operator"
+_NAMES = {"scores": "float32 scores", "logits": "float32 logits", "mask": "mask in float32"}
+OPERATORS = (OPERATOR, *_NAMES.values())
+"""What the candidates are called in which only the operator that broke is computed in float32."""
+
+_GIVEN = ("weight", "input", "constant")  # kinds of breaks that were there before any operator
+
+
+def wider_operator(situation: Situation) -> Iterator[Candidate]:
+    """For whatever an operator of the model made in 16 bits."""
+    broke, kind = situation.broke, situation.kind
+    if broke is None or broke.operator is None or broke.broke is None or kind in _GIVEN or situation.is_outside:
+        return
+    if situation.reproduction.dtype not in ("float16", "bfloat16"):
+        return
+    sites = situation.alike()
+    rounded = broke.broke.rounded_site
+    if rounded is not None and rounded != "constant":
+        sites.append(rounded)
+    low = situation.reproduction.dtype
+    yield Candidate(
+        name=_NAMES.get(situation.part or "", OPERATOR),
+        summary=f"Computes {broke.operator} in float32, in the {counted(len(sites), 'place')} where it leaves {low}'s "
+        f"range, and rounds to {low} what is made of it.",
+        command=f"# in {broke.module or 'the model'}: {broke.operator}(operand.float()), and .to(torch.{low}) of what "
+        "is made of its result",
+        around=in_float32_at(situation.low, sites),
+    )

@@ -1,0 +1,70 @@
+"""The any-model program: powers of two on weights and settings that leave what float32 computes as it is."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.formats import FLOAT16
+from stabilitykit.records.scaling import UNCHANGED
+from stabilitykit.remedies.remedy import LeftOut
+from stabilitykit.scaling.look import look
+from stabilitykit.scaling.subjects import blueprint_of
+from stabilitykit.trials.answers import outputs_of
+from stabilitykit.trials.candidate import Candidate
+from stabilitykit.trials.situation import Situation
+
+NAME = "rescale"
+_MARGIN = 1.0  # bits of headroom to ask for
+
+
+def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
+    """Where something overflows float16 that scaling can bring into its range."""
+    if situation.reproduction.dtype != "float16" or not situation.overflowing:
+        return
+    reproduction = situation.reproduction
+
+    def run(model: nn.Module) -> list[Tensor]:
+        """The outputs of every call of the model: what must stay as it is."""
+        kept: list[Tensor] = []
+
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            kept.extend(tensor for tensor, _ in outputs_of(module, output))
+
+        handle = model.register_forward_hook(hook)
+        try:
+            result = reproduction.run(model)
+        finally:
+            handle.remove()
+        return kept or [tensor for tensor, _ in outputs_of(model, result)]
+
+    wide = reproduction.model("float32")
+    try:
+        with torch.inference_mode():
+            traced = look(wide, reproduction.model("bfloat16"), [run], blueprint_of(wide))
+            solution = traced.solve(margin=_MARGIN)
+    except (MisuseError, RuntimeError, TypeError, ValueError) as error:
+        yield LeftOut(NAME, str(error).splitlines()[0] if str(error) else f"{type(error).__name__} while tracing.")
+        return
+    over = max((one.bits for one in solution.short), default=0.0)
+    if solution.scaling == UNCHANGED or over > _MARGIN:
+        yield LeftOut(NAME, "No exact scaling brings every tensor under the maximum.")
+        return
+    scaling = solution.scaling
+    named = reproduction.source
+    yield Candidate(
+        name=NAME,
+        summary=f"Multiplies {len(scaling.parameters)} weights and {len(scaling.settings)} settings by powers of two: "
+        "the same function, to the last bit in float32.",
+        command=f"stabilitykit repair {named} --out {_folder(named)}"
+        if named is not None
+        else "stabilitykit.repair('hf:FOLDER', out='FOLDER-float16')  # of the folder that the model came from",
+        scaling=scaling,
+        carried=True,
+    )
+
+
+def _folder(source: str) -> str:
+    name = source.removeprefix("hf:").rstrip("/").rpartition("/")[2].partition("?")[0]
+    return f"{name.replace(':', '-')}-{FLOAT16.name}"

@@ -1,0 +1,146 @@
+"""What broke, and how: all that a candidate needs to know to say whether it fits."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from stabilitykit.diagnosis.outcome import OUTSIDE, Outcome, decisive
+from stabilitykit.diagnosis.parts import Part, Place, part_of, place_in
+from stabilitykit.recorder import record
+from stabilitykit.recorder.names import by_operator, site_path
+from stabilitykit.records import Record, Recording
+from stabilitykit.remedies.seen import Seen
+from stabilitykit.run.dry_run import with_stored_dtypes
+from stabilitykit.trials.answers import Answers, Change, answers
+from stabilitykit.trials.recast import Recast
+from stabilitykit.trials.reproduction import Reproduction
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """A failure of `model`, which computes in the failing dtype: `low` are the records of that run, `found` what became
+    of its decisive break, and `part` the part of the model that broke; None where nothing did.
+
+    `wide` are the records of a float32 run of the same, with stored dtypes; `overflowing` those of what the dtype
+    cannot hold, by site, of all steps the largest.
+    """
+
+    reproduction: Reproduction
+    model: nn.Module
+    low: Recording
+    wide: Recording
+    found: Outcome | None
+    part: Part | None
+    overflowing: Mapping[str, Record]
+
+    @property
+    def broke(self) -> Record | None:
+        return None if self.found is None else self.found.broke
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether code that is not the model's made what broke."""
+        return self.broke is not None and self.broke.site.startswith(OUTSIDE)
+
+    @property
+    def kind(self) -> str | None:
+        broke = self.broke
+        return None if broke is None or broke.broke is None else broke.broke.kind
+
+    @property
+    def place(self) -> Place | None:
+        return None if self.broke is None else place_in(self.low, self.broke)
+
+    @property
+    def seen(self) -> Seen:
+        """For remedies of a repair. What broke is among what overflows, also where float32 does not show it."""
+        largest = max(self.overflowing.values(), key=lambda one: one.amax or 0.0, default=None)
+        return Seen(
+            model=self.model,
+            low=self.low,
+            peak=0.0 if largest is None else largest.amax or 0.0,
+            site="" if largest is None else largest.site,
+            overflowing=self.overflowing,
+        )
+
+    def alike(self) -> list[str]:
+        """What broke, and the sites that overflow and are called so but for the number of their layer."""
+        broke = self.broke
+        if broke is None:
+            return []
+        pattern = NUMBER.sub("*", broke.site)
+        return list(dict.fromkeys([broke.site, *(s for s in self.overflowing if NUMBER.sub("*", s) == pattern)]))
+
+    def operator_of(self, site: str) -> str | None:
+        """The operator's own name for a site, which may be a module's; None where no operator made it in step 0."""
+        return {made.site: name for name, made in by_operator(self.low)}.get(site)
+
+    def module_at(self, path: str) -> nn.Module | None:
+        """The module of a site, whose path leaves wrappers out."""
+        modules: dict[str, nn.Module] = {site_path(name): module for name, module in self.model.named_modules()}
+        return modules.get(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A run's records and what it gave."""
+
+    recording: Recording
+    answers: Answers
+
+
+def recorded(
+    reproduction: Reproduction,
+    model: nn.Module,
+    *,
+    around: Change | None = None,
+    recast: Recast | None = None,
+    formats: Sequence[str] = (),
+    watch: Sequence[tuple[str, int]] = (),
+    stop_at_break: bool = False,
+) -> Recorded:
+    """Runs `model` under a recorder. `stop_at_break`: only as far as the first break."""
+    kept: list[Recording] = []
+
+    @contextmanager
+    def recorder() -> Iterator[None]:
+        with record(
+            model,
+            formats=formats,
+            watch=watch,
+            stop_at_break=stop_at_break,
+            fused_softmax=False,
+            token_text=reproduction.text,
+        ) as recording:
+            kept.append(recording)
+            yield
+
+    made = answers(reproduction, model, around=around, recast=recast, recorder=recorder())
+    return Recorded(kept[0], made)
+
+
+def look(reproduction: Reproduction, model: nn.Module, low: Recording, wide: Recording) -> Situation:
+    """What the records of both runs say. `model` computes in the failing dtype."""
+    found = decisive(low)
+    dtype = reproduction.dtype
+    overflowing: dict[str, Record] = {}
+    stored = with_stored_dtypes(wide, low)
+    for made in stored:
+        if made.stored_dtype == dtype and made.formats[dtype].overflow:
+            before = overflowing.get(made.site)
+            if before is None or (before.amax or 0.0) < (made.amax or 0.0):
+                overflowing[made.site] = made
+    return Situation(
+        reproduction=reproduction,
+        model=model,
+        low=low,
+        wide=stored,
+        found=found,
+        part=None if found is None else part_of(low, found.broke),
+        overflowing=overflowing,
+    )
