@@ -5,8 +5,8 @@
 
 A change cures a fault if the run then returns finite numbers alone and, where a float32 run does so too, is about as
 close to it as a format of 16 bits can be. How close that is depends on the row, for a planted fault is a layer that
-tells one token from all others, and magnifies rounding: it is measured, by a run that holds float32's range and rounds
-every result to the format's precision. Up to `NEAR` times as far is close, beyond `FAR` times it is not, and what lies
+tells one token from all others, and magnifies rounding: it is measured, by runs that hold float32's range and round every
+result to the format's precision, among rows that are lost without a change and among the others. Up to `NEAR` times as far is close, beyond `FAR` times it is not, and what lies
 between is left undecided. Differences under `SMALL` of the largest number always count as close.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from truth.by_hand import Change
 from truth.by_hand.arithmetic import (
@@ -29,7 +30,7 @@ from truth.by_hand.arithmetic import (
     saturating_cast,
 )
 from truth.by_hand.dtypes import in_dtype
-from truth.by_hand.ran import Ran, errors, ran, reachable
+from truth.by_hand.ran import Ran, errors, lost_rows, ran, reachable
 from truth.by_hand.surroundings import (
     attention,
     float32_mask,
@@ -134,15 +135,15 @@ def by_hand(row: Row, only: Iterable[str] = ()) -> ByHand:
     assert plain is not None
     assert wide is not None
     reference = wide if wide.finite else None
-    within = {bits: reachable(build, reference, bits) for bits in (11, 8)} if reference else {}
-
-    reference_rows = errors(reference, reference).shape if reference else None
+    within = (
+        {bits: _alike(reachable(build, reference, bits), lost_rows(plain)) for bits in (11, 8)} if reference else {}
+    )
 
     def judged(one: Ran, bits: int = 11) -> Tried:
         if not one.finite or reference is None:
             return Tried(one.finite, one.finite, 0.0 if one.finite else float("inf"), one.error)
         away, small = errors(one, reference), SMALL * (BFLOAT16 if bits == 8 else 1.0)
-        if away.shape != reference_rows:
+        if away.shape != within[bits].shape:
             return Tried(False, True, float("inf"), "returns something else")
         worst = float((away / (NEAR * within[bits]).clamp(min=small)).max())
         return Tried(True if worst <= 1 else False if worst > FAR / NEAR else None, True, float(away.max()), None)
@@ -170,6 +171,13 @@ def by_hand(row: Row, only: Iterable[str] = ()) -> ByHand:
         own.cured is not True,
         tried,
     )
+
+
+def _alike(within: Tensor, lost: Tensor) -> Tensor:
+    """For each row the most of all rows that the run as it is loses, or of all that it does not: one is too lucky."""
+    if lost.shape != within.shape:
+        return within.amax().expand_as(within)
+    return torch.where(lost, *((within * one).amax() for one in (lost, ~lost)))
 
 
 def _better(one: Tried, other: Tried) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabilitykit.formats import FORMATS
 from stabilitykit.records.trials import Diagnosis, Trial
 from stabilitykit.trials.diagnose import diagnose_run
 from truth.by_hand.dtypes import low
@@ -91,7 +92,7 @@ def tried(row: Row, hand: ByHand | None = None) -> Tried:
     untried = tuple(name for name in hand.cures if not any(one in trials for one in _SAME.get(name, (name,))))
     unshown = tuple(name for name in hand.cures if name not in untried and not _cured(trials, name))
     false = [name for name, one in trials.items() if one.cured and _fails(hand, name)]
-    if expects_nothing(planted) and not (diagnosis.finite and not diagnosis.trials):
+    if planted.expected is None and not _is_calm(diagnosis):
         false.append("an alarm")
     return Tried(
         key=row.key,
@@ -108,8 +109,10 @@ def tried(row: Row, hand: ByHand | None = None) -> Tried:
     )
 
 
-def expects_nothing(planted: Planted) -> bool:
-    return planted.expected is None
+def _is_calm(diagnosis: Diagnosis) -> bool:
+    """Whether nothing is said to be wrong: the run is finite, and only other dtypes were run to see it."""
+    is_harmful = diagnosis.harm is not None and diagnosis.harm.harmful
+    return diagnosis.finite and not is_harmful and {one.name for one in diagnosis.trials} <= set(FORMATS)
 
 
 def dtype_of(row: Row, planted: Planted) -> str | None:

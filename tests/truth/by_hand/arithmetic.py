@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -19,7 +19,13 @@ _NAMES = {
     **dict.fromkeys(("_softmax", "_safe_softmax"), "softmax"),
     "linalg_vector_norm": "norm", "rsub": "sub",
 }  # fmt: skip
+_MOVES = frozenset(
+    "cat clone stack roll flip repeat gather index index_select expand view _unsafe_view dropout".split()
+)
 _CHOICES = frozenset("where masked_fill full new_full fill clamp triu tril constant_pad_nd".split())
+
+
+Key = tuple[int, str, int]
 
 
 def named(func: Any) -> str:
@@ -39,84 +45,134 @@ def _all_finite(one: Tensor) -> bool:
     return bool((one.float() if one.element_size() == 1 else one).isfinite().all())
 
 
-class Wide(TorchDispatchMode):
-    """Runs the operators that `chosen` picks in float32. What others make of that is rounded to 16 bits where it fits.
+class _Counting(TorchDispatchMode):
+    """Numbers operators: the call of the model, the operator's name, and its number among those of that name in it."""
 
-    `chosen` is asked with the operator's name, its number among those of that name in this call of the model, and what
-    it was given and made. Of operators that write in place none can be run so.
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        super().__init__()
+        self.call = 0
+        self.counts: Counter[str] = Counter()
+        stack.callback(model.register_forward_pre_hook(self._next, prepend=True).remove)
+
+    def _next(self, module: nn.Module, args: Any) -> None:
+        self.call += 1
+        self.counts.clear()
+
+    def key(self, name: str) -> Key:
+        self.counts[name] += 1
+        return self.call, name, self.counts[name]
+
+
+class _Stored(_Counting):
+    """Which dtype every operator stores in a plain run."""
+
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        super().__init__(model, stack)
+        self.dtypes: dict[Key, torch.dtype | None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.dtypes[self.key(named(func))] = getattr(output, "dtype", None)
+        return output
+
+
+class Wide(_Counting):
+    """Runs the operators that `chosen` picks in float32, and stores what is made of their results as a plain run does.
+
+    `chosen` is asked with the operator's key, what it is given and what it made. `where_it_fits`: what does not fit
+    into 16 bits stays in float32. Operators that write in place cannot be run so.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, chosen: Callable[[str, int, Any, Any, Any], bool]) -> None:
-        super().__init__()
-        self.dtype, self.chosen = dtype, chosen
-        self.counts: Counter[str] = Counter()
-        self.used = False
-        self.handle = model.register_forward_pre_hook(lambda module, args: self.counts.clear(), prepend=True)
+    def __init__(
+        self,
+        planted: Planted,
+        stack: ExitStack,
+        dtype: torch.dtype,
+        chosen: Callable[[Key, Any, Any], bool],
+        where_it_fits: bool,
+    ) -> None:
+        with ExitStack() as own, torch.no_grad(), suppress(RuntimeError, ValueError):
+            stored = own.enter_context(_Stored(planted.model, own))
+            torch.manual_seed(1)
+            planted.run(planted.model)
+        super().__init__(planted.model, stack)
+        self.dtype, self.chosen, self.where_it_fits = dtype, chosen, where_it_fits
+        self.stored = stored.dtypes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = named(func)
-        number = self.counts[name]
-        self.counts[name] += 1
+        key = self.key(name)
         if writes(func):
             return func(*args, **kwargs)
-        dtypes = {one.dtype for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        mixed = self.used and torch.float32 in dtypes and self.dtype in dtypes
-        if mixed:
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        wide = any(hasattr(one, "wide") for one in tensors)
+        if wide and name != "cast":
             args, kwargs = self.widened(args, kwargs)
         output = func(*args, **kwargs)
-        if self.chosen(name, number, args, kwargs, output):
-            self.used = True
+        if self.chosen(key, (args, kwargs), output):
             if name == "cast" and kwargs.get("dtype") in LOW:
-                return args[0].float()
+                return _marked(args[0].float())
             args, kwargs = self.widened(args, kwargs)
-            return func(*args, **kwargs)
-        if self.used and name == "cast" and kwargs.get("dtype") == self.dtype and lost(output) and not lost(args):
-            return args[0]
-        return self.rounded(output) if mixed else output
+            return _marked(func(*args, **kwargs))
+        if not wide:
+            return output
+        if name == "cast":
+            kept = self.where_it_fits and lost(output) and not lost(args)
+            return _marked(args[0].clone()) if kept else output
+        if name in _MOVES or any(one.alias_info is not None for one in func._schema.returns):
+            return _marked(output)
+        return self.narrowed(output) if self.stored.get(key) == self.dtype else _marked(output)
 
     def widened(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.dtype == self.dtype else x, (args, kwargs))
         return args, {k: torch.float32 if v is self.dtype else v for k, v in kwargs.items()}
 
-    def rounded(self, output: Any) -> Any:
+    def narrowed(self, output: Any) -> Any:
         def narrow(x: Tensor) -> Tensor:
             if x.dtype != torch.float32:
                 return x
             low = x.to(self.dtype)
-            return x if lost(low) and not lost(x) else low
+            return _marked(x) if self.where_it_fits and lost(low) and not lost(x) else low
 
         return tree_map_only(Tensor, narrow, output)
 
 
-def _with(planted: Planted, stack: ExitStack, chosen: Callable[[str, int, Any, Any, Any], bool]) -> Any:
+def _marked(output: Any) -> Any:
+    for one in tree_leaves(output):
+        if isinstance(one, Tensor):
+            one.wide = True  # type: ignore[attr-defined]
+    return output
+
+
+def _with(
+    planted: Planted, stack: ExitStack, chosen: Callable[[Key, Any, Any], bool], where_it_fits: bool = False
+) -> Any:
     dtype = low(planted)
     if dtype is None or planted.grad:  # under autograd the operators of both directions are seen
         return None
-    mode = Wide(planted.model, dtype, chosen)
-    stack.callback(mode.handle.remove)
-    stack.enter_context(mode)
+    stack.enter_context(Wide(planted, stack, dtype, chosen, where_it_fits))
     return planted.model
 
 
-def _broke(name: str, args: Any, kwargs: Any, output: Any) -> bool:
-    return name not in _CHOICES and lost(output) and not lost((args, kwargs))
+def _broke(key: Key, given: Any, output: Any) -> bool:
+    return key[1] not in _CHOICES and lost(output) and not lost(given)
 
 
 def float32_islands(planted: Planted, stack: ExitStack) -> Any:
-    """Every operator that makes what is not finite of what is."""
-    return _with(planted, stack, lambda name, number, args, kwargs, output: _broke(name, args, kwargs, output))
+    """Every operator that makes what is not finite of what is; what is made of that is rounded where it fits."""
+    return _with(planted, stack, _broke, where_it_fits=True)
 
 
 def float32_operator(planted: Planted, stack: ExitStack) -> Any:
-    """The first such operator, by its name and number, in every call of the model."""
+    """The first such operator, by its name and number, in every call of the model; all else is stored as before."""
     expected = planted.expected.operators if planted.expected else ()
     found: list[tuple[str, int]] = []
 
-    def chosen(name: str, number: int, args: Any, kwargs: Any, output: Any) -> bool:
-        if not found and (not expected or name in expected) and _broke(name, args, kwargs, output):
-            found.append((name, number))
-        return bool(found) and found[0] == (name, number)
+    def chosen(key: Key, given: Any, output: Any) -> bool:
+        if not found and (not expected or key[1] in expected) and _broke(key, given, output):
+            found.append(key[1:])
+        return bool(found) and found[0] == key[1:]
 
     return _with(planted, stack, chosen)
 
@@ -126,37 +182,31 @@ ATTENTION = ("q_proj", "q", "query", "c_attn")
 
 def float32_scores(planted: Planted, stack: ExitStack) -> Any:
     """From the product of queries and keys to the softmax, in every attention."""
-    inside: list[bool] = []  # for each attention that runs, whether its softmax is still to come
+    inside: list[str] = []  # of each attention that runs: before its scores, at them, or after
 
     def enter(module: nn.Module, args: Any) -> None:
-        inside.append(True)
+        inside.append("before")
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         inside.pop()
 
     found = [m for m in planted.model.modules() if any(hasattr(m, name) for name in ATTENTION)]
+
+    def chosen(key: Key, given: Any, output: Any) -> bool:
+        name = key[1]
+        tensors = [one for one in tree_leaves(given) if isinstance(one, Tensor)]
+        if not inside or inside[-1] == "after":
+            return False
+        if inside[-1] == "before" and not (name == "matmul" and all(one.ndim >= 3 for one in tensors)):
+            return False
+        inside[-1] = "after" if name == "softmax" else "at"
+        return name in ("matmul", "softmax", "mul", "div", "add", "cast", "tanh")
+
+    made = _with(planted, stack, chosen) if found else None
     for module in found:
         stack.callback(module.register_forward_pre_hook(enter).remove)
         stack.callback(module.register_forward_hook(leave).remove)
-
-    def chosen(name: str, number: int, args: Any, kwargs: Any, output: Any) -> bool:
-        if not inside or not inside[-1]:
-            return False
-        tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
-        started = name == "matmul" and all(one.ndim >= 3 for one in tensors)
-        follows = any(one.dtype == torch.float32 for one in tensors) and name in (
-            "mul",
-            "div",
-            "add",
-            "softmax",
-            "cast",
-        )
-        if name == "softmax":
-            inside[-1] = False
-            return any(one.dtype in LOW for one in tensors)
-        return started or (follows and any(one.dtype in LOW for one in tensors))
-
-    return _with(planted, stack, chosen) if found else None
+    return made
 
 
 def _widened(module: nn.Module, dtype: torch.dtype | None, stack: ExitStack) -> None:
@@ -217,36 +267,43 @@ def float32_logits(planted: Planted, stack: ExitStack) -> Any:
     return planted.model
 
 
-class _Clamped(TorchDispatchMode):
-    """Clamps what the operators of one name make infinite."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
+class _Saturating(TorchDispatchMode):
+    """Clamps to what a cast's target holds before casting to it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if named(func) != self.name or not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        if self.name == "cast" and func.overloadpacket.__name__ != "_to_copy":
-            return output
-        if lost(output) and not lost((args, kwargs or {})):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func.overloadpacket.__name__ == "_to_copy" and lost(output) and not lost(args):
             limit = torch.finfo(output.dtype).max
-            if self.name == "cast":
-                return func(args[0].clamp(-limit, limit), *args[1:], **(kwargs or {}))
-            return output.clamp(-limit, limit)
+            return func(args[0].clamp(-limit, limit), **kwargs)
         return output
 
 
 def saturating_cast(planted: Planted, stack: ExitStack) -> Any:
-    """Numbers clamped to what a cast's target holds, before they are cast."""
-    stack.enter_context(_Clamped("cast"))
+    stack.enter_context(_Saturating())
     return planted.model
+
+
+class _Clamped(TorchDispatchMode):
+    """Clamps sums of tokens' vectors to what their dtype holds, infinities too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if named(func) == "add" and output.dtype in LOW and output.ndim == 3 and output.shape[-1] == self.width:
+            limit = torch.finfo(output.dtype).max
+            return output.clamp_(-limit, limit) if writes(func) else output.clamp(-limit, limit)
+        return output
 
 
 def clamp(planted: Planted, stack: ExitStack) -> Any:
     """Sums clamped to what the dtype holds, as people clamp the residual stream."""
-    if not hasattr(planted.model, "config"):
+    config = getattr(planted.model, "config", None)
+    width = getattr(config, "hidden_size", None)
+    if width is None:
         return None
-    stack.enter_context(_Clamped("add"))
+    stack.enter_context(_Clamped(width))
     return planted.model

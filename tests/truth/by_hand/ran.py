@@ -109,6 +109,12 @@ def errors(one: Ran, other: Ran) -> Tensor:
     return torch.cat(found)
 
 
+def lost_rows(one: Ran) -> Tensor:
+    """Which of the rows that `errors` is about hold no finite numbers."""
+    found = [(~v.isfinite()).reshape(-1, v.shape[-1] if v.ndim else 1).any(-1) for v in one.values]
+    return torch.cat([torch.zeros(1, dtype=torch.bool), *found])
+
+
 def reachable(build: Callable[[], Planted], reference: Ran, bits: int) -> Tensor:
     """The same of runs that hold any size of number and round every result to so many bits: to the nearest, and, since
     one run may be lucky, up and down.
@@ -116,4 +122,4 @@ def reachable(build: Callable[[], Planted], reference: Ran, bits: int) -> Tensor
     runs = [ran(build(), rounded(bits, way)) for way in (torch.round, torch.floor, torch.ceil)]
     found = [errors(one, reference) for one in runs if one is not None and one.finite]
     found = [one for one in found if bool(one.isfinite().all())]
-    return torch.stack(found).amax(0) if found else torch.zeros(1, dtype=torch.float64)
+    return torch.stack(found).amax(0) if found else torch.zeros_like(errors(reference, reference))

@@ -103,7 +103,13 @@ def without_padding(planted: Planted, stack: ExitStack) -> Any:
         names = list(inspect.signature(forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
         ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if ids is None or mask is None or mask.ndim != 2 or bool(mask.all()) or not bool(mask.any(-1).all()):
+        if (
+            not isinstance(ids, Tensor)
+            or not isinstance(mask, Tensor)
+            or mask.ndim != 2
+            or bool(mask.all())
+            or not bool(mask.any(-1).all())
+        ):
             return forward(*args, **kwargs)
         used.append(True)
         whole = wide(**given)
