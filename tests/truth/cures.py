@@ -5,9 +5,10 @@
 
 A change cures a fault if the run then returns finite numbers alone and, where a float32 run does so too, is about as
 close to it as a format of 16 bits can be. How close that is depends on the row, for a planted fault is a layer that
-tells one token from all others, and magnifies rounding: it is measured, by runs that hold float32's range and round every
-result to the format's precision, among rows that are lost without a change and among the others. Up to `NEAR` times as far is close, beyond `FAR` times it is not, and what lies
-between is left undecided. Differences under `SMALL` of the largest number always count as close.
+tells one token from all others, and magnifies rounding: it is measured, by runs that hold float32's range and round
+every result to the format's precision, among rows that are lost without a change and among the others. Up to `NEAR`
+times as far is close, beyond `FAR` times it is not, and what lies between is left undecided. Differences under `SMALL`
+of the largest number always count as close.
 """
 
 import sys
@@ -177,7 +178,7 @@ def _alike(within: Tensor, lost: Tensor) -> Tensor:
     """For each row the most of all rows that the run as it is loses, or of all that it does not: one is too lucky."""
     if lost.shape != within.shape:
         return within.amax().expand_as(within)
-    return torch.where(lost, *((within * one).amax() for one in (lost, ~lost)))
+    return torch.where(lost, (within * lost).amax(), (within * ~lost).amax())
 
 
 def _better(one: Tried, other: Tried) -> bool:
