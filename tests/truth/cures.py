@@ -30,7 +30,7 @@ from truth.by_hand.arithmetic import (
     float32_scores,
     saturating_cast,
 )
-from truth.by_hand.dtypes import in_dtype
+from truth.by_hand.dtypes import NARROW, in_dtype
 from truth.by_hand.ran import Ran, errors, lost_rows, ran, reachable
 from truth.by_hand.surroundings import (
     attention,
@@ -132,7 +132,7 @@ def by_hand(row: Row, only: Iterable[str] = ()) -> ByHand:
         return row.make()
 
     plain = ran(build())
-    wide = ran(build(), in_dtype(torch.float32))
+    wide = ran(build(), in_dtype(torch.float32, NARROW))
     assert plain is not None
     assert wide is not None
     reference = wide if wide.finite else None

@@ -67,13 +67,14 @@ def _fitting(x: Any, dtype: torch.dtype | None) -> Any:
     return x.to(dtype)
 
 
-def in_dtype(dtype: torch.dtype) -> Change:
-    """Autocasting casts to it, or not at all."""
+def in_dtype(dtype: torch.dtype, narrow: tuple[torch.dtype, ...] | None = None) -> Change:
+    """Autocasting casts to it, or not at all. `narrow`: what code asks for and does not get; that of the weights."""
 
     def change(planted: Planted, stack: ExitStack) -> Any:
+        own = low(planted) or torch.float16
         model = converted(planted, dtype, stack)
         if not planted.grad:  # a mode sees the operators of both directions
-            stack.enter_context(Instead(dtype, tuple(one for one in NARROW if dtype == torch.float32 or one in LOW)))
+            stack.enter_context(Instead(dtype, (own,) if narrow is None else narrow))
         return model
 
     return change

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Cache, DynamicCache
 
 from truth.by_hand import Change
 from truth.by_hand.arithmetic import ATTENTION, named
-from truth.by_hand.dtypes import low
+from truth.by_hand.dtypes import LOW, low
 from truth.decoding import Compressed, EightBits
 from truth.row import Planted
 
@@ -36,15 +36,22 @@ def _half(x: Tensor) -> Tensor:
 
 
 class _HalfMinimum(TorchDispatchMode):
-    """Where a choice or a fill puts -inf or the minimum, it puts half of the minimum."""
+    """Where a choice or a fill in the model puts -inf or the minimum, it puts half of the minimum."""
+
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        super().__init__()
+        self.inside = 0
+        stack.callback(model.register_forward_pre_hook(lambda *_: self.count(1)).remove)
+        stack.callback(model.register_forward_hook(lambda *_: self.count(-1), always_call=True).remove)
+
+    def count(self, change: int) -> None:
+        self.inside += change
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if named(func) in ("masked_fill", "where", "full", "new_full"):
-            output = func(*args, **(kwargs or {}))
-            if isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16, torch.float32):
-                return _half(output)
-            return output
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        fills = self.inside and named(func) in ("masked_fill", "where", "full", "new_full")
+        is_float = isinstance(output, Tensor) and output.dtype in (*LOW, torch.float32)
+        return _half(output) if fills and is_float else output
 
 
 def half_minimum(planted: Planted, stack: ExitStack) -> Any:
@@ -52,7 +59,7 @@ def half_minimum(planted: Planted, stack: ExitStack) -> Any:
         return _masks(module, args, kwargs, _half)
 
     stack.callback(planted.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    stack.enter_context(_HalfMinimum())
+    stack.enter_context(_HalfMinimum(planted.model, stack))
     return planted.model
 
 
