@@ -129,8 +129,8 @@ def _cured(trials: dict[str, Trial], name: str) -> bool:
 
 
 def _fails(hand: ByHand, name: str) -> bool:
-    """Whether it certainly fails by hand; what raises there could not be done by hand, and what scales a whole model may
-    use any of the factors.
+    """Whether it certainly fails by hand; what raises there could not be done by hand, and a scaling of the whole model
+    may be any of the factors.
     """
     one = hand.tried.get(name)
     if name == "rescale" and any(factors in hand.cures for factors in _FACTORS):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -165,14 +166,18 @@ def float32_islands(planted: Planted, stack: ExitStack) -> Any:
 
 
 def float32_operator(planted: Planted, stack: ExitStack) -> Any:
-    """The first such operator, by its name and number, in every call of the model; all else is stored as before."""
-    expected = planted.expected.operators if planted.expected else ()
+    """The first such operator, by its name and number, in every call of the model; and that whose rounding made the
+    zero or the infinity that it is given. All else is stored as before.
+    """
+    expected = planted.expected
+    operators, rounded = (expected.operators, expected.rounded) if expected else ((), ())
     found: list[tuple[str, int]] = []
 
     def chosen(key: Key, given: Any, output: Any) -> bool:
-        if not found and (not expected or key[1] in expected) and _broke(key, given, output):
+        if not found and (not operators or key[1] in operators) and _broke(key, given, output):
             found.append(key[1:])
-        return bool(found) and found[0] == key[1:]
+        site = f"{key[1]}.{key[2] - 1}"
+        return found[:1] == [key[1:]] or any(fnmatchcase(site, one.rpartition("/")[2]) for one in rounded)
 
     return _with(planted, stack, chosen)
 

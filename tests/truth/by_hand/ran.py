@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor
 
@@ -44,7 +45,7 @@ def ran(planted: Planted, change: Change = unchanged) -> Ran | None:
             return None
         seen = _Chosen()
         if hasattr(planted.model, "_get_logits_processor"):
-            seen.attach(planted.model)
+            seen.attach(planted.model, stack)
         mode: AbstractContextManager[Any] = nullcontext() if planted.grad else torch.no_grad()
         torch.manual_seed(1)
         try:
@@ -70,20 +71,27 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Chosen(LogitsProcessor):
-    """The last of the processors: looks at what is left to choose from."""
+    """The last of the processors of a model: looks at what is left to choose from. An assistant is passed it, too."""
 
     def __init__(self) -> None:
         self.sound = True
         self.names: tuple[str, ...] = ()
+        self.model: Any = None
+        self.last: Any = None  # the model that was called
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        left = scores > -torch.inf
-        self.sound = (
-            self.sound and bool(left.any(-1).all()) and not bool(scores.isnan().any() | scores.isposinf().any())
-        )
+        if self.last is self.model:
+            left = (scores > -torch.inf).any(-1)
+            self.sound = self.sound and bool(left.all()) and not bool(scores.isnan().any() | scores.isposinf().any())
         return scores
 
-    def attach(self, model: Any) -> None:
+    def called(self, module: nn.Module, args: Any, output: Any) -> None:
+        if hasattr(module, "generate"):
+            self.last = module
+
+    def attach(self, model: Any, stack: ExitStack) -> None:
+        self.model = model
+        stack.callback(register_module_forward_hook(self.called).remove)
         made = model._get_logits_processor
 
         def also(*args: Any, **kwargs: Any) -> Any:
