@@ -209,9 +209,10 @@ class _Diagnosing:
         reproduction, reference = candidate.instead or self.reproduction, self.reference
         dtype = candidate.dtype or self.dtype
         try:
-            if candidate.instead is not None:
+            if candidate.instead is not None or candidate.reference is not None:
                 wide = reproduction.model(self.wide)
-                reference = answers(reproduction, wide, recast=Recast(getattr(torch, self.wide)))
+                same = None if candidate.reference is None else candidate.reference(wide)
+                reference = answers(reproduction, wide, around=same, recast=Recast(getattr(torch, self.wide)))
             model = self.model
             if candidate.scaling != UNCHANGED:
                 model = reproduction.scaled(dtype, candidate.scaling)
