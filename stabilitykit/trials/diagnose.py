@@ -21,7 +21,7 @@ from stabilitykit.trials.candidates import CANDIDATES
 from stabilitykit.trials.candidates.operator import OPERATORS
 from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Reproduction, called, dtype_of
+from stabilitykit.trials.reproduction import Given, Reproduction, called, dtype_of, same_draws
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -106,7 +106,8 @@ def of_reproduction(
     reproduction: Reproduction, *, command: str | None = None, progress: Progress | None = None
 ) -> Diagnosis:
     """Whatever can be run again, diagnosed. `command` is the command line to name in the result."""
-    return replace(_Diagnosing(reproduction, progress).run(), command=command)
+    with same_draws():
+        return replace(_Diagnosing(reproduction, progress).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +277,11 @@ def _judged(one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row
     )
 
 
-def _order(trial: Trial) -> tuple[bool, bool, bool, float]:
-    """What cures comes first; of that what a folder can carry; then by the distance from float32."""
-    return (not trial.cured, not trial.carried, not trial.finite, trial.far)
+def _order(trial: Trial) -> tuple[bool, bool, bool, bool, float]:
+    """What cures comes first; of that changes within the dtype, those first that a folder can carry, before other
+    dtypes; then by the distance from float32.
+    """
+    return (not trial.cured, trial.is_format, not trial.carried, not trial.finite, trial.far)
 
 
 def _harm(

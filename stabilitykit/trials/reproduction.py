@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.stream import stored_weight
+from stabilitykit.recorder.record import unrecorded
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
 from stabilitykit.scaling.blueprint import Blueprint
@@ -88,17 +89,20 @@ def called(model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[s
     kept = tree_map_only(Tensor, lambda one: one.detach().clone(), (list(args), dict(kwargs)))
     kept[1].pop("streamer", None)
 
-    def call(other: nn.Module) -> Any:
+    def fresh(other: nn.Module) -> Any:
         target = getattr(torch, dtype_of(other))
         try:
             made = copy.deepcopy(kept, {id(model): other})
         except RuntimeError as error:
             raise MisuseError(f"An argument cannot be copied, so that it cannot be passed again: {error}") from error
-        fresh_args, fresh_kwargs = tree_map_only(
-            Tensor, lambda one: one.to(target) if one.dtype == own and target != own else one, made
-        )
-        for value in fresh_kwargs.values():
+        cast = tree_map_only(Tensor, lambda one: one.to(target) if one.dtype == own and target != own else one, made)
+        for value in cast[1].values():
             _recast_inside(value, own, target)
+        return cast
+
+    def call(other: nn.Module) -> Any:
+        with unrecorded():
+            fresh_args, fresh_kwargs = fresh(other)
         return getattr(other, method)(*fresh_args, **fresh_kwargs)
 
     return call
