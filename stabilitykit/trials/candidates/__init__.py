@@ -6,9 +6,14 @@ To add one, write a file here and enter its function below.
 from stabilitykit.trials.candidate import Offer
 from stabilitykit.trials.candidates.eps import larger_eps
 from stabilitykit.trials.candidates.factors import factors
+from stabilitykit.trials.candidates.labels import counting_label
 from stabilitykit.trials.candidates.operator import wider_operator
 from stabilitykit.trials.candidates.ranked import ranked
+from stabilitykit.trials.candidates.replaced import replaced_input, replaced_weight
 from stabilitykit.trials.candidates.rescale import rescale
+from stabilitykit.trials.candidates.sampled import sampled
+from stabilitykit.trials.candidates.wide_weight import wide_weight
+from stabilitykit.trials.candidates.zero_filled import zero_filled
 
 CANDIDATES: tuple[Offer, ...] = (
     rescale,
@@ -16,4 +21,10 @@ CANDIDATES: tuple[Offer, ...] = (
     ranked,
     wider_operator,
     larger_eps,
+    wide_weight,
+    replaced_weight,
+    replaced_input,
+    zero_filled,
+    counting_label,
+    sampled,
 )
