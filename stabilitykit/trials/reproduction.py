@@ -68,8 +68,9 @@ class Given:
     text: Callable[[int], str] | None = None
 
     def model(self, dtype: str) -> nn.Module:
-        wide = self.reference if dtype in ("float32", "float64") else None
-        return copied(self.given if wide is None else wide, dtype)
+        if self.reference is not None and dtype != dtype_of(self.given):
+            return copied(self.reference, dtype)
+        return copied(self.given, dtype)
 
     def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
         made = self.model(dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,19 @@ def held_by(model: nn.Module) -> Iterator[Held]:
         )
 
 
+def wide_model(situation: Situation) -> nn.Module:
+    """The model in float32, with the names of the one that fails: an adapter is merged where it is merged in that."""
+    wide: Any = situation.reproduction.model("float32")
+    if hasattr(wide, "merge_and_unload") and not hasattr(situation.model, "merge_and_unload"):
+        merged: nn.Module = wide.merge_and_unload()
+        return merged
+    model: nn.Module = wide
+    return model
+
+
 def wide_values(situation: Situation, found: Sequence[Held]) -> dict[Element, float]:
     """The same elements in the model in float32; NaN for what that model has under another name, or not at all."""
-    wide = situation.reproduction.model("float32")
+    wide = wide_model(situation)
     held: dict[str, Tensor] = {**dict(wide.named_parameters()), **dict(wide.named_buffers())}
     values: dict[Element, float] = {}
     for one in found:

@@ -7,6 +7,8 @@ from stabilitykit.trials.candidate import Offer
 from stabilitykit.trials.candidates.eps import larger_eps
 from stabilitykit.trials.candidates.factors import factors
 from stabilitykit.trials.candidates.labels import counting_label
+from stabilitykit.trials.candidates.large_weights import large_weights
+from stabilitykit.trials.candidates.merged import merged
 from stabilitykit.trials.candidates.operator import wider_operator
 from stabilitykit.trials.candidates.ranked import ranked
 from stabilitykit.trials.candidates.replaced import replaced_input, replaced_weight
@@ -21,6 +23,8 @@ CANDIDATES: tuple[Offer, ...] = (
     ranked,
     wider_operator,
     larger_eps,
+    merged,
+    large_weights,
     wide_weight,
     replaced_weight,
     replaced_input,

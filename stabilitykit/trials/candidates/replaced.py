@@ -3,6 +3,7 @@
 That cures nothing; it shows that this element alone is to blame.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabilitykit.formats import FORMATS
 from stabilitykit.recorder.names import site_path
 from stabilitykit.trials.altered import Altered
+from stabilitykit.trials.answers import answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
 from stabilitykit.trials.stored import Held, held_by, wide_values
@@ -35,12 +36,11 @@ def replaced_weight(situation: Situation) -> Iterator[Candidate]:
         return
     wide = wide_values(situation, found)
     if all(math.isfinite(one) for one in wide.values()):  # float32 has numbers there
-        form = FORMATS.get(situation.reproduction.dtype)
-        largest = torch.finfo(getattr(torch, situation.reproduction.dtype)).max
-        of = f" of {situation.reproduction.dtype}" if form else ""
+        low = situation.reproduction.dtype
+        largest = torch.finfo(getattr(torch, low)).max
         yield Candidate(
             name=WEIGHT,
-            summary=f"{_named(found, wide)}. Puts the largest number{of}, {number(largest)}, in its place.",
+            summary=f"{_named(found, wide)}. Puts the largest number of {low}, {number(largest)}, in its place.",
             command="\n".join(_lines(found, wide, largest)),
             around=partial(_with, {place: math.copysign(largest, wide[place]) for place in wide}),
             carried=True,
@@ -186,14 +186,10 @@ class _Inputs:
         self.lost = 0
 
     def look(self, situation: Situation) -> None:
-        from stabilitykit.trials.answers import answers
-
         answers(situation.reproduction, situation.model, around=self._looking(situation.model))
 
     @contextmanager
     def _looking(self, model: nn.Module) -> Iterator[None]:
-        import inspect
-
         names = list(inspect.signature(model.forward).parameters)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map_only
 from stabilitykit.recorder.names import site_path
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates.replaced import lost_in
+from stabilitykit.trials.sampling import attribute
 from stabilitykit.trials.situation import Situation
-from stabilitykit.trials.stored import wide_values
+from stabilitykit.trials.stored import wide_model, wide_values
 from stabilitykit.words import listed
 
 NAME = "weight in float32"
@@ -28,7 +29,7 @@ def wide_weight(situation: Situation) -> Iterator[Candidate]:
     found = lost_in(situation)
     if not found or not all(math.isfinite(one) for one in wide_values(situation, found).values()):
         return
-    wide = situation.reproduction.model("float32")
+    wide = wide_model(situation)
     paths = list(dict.fromkeys(one.name.rpartition(".")[0] for one in found))
     if any(list(situation.model.get_submodule(path).children()) for path in paths):
         return
@@ -52,10 +53,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _around(held: dict[str, dict[str, Tensor]], low: torch.dtype, model: nn.Module) -> Iterator[None]:
-    from contextlib import ExitStack
-
-    from stabilitykit.trials.sampling import attribute
-
     with ExitStack() as stack:
         for path, tensors in held.items():
             module = model.get_submodule(path)
