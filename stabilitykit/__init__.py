@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from stabilitykit.run.profile import profile as profile
     from stabilitykit.searches.run import search as search
     from stabilitykit.sweeps.run import sweep as sweep
+    from stabilitykit.trials.diagnose import diagnose as diagnose
 
 _HOMES = {
     "FORMATS": "formats",
@@ -53,6 +54,7 @@ _HOMES = {
     "build": "models.gemma",
     "chain": "diagnosis",
     "describe": "recorder",
+    "diagnose": "trials.diagnose",
     "forecast": "run.forecast",
     "generate": "models.gemma",
     "load": "models.gemma",

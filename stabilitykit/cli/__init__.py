@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stabilitykit.cli.bound import bound
+from stabilitykit.cli.diagnose import diagnose
 from stabilitykit.cli.forecast import forecast
 from stabilitykit.cli.profile import profile
 from stabilitykit.cli.repair import repair
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(profile)
+app.command()(diagnose)
 app.command()(forecast)
 app.command()(bound)
 app.command()(search)

@@ -21,7 +21,8 @@ from stabilitykit.records.remedies import Ranking
 from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Plan
-from stabilitykit.report.parts import by_layer
+from stabilitykit.records.trials import Diagnosis
+from stabilitykit.report.parts import by_layer, trials
 from stabilitykit.report.parts.by_layer import LEGEND
 from stabilitykit.report.parts.cases import cases
 from stabilitykit.report.sections import bounds, forecast, remedies, search
@@ -154,6 +155,16 @@ def print_proof(found: Mapping[str, float], assumptions: Sequence[str]) -> None:
 def print_check(check: FolderCheck) -> None:
     """What a repaired folder was compared with, and how it runs in float16."""
     print_blocks(remedies.of_check(check), output)
+
+
+def print_diagnosis(found: Diagnosis) -> None:
+    """What broke, what cures it, and all that was tried."""
+    is_well = found.finite and (found.harm is None or not found.harm.harmful)
+    output.print(Text(found.verdict, style="bold green" if is_well else "bold red"))
+    output.print()
+    print_blocks(trials.blocks(found), output)
+    for note in found.notes:
+        print_note(f"{note[0].upper()}{note[1:]}.")
 
 
 def print_ranking(ranking: Ranking) -> None:

@@ -22,6 +22,7 @@ from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.recorder.weights import role_of
+from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
 from stabilitykit.run.open import check_options
 from stabilitykit.scaling.apply import scaled
@@ -55,12 +56,14 @@ class SourceOptions(ModelOptions, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A prompt's `tokens` and what a token says; the model in a dtype; `tensors` are the weights as stored.
+    """A prompt's `tokens`, and `read` for those of others; what a token says; the model in a dtype; `tensors` are the
+    weights as stored.
 
     `bytes` is their size, `blocks` as in a Checkpoint. `dtypes` are those to run in unless others are asked for.
     """
 
     tokens: list[int]
+    read: Callable[[Asked], list[int]]
     piece: Callable[[int], str]
     subject_in: SubjectIn
     tensors: Iterable[tuple[str, Tensor]]
@@ -71,15 +74,20 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prompt:
-    text: str
+    asked: Asked
     bos: bool
-    chat: bool
-    system: str | None
     special_tokens: bool
 
-    def tokens(self, encode: Callable[..., list[int]], turn: Callable[..., list[int]]) -> list[int]:
+    def reader(self, encode: Callable[..., list[int]], turn: Callable[..., list[int]]) -> Callable[[Asked], list[int]]:
+        """How this prompt, and others like it, become tokens."""
         how = {"bos": self.bos, "special_tokens": self.special_tokens}
-        return turn(self.text, system=self.system, **how) if self.chat else encode(self.text, **how)
+
+        def read(asked: Asked) -> list[int]:
+            if asked.chat:
+                return turn(asked.text, system=asked.system, earlier=asked.earlier, **how)
+            return encode(asked.text, **how)
+
+        return read
 
 
 def checkpoint_of(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint:
@@ -115,7 +123,8 @@ def open_source(
     """
     if not prompt:
         raise MisuseError("The prompt is empty; write at least one character.")
-    text = _Prompt(text=prompt, bos=bos, chat=chat, system=system, special_tokens=special_tokens)
+    asked = Asked(text=prompt, chat=chat, system=system)
+    text = _Prompt(asked=asked, bos=bos, special_tokens=special_tokens)
     if system is not None and not chat:
         raise MisuseError("A system text is part of the turn template; add --chat (in Python, chat=True).")
     if not isinstance(checkpoint, str | Path):
@@ -153,7 +162,8 @@ def _from_name(
         return _of_folder(name.removeprefix(PREFIX), prompt, device, rescale, progress, how)
     opened = checkpoint_of(checkpoint, progress)
     config, own = opened.config, Tokenizer(opened.vocabulary)
-    tokens = prompt.tokens(own.encode, partial(own.chat, generation=config.generation))
+    read = prompt.reader(own.encode, partial(own.chat, generation=config.generation))
+    tokens = read(prompt.asked)
     scaling = stress_of_gemma(config, rescale)
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
@@ -177,6 +187,7 @@ def _from_name(
 
     return Source(
         tokens=tokens,
+        read=read,
         piece=own.piece,
         subject_in=subject_in,
         tensors=((name, weight(name, tensor)) for name, tensor in opened.tensors.items()),
@@ -189,10 +200,11 @@ def _of_folder(
     name: str, prompt: _Prompt, device: str, rescale: float, progress: Progress | None, how: dict[str, Any]
 ) -> Source:
     tokenizer = hf.open_tokenizer(name, trust_remote_code=how["trust_remote_code"])
-    tokens = prompt.tokens(tokenizer.encode, tokenizer.chat)
+    read = prompt.reader(tokenizer.encode, tokenizer.chat)
     if rescale == 1:
         return Source(
-            tokens=tokens,
+            tokens=read(prompt.asked),
+            read=read,
             piece=tokenizer.piece,
             subject_in=lambda dtype, announce: hf.open_model(
                 name, dtype=dtype, device=device, progress=announce, **how
@@ -202,7 +214,8 @@ def _of_folder(
         )
     folder = StressedFolder.of(name, rescale, progress=stage("reading weights", progress), **how)
     return Source(
-        tokens=tokens,
+        tokens=read(prompt.asked),
+        read=read,
         piece=tokenizer.piece,
         subject_in=lambda dtype, announce: folder.open(dtype, device=device, progress=announce),
         tensors=folder.tensors(),
@@ -216,9 +229,9 @@ def _opened(subject: Subject, prompt: _Prompt) -> Source:
         tokenizer = subject.module.tokenizer
         if tokenizer is None:
             raise MisuseError("A prompt is read by the model's tokenizer, and this model was built without one.")
-        tokens = prompt.tokens(tokenizer.encode, partial(tokenizer.chat, generation=subject.module.config.generation))
+        read = prompt.reader(tokenizer.encode, partial(tokenizer.chat, generation=subject.module.config.generation))
     elif isinstance(subject, hf.HuggingFaceModel) and subject.tokenizer is not None:
-        tokens = prompt.tokens(subject.tokenizer.encode, subject.tokenizer.chat)
+        read = prompt.reader(subject.tokenizer.encode, subject.tokenizer.chat)
     else:
         raise MisuseError(f"Expected a checkpoint's name or a model from open_model(), got {type(subject).__name__}.")
     weights = dict(subject.module.named_parameters())
@@ -231,7 +244,8 @@ def _opened(subject: Subject, prompt: _Prompt) -> Source:
         return subject
 
     return Source(
-        tokens=tokens,
+        tokens=read(prompt.asked),
+        read=read,
         piece=subject.piece,
         subject_in=subject_in,
         tensors=weights.items(),

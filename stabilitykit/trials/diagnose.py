@@ -102,9 +102,11 @@ def rounded_note(given: str, reference: nn.Module | None) -> tuple[str, ...]:
     )
 
 
-def of_reproduction(reproduction: Reproduction, *, progress: Progress | None = None) -> Diagnosis:
-    """Whatever can be run again, diagnosed."""
-    return _Diagnosing(reproduction, progress).run()
+def of_reproduction(
+    reproduction: Reproduction, *, command: str | None = None, progress: Progress | None = None
+) -> Diagnosis:
+    """Whatever can be run again, diagnosed. `command` is the command line to name in the result."""
+    return replace(_Diagnosing(reproduction, progress).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)

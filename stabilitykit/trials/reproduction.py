@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stabilitykit.errors import MisuseError
+from stabilitykit.models.stream import stored_weight
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
 from stabilitykit.scaling.blueprint import Blueprint
@@ -71,12 +72,9 @@ class Given:
         return copied(self.given if wide is None else wide, dtype)
 
     def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        made = copied(self.reference or self.given, "float32")
-        held = tensors_by_name(made)
-        for name, factor in scaling.parameters.items():
-            held[name].data = scaled(held[name].data, factor).to(held[name].dtype)
-        set_settings(made, blueprint_of(made), scaling.settings)
-        return made.to(getattr(torch, dtype))
+        made = self.model(dtype)
+        in_place(self.reference or self.given, made, scaling)
+        return made
 
     def run(self, model: nn.Module) -> Any:
         return self.call(model)
@@ -147,6 +145,15 @@ def copied(model: nn.Module, dtype: str) -> nn.Module:
             "FILE.py:make"
         ) from error
     return made.to(getattr(torch, dtype)) if dtype_of(made) != dtype else made
+
+
+def in_place(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
+    """Scales `low`: its weights become those of `wide`, scaled in float32 and rounded once, and its settings change."""
+    made = tensors_by_name(low)
+    with torch.no_grad():
+        for name, factor in scaling.parameters.items():
+            made[name].data = scaled(stored_weight(wide, name), factor).to(made[name])
+    set_settings(low, blueprint_of(low), scaling.settings)
 
 
 def set_settings(model: nn.Module, blueprint: Blueprint | None, settings: Mapping[str, int]) -> None:

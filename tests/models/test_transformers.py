@@ -110,8 +110,8 @@ def test_control_tokens_in_a_turn_are_text_unless_they_are_meant(folder: Path) -
     for text in ("a<eos>b", "<end_of_turn>", "<bos>\U000f0000<eos>", "x"):
         plain = tokenizer.encode(text, bos=False)
         meant = tokenizer.encode(text, bos=False, special_tokens=True)
-        for how, ids in (({}, plain), ({"special_tokens": True}, meant)):
-            made = tokenizer.chat(text, system=text, **how)
+        for is_meant, ids in ((False, plain), (True, meant)):
+            made = tokenizer.chat(text, system=text, special_tokens=is_meant)
             assert len(made) == turns + 2 * len(ids)
             assert (made[0], made.count(260)) == (2, 2)  # <bos>, and where each turn starts
             assert made[-len(ids) - 2 : -2] == ids  # before <end_of_turn> and a line's end

@@ -77,10 +77,13 @@ class Tokenizer:
         *,
         generation: Generation,
         system: str | None = None,
+        earlier: Sequence[tuple[str, str]] = (),
         bos: bool = True,
         special_tokens: bool = False,
     ) -> list[int]:
         """The ids of a user's turn in Gemma's template, after `<bos>`, up to where the model's turn begins.
+
+        `earlier` are turns before it: what the user said, and what the model answered.
 
         The prompt is plain text unless `special_tokens` is True: `<end_of_turn>` written in it ends nothing. White
         space around it goes, as in the released templates. Generation 3 reads `system` before the prompt, a blank line
@@ -89,13 +92,17 @@ class Tokenizer:
         """
         if system is not None and generation < 3:
             raise MisuseError(f"Gemma {generation} has no system role; a system text was given: put it in the prompt.")
-        prompt = prompt.strip() if system is None else f"{system}\n\n{prompt.strip()}"
         if _START not in self._controls or _END not in self._controls:
             raise MisuseError(f"A chat needs a vocabulary with {_START} and {_END}; this one lacks them. Use encode.")
         start, end = self._controls[_START], self._controls[_END]
         ids = [self._vocabulary.bos] if bos else []
-        user = self.encode(f"user\n{prompt}", bos=False, special_tokens=special_tokens)
-        ids += [start, *user, end, *self._plain("\n")]
+        said = [turn.strip() for pair in earlier for turn in pair] + [prompt.strip()]
+        if system is not None:
+            said[0] = f"{system}\n\n{said[0]}"
+        for number, turn in enumerate(said):
+            role = "model" if number % 2 else "user"
+            text = self.encode(f"{role}\n{turn}", bos=False, special_tokens=special_tokens)
+            ids += [start, *text, end, *self._plain("\n")]
         return [*ids, start, *self._plain("model\n")]
 
     def _plain(self, text: str) -> list[int]:

@@ -27,26 +27,33 @@ class HuggingFaceTokenizer:
         return [int(token) for token in ids]
 
     def chat(
-        self, text: str, *, system: str | None = None, bos: bool = True, special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        system: str | None = None,
+        earlier: Sequence[tuple[str, str]] = (),
+        bos: bool = True,
+        special_tokens: bool = False,
     ) -> list[int]:
         """One turn in the tokenizer's own chat template, up to where the answer begins; without `bos` less its first
-        token, where that is `<bos>`. `special_tokens` reads control tokens in the text; else only the template's are.
+        token, where that is `<bos>`. `earlier` are turns before it: what the user said, and what the model answered.
+        `special_tokens` reads control tokens in the text; else only the template's are.
 
         Raises MisuseError for a tokenizer without a template, for a template that refuses the turn, and for control
         tokens in the text where they cannot be told from the template's.
         """
         if not self.tokenizer.chat_template:
             raise MisuseError(f"The tokenizer of {self.source} has no chat template; leave out --chat.")
-        said = [text] if system is None else [system, text]
+        said = [*(turn for pair in earlier for turn in pair), text]
+        roles = ["assistant" if number % 2 else "user" for number in range(len(said))]
+        if system is not None:
+            said, roles = [system, *said], ["system", *roles]
         controls = self._controls()
         written = [] if special_tokens else [token for token in controls if any(token in part for part in said)]
         # what is written in the text stands behind a character of private use while the template is filled in
         unused = (mark for mark in map(chr, range(0xF0000, 0xFFFFE)) if not any(mark in part for part in said))
         hidden = dict(zip(written, unused, strict=False))
-        turns = [
-            {"role": role, "content": _replaced(part, hidden)}
-            for role, part in zip(("system", "user")[-len(said) :], said, strict=True)
-        ]
+        turns = [{"role": role, "content": _replaced(part, hidden)} for role, part in zip(roles, said, strict=True)]
         try:
             filled = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # jinja's, raised by the template itself

@@ -1,0 +1,131 @@
+"""`stabilitykit diagnose`: run a failing input again, and try on it what may help."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import stabilitykit.cli.options as options
+from stabilitykit.errors import MisuseError
+
+if TYPE_CHECKING:
+    from stabilitykit.run.batch import Asked
+
+
+def diagnose(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT | FILE.py:make",
+            help="What profile takes: gemma3-270m, a folder, a file, random:SIZE, hf:FOLDER or hf:NAME. Or a Python "
+            "file and a function in it, make(dtype), which returns (model, kwargs).",
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to run, or @FILE to read it from a UTF-8 file.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines: one prompt, or messages of a chat, a line, run together.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype that fails: float16, bfloat16 or float32.")] = "float16",
+    generate: Annotated[int, typer.Option(min=1, help="Tokens to generate, each a step of its own.")] = 1,
+    minimise: Annotated[
+        bool, typer.Option("--minimise", help="Then look for the shortest part of the input that fails alike.")
+    ] = False,
+    backward: Annotated[
+        bool,
+        typer.Option(
+            "--backward", help="Diagnose a training step: make returns (model, kwargs, loss, optimizer), loss(output)."
+        ),
+    ] = False,
+    loss_scale: Annotated[
+        float, typer.Option(min=1.0, help="With --backward: what the loss is multiplied by.")
+    ] = 65536.0,
+    clip: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="With --backward: the norm to which gradients are clipped.", show_default=False),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature (0 = greedy).")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    no_bos: options.NoBos = False,
+    chat: options.Chat = False,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Read control tokens written in a prompt as tokens.")
+    ] = False,
+    rescale: options.Rescale = 1.0,
+    attention: options.AttentionName = None,
+    adapter: options.Adapter = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    matmul: Annotated[
+        str | None,
+        typer.Option(
+            help="How 16-bit products are summed; float32-accumulate on a CPU unless given.", show_default=False
+        ),
+    ] = None,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Run an input that fails, and try on it what may help: other dtypes, then every change that fits what broke.
+
+    Says of each change whether it cures the failure, how far it is from float32, and what does it. Exits 0 whatever was
+    found.
+    """
+    from stabilitykit.cli import screen
+    from stabilitykit.records.document import to_document
+
+    if not (0 <= temperature < math.inf):
+        raise MisuseError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}.")
+    is_file = ".py:" in what or what.endswith(".py")
+    if backward and not is_file:
+        raise MisuseError("--backward diagnoses a training step, which only FILE.py:make describes.")
+    if is_file and (prompt is not None or batch is not None):
+        raise MisuseError("FILE.py:make brings its own input; leave out --prompt and --batch.")
+    with screen.progress_bar() as progress:
+        if is_file:
+            found = _of_file(what, dtype, minimise, backward, loss_scale, clip, progress)
+        else:
+            from stabilitykit.models.subject import Sampling
+            from stabilitykit.trials.diagnose import of_reproduction
+            from stabilitykit.trials.prompts import prompted
+
+            opened = prompted(
+                what,
+                _asked(prompt, batch, chat),
+                dtype=dtype,
+                new_tokens=generate,
+                sampling=Sampling(temperature=temperature or None, seed=seed),
+                matmul=matmul,
+                progress=progress,
+                bos=not no_bos,
+                special_tokens=special_tokens,
+                rescale=rescale,
+                attention=attention,
+                adapter=adapter,
+                trust_remote_code=trust_remote_code,
+                device=device,
+            )
+            found = of_reproduction(opened, command=options.command_line(), progress=progress)
+    if as_json:
+        screen.print_json(to_document(found))
+        return
+    screen.print_diagnosis(found)
+
+
+def _asked(prompt: str | None, batch: Path | None, chat: bool) -> "list[Asked]":
+    from dataclasses import replace
+
+    from stabilitykit.run.batch import Asked, read_batch
+
+    if (prompt is None) == (batch is None):
+        raise MisuseError("Give the input with either --prompt TEXT or --batch FILE.")
+    asked = read_batch(batch) if batch is not None else [Asked(text=options.prompt_text(str(prompt)))]
+    return [replace(one, chat=True) for one in asked] if chat else asked
+
+
+def _of_file(
+    what: str, dtype: str, minimise: bool, backward: bool, loss_scale: float, clip: float | None, progress: Any
+) -> Any:
+    raise NotImplementedError

@@ -1,0 +1,103 @@
+"""What was tried against a failure, as prose and tables."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stabilitykit.records.trials import Diagnosis, Smallest, Trial
+from stabilitykit.report.blocks import Block, Column, Prose
+from stabilitykit.report.style import share, size
+from stabilitykit.report.tables import table
+from stabilitykit.words import counted, quoted
+
+
+def blocks(diagnosis: Diagnosis) -> list[Block]:
+    """The advice, the smallest input that fails alike, the trials in figures, and what does each of them."""
+    is_well = diagnosis.finite and (diagnosis.harm is None or not diagnosis.harm.harmful)
+    made: list[Block] = []
+    if diagnosis.advice:
+        made.append(Prose(diagnosis.advice, tone="good" if is_well or diagnosis.cures else "bad"))
+    if diagnosis.smallest is not None:
+        made.append(Prose(_smallest(diagnosis.smallest)))
+    if diagnosis.trials:
+        made += _trials(diagnosis.trials)
+    if diagnosis.rounding:
+        made.append(_rounding(diagnosis))
+    if diagnosis.left_out:
+        told = " ".join(f"{name}: {why}" for name, why in diagnosis.left_out.items())
+        made.append(Prose(f"Not tried. {told}", tone="note"))
+    return made
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}"
+
+
+_COLUMNS: Sequence[tuple[Column, Callable[[Trial], Any]]] = [
+    (Column("change"), lambda one: one.name),
+    (Column("cures it"), lambda one: one.cured),
+    (Column("mean KL", format=_short), lambda one: one.distance and one.distance.kl_mean),
+    (Column("largest KL", format=_short), lambda one: one.distance and one.distance.kl_max),
+    (Column("mean error", format=_short), lambda one: one.distance and one.distance.error_mean),
+    (Column("largest error", format=_short), lambda one: one.distance and one.distance.error_max),
+    (Column("top-1", format=share), lambda one: one.distance and one.distance.top1),
+    (Column("lost rows concerned: error", format=_short), lambda one: one.concerned and one.concerned.error_max),
+    (Column("extra", unit="bytes", format=size), lambda one: one.memory),
+    (Column("a folder can carry it"), lambda one: one.carried),
+]
+_WHAT: Sequence[tuple[Column, Callable[[Trial], Any]]] = [
+    (Column("change"), lambda one: one.name),
+    (Column("what it does"), lambda one: one.summary),
+    (Column("what came of it"), lambda one: one.then or ("finite" if one.finite else "not finite")),
+    (Column("what does it"), lambda one: one.command),
+]
+
+
+def _trials(trials: Sequence[Trial]) -> list[Block]:
+    known = [column for column in _COLUMNS if any(column[1](one) is not None for one in trials)]
+    is_kl = any(one.distance is not None and one.distance.kl_mean is not None for one in trials)
+    if is_kl:  # it says the same better
+        known = [column for column in known if column[0].name != "mean error"]
+    kl = "KL: from float32's next-token distribution, in nats a row. " if is_kl else ""
+    measured = table(
+        "trials",
+        "Tried on this input, what cures it first",
+        trials,
+        known,
+        note=f"{kl}Error: the largest difference in a row, in parts of the largest magnitude that float32 returned. A "
+        "dash: nothing could be compared. Extra: beyond a plain run.",
+        alarming=lambda one: not one.cured,
+    )
+    said = table(
+        "trials-explained",
+        "What each change does, and what came of it",
+        trials,
+        _WHAT,
+        note="What no folder can carry needs a change of code. Lines of Python are for the model as it is in memory.",
+    )
+    return [measured, said]
+
+
+def _smallest(found: Smallest) -> str:
+    after = sum(map(len, found.tokens))
+    shown = found.texts or [str(list(row)) for row in found.tokens]
+    what = " / ".join(quoted(text) for text in shown)
+    minimal = ", and without any one of them the break is another or gone" if found.minimal else ""
+    return (
+        f"The smallest input found that fails alike has {counted(after, 'token')} of {found.before:,}{minimal}: "
+        f"{what}. {found.runs:,} runs were made."
+    )
+
+
+def _rounding(diagnosis: Diagnosis) -> Block:
+    return table(
+        "rounding",
+        "The same model run in other ways, all of them finite: what differs is rounding",
+        diagnosis.rounding,
+        [
+            (Column("way"), lambda one: one.name),
+            (Column("mean KL", format=_short), lambda one: one.distance.kl_mean),
+            (Column("largest error", format=_short), lambda one: one.distance.error_max),
+            (Column("same tokens", format=share), lambda one: one.same_tokens),
+        ],
+        note=f"Against the plain run in {diagnosis.dtype}.",
+    )

@@ -1,0 +1,148 @@
+"""Prompts on a checkpoint, run as often as needed: in each dtype, shortened, or with its weights scaled."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from stabilitykit.errors import MisuseError
+from stabilitykit.models.gemma.sampler import Sampler
+from stabilitykit.models.matmul import preferred_matmul
+from stabilitykit.models.subject import Continuation, Sampling, Subject
+from stabilitykit.models.transformers import HuggingFaceModel
+from stabilitykit.records.scaling import Scaling
+from stabilitykit.run.batch import Asked
+from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.source import Source, SourceOptions, open_source
+from stabilitykit.trials.reproduction import in_place
+
+_MOST = 1 << 27  # logits: half a gigabyte in float32
+_SAMPLING = Sampling()
+_OPENED: "WeakKeyDictionary[nn.Module, Subject]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted:
+    """`tokens` of each row, continued by `new_tokens` as `sampling` says; shorter rows are padded on the left.
+
+    `name` is the checkpoint's, as the user gave it.
+    """
+
+    name: str
+    opened: Source
+    tokens: tuple[tuple[int, ...], ...]
+    dtype: str
+    device: str = "cpu"
+    new_tokens: int = 1
+    sampling: Sampling = _SAMPLING
+    kind: str | None = None  # how 16-bit products are summed
+    progress: Progress | None = field(default=None, compare=False)
+    grad: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        return self.name
+
+    @property
+    def matmul(self) -> str | None:
+        return self.kind or preferred_matmul(self.dtype, self.device)
+
+    @property
+    def text(self) -> Callable[[int], str]:
+        return self.opened.piece
+
+    def with_tokens(self, rows: Sequence[Sequence[int]]) -> "Prompted":
+        """The same on other tokens."""
+        return replace(self, tokens=tuple(map(tuple, rows)))
+
+    def model(self, dtype: str) -> nn.Module:
+        subject = self.opened.subject_in(dtype, stage(f"preparing weights in {dtype}", self.progress))
+        _OPENED[subject.module] = subject
+        return subject.module
+
+    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
+        """Scaled in float32 in memory, and rounded once; what a model keeps in float32 stays so."""
+        wide, low = self.model("float32"), self.model(dtype)
+        in_place(wide, low, scaling)
+        return low
+
+    def run(self, model: nn.Module) -> Any:
+        subject = _OPENED[model]
+        width = max(map(len, self.tokens))
+        if width + self.new_tokens - 1 > subject.context:
+            raise MisuseError(
+                f"The prompt does not fit the model's context of {subject.context:,} tokens: it has {width:,}. Shorten "
+                "it."
+            )
+        rows = [[subject.pad] * (width - len(row)) + list(row) for row in self.tokens]
+        ids = torch.tensor(rows, device=subject.device)
+        real = torch.tensor([[at >= width - len(row) for at in range(width)] for row in self.tokens], device=ids.device)
+        padding = None if bool(real.all()) else real
+        if self.new_tokens == 1 and isinstance(subject, HuggingFaceModel):
+            return self._prefill(subject, ids, padding)
+        how = Continuation(
+            new_tokens=self.new_tokens,
+            sampling=self.sampling,
+            padding=padding,
+            every_logit=not isinstance(subject, HuggingFaceModel) and self._fits(ids, model),
+        )
+        return subject.decode(ids, how, lambda logits: False)
+
+    def _prefill(self, subject: HuggingFaceModel, ids: Tensor, padding: Tensor | None) -> Tensor:
+        """One pass, as `generate` begins, but with the logits of all positions; and a draw from the last."""
+        takes = inspect.signature(subject.causal.forward).parameters
+        given: dict[str, Any] = {"input_ids": ids}
+        if padding is not None:
+            given["attention_mask"] = padding.long()
+            if "position_ids" in takes:
+                given["position_ids"] = (padding.long().cumsum(-1) - 1).clamp(min=0)
+        if "logits_to_keep" in takes and not self._fits(ids, subject.module):
+            given["logits_to_keep"] = 1
+        logits = subject.module(**given).logits
+        how = self.sampling
+        generator = None if how.seed is None else torch.Generator(logits.device).manual_seed(how.seed)
+        drawn: Tensor = Sampler()(
+            logits[:, -1], temperature=how.temperature or None, top_p=how.top_p, top_k=how.top_k, generator=generator
+        )
+        return drawn
+
+    def _fits(self, ids: Tensor, model: nn.Module) -> bool:
+        """Whether the logits of all positions are few enough to be kept beside those of another run."""
+        rows = max((one.shape[0] for one in model.parameters() if one.ndim == 2), default=0)
+        return ids.numel() * rows <= _MOST
+
+
+def prompted(
+    checkpoint: str,
+    prompts: Sequence[Asked],
+    *,
+    dtype: str = "float16",
+    new_tokens: int = 1,
+    sampling: Sampling | None = None,
+    matmul: str | None = None,
+    progress: Progress | None = None,
+    **how: Any,
+) -> Prompted:
+    """Opens a checkpoint for these prompts; `how` are options of `profile` but for chats. Raises as that does."""
+    first, *rest = prompts
+    options: SourceOptions = {**how, "chat": first.chat, "system": first.system}  # type: ignore[typeddict-item]
+    opened = open_source(
+        checkpoint, first.text, matmul=matmul, more_tokens=new_tokens - 1, progress=progress, **options
+    )
+    rows = [opened.read(one) for one in prompts] if rest or first.earlier else [opened.tokens]
+    return Prompted(
+        name=checkpoint,
+        opened=opened,
+        tokens=tuple(map(tuple, rows)),
+        dtype=dtype,
+        device=str(how.get("device", "cpu")),
+        new_tokens=new_tokens,
+        sampling=sampling or _SAMPLING,
+        kind=matmul,
+        progress=progress,
+    )
