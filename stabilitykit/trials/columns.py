@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabilitykit.errors import MisuseError
@@ -104,3 +104,13 @@ class GivenColumns(Given):
 
     def with_columns(self, rows: Sequence[int], columns: Sequence[int]) -> Given:
         return replace(self, call=called(self.given, self.method, *self.columns.kept(rows, columns)))
+
+
+def given_call(
+    model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, dtype: str, **how: Any
+) -> Given:
+    """A model that is there, and a call of one of its methods; with token ids that can be left out, if it has any."""
+    call, columns = called(model, method, args, kwargs), Columns.of(args, kwargs)
+    if columns is None:
+        return Given(model, call, dtype, **how)
+    return GivenColumns(model, call, dtype, columns=columns, method=method, **how)

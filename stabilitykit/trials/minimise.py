@@ -8,7 +8,7 @@ Most runs stop at the first break.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import nn
 
@@ -26,7 +26,6 @@ Tokens = tuple[tuple[int, ...], ...]
 """The tokens of each row."""
 
 
-@runtime_checkable
 class Prompted(Reproduction, Protocol):
     """Runs prompts: rows of any lengths, without padding."""
 
@@ -51,6 +50,11 @@ class Columned(Reproduction, Protocol):
         Raises MisuseError for what cannot be left out.
         """
         ...
+
+
+def has_tokens(reproduction: Reproduction) -> TypeGuard[Prompted | Columned]:
+    """Whether there are tokens to leave out."""
+    return bool(getattr(reproduction, "tokens", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +233,10 @@ class _Search:
             return None
 
     def fewer(self, kept: _Kept) -> Reproduction:
-        if isinstance(self.reproduction, Columned):
-            return self.reproduction.with_columns(kept.rows, kept.columns[0])
-        return self.reproduction.with_tokens(kept.tokens(self.tokens))
+        whole = self.reproduction
+        if isinstance(whole, Columned):
+            return whole.with_columns(kept.rows, kept.columns[0])
+        return whole.with_tokens(kept.tokens(self.tokens))
 
     # What is left out
 
