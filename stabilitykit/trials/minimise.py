@@ -108,19 +108,22 @@ def minimise(
         are so but for the numbers of layers. Which token breaks may change, and so may its layer.
     """
     model = reproduction.model(reproduction.dtype) if model is None else model
-    first = recorded(reproduction, model).recording if recording is None else recording
-    found = decisive(first)
+    search = _Search(reproduction, model, most_runs, progress)
+    if recording is None:
+        stopped = search.recorded(reproduction, whole=False)
+        search.past = next(iter(stopped.header.starts), 0)
+        broke = stopped.first_break()
+        smallest = None if broke is None else search.run(broke, by_first=True)
+        if broke is None or smallest is not None:
+            return smallest
+        recording = search.recorded(reproduction, whole=True)
+    search.past = next(iter(recording.header.starts), 0)
+    found = decisive(recording)
     if found is None:
         return None
-    past = next(iter(first.header.starts), 0)
-    by_first = first.first_break() is found.broke
-    search = _Search(reproduction, model, found.broke, past, most_runs, by_first, progress)
-    smallest = search.run()
-    if smallest is None:  # in some smaller input the first break was harmless, and not what decides
-        search = _Search(reproduction, model, found.broke, past, most_runs, False, progress, search.runs)
-        smallest = search.run()
-    assert smallest is not None
-    return smallest
+    first = recording.first_break() is found.broke
+    smallest = search.run(found.broke, by_first=first, harmless=found.harmless is True)
+    return smallest or search.run(found.broke, by_first=False)
 
 
 class _RunsSpentError(Exception):
@@ -128,37 +131,33 @@ class _RunsSpentError(Exception):
 
 
 class _Search:
-    """`past` tokens are in a cache. `by_first`: what broke first in the whole is what decides, so that runs may stop
-    there.
-    """
-
     def __init__(
         self,
         reproduction: Prompted | Columned,
         model: nn.Module,
-        broke: Record,
-        past: int,
         most_runs: int,
-        by_first: bool,
         progress: Progress | None,
-        runs: int = 1,
     ) -> None:
         self.reproduction = reproduction
         self.model = model
-        self.broke = broke  # of what is kept
-        self.wanted = _mark(broke)
-        self.past = past
         self.most_runs = most_runs
-        self.by_first = by_first
-        self.runs = runs
+        self.runs = 0
+        self.past = 0  # tokens in a cache
         self.tell = progress or (lambda what, done, total: None)
         self.tokens = reproduction.tokens
-        self.kept = _Kept.whole(self.tokens, isinstance(reproduction, Columned))
         self.before = sum(map(len, self.tokens))
-        self.known: dict[_Kept, bool] = {}
 
-    def run(self) -> Smallest | None:
-        """None where runs stopped at a first break that does not decide."""
+    def run(self, broke: Record, *, by_first: bool, harmless: bool = False) -> Smallest | None:
+        """The smallest input that breaks as `broke`, which did in the whole one, harmlessly or not.
+
+        `by_first`: it was the first to break there, so that runs stop at the first break. None where it turns out that
+        what breaks first does not decide.
+        """
+        self.broke = broke  # of what is kept
+        self.wanted = _mark(broke)
+        self.by_first = by_first
+        self.kept = _Kept.whole(self.tokens, isinstance(self.reproduction, Columned))
+        self.gone: set[_Kept] = set()  # without these the break is gone
         minimal = True
         try:
             self.cut_tail()
@@ -174,10 +173,10 @@ class _Search:
         except _RunsSpentError:
             minimal = False
         broke = self.broke
-        if self.by_first and self.known:
+        if self.by_first:
             last = self.record(self.kept, whole=True)
             found = None if last is None else decisive(last)
-            if found is None or _mark(found.broke) != self.wanted:
+            if found is None or _mark(found.broke) != self.wanted or (found.harmless and not harmless):
                 return None
             broke = found.broke
         assert broke.broke is not None
@@ -197,16 +196,17 @@ class _Search:
 
     def attempt(self, kept: _Kept) -> bool:
         """Whether the break stays; what is kept is this, then."""
-        if kept not in self.known:
-            if self.runs >= self.most_runs:
-                raise _RunsSpentError
-            broke = self.breaks(kept)
-            self.known[kept] = broke is not None
-            if broke is not None:
-                self.kept, self.broke = kept, broke
-                self.cut_tail()
-            return broke is not None
-        return False  # one that stays is what is kept, or more than that
+        if kept in self.gone:
+            return False
+        if self.runs >= self.most_runs:
+            raise _RunsSpentError
+        broke = self.breaks(kept)
+        if broke is None:
+            self.gone.add(kept)
+            return False
+        self.kept, self.broke = kept, broke
+        self.cut_tail()
+        return True
 
     def breaks(self, kept: _Kept) -> Record | None:
         """The same break with fewer tokens."""
@@ -223,14 +223,16 @@ class _Search:
 
     def record(self, kept: _Kept, *, whole: bool) -> Recording | None:
         """None for what cannot be run."""
-        self.runs += 1
         left = sum(map(len, kept.tokens(self.tokens)))
         self.tell(f"trying {left:,} tokens", self.before - sum(map(len, self.kept.tokens(self.tokens))), self.before)
         try:
-            fewer = self.fewer(kept)
-            return recorded(fewer, self.model, stop_at_break=not whole).recording
+            return self.recorded(self.fewer(kept), whole=whole)
         except MisuseError:
             return None
+
+    def recorded(self, reproduction: Reproduction, *, whole: bool) -> Recording:
+        self.runs += 1
+        return recorded(reproduction, self.model, stop_at_break=not whole).recording
 
     def fewer(self, kept: _Kept) -> Reproduction:
         whole = self.reproduction
