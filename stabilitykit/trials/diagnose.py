@@ -212,9 +212,7 @@ class _Diagnosing:
         for one in attempts:
             far = one.compared.distance().error_max
             if one.candidate.name == "bfloat16" and not one.finite:
-                made = answers(
-                    self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16)
-                )
+                made = answers(self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16))
                 far = compare(made, self.reference).distance().error_max if made.finite else None
             if one.candidate.name == "bfloat16" and far is not None:
                 return max(_CLOSE * far, _LEAST)

@@ -28,7 +28,9 @@ def plain_cache(situation: Situation) -> Iterator[Candidate | LeftOut]:
     if not seen.others:
         return
     if seen.filled:
-        yield LeftOut(NAME, f"The {seen.others[0]} that is passed holds keys and values already, which it wrote itself.")
+        yield LeftOut(
+            NAME, f"The {seen.others[0]} that is passed holds keys and values already, which it wrote itself."
+        )
         return
     yield Candidate(
         name=NAME,

@@ -29,7 +29,9 @@ def without_padding(situation: Situation) -> Iterator[Candidate | LeftOut]:
         return
     calls = 1 + max(one.step for one in situation.low)
     if calls > 1:
-        yield LeftOut(NAME, f"The model is called {calls:,} times; run each row of the batch alone without its padding.")
+        yield LeftOut(
+            NAME, f"The model is called {calls:,} times; run each row of the batch alone without its padding."
+        )
         return
     padded = int((~mask).any(-1).sum())
     yield Candidate(
