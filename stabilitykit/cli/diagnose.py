@@ -107,7 +107,7 @@ def diagnose(
                 trust_remote_code=trust_remote_code,
                 device=device,
             )
-            found = of_reproduction(opened, command=options.command_line(), progress=progress)
+            found = of_reproduction(opened, minimise=minimise, command=options.command_line(), progress=progress)
     if as_json:
         screen.print_json(to_document(found))
         return

@@ -12,16 +12,19 @@ from stabilitykit.diagnosis.trials import advice, happened
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models.devices import parse_dtype
+from stabilitykit.records import Recording
 from stabilitykit.records.scaling import UNCHANGED
-from stabilitykit.records.trials import Diagnosis, Trial
+from stabilitykit.records.trials import Diagnosis, Smallest, Trial
 from stabilitykit.run.case import Progress
 from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates import CANDIDATES
+from stabilitykit.trials.columns import given_call
 from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
+from stabilitykit.trials.minimise import has_tokens, minimise
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Kept, Reproduction, called, copied, dtype_of, same_draws
+from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -35,6 +38,7 @@ def diagnose(
     dtype: str | None = None,
     reference: nn.Module | None = None,
     matmul: str | None = None,
+    minimise: bool = False,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
@@ -47,6 +51,9 @@ def diagnose(
         reference: the original in float32, for a model whose weights were already rounded. Without it the model is
             compared with its own rounded weights, computed in float32, and a note says so.
         matmul: how 16-bit products are summed, as in `record`; as torch does unless given.
+        minimise: also look for the smallest part of the input that fails alike, among rows and tokens of `input_ids`,
+            or of whatever argument holds token ids; masks, positions and what else has a column for each are cut with
+            them.
         progress: called with (what is being done, how much of it is done, out of how much).
         kwargs: what it is called with, by name.
 
@@ -55,7 +62,8 @@ def diagnose(
         as they are: copies are run.
 
     Raises:
-        MisuseError: for what is not a module or a method of one, and for a model that cannot be copied.
+        MisuseError: for what is not a module or a method of one, for a model that cannot be copied, and with
+            `minimise` for arguments without token ids.
     """
     owner = getattr(model, "__self__", model)
     if not isinstance(owner, nn.Module):
@@ -64,15 +72,18 @@ def diagnose(
             f"{type(model).__name__}."
         )
     given = dtype_of(owner)
-    reproduction = Given(
+    method = "__call__" if owner is model else model.__name__
+    reproduction = given_call(
         owner,
-        called(owner, "__call__" if owner is model else model.__name__, args, kwargs),
-        failing_dtype(dtype, given),
+        method,
+        args,
+        kwargs,
+        dtype=failing_dtype(dtype, given),
         reference=reference,
         matmul=matmul,
         notes=rounded_note(given, reference),
     )
-    return of_reproduction(_where_it_fails(reproduction, dtype, given), progress=progress)
+    return of_reproduction(_where_it_fails(reproduction, dtype, given), minimise=minimise, progress=progress)
 
 
 def diagnose_run(
@@ -108,11 +119,18 @@ def rounded_note(given: str, reference: nn.Module | None) -> tuple[str, ...]:
 
 
 def of_reproduction(
-    reproduction: Reproduction, *, command: str | None = None, progress: Progress | None = None
+    reproduction: Reproduction,
+    *,
+    minimise: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
 ) -> Diagnosis:
-    """Whatever can be run again, diagnosed. `command` is the command line to name in the result."""
+    """Whatever can be run again, diagnosed. `command` is the command line to name in the result.
+
+    Raises MisuseError where it is to `minimise` what has no tokens.
+    """
     with same_draws():
-        return replace(_Diagnosing(reproduction, progress).run(), command=command)
+        return replace(_Diagnosing(reproduction, minimise, progress).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +144,14 @@ class _Attempt:
 
 
 class _Diagnosing:
-    def __init__(self, reproduction: Reproduction, progress: Progress | None) -> None:
+    def __init__(self, reproduction: Reproduction, minimise: bool, progress: Progress | None) -> None:
         self.reproduction = reproduction
+        self.minimise = minimise
+        if minimise and not has_tokens(reproduction):
+            raise MisuseError(
+                "Only an input with tokens can be made smaller: prompts, or token ids [rows, columns] among a call's "
+                "arguments, such as input_ids. This one has none; leave minimise out."
+            )
         self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
@@ -173,11 +197,17 @@ class _Diagnosing:
             plain=low.distance(),
             trials=tuple(sorted(trials, key=_order)),
             harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
+            smallest=self.smallest(plain.recording),
             left_out=left_out,
             notes=(*reproduction.notes, *_notes(wide.answers, self.wide)),
             findings=document(plain.recording, wide.recording),
         )
         return replace(found, advice=advice(found))
+
+    def smallest(self, recording: Recording) -> Smallest | None:
+        if not self.minimise or not has_tokens(self.reproduction):
+            return None
+        return minimise(self.reproduction, model=self.model, recording=recording, progress=self.tell)
 
     def widest(self, watch: Sequence[tuple[str, int]]) -> Recorded:
         """The run that others are compared with: nothing in it is stored in fewer bits."""
