@@ -135,6 +135,11 @@ class Diagnosis:
         return {trial.name: trial for trial in self.trials}[name]
 
     @property
+    def is_well(self) -> bool:
+        """Whether everything is finite, and nothing that overflowed on the way did any harm."""
+        return self.finite and (self.harm is None or not self.harm.harmful)
+
+    @property
     def cures(self) -> tuple[Trial, ...]:
         """The trials that cure it, the best first."""
         return tuple(trial for trial in self.trials if trial.cured)
