@@ -43,6 +43,9 @@ class Altered:
     def text(self) -> Callable[[int], str] | None:
         return self.of.text
 
+    def in_dtype(self, dtype: str) -> str:
+        return self.of.in_dtype(dtype)
+
     def model(self, dtype: str) -> nn.Module:
         return self.of.model(dtype)
 

@@ -12,6 +12,8 @@ from stabilitykit.diagnosis.trials import advice, happened
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models.devices import parse_dtype
+from stabilitykit.recorder.names import site_path
+from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Recording
 from stabilitykit.records.scaling import UNCHANGED
 from stabilitykit.records.trials import Diagnosis, Smallest, Trial
@@ -172,6 +174,7 @@ class _Diagnosing:
         tolerance = self.tolerance(attempts)
         never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
+        self.find_weights(plain.recording)
         situation = look(self.models, plain.recording, wide.recording)
         without, rows = None, set[Row]()
         if plain.answers.finite and situation.found is not None:
@@ -209,6 +212,19 @@ class _Diagnosing:
             return None
         return minimise(self.reproduction, model=self.model, recording=recording, progress=self.tell)
 
+    def find_weights(self, recording: Recording) -> None:
+        """Tells the records of a run in which a weight is not finite what that weight is in float32."""
+        broken = [one for one in recording if one.broke is not None and one.broke.kind == "weight"]
+        if not broken or recording.header.weights is not None:
+            return
+        wide = self.models.model(self.wide)
+        names = [name for name, one in self.model.named_parameters() if not one.isfinite().all()]
+        if all(bool(wide.get_parameter(name).isfinite().all()) for name in names):
+            found = check_weights(
+                ((site_path(name), wide.get_parameter(name).detach()) for name in names), (self.dtype,)
+            )
+            recording.header = replace(recording.header, weights=found[self.dtype])
+
     def widest(self, watch: Sequence[tuple[str, int]]) -> Recorded:
         """The run that others are compared with: nothing in it is stored in fewer bits."""
         model = self.models.model(self.wide)
@@ -235,12 +251,11 @@ class _Diagnosing:
         others = [one for one in ("bfloat16", "float32") if one != self.dtype]
         if self.dtype == "float32":
             others = ["float64"]
-        named = self.reproduction.source
         return [
             Candidate(
                 name=name,
                 summary=f"Everything in {name}.",
-                command=f"model.to(torch.{name})" if named is None else f"stabilitykit profile {named} --dtype {name}",
+                command=self.reproduction.in_dtype(name),
                 dtype=name,
                 carried=True,
                 extra=self.bytes(name),

@@ -163,6 +163,9 @@ class FromFile:
         """Empty where no token ids are among the arguments."""
         return () if self._columns is None else self._columns.tokens
 
+    def in_dtype(self, dtype: str) -> str:
+        return f"{self.make.name}(torch.{dtype})"
+
     def model(self, dtype: str) -> nn.Module:
         first, self._first = self._first, None
         if first is not None and dtype == self.dtype:

@@ -223,8 +223,11 @@ class _Search:
 
     def record(self, kept: _Kept, *, whole: bool) -> Recording | None:
         """None for what cannot be run."""
-        left = sum(map(len, kept.tokens(self.tokens)))
-        self.tell(f"trying {left:,} tokens", self.before - sum(map(len, self.kept.tokens(self.tokens))), self.before)
+        self.tell(
+            "minimising",
+            self.before - sum(map(len, self.kept.tokens(self.tokens))),
+            self.before,
+        )
         try:
             return self.recorded(self.fewer(kept), whole=whole)
         except MisuseError:

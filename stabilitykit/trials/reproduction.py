@@ -41,6 +41,10 @@ class Reproduction(Protocol):
     @property
     def text(self) -> Callable[[int], str] | None: ...
 
+    def in_dtype(self, dtype: str) -> str:
+        """What to type to have the same in another dtype."""
+        ...
+
     def model(self, dtype: str) -> nn.Module:
         """The model in `dtype`, made anew."""
         ...
@@ -63,6 +67,9 @@ class Given:
     matmul: str | None = None
     notes: tuple[str, ...] = ()
     text: Callable[[int], str] | None = None
+
+    def in_dtype(self, dtype: str) -> str:
+        return f"model.to(torch.{dtype})"
 
     def model(self, dtype: str) -> nn.Module:
         if self.reference is not None and dtype != dtype_of(self.given):
