@@ -29,7 +29,9 @@ def without_padding(situation: Situation) -> Iterator[Candidate | LeftOut]:
         return
     calls = 1 + max(one.step for one in situation.low)
     if calls > 1:
-        yield LeftOut(NAME, f"The model is called {calls:,} times; run each row of the batch alone without its padding.")
+        yield LeftOut(
+            NAME, f"The model is called {calls:,} times; run each row of the batch alone without its padding."
+        )
         return
     padded = int((~mask).any(-1).sum())
     yield Candidate(
@@ -52,7 +54,7 @@ def _stands_at(mask: Tensor, row: int | None, position: int | None, hidden: bool
     return not bool(mask[row, position])
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a run that was made to see what a model is given."""
 
 
@@ -64,7 +66,7 @@ def _mask_of(situation: Situation) -> Tensor | None:
         mask = _named(module, args, kwargs).get(_MASK)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.append(mask.bool().cpu())
-        raise _Enough
+        raise _EnoughError
 
     @contextmanager
     def around() -> Iterator[None]:
