@@ -21,7 +21,7 @@ from stabilitykit.trials.candidates import CANDIDATES
 from stabilitykit.trials.candidates.operator import OPERATORS
 from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Reproduction, called, dtype_of, same_draws
+from stabilitykit.trials.reproduction import Given, Kept, Reproduction, called, dtype_of, same_draws
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -123,6 +123,7 @@ class _Attempt:
 class _Diagnosing:
     def __init__(self, reproduction: Reproduction, progress: Progress | None) -> None:
         self.reproduction = reproduction
+        self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
         self.tell = progress or (lambda what, done, total: None)
@@ -130,7 +131,7 @@ class _Diagnosing:
     def run(self) -> Diagnosis:
         reproduction = self.reproduction
         self.tell(f"recording in {self.dtype}", 0, 1)
-        self.model = reproduction.model(self.dtype)
+        self.model = self.models.model(self.dtype)
         plain = recorded(reproduction, self.model)
         watch = [(one.site, one.broke_at) for one in plain.recording if one.broke_at is not None]
         self.tell(f"recording in {self.wide}", 0, 1)
@@ -141,11 +142,12 @@ class _Diagnosing:
         tolerance = self.tolerance(attempts)
         never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
-        situation = look(reproduction, self.model, plain.recording, wide.recording)
+        situation = look(self.models, plain.recording, wide.recording)
         left_out: dict[str, str] = {}
         is_wrong = not plain.answers.finite or bool(concerned)
         if situation.found is not None and is_wrong:
             made, left_out = self.offers(situation)
+            self.models.drop("bfloat16")
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
@@ -167,7 +169,7 @@ class _Diagnosing:
 
     def widest(self, watch: Sequence[tuple[str, int]]) -> Recorded:
         """The run that others are compared with: nothing in it is stored in fewer bits."""
-        model = self.reproduction.model(self.wide)
+        model = self.models.model(self.wide)
         recast = Recast(getattr(torch, self.wide))
         formats = (self.dtype,) if self.dtype in FORMATS else ()
         return recorded(self.reproduction, model, recast=recast, formats=formats, watch=watch)
@@ -231,18 +233,16 @@ class _Diagnosing:
         return Recast(getattr(torch, dtype), source)
 
     def attempt(self, candidate: Candidate) -> _Attempt:
-        reproduction, reference = candidate.instead or self.reproduction, self.reference
+        models = self.models if candidate.instead is None else Kept(candidate.instead)
+        reproduction, reference = models.of, self.reference
         dtype = candidate.dtype or self.dtype
         try:
             if candidate.instead is not None or candidate.reference is not None:
-                wide = reproduction.model(self.wide)
+                wide = models.model(self.wide)
                 same = None if candidate.reference is None else candidate.reference(wide)
                 reference = answers(reproduction, wide, around=same, recast=Recast(getattr(torch, self.wide)))
-            model = self.model
-            if candidate.scaling != UNCHANGED:
-                model = reproduction.scaled(dtype, candidate.scaling)
-            elif dtype != self.dtype or candidate.instead is not None:
-                model = reproduction.model(dtype)
+            is_plain = candidate.scaling == UNCHANGED
+            model = models.model(dtype) if is_plain else models.scaled(dtype, candidate.scaling)
             recast = self.recast(dtype)
             made = answers(reproduction, model, around=candidate.around(model), recast=recast)
         except MisuseError as error:

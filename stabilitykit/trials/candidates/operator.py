@@ -37,4 +37,5 @@ def wider_operator(situation: Situation) -> Iterator[Candidate]:
         command=f"# in {broke.module or 'the model'}: {broke.operator}(operand.float()), and .to(torch.{low}) of what "
         "is made of its result",
         around=in_float32_at(situation.low, sites),
+        extra=2 * broke.elements,  # one tensor at a time
     )
