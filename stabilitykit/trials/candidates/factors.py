@@ -171,8 +171,8 @@ class _Factors:
         shown = [f"{path} by 2^{_exponent(one)}" for path, one in parameters.items()]
         yield Candidate(
             name="projection and eps factors",
-            summary=f"Multiplies {listed(shown, 2)}, and the eps of {listed(list(settings), 2)} by the square of that: what "
-            "the norm returns stays.",
+            summary=f"Multiplies {listed(shown, 2)}, and the eps of {listed(list(settings), 2)} by the square of that: "
+            "what the norm returns stays.",
             command="\n".join(
                 [self.command(path, one) for path, one in parameters.items()]
                 + [
