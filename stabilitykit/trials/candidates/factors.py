@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabilitykit.diagnosis.parts import is_activation, is_norm
+from stabilitykit.diagnosis.parts import Part, is_activation, is_norm
 from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.recorder.names import site_path
 from stabilitykit.records.scaling import Factor, Scaling
@@ -24,7 +24,11 @@ _QUERY, _KEY, _VALUE = (
     ("k_proj", "key", "k", "to_k", "k_lin", "key_proj"),
     ("v_proj", "value", "v", "to_v", "v_lin", "value_proj"),
 )
-_ROLES = {"query": (0, _QUERY, "q_norm"), "key": (1, _KEY, "k_norm"), "value": (2, _VALUE, "v_norm")}
+_ROLES: dict[Part, tuple[int, tuple[str, ...], str]] = {
+    "query": (0, _QUERY, "q_norm"),
+    "key": (1, _KEY, "k_norm"),
+    "value": (2, _VALUE, "v_norm"),
+}
 _OUTPUTS = ("o_proj", "out_proj", "dense", "o", "c_proj", "proj", "wo", "to_out.0", "out_lin")
 _SCALES = ("scaling", "scale")
 _UP = ("up_proj", "wi_1", "w3")
@@ -36,14 +40,11 @@ def factors(situation: Situation) -> Iterator[Candidate]:
     if situation.reproduction.dtype != "float16" or situation.kind not in ("overflow", "reduction"):
         return
     found = _Factors(situation)
-    part = situation.part
-    if found.adapted is not None:
-        part = "up" if found.adapted.rpartition(".")[2] in _UP else part
-    match part:
+    match found.part():
         case "gate-up" | "up":
             yield from found.up_and_down()
         case "query" | "key":
-            yield from found.query_and_key(part)
+            yield from found.query_and_key()
         case "scores":
             yield from found.query_and_scale("query")
         case "value" | "cache":
@@ -86,6 +87,20 @@ class _Factors:
         base, adapter, _ = self.broke.site.partition(_ADAPTER)
         self.adapted = base if adapter else None  # the projection that an adapter is on, where that is what broke
 
+    def part(self) -> Part | None:
+        """What broke, as far as paths say more than the records: of adapters, gains and fused projections."""
+        if self.adapted is not None:
+            return "up" if self.adapted.rpartition(".")[2] in _UP else self.situation.part
+        last = self.broke.module.rpartition(".")[2]
+        if last in ("q_norm", "k_norm") and (self.broke.site == self.broke.module or self.broke.operator == "mul"):
+            return "query" if last == "q_norm" else "key"
+        if last in ("c_attn", "qkv_proj") and self.broke.broke is not None:
+            for part in _ROLES:
+                own = self.role(part)
+                if own is not None and own.ends and self.broke.broke.index[-1] < own.ends[own.at]:
+                    return part
+        return self.situation.part
+
     # what is offered
 
     def up_and_down(self) -> Iterator[Candidate]:
@@ -102,8 +117,10 @@ class _Factors:
             last = _Written(down)
         yield from self.candidate("up and down factors", up, last, reads=True)
 
-    def query_and_key(self, part: str) -> Iterator[Candidate]:
-        other = "key" if part == "query" else "query"
+    def query_and_key(self) -> Iterator[Candidate]:
+        part = self.part()
+        assert part is not None
+        other: Part = "key" if part == "query" else "query"
         own, partner = self.role(part), self.role(other)
         if own is None or partner is None:
             return
@@ -112,7 +129,7 @@ class _Factors:
         else:
             yield from self.query_and_scale(part)
 
-    def query_and_scale(self, part: str) -> Iterator[Candidate]:
+    def query_and_scale(self, part: Part) -> Iterator[Candidate]:
         """With the scale of the scores, where the attention keeps it."""
         attention, own = self.attention(), self.role(part)
         if attention is None or own is None:
@@ -236,7 +253,7 @@ class _Factors:
             path = path.rpartition(".")[0]
         return None
 
-    def role(self, part: str) -> _Written | None:
+    def role(self, part: Part) -> _Written | None:
         """What writes queries, keys or values: the norm's gain where one follows the projection."""
         attention = self.attention()
         if attention is None:
