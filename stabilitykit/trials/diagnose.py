@@ -235,12 +235,14 @@ class _Diagnosing:
     def tolerance(self, attempts: Sequence[_Attempt]) -> float:
         """How far from float32 a run may be and still be as close as a 16-bit format comes: some bfloat16's worth.
 
-        Where bfloat16 fails as well, because code casts to something narrower, it is a run without those casts.
+        Where bfloat16 fails as well, because code casts to something narrower, those casts round, and do not overflow.
         """
         for one in attempts:
             far = one.compared.distance().error_max
             if one.candidate.name == "bfloat16" and not one.finite:
-                made = answers(self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16))
+                made = answers(
+                    self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16, rounds=True)
+                )
                 far = compare(made, self.reference).distance().error_max if made.finite else None
             if one.candidate.name == "bfloat16" and far is not None:
                 return max(_CLOSE * far, _LEAST)

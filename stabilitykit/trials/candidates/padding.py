@@ -16,13 +16,14 @@ from stabilitykit.words import counted
 
 NAME = "without padding"
 _MASK = "attention_mask"
+_NOT_COMPUTED = ("weight", "input", "constant")  # of a break that no token has a part in
 _COMMAND = "[model(ids[None, keep]) for ids, keep in zip(input_ids, attention_mask.bool())]"
 
 
 def without_padding(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """Where what broke stands at padding, or in a row of a mask that hides all its keys."""
     broke = situation.broke
-    if broke is None or broke.broke is None or situation.is_outside:
+    if broke is None or broke.broke is None or situation.is_outside or situation.kind in _NOT_COMPUTED:
         return
     mask = _mask_of(situation)
     if mask is None or not _stands_at(mask, broke.broke.row, broke.broke.position, situation.kind == "masked-row"):
