@@ -26,8 +26,8 @@ def happened(recording: Recording, error: str) -> str:
 def advice(diagnosis: Diagnosis) -> str:
     """One paragraph: what was tried, what cures it, at what distance from float32, and what does not."""
     dtype, cures = diagnosis.dtype, diagnosis.cures
-    changes = [one for one in diagnosis.trials if one.name not in ("bfloat16", "float32", "float64")]
-    formats = [one for one in diagnosis.trials if one not in changes]
+    changes = [one for one in diagnosis.trials if not one.is_format]
+    formats = [one for one in diagnosis.trials if one.is_format]
     parts = [_harm(diagnosis), _formats(formats, dtype, bool(diagnosis.finite and diagnosis.harm is None))]
     best = next((one for one in cures if one in changes), None)
     if best is not None:

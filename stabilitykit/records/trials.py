@@ -49,6 +49,11 @@ class Trial:
     command: str
 
     @property
+    def is_format(self) -> bool:
+        """Whether it is another dtype for everything, and nothing else."""
+        return self.name == self.dtype
+
+    @property
     def far(self) -> float:
         """KL where there is one, else the error; infinite where nothing could be compared."""
         one = self.distance

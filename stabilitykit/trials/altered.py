@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from stabilitykit.records.scaling import Scaling
 from stabilitykit.remedies.remedy import Around
 from stabilitykit.trials.reproduction import Reproduction
 
@@ -46,9 +45,6 @@ class Altered:
 
     def model(self, dtype: str) -> nn.Module:
         return self.of.model(dtype)
-
-    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        return self.of.scaled(dtype, scaling)
 
     def run(self, model: nn.Module) -> Any:
         with self.around(model):

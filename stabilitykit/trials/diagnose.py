@@ -21,7 +21,7 @@ from stabilitykit.trials.candidates import CANDIDATES
 from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Reproduction, called, copied, dtype_of
+from stabilitykit.trials.reproduction import Given, Kept, Reproduction, called, copied, dtype_of, same_draws
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -111,7 +111,8 @@ def of_reproduction(
     reproduction: Reproduction, *, command: str | None = None, progress: Progress | None = None
 ) -> Diagnosis:
     """Whatever can be run again, diagnosed. `command` is the command line to name in the result."""
-    return replace(_Diagnosing(reproduction, progress).run(), command=command)
+    with same_draws():
+        return replace(_Diagnosing(reproduction, progress).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class _Attempt:
 class _Diagnosing:
     def __init__(self, reproduction: Reproduction, progress: Progress | None) -> None:
         self.reproduction = reproduction
+        self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
         self.tried: dict[str, _Attempt] = {}
@@ -135,7 +137,7 @@ class _Diagnosing:
     def run(self) -> Diagnosis:
         reproduction = self.reproduction
         self.tell(f"recording in {self.dtype}", 0, 1)
-        self.model = reproduction.model(self.dtype)
+        self.model = self.models.model(self.dtype)
         plain = recorded(reproduction, self.model)
         watch = [(one.site, one.broke_at) for one in plain.recording if one.broke_at is not None]
         self.tell(f"recording in {self.wide}", 0, 1)
@@ -145,7 +147,7 @@ class _Diagnosing:
         attempts = [self.attempt(one) for one in self.dtypes()]
         tolerance = _tolerance(attempts)
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
-        situation = look(reproduction, self.model, plain.recording, wide.recording)
+        situation = look(self.models, plain.recording, wide.recording)
         without, rows = None, set[Row]()
         if plain.answers.finite and situation.found is not None:
             self.tell("measuring the harm", 0, 1)
@@ -155,6 +157,7 @@ class _Diagnosing:
         is_wrong = not plain.answers.finite or bool(concerned or rows)
         if situation.found is not None and is_wrong:
             made, left_out = self.offers(situation)
+            self.models.drop("bfloat16")
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
@@ -177,7 +180,7 @@ class _Diagnosing:
 
     def widest(self, watch: Sequence[tuple[str, int]]) -> Recorded:
         """The run that others are compared with: nothing in it is stored in fewer bits."""
-        model = self.reproduction.model(self.wide)
+        model = self.models.model(self.wide)
         recast = Recast(getattr(torch, self.wide))
         formats = (self.dtype,) if self.dtype in FORMATS else ()
         return recorded(self.reproduction, model, recast=recast, formats=formats, watch=watch)
@@ -223,17 +226,15 @@ class _Diagnosing:
         return self.tried[candidate.name]
 
     def _attempt(self, candidate: Candidate) -> _Attempt:
-        reproduction, reference = candidate.instead or self.reproduction, self.reference
+        models = self.models if candidate.instead is None else Kept(candidate.instead)
+        reproduction, reference = models.of, self.reference
         dtype = candidate.dtype or self.dtype
         try:
             if candidate.instead is not None:
-                wide = reproduction.model(self.wide)
+                wide = models.model(self.wide)
                 reference = answers(reproduction, wide, recast=Recast(getattr(torch, self.wide)))
-            model = self.model
-            if candidate.scaling != UNCHANGED:
-                model = reproduction.scaled(dtype, candidate.scaling)
-            elif dtype != self.dtype or candidate.instead is not None:
-                model = reproduction.model(dtype)
+            is_plain = candidate.scaling == UNCHANGED
+            model = models.model(dtype) if is_plain else models.scaled(dtype, candidate.scaling)
             recast = None
             if dtype != self.dtype:
                 recast = Recast(getattr(torch, dtype), getattr(torch, self.dtype))
@@ -282,9 +283,11 @@ def _judged(one: _Attempt, tolerance: float, concerned: set[Row], dtype: str, wi
     )
 
 
-def _order(trial: Trial) -> tuple[bool, bool, bool, float]:
-    """What cures comes first; of that what a folder can carry; then by the distance from float32."""
-    return (not trial.cured, not trial.carried, not trial.finite, trial.far)
+def _order(trial: Trial) -> tuple[bool, bool, bool, bool, float]:
+    """What cures comes first; of that changes within the dtype, those first that a folder can carry, before other
+    dtypes; then by the distance from float32.
+    """
+    return (not trial.cured, trial.is_format, not trial.carried, not trial.finite, trial.far)
 
 
 def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:

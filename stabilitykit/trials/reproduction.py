@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.stream import stored_weight
+from stabilitykit.recorder.record import unrecorded
 from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
 from stabilitykit.scaling.blueprint import Blueprint
@@ -41,15 +42,11 @@ class Reproduction(Protocol):
     def text(self) -> Callable[[int], str] | None: ...
 
     def model(self, dtype: str) -> nn.Module:
-        """The model in `dtype`, to be changed at will."""
-        ...
-
-    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        """The model with its weights and settings scaled before they are rounded to `dtype`."""
+        """The model in `dtype`, made anew."""
         ...
 
     def run(self, model: nn.Module) -> Any:
-        """Runs a model that `model` or `scaled` made, and returns what the caller of the failing run would get."""
+        """Runs a model that `model` made, and returns what the caller of the failing run would get."""
         ...
 
 
@@ -72,13 +69,36 @@ class Given:
             return copied(self.reference, dtype)
         return copied(self.given, dtype)
 
+    def run(self, model: nn.Module) -> Any:
+        return self.call(model)
+
+
+class Kept:
+    """The models of a reproduction, each opened once and left as it is."""
+
+    def __init__(self, reproduction: Reproduction) -> None:
+        self.of = reproduction
+        self._models: dict[str, nn.Module] = {}
+
+    def model(self, dtype: str) -> nn.Module:
+        """In `dtype`, as it is."""
+        if dtype not in self._models:
+            self._models[dtype] = self.of.model(dtype)
+        return self._models[dtype]
+
     def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        made = self.model(dtype)
-        in_place(self.reference or self.given, made, scaling)
+        """Another one, with its weights and settings scaled in float32 before they are rounded to `dtype`."""
+        made = self.of.model(dtype)
+        _scale(self.model("float32"), made, scaling)
         return made
 
     def run(self, model: nn.Module) -> Any:
-        return self.call(model)
+        """As the reproduction does."""
+        return self.of.run(model)
+
+    def drop(self, dtype: str) -> None:
+        """The model in `dtype` is needed no more."""
+        self._models.pop(dtype, None)
 
 
 def called(model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
@@ -89,17 +109,20 @@ def called(model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[s
     kept = tree_map_only(Tensor, lambda one: one.detach().clone(), (list(args), dict(kwargs)))
     kept[1].pop("streamer", None)
 
-    def call(other: nn.Module) -> Any:
+    def fresh(other: nn.Module) -> Any:
         target = getattr(torch, dtype_of(other))
         try:
             made = copy.deepcopy(kept, {id(model): other})
         except RuntimeError as error:
             raise MisuseError(f"An argument cannot be copied, so that it cannot be passed again: {error}") from error
-        fresh_args, fresh_kwargs = tree_map_only(
-            Tensor, lambda one: one.to(target) if one.dtype == own and target != own else one, made
-        )
-        for value in fresh_kwargs.values():
+        cast = tree_map_only(Tensor, lambda one: one.to(target) if one.dtype == own and target != own else one, made)
+        for value in cast[1].values():
             _recast_inside(value, own, target)
+        return cast
+
+    def call(other: nn.Module) -> Any:
+        with unrecorded():
+            fresh_args, fresh_kwargs = fresh(other)
         return getattr(other, method)(*fresh_args, **fresh_kwargs)
 
     return call
@@ -148,7 +171,7 @@ def copied(model: nn.Module, dtype: str) -> nn.Module:
     return made.to(getattr(torch, dtype)) if dtype_of(made) != dtype else made
 
 
-def in_place(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
+def _scale(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
     """Scales `low`: its weights become those of `wide`, scaled in float32 and rounded once, and its settings change."""
     made = tensors_by_name(low)
     with torch.no_grad():

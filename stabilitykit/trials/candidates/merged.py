@@ -1,6 +1,5 @@
 """An adapter merged into the weights in float32, and rounded after that."""
 
-import copy
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,12 +10,11 @@ import torch
 from torch import nn
 
 from stabilitykit.recorder.names import site_path
-from stabilitykit.records.scaling import UNCHANGED, Scaling
+from stabilitykit.records.scaling import UNCHANGED
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates.large_weights import lines, moved, past_maximum, told
-from stabilitykit.trials.reproduction import in_place
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import number
 
@@ -83,9 +81,3 @@ class _Merged(Altered):
         wide: Any = self.of.model("float32")
         made: nn.Module = wide.merge_and_unload()
         return made.to(getattr(torch, dtype))
-
-    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        wide = self.model("float32")
-        low = copy.deepcopy(wide).to(getattr(torch, dtype))
-        in_place(wide, low, scaling)
-        return low

@@ -14,6 +14,7 @@ from stabilitykit.scaling.subjects import blueprint_of
 from stabilitykit.trials.answers import outputs_of
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
+from stabilitykit.words import counted
 
 NAME = "rescale"
 _MARGIN = 1.0  # bits of headroom to ask for
@@ -39,10 +40,10 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
             handle.remove()
         return kept or [tensor for tensor, _ in outputs_of(model, result)]
 
-    wide = reproduction.model("float32")
+    wide = situation.models.model("float32")
     try:
         with torch.inference_mode():
-            traced = look(wide, reproduction.model("bfloat16"), [run], blueprint_of(wide))
+            traced = look(wide, situation.models.model("bfloat16"), [run], blueprint_of(wide))
             solution = traced.solve(margin=_MARGIN)
     except (MisuseError, RuntimeError, TypeError, ValueError) as error:
         yield LeftOut(NAME, str(error).splitlines()[0] if str(error) else f"{type(error).__name__} while tracing.")
@@ -52,10 +53,12 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
         yield LeftOut(NAME, "No exact scaling brings every tensor under the maximum.")
         return
     scaling = solution.scaling
+    changed = len(scaling.settings)
+    settings = f" and {counted(changed, 'setting')}" if changed else ""
     named = reproduction.source
     yield Candidate(
         name=NAME,
-        summary=f"Multiplies {len(scaling.parameters)} weights and {len(scaling.settings)} settings by powers of two: "
+        summary=f"Multiplies {counted(len(scaling.parameters), 'tensor')} of the weights{settings} by powers of two: "
         "the same function, to the last bit in float32.",
         command=f"stabilitykit repair {named} --out {_folder(named)}"
         if named is not None

@@ -1,0 +1,166 @@
+"""`diagnose`: what it tries and shows, and that nothing of the caller's changes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from truth.decoders import IDS, LAST, product, residual
+from truth.models import decoder
+
+import stabilitykit as sk
+from stabilitykit.errors import MisuseError
+from stabilitykit.records.document import to_document
+from stabilitykit.trials.diagnose import diagnose_run
+from stabilitykit.trials.recast import Recast
+
+HALF = torch.float16
+
+
+def llama_with_a_large_product() -> Any:
+    """Its gate · up overflows float16 at one position, and nothing else does."""
+    return product("llama").model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def keys_of(cache: Any) -> list[Tensor]:
+    return [layer.keys for layer in cache.layers]
+
+
+def test_what_cures_comes_first_and_says_how_far_it_is_from_float32() -> None:
+    model = llama_with_a_large_product()
+    found = sk.diagnose(model, input_ids=IDS)
+    assert not found.finite
+    assert found.trials[0].cured
+    assert [one.cured for one in found.trials] == sorted((one.cured for one in found.trials), reverse=True)
+    with torch.inference_mode():
+        expected = model.float()(IDS).logits
+        wide = copy.deepcopy(model)
+        mlp = wide.model.layers[1].mlp
+        mlp.up_proj.weight.data /= 4
+        mlp.down_proj.weight.data *= 4
+        by_hand = wide.half()(IDS).logits.float()
+    best = found["up and down factors"]
+    assert best.cured
+    assert best.distance is not None
+    far = (by_hand - expected).abs().amax() / expected.abs().max()
+    assert best.distance.error_max == pytest.approx(float(far), rel=1e-4)
+    p, q = expected.double().log_softmax(-1), by_hand.double().log_softmax(-1)
+    assert best.distance.kl_mean == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_change_that_does_not_cure_is_said_not_to() -> None:
+    found = sk.diagnose(llama_with_a_large_product(), input_ids=IDS)
+    failed = [one for one in found.trials if not one.cured]
+    for one in failed:
+        assert one.then or (one.distance is not None and one.distance.error_max), one
+    assert not any(one.name in found.advice.partition("without success")[0] for one in failed)
+
+
+def test_which_dtype_is_finite_is_tried_too() -> None:
+    found = sk.diagnose(llama_with_a_large_product(), input_ids=IDS)
+    assert found["float32"].cured
+    assert found["bfloat16"].cured
+    assert "It is the format" in found.advice
+
+
+def test_a_finite_run_is_said_to_be_finite_and_nothing_is_tried() -> None:
+    found = sk.diagnose(decoder("llama").half(), input_ids=IDS)
+    assert found.finite
+    assert {one.name for one in found.trials} == {"bfloat16", "float32"}
+    assert "finite throughout" in found.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_model_random_numbers_and_cache_stay_as_they_are(dtype: torch.dtype) -> None:
+    model = llama_with_a_large_product().to(dtype)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    keys = [cached.clone() for cached in keys_of(cache)]
+    before, hooks = state(model), [len(one._forward_hooks) for one in model.modules()]
+    draws = torch.get_rng_state()
+    sk.diagnose(model, input_ids=IDS, past_key_values=cache, dtype="float16")
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert [len(one._forward_hooks) for one in model.modules()] == hooks
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(map(torch.equal, keys_of(cache), keys))
+    assert len(keys_of(cache)) == len(keys)
+
+
+def test_buffers_that_a_forward_pass_writes_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).half().train()
+    before = state(model)
+    sk.diagnose(model, torch.full((3, 4), 300.0, dtype=HALF))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_generate_is_diagnosed_as_it_is_called() -> None:
+    model = residual("gemma", position=LAST).model
+    draws = torch.get_rng_state()
+    found = sk.diagnose(model.generate, IDS, max_new_tokens=3, do_sample=True)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert "sampling raises" in found.verdict or "probability tensor" in str(found.findings["error"])
+    assert found["rescale"].cured
+
+
+def test_with_a_reference_the_original_weights_are_what_it_is_compared_with() -> None:
+    original = llama_with_a_large_product().float()
+    original.model.layers[0].mlp.up_proj.weight.data *= 1.0 + 2.0**-13  # what float16 rounds away
+    low = copy.deepcopy(original).half()
+    alone, beside = sk.diagnose(low, input_ids=IDS), sk.diagnose(low, input_ids=IDS, reference=original)
+    assert any("already" in note for note in alone.notes)
+    assert not any("already" in note for note in beside.notes)
+    assert alone.plain is not None
+    assert beside.plain is not None
+    assert alone.plain.error_mean != beside.plain.error_mean
+
+
+def test_the_document_is_plain_json_values() -> None:
+    document = to_document(sk.diagnose(llama_with_a_large_product(), input_ids=IDS))
+    assert document["trials"][0]["cured"] is True
+
+
+class Fixed(nn.Module):
+    """Casts to float16 itself, whatever its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.half() * 300) / 600
+
+
+def test_code_that_fixes_float16_itself_is_run_wider_all_the_same() -> None:
+    found = diagnose_run(Fixed(), lambda model: model(torch.full((1, 2, 4), 300.0)), dtype="float16")
+    assert not found.finite
+    assert found["float32"].cured
+    assert any("asks for narrower formats" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "llama", "qwen3moe", "gpt2"])
+def test_recast_runs_a_float16_model_as_its_float32_copy_does(name: str) -> None:
+    """Weights that were rounded to float16, computed in float32, bit for bit."""
+    model = decoder(name).half()
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).float()(IDS).logits
+        with Recast(torch.float32) as recast:
+            found = model(IDS).logits
+    assert recast.changed
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_misuse_is_refused() -> None:
+    with pytest.raises(MisuseError, match=r"expects a torch\.nn\.Module or a method of one"):
+        sk.diagnose(lambda x: x, 1)
+    with pytest.raises(MisuseError, match="float17"):
+        sk.diagnose(nn.Linear(1, 1), torch.ones(1, 1), dtype="float17")
+    model = nn.Linear(2, 2)
+    model.extra = model.weight * 2
+    with pytest.raises(MisuseError, match="cannot be copied"):
+        sk.diagnose(model, torch.ones(1, 2))
