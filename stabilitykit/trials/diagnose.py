@@ -22,6 +22,7 @@ from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Given, Kept, Reproduction, called, copied, dtype_of, same_draws
+from stabilitykit.trials.rounding import rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -35,6 +36,7 @@ def diagnose(
     dtype: str | None = None,
     reference: nn.Module | None = None,
     matmul: str | None = None,
+    compiled: bool = False,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
@@ -47,6 +49,7 @@ def diagnose(
         reference: the original in float32, for a model whose weights were already rounded. Without it the model is
             compared with its own rounded weights, computed in float32, and a note says so.
         matmul: how 16-bit products are summed, as in `record`; as torch does unless given.
+        compiled: compare a run that stays in range with one through torch.compile, too, which takes a minute or so.
         progress: called with (what is being done, how much of it is done, out of how much).
         kwargs: what it is called with, by name.
 
@@ -72,7 +75,7 @@ def diagnose(
         matmul=matmul,
         notes=rounded_note(given, reference),
     )
-    return of_reproduction(_where_it_fails(reproduction, dtype, given), progress=progress)
+    return of_reproduction(_where_it_fails(reproduction, dtype, given), compiled=compiled, progress=progress)
 
 
 def diagnose_run(
@@ -108,11 +111,15 @@ def rounded_note(given: str, reference: nn.Module | None) -> tuple[str, ...]:
 
 
 def of_reproduction(
-    reproduction: Reproduction, *, command: str | None = None, progress: Progress | None = None
+    reproduction: Reproduction,
+    *,
+    command: str | None = None,
+    compiled: bool = False,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Whatever can be run again, diagnosed. `command` is the command line to name in the result."""
     with same_draws():
-        return replace(_Diagnosing(reproduction, progress).run(), command=command)
+        return replace(_Diagnosing(reproduction, progress, compiled).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,8 @@ class _Attempt:
 
 
 class _Diagnosing:
-    def __init__(self, reproduction: Reproduction, progress: Progress | None) -> None:
+    def __init__(self, reproduction: Reproduction, progress: Progress | None, compiled: bool) -> None:
+        self.compiled = compiled
         self.reproduction = reproduction
         self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
@@ -161,6 +169,10 @@ class _Diagnosing:
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
+        rounded, unrounded = (), ()
+        if plain.answers.finite and not is_wrong:
+            self.tell("comparing ways to run it", 0, 1)
+            rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
         trials = [_judged(one, tolerance, concerned | rows, self.dtype, within) for one in attempts]
         found = Diagnosis(
@@ -172,8 +184,9 @@ class _Diagnosing:
             plain=low.distance(),
             trials=tuple(sorted(trials, key=_order)),
             harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
+            rounding=rounded,
             left_out=left_out,
-            notes=(*reproduction.notes, *_notes(wide.answers, self.wide)),
+            notes=(*reproduction.notes, *_notes(wide.answers, self.wide), *unrounded),
             findings=document(plain.recording, wide.recording),
         )
         return replace(found, advice=advice(found))
