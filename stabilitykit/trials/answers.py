@@ -1,6 +1,7 @@
 """What a run gives: the outputs of every call of the model, what its caller gets, and what was raised."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,25 @@ class Output:
         for size in self.shape[1:-1]:
             inner *= size
         return row // inner, row % inner
+
+    def first(self, rows: int) -> "Output":
+        """The first so many rows of a batch, of an output of which all rows were kept."""
+        shape = (rows, *self.shape[1:])
+        most = math.prod(shape[:-1])
+        kept = self.rows < most
+        lost = tuple(row for row in self.lost if row < most)
+        return Output(self.values[kept.to(self.values.device)], self.rows[kept], shape, lost, self.logits)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Output"]) -> "Output":
+        """The rows of several batches as one, of outputs of which all rows were kept."""
+        shape = (sum(one.shape[0] for one in parts), *parts[0].shape[1:])
+        rows, lost, before = [], [], 0
+        for one in parts:
+            rows.append(one.rows + before)
+            lost += [row + before for row in one.lost]
+            before += math.prod(one.shape[:-1])
+        return cls(torch.cat([one.values for one in parts]), torch.cat(rows), shape, tuple(lost), parts[0].logits)
 
 
 @dataclass(slots=True)

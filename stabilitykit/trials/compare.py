@@ -69,7 +69,7 @@ def compare(ours: Answers, theirs: Answers) -> Compared:
     error: dict[Row, float] = {}
     kl: dict[Row, float] = {}
     same: dict[Row, bool] = {}
-    for number, (one, other) in enumerate(_pairs(ours, theirs)):
+    for number, (one, other) in enumerate(pairs(ours, theirs)):
         a, b = one.values.float(), other.values.float()
         places = other.rows.tolist()
         away = torch.where(a == b, torch.zeros((), device=a.device), (a - b).abs())
@@ -92,7 +92,8 @@ def compare(ours: Answers, theirs: Answers) -> Compared:
     return Compared(error, kl, same)
 
 
-def _pairs(ours: Answers, theirs: Answers) -> Iterator[tuple[Output, Output]]:
+def pairs(ours: Answers, theirs: Answers) -> Iterator[tuple[Output, Output]]:
+    """The outputs of both, call by call, as long as the calls were given the same integers and returned as much."""
     for one, given, other, expected in zip(ours.outputs, ours.given, theirs.outputs, theirs.given, strict=False):
         alike = len(given) == len(expected) and all(map(_equal, given, expected))
         if not alike or one.shape != other.shape:

@@ -16,7 +16,7 @@ from stabilitykit.recorder.names import site_path
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Recording
 from stabilitykit.records.scaling import UNCHANGED
-from stabilitykit.records.trials import Diagnosis, Smallest, Trial
+from stabilitykit.records.trials import Diagnosis, Rounding, Smallest, Trial
 from stabilitykit.run.case import Progress
 from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.candidate import Candidate
@@ -27,6 +27,7 @@ from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
 from stabilitykit.trials.minimise import has_tokens, minimise
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
+from stabilitykit.trials.rounding import rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -41,6 +42,7 @@ def diagnose(
     reference: nn.Module | None = None,
     matmul: str | None = None,
     minimise: bool = False,
+    compiled: bool = False,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
@@ -56,6 +58,7 @@ def diagnose(
         minimise: also look for the smallest part of the input that fails alike, among rows and tokens of `input_ids`,
             or of whatever argument holds token ids; masks, positions and what else has a column for each are cut with
             them.
+        compiled: compare a run that stays in range with one through torch.compile, too, which takes a minute or so.
         progress: called with (what is being done, how much of it is done, out of how much).
         kwargs: what it is called with, by name.
 
@@ -85,7 +88,9 @@ def diagnose(
         matmul=matmul,
         notes=rounded_note(given, reference),
     )
-    return of_reproduction(_where_it_fails(reproduction, dtype, given), minimise=minimise, progress=progress)
+    return of_reproduction(
+        _where_it_fails(reproduction, dtype, given), minimise=minimise, compiled=compiled, progress=progress
+    )
 
 
 def diagnose_run(
@@ -124,6 +129,7 @@ def of_reproduction(
     reproduction: Reproduction,
     *,
     minimise: bool = False,
+    compiled: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
@@ -132,7 +138,7 @@ def of_reproduction(
     Raises MisuseError where it is to `minimise` what has no tokens.
     """
     with same_draws():
-        return replace(_Diagnosing(reproduction, minimise, progress).run(), command=command)
+        return replace(_Diagnosing(reproduction, progress, minimise, compiled).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +152,8 @@ class _Attempt:
 
 
 class _Diagnosing:
-    def __init__(self, reproduction: Reproduction, minimise: bool, progress: Progress | None) -> None:
+    def __init__(self, reproduction: Reproduction, progress: Progress | None, minimise: bool, compiled: bool) -> None:
+        self.compiled = compiled
         self.reproduction = reproduction
         self.minimise = minimise
         if minimise and not has_tokens(reproduction):
@@ -189,6 +196,10 @@ class _Diagnosing:
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
+        rounded, unrounded = tuple[Rounding, ...](), tuple[str, ...]()
+        if plain.answers.finite and not is_wrong:
+            self.tell("comparing ways to run it", 0, 1)
+            rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
         trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
         found = Diagnosis(
@@ -201,8 +212,9 @@ class _Diagnosing:
             trials=tuple(sorted(trials, key=_order)),
             harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
             smallest=self.smallest(plain.recording),
+            rounding=rounded,
             left_out=left_out,
-            notes=(*reproduction.notes, *_notes(wide.answers, self.wide)),
+            notes=(*reproduction.notes, *_notes(wide.answers, self.wide), *unrounded),
             findings=document(plain.recording, wide.recording),
         )
         return replace(found, advice=advice(found))

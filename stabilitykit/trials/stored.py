@@ -53,10 +53,10 @@ def held_by(model: nn.Module) -> Iterator[Held]:
 
 def wide_model(situation: Situation) -> nn.Module:
     """The model in float32, with the names of the one that fails: an adapter is merged where it is merged in that."""
-    wide: Any = situation.reproduction.model("float32")
+    wide: Any = situation.models.model("float32")
     if hasattr(wide, "merge_and_unload") and not hasattr(situation.model, "merge_and_unload"):
-        merged: nn.Module = wide.merge_and_unload()
-        return merged
+        adapted: Any = situation.reproduction.model("float32")  # another one, for it changes
+        wide = adapted.merge_and_unload()
     model: nn.Module = wide
     return model
 

@@ -25,7 +25,7 @@ def large_weights(situation: Situation) -> Iterator[Candidate]:
     """Where weights overflow float16, and the float32 originals are known."""
     if situation.kind != "weight" or situation.reproduction.dtype != "float16":
         return
-    wide = situation.reproduction.model("float32")
+    wide = situation.models.model("float32")
     if hasattr(wide, "merge_and_unload"):  # it has an adapter of its own
         return
     past = past_maximum(wide)
