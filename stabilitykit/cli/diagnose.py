@@ -85,7 +85,7 @@ def diagnose(
         raise MisuseError("FILE.py:make brings its own input; leave out --prompt and --batch.")
     with screen.progress_bar() as progress:
         if is_file:
-            found = _of_file(what, dtype, minimise, backward, loss_scale, clip, progress)
+            found = _of_file(what, dtype, matmul, minimise, backward, loss_scale, clip, progress)
         else:
             from stabilitykit.models.subject import Sampling
             from stabilitykit.trials.diagnose import of_reproduction
@@ -107,7 +107,7 @@ def diagnose(
                 trust_remote_code=trust_remote_code,
                 device=device,
             )
-            found = of_reproduction(opened, command=options.command_line(), progress=progress)
+            found = of_reproduction(opened, minimise=minimise, command=options.command_line(), progress=progress)
     if as_json:
         screen.print_json(to_document(found))
         return
@@ -126,6 +126,19 @@ def _asked(prompt: str | None, batch: Path | None, chat: bool) -> "list[Asked]":
 
 
 def _of_file(
-    what: str, dtype: str, minimise: bool, backward: bool, loss_scale: float, clip: float | None, progress: Any
+    what: str,
+    dtype: str,
+    matmul: str | None,
+    minimise: bool,
+    backward: bool,
+    loss_scale: float,
+    clip: float | None,
+    progress: Any,
 ) -> Any:
-    raise NotImplementedError
+    from stabilitykit.trials.diagnose import of_reproduction
+    from stabilitykit.trials.file import FromFile
+
+    if backward:
+        raise NotImplementedError
+    opened = FromFile.load(what, dtype, matmul)
+    return of_reproduction(opened, minimise=minimise, command=options.command_line(), progress=progress)

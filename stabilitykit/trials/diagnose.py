@@ -289,7 +289,7 @@ def _judged(one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row
     """`never` are the rows that float32 loses: with a change that it needs too, any finite number will do there."""
     candidate, distance = one.candidate, one.compared.distance()
     wanted = one.compared.distance(one.compared.error.keys() - never) if candidate.reference else distance
-    is_close = wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
+    is_close = distance.rows > 0 and wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
     return Trial(
         name=candidate.name,
         summary=candidate.summary,
@@ -334,8 +334,12 @@ def _harm(
 
 
 def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:
-    if not wide.recast:
-        return ()
-    return (
-        f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in it",
-    )
+    notes = []
+    if wide.recast:
+        notes.append(
+            f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in "
+            "it"
+        )
+    if wide.error is not None and not wide.outputs:
+        notes.append(f"nothing can be compared, because the run in {dtype} raised {wide.error}")
+    return tuple(notes)
