@@ -15,6 +15,7 @@ from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Reproduction, same_draws
+from stabilitykit.trials.sampling import Choices
 
 _KEPT = 1 << 26  # elements of an output that are kept to compare; of more, rows evenly spaced, the last one among them
 _CACHES = ("past", "cache")
@@ -73,10 +74,11 @@ def answers(
 ) -> Answers:
     """Runs `model` inside `recast`, `around` and `recorder`, entered in this order, and keeps what it gives.
 
-    Whatever is raised becomes the `error`.
+    Whatever is raised becomes the `error`; so does a choice among no tokens, at which greedy decoding raises nothing.
     """
     found = Answers()
     seen: list[Tensor] = []
+    choices = Choices()
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with _disable_current_modes():  # what is computed here is no part of the run that is changed
@@ -91,6 +93,7 @@ def answers(
             stack.enter_context(same_draws())
             stack.enter_context(torch.enable_grad() if reproduction.grad else torch.inference_mode())
             stack.callback(model.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(choices.seen(model))
             if reproduction.matmul is not None:
                 stack.enter_context(matmul(reproduction.matmul))
             for one in (recast, around, recorder):
@@ -101,6 +104,8 @@ def answers(
         raise
     except Exception as error:
         found.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    if found.error is None and not any(output.lost for output in found.outputs):
+        found.error = choices.problem
     found.recast = 0 if recast is None else recast.changed
     ends = {one.data_ptr() for one in seen if one.numel()}
     for tensor, logits in outputs_of(model, result):

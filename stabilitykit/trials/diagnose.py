@@ -14,23 +14,22 @@ from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.records import Recording
 from stabilitykit.records.scaling import UNCHANGED
-from stabilitykit.records.trials import Diagnosis, Harm, Smallest, Trial
+from stabilitykit.records.trials import Diagnosis, Smallest, Trial
 from stabilitykit.run.case import Progress
 from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates import CANDIDATES
-from stabilitykit.trials.candidates.operator import OPERATORS
 from stabilitykit.trials.columns import given_call
 from stabilitykit.trials.compare import Compared, Row, compare
+from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
 from stabilitykit.trials.minimise import has_tokens, minimise
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Kept, Reproduction, dtype_of, same_draws
+from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
 _LEAST = 2.0**-9  # what rounding alone may come to
 _NEAR = 2.0**-6  # where bfloat16 has nothing to compare with
-_WORST = 8  # rows
 
 
 def diagnose(
@@ -48,7 +47,7 @@ def diagnose(
     Args:
         model: a torch.nn.Module, or a bound method of one, such as its `generate`.
         args: what it is called with.
-        dtype: the dtype that fails: that of the model, unless it is float32; then float16.
+        dtype: the dtype that fails: that of the model, unless it is float32 and does not fail in it; then float16.
         reference: the original in float32, for a model whose weights were already rounded. Without it the model is
             compared with its own rounded weights, computed in float32, and a note says so.
         matmul: how 16-bit products are summed, as in `record`; as torch does unless given.
@@ -84,7 +83,7 @@ def diagnose(
         matmul=matmul,
         notes=rounded_note(given, reference),
     )
-    return of_reproduction(reproduction, minimise=minimise, progress=progress)
+    return of_reproduction(_where_it_fails(reproduction, dtype, given), minimise=minimise, progress=progress)
 
 
 def diagnose_run(
@@ -92,9 +91,15 @@ def diagnose_run(
 ) -> Diagnosis:
     """As `diagnose`, for whatever `run(model)` does with a model; it must not keep anything between two runs."""
     given = dtype_of(model)
-    return of_reproduction(
-        Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None)), **how
-    )
+    reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None))
+    return of_reproduction(_where_it_fails(reproduction, dtype, given), **how)
+
+
+def _where_it_fails(reproduction: Given, asked: str | None, given: str) -> Given:
+    """In float32, where no dtype is asked for and a model that is float32 fails as it is."""
+    if asked is not None or given != "float32" or answers(reproduction, copied(reproduction.given, given)).finite:
+        return reproduction
+    return replace(reproduction, dtype=given)
 
 
 def failing_dtype(dtype: str | None, given: str) -> str:
@@ -150,6 +155,7 @@ class _Diagnosing:
         self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
+        self.tried: dict[str, _Attempt] = {}
         self.tell = progress or (lambda what, done, total: None)
 
     def run(self) -> Diagnosis:
@@ -167,15 +173,21 @@ class _Diagnosing:
         never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
         situation = look(self.models, plain.recording, wide.recording)
+        without, rows = None, set[Row]()
+        if plain.answers.finite and situation.found is not None:
+            self.tell("measuring the harm", 0, 1)
+            without = without_overflow(situation, lambda one: self.attempt(one).compared)
+            rows = harmed(situation, low, without, tolerance)
         left_out: dict[str, str] = {}
-        is_wrong = not plain.answers.finite or bool(concerned)
+        is_wrong = not plain.answers.finite or bool(concerned or rows)
         if situation.found is not None and is_wrong:
             made, left_out = self.offers(situation)
             self.models.drop("bfloat16")
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
-        trials = [_judged(one, tolerance, concerned, never, self.dtype) for one in attempts]
+        within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
+        trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
         found = Diagnosis(
             source=reproduction.source,
             dtype=self.dtype,
@@ -184,7 +196,7 @@ class _Diagnosing:
             finite=plain.answers.finite,
             plain=low.distance(),
             trials=tuple(sorted(trials, key=_order)),
-            harm=_harm(situation, low, plain.answers, attempts, tolerance) if plain.answers.finite else None,
+            harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
             smallest=self.smallest(plain.recording),
             left_out=left_out,
             notes=(*reproduction.notes, *_notes(wide.answers, self.wide)),
@@ -261,6 +273,11 @@ class _Diagnosing:
         return Recast(getattr(torch, dtype), source)
 
     def attempt(self, candidate: Candidate) -> _Attempt:
+        if candidate.name not in self.tried:
+            self.tried[candidate.name] = self._attempt(candidate)
+        return self.tried[candidate.name]
+
+    def _attempt(self, candidate: Candidate) -> _Attempt:
         models = self.models if candidate.instead is None else Kept(candidate.instead)
         reproduction, reference = models.of, self.reference
         dtype = candidate.dtype or self.dtype
@@ -285,11 +302,18 @@ class _Diagnosing:
         return _Attempt(candidate, made.finite, compared, then)
 
 
-def _judged(one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str) -> Trial:
-    """`never` are the rows that float32 loses: with a change that it needs too, any finite number will do there."""
+def _judged(
+    one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str, within: Compared | None
+) -> Trial:
+    """Whether it is as close to float32 as 16 bits come, and a change within the dtype as close as `within`, too.
+
+    `never` are the rows that float32 loses: with a change that it needs too, any finite number will do there.
+    """
     candidate, distance = one.candidate, one.compared.distance()
     wanted = one.compared.distance(one.compared.error.keys() - never) if candidate.reference else distance
     is_close = distance.rows > 0 and wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
+    if within is not None and candidate.dtype in (None, dtype):
+        is_close = is_close and not one.compared.farther_than(within, CLOSER)
     return Trial(
         name=candidate.name,
         summary=candidate.summary,
@@ -310,27 +334,6 @@ def _order(trial: Trial) -> tuple[bool, bool, bool, bool, float]:
     dtypes; then by the distance from float32.
     """
     return (not trial.cured, trial.is_format, not trial.carried, not trial.finite, trial.far)
-
-
-def _harm(
-    situation: Situation, low: Compared, plain: Answers, attempts: Sequence[_Attempt], tolerance: float
-) -> Harm | None:
-    """What an overflow that ended on the way did to what is returned; None where nothing overflowed."""
-    if situation.found is None:
-        return None
-    worst = sorted(low.error.items(), key=lambda one: -one[1])[:_WORST]
-    without = next((one for one in attempts if one.candidate.name in OPERATORS), None)
-    far = low.distance().error_max or 0.0
-    rest = None if without is None else without.compared.distance()
-    is_cause = rest is None or (rest.error_max is not None and rest.error_max < far / 2)
-    rows = tuple((number, *plain.outputs[number].place(row), error) for (number, row), error in worst)
-    return Harm(
-        site=situation.found.broke.site,
-        harmful=far > tolerance and is_cause,
-        plain=low.distance(),
-        without=rest,
-        rows=rows,
-    )
 
 
 def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:

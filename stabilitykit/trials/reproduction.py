@@ -65,8 +65,9 @@ class Given:
     text: Callable[[int], str] | None = None
 
     def model(self, dtype: str) -> nn.Module:
-        wide = self.reference if dtype in ("float32", "float64") else None
-        return copied(self.given if wide is None else wide, dtype)
+        if self.reference is not None and dtype != dtype_of(self.given):
+            return copied(self.reference, dtype)
+        return copied(self.given, dtype)
 
     def run(self, model: nn.Module) -> Any:
         return self.call(model)
@@ -158,8 +159,8 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def copied(model: nn.Module, dtype: str) -> nn.Module:
-    """A copy in `dtype`, as `from_pretrained` would have made it: what a model of transformers computes for itself, such
-    as RoPE's frequencies, is not rounded. Raises MisuseError for a model that cannot be copied.
+    """A copy in `dtype`, as `from_pretrained` would have made it: what a model of transformers computes for itself,
+    such as RoPE's frequencies, is not rounded. Raises MisuseError for a model that cannot be copied.
     """
     try:
         made: nn.Module = copy.deepcopy(model)

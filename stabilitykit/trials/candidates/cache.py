@@ -61,7 +61,7 @@ def _is_other(cache: Any) -> bool:
 def _watched(seen: _Seen, model: nn.Module) -> Iterator[None]:
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if not _is_other(cache) or any(cache is one for one in seen.known):
+        if cache is None or not _is_other(cache) or any(cache is one for one in seen.known):
             return
         seen.known.append(cache)
         seen.others.append(type(cache).__name__)

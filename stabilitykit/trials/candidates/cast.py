@@ -121,8 +121,9 @@ class _Casts:
             source, to = args[1] if len(args) > 1 else None, args[0].dtype
         else:
             source, to = args[0], kwargs.get("dtype")
-        is_one = isinstance(source, Tensor) and source.is_floating_point() and to == self.target
-        return source if is_one and narrows(source.dtype, self.target) else None
+        if not isinstance(source, Tensor) or not source.is_floating_point() or to != self.target:
+            return None
+        return source if narrows(source.dtype, self.target) else None
 
     def _reads(self, kind: Traits, args: tuple[Any, ...], output: Any) -> bool:
         """Whether an operator casts from the target to a wider format."""

@@ -54,7 +54,7 @@ def _stands_at(mask: Tensor, row: int | None, position: int | None, hidden: bool
     return not bool(mask[row, position])
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a run that was made to see what a model is given."""
 
 
@@ -66,7 +66,7 @@ def _mask_of(situation: Situation) -> Tensor | None:
         mask = _named(module, args, kwargs).get(_MASK)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.append(mask.bool().cpu())
-        raise _Enough
+        raise _EnoughError
 
     @contextmanager
     def around() -> Iterator[None]:
