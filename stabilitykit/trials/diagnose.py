@@ -340,7 +340,7 @@ def _judged(
     """
     candidate, distance = one.candidate, one.compared.distance()
     wanted = one.compared.distance(one.compared.error.keys() - never) if candidate.reference else distance
-    is_close = wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
+    is_close = distance.rows > 0 and wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
     if within is not None and candidate.dtype in (None, dtype):
         is_close = is_close and not one.compared.farther_than(within, CLOSER)
     return Trial(
@@ -366,8 +366,12 @@ def _order(trial: Trial) -> tuple[bool, bool, bool, bool, float]:
 
 
 def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:
-    if not wide.recast:
-        return ()
-    return (
-        f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in it",
-    )
+    notes = []
+    if wide.recast:
+        notes.append(
+            f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in "
+            "it"
+        )
+    if wide.error is not None and not wide.outputs:
+        notes.append(f"nothing can be compared, because the run in {dtype} raised {wide.error}")
+    return tuple(notes)
