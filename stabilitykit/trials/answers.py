@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from stabilitykit.errors import MisuseError
@@ -78,10 +79,11 @@ def answers(
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        for tensor, logits in outputs_of(module, output):
-            found.outputs.append(_kept(tensor, logits))
-            found.given.append(_integers((args, kwargs)))
-            seen.append(tensor)
+        with _disable_current_modes():  # what is computed here is no part of the run that is changed
+            for tensor, logits in outputs_of(module, output):
+                found.outputs.append(_kept(tensor, logits))
+                found.given.append(_integers((args, kwargs)))
+                seen.append(tensor)
 
     result: Any = None
     try:

@@ -21,7 +21,7 @@ from stabilitykit.trials.candidates import CANDIDATES
 from stabilitykit.trials.candidates.operator import OPERATORS
 from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Reproduction, called, dtype_of, same_draws
+from stabilitykit.trials.reproduction import Given, Kept, Reproduction, called, dtype_of, same_draws
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -123,6 +123,7 @@ class _Attempt:
 class _Diagnosing:
     def __init__(self, reproduction: Reproduction, progress: Progress | None) -> None:
         self.reproduction = reproduction
+        self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
         self.tell = progress or (lambda what, done, total: None)
@@ -130,7 +131,7 @@ class _Diagnosing:
     def run(self) -> Diagnosis:
         reproduction = self.reproduction
         self.tell(f"recording in {self.dtype}", 0, 1)
-        self.model = reproduction.model(self.dtype)
+        self.model = self.models.model(self.dtype)
         plain = recorded(reproduction, self.model)
         watch = [(one.site, one.broke_at) for one in plain.recording if one.broke_at is not None]
         self.tell(f"recording in {self.wide}", 0, 1)
@@ -138,17 +139,19 @@ class _Diagnosing:
         self.reference = wide.answers
         low = compare(plain.answers, wide.answers)
         attempts = [self.attempt(one) for one in self.dtypes()]
-        tolerance = _tolerance(attempts)
+        tolerance = self.tolerance(attempts)
+        never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
-        situation = look(reproduction, self.model, plain.recording, wide.recording)
+        situation = look(self.models, plain.recording, wide.recording)
         left_out: dict[str, str] = {}
         is_wrong = not plain.answers.finite or bool(concerned)
         if situation.found is not None and is_wrong:
             made, left_out = self.offers(situation)
+            self.models.drop("bfloat16")
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
-        trials = [_judged(one, tolerance, concerned, self.dtype) for one in attempts]
+        trials = [_judged(one, tolerance, concerned, never, self.dtype) for one in attempts]
         found = Diagnosis(
             source=reproduction.source,
             dtype=self.dtype,
@@ -166,10 +169,26 @@ class _Diagnosing:
 
     def widest(self, watch: Sequence[tuple[str, int]]) -> Recorded:
         """The run that others are compared with: nothing in it is stored in fewer bits."""
-        model = self.reproduction.model(self.wide)
+        model = self.models.model(self.wide)
         recast = Recast(getattr(torch, self.wide))
         formats = (self.dtype,) if self.dtype in FORMATS else ()
         return recorded(self.reproduction, model, recast=recast, formats=formats, watch=watch)
+
+    def tolerance(self, attempts: Sequence[_Attempt]) -> float:
+        """How far from float32 a run may be and still be as close as a 16-bit format comes: some bfloat16's worth.
+
+        Where bfloat16 fails as well, because code casts to something narrower, it is a run without those casts.
+        """
+        for one in attempts:
+            far = one.compared.distance().error_max
+            if one.candidate.name == "bfloat16" and not one.finite:
+                made = answers(
+                    self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16)
+                )
+                far = compare(made, self.reference).distance().error_max if made.finite else None
+            if one.candidate.name == "bfloat16" and far is not None:
+                return max(_CLOSE * far, _LEAST)
+        return _NEAR
 
     def dtypes(self) -> list[Candidate]:
         """Other dtypes: is it the format at all, and which one is finite?"""
@@ -206,21 +225,25 @@ class _Diagnosing:
                     left_out[one.name] = one.why
         return list(made.values()), {name: why for name, why in left_out.items() if name not in made}
 
+    def recast(self, dtype: str) -> Recast | None:
+        """What code itself asks for, in `dtype` instead of the failing one; all of it, where everything is wider."""
+        if dtype == self.dtype:
+            return None
+        source = None if dtype == self.wide else getattr(torch, self.dtype)
+        return Recast(getattr(torch, dtype), source)
+
     def attempt(self, candidate: Candidate) -> _Attempt:
-        reproduction, reference = candidate.instead or self.reproduction, self.reference
+        models = self.models if candidate.instead is None else Kept(candidate.instead)
+        reproduction, reference = models.of, self.reference
         dtype = candidate.dtype or self.dtype
         try:
-            if candidate.instead is not None:
-                wide = reproduction.model(self.wide)
-                reference = answers(reproduction, wide, recast=Recast(getattr(torch, self.wide)))
-            model = self.model
-            if candidate.scaling != UNCHANGED:
-                model = reproduction.scaled(dtype, candidate.scaling)
-            elif dtype != self.dtype or candidate.instead is not None:
-                model = reproduction.model(dtype)
-            recast = None
-            if dtype != self.dtype:
-                recast = Recast(getattr(torch, dtype), getattr(torch, self.dtype))
+            if candidate.instead is not None or candidate.reference is not None:
+                wide = models.model(self.wide)
+                same = None if candidate.reference is None else candidate.reference(wide)
+                reference = answers(reproduction, wide, around=same, recast=Recast(getattr(torch, self.wide)))
+            is_plain = candidate.scaling == UNCHANGED
+            model = models.model(dtype) if is_plain else models.scaled(dtype, candidate.scaling)
+            recast = self.recast(dtype)
             made = answers(reproduction, model, around=candidate.around(model), recast=recast)
         except MisuseError as error:
             made, model = Answers(error=str(error)), self.model
@@ -229,25 +252,16 @@ class _Diagnosing:
         if made.error is not None:
             then = made.error
         if not made.finite:
-            recast = Recast(getattr(torch, dtype), getattr(torch, self.dtype)) if dtype != self.dtype else None
-            then = happened(
-                recorded(reproduction, model, around=candidate.around(model), recast=recast).recording, then
-            )
+            again = recorded(reproduction, model, around=candidate.around(model), recast=self.recast(dtype))
+            then = happened(again.recording, then)
         return _Attempt(candidate, made.finite, compared, then)
 
 
-def _tolerance(attempts: Sequence[_Attempt]) -> float:
-    """How far from float32 a run may be and still be as close as a 16-bit format comes: some bfloat16's worth."""
-    for one in attempts:
-        far = one.compared.distance().error_max
-        if one.candidate.name == "bfloat16" and one.finite and far is not None:
-            return max(_CLOSE * far, _LEAST)
-    return _NEAR
-
-
-def _judged(one: _Attempt, tolerance: float, concerned: set[Row], dtype: str) -> Trial:
+def _judged(one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str) -> Trial:
+    """`never` are the rows that float32 loses: with a change that it needs too, any finite number will do there."""
     candidate, distance = one.candidate, one.compared.distance()
-    is_close = distance.compared == distance.rows and (distance.error_max or 0.0) <= tolerance
+    wanted = one.compared.distance(one.compared.error.keys() - never) if candidate.reference else distance
+    is_close = wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
     return Trial(
         name=candidate.name,
         summary=candidate.summary,

@@ -14,11 +14,9 @@ from stabilitykit.models.gemma.sampler import Sampler
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.subject import Continuation, Sampling, Subject
 from stabilitykit.models.transformers import HuggingFaceModel
-from stabilitykit.records.scaling import Scaling
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
 from stabilitykit.run.source import Source, SourceOptions, open_source
-from stabilitykit.trials.reproduction import in_place
 
 _MOST = 1 << 27  # logits: half a gigabyte in float32
 _SAMPLING = Sampling()
@@ -64,12 +62,6 @@ class Prompted:
         subject = self.opened.subject_in(dtype, stage(f"preparing weights in {dtype}", self.progress))
         _OPENED[subject.module] = subject
         return subject.module
-
-    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        """Scaled in float32 in memory, and rounded once; what a model keeps in float32 stays so."""
-        wide, low = self.model("float32"), self.model(dtype)
-        in_place(wide, low, scaling)
-        return low
 
     def run(self, model: nn.Module) -> Any:
         subject = _OPENED[model]

@@ -42,15 +42,11 @@ class Reproduction(Protocol):
     def text(self) -> Callable[[int], str] | None: ...
 
     def model(self, dtype: str) -> nn.Module:
-        """The model in `dtype`, to be changed at will."""
-        ...
-
-    def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        """The model with its weights and settings scaled before they are rounded to `dtype`."""
+        """The model in `dtype`, made anew."""
         ...
 
     def run(self, model: nn.Module) -> Any:
-        """Runs a model that `model` or `scaled` made, and returns what the caller of the failing run would get."""
+        """Runs a model that `model` made, and returns what the caller of the failing run would get."""
         ...
 
 
@@ -72,13 +68,36 @@ class Given:
         wide = self.reference if dtype in ("float32", "float64") else None
         return copied(self.given if wide is None else wide, dtype)
 
+    def run(self, model: nn.Module) -> Any:
+        return self.call(model)
+
+
+class Kept:
+    """The models of a reproduction, each opened once and left as it is."""
+
+    def __init__(self, reproduction: Reproduction) -> None:
+        self.of = reproduction
+        self._models: dict[str, nn.Module] = {}
+
+    def model(self, dtype: str) -> nn.Module:
+        """In `dtype`, as it is."""
+        if dtype not in self._models:
+            self._models[dtype] = self.of.model(dtype)
+        return self._models[dtype]
+
     def scaled(self, dtype: str, scaling: Scaling) -> nn.Module:
-        made = self.model(dtype)
-        in_place(self.reference or self.given, made, scaling)
+        """Another one, with its weights and settings scaled in float32 before they are rounded to `dtype`."""
+        made = self.of.model(dtype)
+        _scale(self.model("float32"), made, scaling)
         return made
 
     def run(self, model: nn.Module) -> Any:
-        return self.call(model)
+        """As the reproduction does."""
+        return self.of.run(model)
+
+    def drop(self, dtype: str) -> None:
+        """The model in `dtype` is needed no more."""
+        self._models.pop(dtype, None)
 
 
 def called(model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
@@ -139,19 +158,36 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def copied(model: nn.Module, dtype: str) -> nn.Module:
-    """A copy in `dtype`. Raises MisuseError for a model that cannot be copied."""
+    """A copy in `dtype`, as `from_pretrained` would have made it: what a model of transformers computes for itself, such
+    as RoPE's frequencies, is not rounded. Raises MisuseError for a model that cannot be copied.
+    """
     try:
         made: nn.Module = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise MisuseError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and is not run as it is, so that "
-            "nothing changes in it. Write a file with make(dtype), which builds the model anew: stabilitykit diagnose "
-            "FILE.py:make"
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and it is not run as it is, so "
+            "that nothing changes in it. Write a file with make(dtype), which builds the model anew: stabilitykit "
+            "diagnose FILE.py:make"
         ) from error
-    return made.to(getattr(torch, dtype)) if dtype_of(made) != dtype else made
+    if dtype_of(made) == dtype:
+        return made
+    own = dict(_computed(made)) if hasattr(getattr(model, "config", None), "to_dict") else {}
+    made.to(getattr(torch, dtype))
+    for (module, name), buffer in own.items():
+        module._buffers[name] = buffer
+    return made
 
 
-def in_place(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
+def _computed(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+    """The buffers that no checkpoint holds, by module and name."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield (module, name), buffer
+
+
+def _scale(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
     """Scales `low`: its weights become those of `wide`, scaled in float32 and rounded once, and its settings change."""
     made = tensors_by_name(low)
     with torch.no_grad():

@@ -16,21 +16,22 @@ from stabilitykit.remedies.seen import Seen
 from stabilitykit.run.dry_run import with_stored_dtypes
 from stabilitykit.trials.answers import Answers, Change, answers
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Reproduction
+from stabilitykit.trials.reproduction import Kept, Reproduction
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """A failure of `model`, which computes in the failing dtype: `low` are the records of that run, `found` what became
-    of its decisive break, and `part` the part of the model that broke; None where nothing did.
+    """A failure of `model`, which computes in the failing dtype, and is one of `models`.
 
-    `wide` are the records of a float32 run of the same, with stored dtypes; `overflowing` those of what the dtype
-    cannot hold, by site, of all steps the largest.
+    `low` are the records of that run, `found` what became of its decisive break, and `part` the part of the model that
+    broke; None where nothing did. `wide` are the records of a float32 run of the same, with stored dtypes, and
+    `overflowing` those of what the dtype cannot hold, by site, of all steps the largest.
     """
 
     reproduction: Reproduction
+    models: Kept
     model: nn.Module
     low: Recording
     wide: Recording
@@ -124,10 +125,10 @@ def recorded(
     return Recorded(kept[0], made)
 
 
-def look(reproduction: Reproduction, model: nn.Module, low: Recording, wide: Recording) -> Situation:
-    """What the records of both runs say. `model` computes in the failing dtype."""
+def look(models: Kept, low: Recording, wide: Recording) -> Situation:
+    """What the records of both runs say."""
     found = decisive(low)
-    dtype = reproduction.dtype
+    dtype = models.of.dtype
     overflowing: dict[str, Record] = {}
     stored = with_stored_dtypes(wide, low)
     for made in stored:
@@ -136,8 +137,9 @@ def look(reproduction: Reproduction, model: nn.Module, low: Recording, wide: Rec
             if before is None or (before.amax or 0.0) < (made.amax or 0.0):
                 overflowing[made.site] = made
     return Situation(
-        reproduction=reproduction,
-        model=model,
+        reproduction=models.of,
+        models=models,
+        model=models.model(dtype),
         low=low,
         wide=stored,
         found=found,

@@ -40,10 +40,10 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
             handle.remove()
         return kept or [tensor for tensor, _ in outputs_of(model, result)]
 
-    wide = reproduction.model("float32")
+    wide = situation.models.model("float32")
     try:
         with torch.inference_mode():
-            traced = look(wide, reproduction.model("bfloat16"), [run], blueprint_of(wide))
+            traced = look(wide, situation.models.model("bfloat16"), [run], blueprint_of(wide))
             solution = traced.solve(margin=_MARGIN)
     except (MisuseError, RuntimeError, TypeError, ValueError) as error:
         yield LeftOut(NAME, str(error).splitlines()[0] if str(error) else f"{type(error).__name__} while tracing.")
