@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from stabilitykit.searches.run import search as search
     from stabilitykit.sweeps.run import sweep as sweep
     from stabilitykit.trials.diagnose import diagnose as diagnose
+    from stabilitykit.trials.training import diagnose_training as diagnose_training
 
 _HOMES = {
     "FORMATS": "formats",
@@ -55,6 +56,7 @@ _HOMES = {
     "chain": "diagnosis",
     "describe": "recorder",
     "diagnose": "trials.diagnose",
+    "diagnose_training": "trials.training",
     "forecast": "run.forecast",
     "generate": "models.gemma",
     "load": "models.gemma",

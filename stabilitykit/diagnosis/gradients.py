@@ -191,11 +191,11 @@ def _spread(recording: Recording, first: Record) -> str:
     lost, after = spread(recording, first)
     if not lost:
         told = "No weight's gradient is lost by it." if after else ""
-    elif len(lost) == len(after) > 1:
+    elif len(lost) == len(after) > 3:
         told = f"From there on all {counted(len(after), 'weight gradient')} are lost."
     else:
         names = listed([of(record) for record in lost], most=3)
-        told = f"It loses {counted(len(lost), 'weight gradient')} of {len(after):,} that follow: {names}."
+        told = f"{counted(len(lost), 'weight gradient is', 'weight gradients are')} lost: {names}."
     return f"{told}{_small([r for r in recording if r.is_gradient and not r.lost])}".strip()
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from truth import (
+    backward,
     controls,
     decoders,
     decoding,
@@ -32,6 +33,7 @@ _ALL: tuple[Row, ...] = (
     *plain_places.ROWS,
     *plain_outside.ROWS,
     *plain_rest.ROWS,
+    *backward.ROWS,
     *controls.ROWS,
 )
 CONTROLS = tuple(row for row in _ALL if row.name.startswith("control"))
