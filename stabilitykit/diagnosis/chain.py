@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from stabilitykit.diagnosis.gradients import spread
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import Outcome, decisive, tells_outputs
 from stabilitykit.diagnosis.outside import is_outside
@@ -17,7 +18,7 @@ from stabilitykit.words import counted
 
 __all__ = ["Event", "Link", "chain", "logits_of"]
 
-Event = Literal["break", "first NaN", "absorbed", "layer", "logits", "probabilities", "error", "greedy"]
+Event = Literal["break", "first NaN", "absorbed", "layer", "logits", "probabilities", "error", "greedy", "weights"]
 
 # The only ways these operators make NaN of operands that hold none (IEEE 754, section 7.2).
 _INVALID = {
@@ -89,11 +90,19 @@ def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:
     token = f" {named}" if named else ""
     yield _link("break", first, f"{broke.kind}: {counted(first.lost, 'element')} lost{at}{token}")
 
-    after = [r for r in recording if r.step == first.step and r.order >= first.order]
+    after = [
+        r for r in recording if r.step == first.step and r.order >= first.order and r.is_gradient == first.is_gradient
+    ]
     nan = next((r for r in after if r.nan and is_outside(r) == is_outside(first)), None)
     if nan is not None and nan is not first and nan.broke is None:
-        how = _INVALID.get(nan.operator or "", "an invalid operation")
+        invalid = "inf · 0 or inf - inf" if nan.is_gradient else "an invalid operation"
+        how = invalid if nan.is_gradient else _INVALID.get(nan.operator or "", invalid)
         yield _link("first NaN", nan, f"{how} makes {counted(nan.nan, 'NaN', 'NaN')}")
+    if first.is_gradient:
+        without, weights = spread(recording, first)
+        if without:
+            yield _link("weights", without[0], f"{len(without):,} of {counted(len(weights), 'weight gradient')} lost")
+        return
     layers = {r.site: r for r in after if r.layer is not None and is_layer(r.site)}
     for record in layers.values():
         if record is not first and record.lost:

@@ -59,12 +59,12 @@ def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
 
 
 def stored(recording: Recording) -> Iterator[Record]:
-    """The records of tensors that the model stores in 16 bits when it runs in 16 bits.
+    """The records of tensors that the model stores in 16 bits when it runs in 16 bits, none of them a gradient.
 
     Gemma computes the insides of RMSNorm, and softmax, in float32 in every dtype: what the squares in a norm reach says
     nothing about float16. Where `stored_dtype` is not known a tensor counts if it is stored in the run's own dtype.
     """
-    return (record for record in recording if _is_stored(record, recording.header.dtype))
+    return (r for r in recording if not r.is_gradient and _is_stored(r, recording.header.dtype))
 
 
 def _is_stored(record: Record, dtype: str) -> bool:

@@ -6,7 +6,7 @@ from stabilitykit.records import Record, Recording
 
 def logits_of(recording: Recording, step: int = 0) -> Record | None:
     """The logits of a step: what the head made, after a soft-cap if there is one. None where there is no head."""
-    of_step = [r for r in recording if r.step == step]
+    of_step = [r for r in recording if r.step == step and not r.is_gradient]
     made = [at for at, r in enumerate(of_step) if is_head(r.site) or r.label in LOGITS]
     if not made:
         return None

@@ -8,7 +8,7 @@ from stabilitykit.diagnosis.harmless import Ending, ending
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.records import Record, Recording
 
-OUTSIDE = ("outside/", "backward/")
+OUTSIDE = "outside/"
 
 OutcomeName = Literal["none", "reached", "absorbed"]
 
@@ -47,7 +47,9 @@ class _Run:
         return cls(recording, steps, broken, tells_outputs(recording))
 
     def after(self, broke: Record) -> list[Record]:
-        return [record for record in self.steps[broke.step] if record.order >= broke.order]
+        """What ran from there on in the same pass, forward or backward."""
+        of_step = self.steps[broke.step]
+        return [r for r in of_step if r.order >= broke.order and r.is_gradient == broke.is_gradient]
 
     def outcome(self, at: int) -> Outcome:
         """Of the break that is number `at`."""
@@ -56,7 +58,8 @@ class _Run:
         if not ended and self._reaches(broke):
             return Outcome(name="reached", broke=broke)
         endings = [] if level != "operators" else ended or self._endings(self.after(broke))
-        inside = [record for record in self.steps[broke.step] if not record.site.startswith(OUTSIDE)]
+        of_step = self.steps[broke.step]
+        inside = [record for record in of_step if not (record.site.startswith(OUTSIDE) or record.is_gradient)]
         if not ended and inside and inside[-1].lost:  # of what ended it nothing was seen
             endings = []
         if not endings:

@@ -1,9 +1,10 @@
-"""Causes outside the model: a sampler, a logits processor, the user's own code, a loss, a backward pass."""
+"""Causes outside the model: a sampler, a logits processor, the user's own code, a loss."""
 
 import math
 import re
 
 from stabilitykit.diagnosis.causes import Cause
+from stabilitykit.diagnosis.gradients import cause_of
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import OUTSIDE
 from stabilitykit.formats import FORMATS
@@ -17,10 +18,6 @@ _LOSSES = ("nll_loss", "cross_entropy")
 def is_outside(record: Record) -> bool:
     """Whether code that is not the model's made the record; the kit's own sampler counts as part of the model."""
     return record.site.startswith(OUTSIDE)
-
-
-def is_backward(record: Record) -> bool:
-    return record.site.startswith("backward/")
 
 
 def place_outside(record: Record) -> str:
@@ -43,8 +40,8 @@ def processor_of(record: Record) -> str | None:
 
 def of_outside(recording: Recording, record: Record) -> Cause | None:
     """The cause of a break outside the model or in its sampler; None for one inside."""
-    if is_backward(record):
-        return _of_backward(recording, record)
+    if record.is_gradient:
+        return cause_of(recording, record)
     processor = processor_of(record)
     if processor is not None and is_outside(record):
         return _of_processor(recording, record, processor)
@@ -55,31 +52,6 @@ def of_outside(recording: Recording, record: Record) -> Cause | None:
         if found is not None:
             return found
     return _of_code(recording, record) if is_outside(record) else None
-
-
-def gradients(recording: Recording, record: Record) -> str:
-    """`the gradient of lm_head.weight`, or of so many parameters."""
-    names = [
-        r.site.removeprefix("backward/") for r in recording if r.step == record.step and is_backward(r) and r.broke
-    ]
-    first = record.site.removeprefix("backward/")
-    if len(names) < 2:
-        return f"the gradient of {first} is"
-    others = len(names) - 1
-    return f"the gradients of {first} and {others:,} other {'parameter' if others == 1 else 'parameters'} are"
-
-
-def _of_backward(recording: Recording, record: Record) -> Cause:
-    form = FORMATS.get(record.dtype)
-    scale = "Use a smaller loss scale, or run the backward pass in a format with a wider range (bfloat16, float32)."
-    if (form is not None and form.bits > 16) or record.dtype == "bfloat16":
-        scale = "Look at what the loss divides by, and at operators whose slope is infinite where they are evaluated."
-    return Cause(
-        "backward",
-        "Everything before that, the loss included, was finite. Operators inside a backward pass are not recorded, so "
-        "which of them made it so is not known.",
-        scale,
-    )
 
 
 def _of_processor(recording: Recording, record: Record, processor: str) -> Cause:

@@ -1,11 +1,12 @@
 """What broke first, with its numbers, and which prompts it happens to."""
 
+from stabilitykit.diagnosis.gradients import first_gradient
 from stabilitykit.diagnosis.origins import UNNAMED, constant_source, source_of
-from stabilitykit.diagnosis.outside import gradients, is_backward, is_outside, place_outside, processor_of
+from stabilitykit.diagnosis.outside import is_outside, place_outside, processor_of
 from stabilitykit.diagnosis.parts import part_of
 from stabilitykit.diagnosis.places import expert_of, head_of, places_of, where
 from stabilitykit.records import Break, Record, Recording
-from stabilitykit.words import counted, escaped, number
+from stabilitykit.words import escaped, number
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "·", "div": "÷"}
 
@@ -19,9 +20,8 @@ _OF_ONE = frozenset(
 def first_sentence(recording: Recording, first: Record) -> str:
     """`float16 overflows in layer 7, …, at token 0 '<bos>': 55,008 + 13,376 = 68,384 exceeds …`"""
     broke, dtype = _broke(first), first.dtype
-    if is_backward(first):
-        lost = counted(broke.count, "element")
-        return f"After the backward pass {gradients(recording, first)} not finite ({lost})."
+    if first.is_gradient:
+        return first_gradient(recording, first)
     outside = is_outside(first)
     place = place_outside(first) if outside else where(first) + _inside(recording, first)
     place += places_of(recording, broke, first.step)

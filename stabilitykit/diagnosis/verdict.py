@@ -6,10 +6,11 @@ from typing import Any
 
 from stabilitykit.diagnosis.cause import cause
 from stabilitykit.diagnosis.chain import Link, chain
+from stabilitykit.diagnosis.gradients import clean
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import Outcome, decisive, outcome, tells_outputs
-from stabilitykit.diagnosis.outside import is_backward, is_outside
+from stabilitykit.diagnosis.outside import is_outside
 from stabilitykit.diagnosis.places import place_of, where
 from stabilitykit.diagnosis.sentences import dependence, first_sentence
 from stabilitykit.diagnosis.weights import weights_sentence
@@ -150,7 +151,7 @@ def _clean(recording: Recording) -> str:
             f"What the model returned{steps} is not finite in {dtype}, and no operator or module that was recorded "
             f"made it so: how it came about was not seen.{ending}"
         )
-    return f"{dtype} is finite throughout. {headroom}{_unseen(recording)}{ending}"
+    return f"{dtype} is finite throughout. {headroom}{_unseen(recording)}{clean(recording)}{ending}"
 
 
 def _unseen(recording: Recording) -> str:
@@ -203,7 +204,7 @@ def _consequences(links: tuple[Link, ...]) -> str:
 def _ending(recording: Recording, found: Outcome) -> str:
     """How what was lost became finite again, and what that means for the model's output."""
     if found.ending is None:
-        outside = is_outside(found.broke) or is_backward(found.broke)
+        outside = is_outside(found.broke) or found.broke.is_gradient
         if found.name == "none" and tells_outputs(recording) and not outside:
             return "What the model returns is finite all the same."
         return ""

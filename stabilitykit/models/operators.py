@@ -107,11 +107,16 @@ def _is_operator(func: Any) -> bool:
     return id(func) not in _others
 
 
+def common_name(name: str) -> str:
+    """One name for all variants of an operator: "matmul" for mm, bmm, addmm and linear."""
+    return _SAME.get(name, name)
+
+
 def _traits(func: Any) -> Traits:
     name: str = func._schema.name.partition("::")[2]
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    name = _SAME.get(name, name)
+    name = common_name(name)
     returned = func._schema.returns
     alias = returned[0].alias_info if returned else None
     view = alias is not None and not alias.is_write

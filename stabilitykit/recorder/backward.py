@@ -1,11 +1,11 @@
 """Backward passes inside a recorded block: left alone while they run, and what they leave looked at.
 
 Autograd's own operators are not recorded: derivatives take other paths under an operator mode, and would come out with
-other bits. Parameters whose gradients are not finite afterwards are one break.
+other bits. Parameters whose gradients are not finite afterwards are one break, unless hooks have seen it come about.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from threading import Lock, get_ident
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stabilitykit.formats import FLOAT32, FORMATS
 from stabilitykit.models.operators import unwatched
 from stabilitykit.recorder.entry import Entry
+from stabilitykit.recorder.gradients import Gradients
 from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.names import site_path
 from stabilitykit.recorder.observation import form_of
@@ -24,20 +25,21 @@ from stabilitykit.recorder.pending import Row
 from stabilitykit.recorder.statistics import tally
 from stabilitykit.recorder.tensors import aside, has_elements, measurable, region
 from stabilitykit.recorder.unseen import Unseen
-from stabilitykit.records import Break, index_at
-
-BACKWARD = "backward"
+from stabilitykit.records import BACKWARD, Break, index_at
 
 _lock = Lock()
-_watchers: dict[int, list[Callable[[], None]]] = {}  # by thread, outermost block first
+_watchers: dict[int, list["Backward"]] = {}  # by thread, outermost block first
 _engines: list[tuple[Any, Any, Any]] = []  # the modules that hold autograd's entry point, what it was, what it is now
 
 
 class Backward:
-    """Looks at the gradients of `model` after each backward pass in the block."""
+    """Looks at the gradients of `model` after each backward pass in the block; `gradients` while it runs, if given."""
 
-    def __init__(self, model: nn.Module, observer: Observer, unseen: Unseen) -> None:
+    def __init__(
+        self, model: nn.Module, observer: Observer, unseen: Unseen, gradients: Gradients | None = None
+    ) -> None:
         self._model = model
+        self.gradients = gradients
         self._observer = observer
         self._unseen = unseen
         self._turns = count()
@@ -55,23 +57,25 @@ class Backward:
         with _lock:
             if not _engines:
                 _intercept()
-            _watchers.setdefault(thread, []).append(self._ended)
+            _watchers.setdefault(thread, []).append(self)
         try:
             yield
         finally:
             with _lock:
-                _watchers[thread].remove(self._ended)
+                _watchers[thread].remove(self)
                 if not _watchers[thread]:
                     del _watchers[thread]
                 if not _watchers:
                     _let_go()
 
-    def _ended(self) -> None:
+    def ended(self) -> None:
+        """A backward pass has ended."""
         with self._unseen.guard("the gradients after a backward pass"), aside():
             grads = [(name, held) for name, held in self._model.named_parameters() if _gradient(held) is not None]
             lost = [not finite for finite in _are_finite([_gradient(held) for _, held in grads])]
             found = [one for one, is_lost in zip(grads, lost, strict=True) if is_lost]
-            new = [(name, held) for name, held in found if id(held) not in self._lost]
+            told = self._lost if self.gradients is None else self._lost | self.gradients.lost
+            new = [(name, held) for name, held in found if id(held) not in told]
             self._lost = {id(held) for _, held in found}
             if new:
                 turns = self._last_turns()
@@ -96,7 +100,7 @@ class Backward:
         values = measurable(tensor)
         shape = tuple(values.shape)
         form = form_of(tensor, values, shape, Axes(shape), observer.options.formats)
-        entry = Entry(observer.places.step, BACKWARD, f"{BACKWARD}/{path}", None, region(tensor), form)
+        entry = Entry(observer.places.step, BACKWARD, f"{BACKWARD}/{path}", None, region(tensor), form, of_weight=True)
         lost = ~values.isfinite()
         index = index_at(int(lost.flatten().int().argmax()), shape)
         entry.broke = Break(
@@ -152,19 +156,31 @@ def _intercept() -> None:
         return
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
-        ended = _watchers.get(get_ident())
-        if not ended or torch._C._current_graph_task_id() != -1:  # another's, or inside one that is being watched
+        watchers = _watchers.get(get_ident())
+        if not watchers:  # another's
             return engine(*args, **kwargs)
-        with unwatched():
+        inside = torch._C._current_graph_task_id() != -1
+        with ExitStack() as stack:
+            for watcher in watchers:
+                if watcher.gradients is not None and not watcher.gradients.busy and not _makes_a_graph(args, kwargs):
+                    stack.enter_context(watcher.gradients.watch(args[0]))
+            if inside:
+                return engine(*args, **kwargs)
+            stack.enter_context(unwatched())
             result = engine(*args, **kwargs)
-        for look in tuple(ended):
-            look()
+        for watcher in tuple(watchers):
+            watcher.ended()
         return result
 
     for holder in (torch.autograd, torch.autograd.graph):
         if getattr(holder, "_engine_run_backward", None) is engine:
             holder._engine_run_backward = run_backward  # type: ignore[attr-defined]
             _engines.append((holder, engine, run_backward))
+
+
+def _makes_a_graph(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether gradients are to be differentiated again."""
+    return bool(args[3] if len(args) > 3 else kwargs.get("create_graph", False))
 
 
 def _let_go() -> None:

@@ -89,7 +89,7 @@ def judge(
             origin = Origin("constant", f"{number:g}", lost=True)
             return Finding(break_at("constant", lost, axes, stored), (origin,), origin)
     value = in_float64(call, output.shape, index)
-    kind: BreakKind = "masked-row" if masked else _kind(call, value, stored)
+    kind: BreakKind = "masked-row" if masked else kind_of(call.name, value, stored, grows=_is_large_power(call))
     past = next((p for p in parts if p.operand is None and stored.overflows(p.largest)), None)
     if past is not None and value is not None and math.isfinite(value) and not stored.overflows(value):
         origin = Origin("constant", f"{past.largest:g}", lost=True)  # a number that this dtype does not hold
@@ -220,13 +220,14 @@ def _those(found: Tensor | None, missing: int) -> tuple[int, ...]:
     return () if found is None else tuple(n for n in sorted(set(found.tolist())) if n != missing)
 
 
-def _kind(call: Call, value: float | None, stored: NumberFormat) -> BreakKind:
+def kind_of(operator: str, value: float | None, stored: NumberFormat, *, grows: bool = False) -> BreakKind:
+    """How an operator made what is not finite of finite operands, which give `value` in float64; None: not known."""
     if value is None:
         return "unresolved"
     if math.isnan(value):
         return "invalid"
     if math.isinf(value):
-        return "overflow" if call.name in _GROW or _is_large_power(call) else "division-by-zero"
+        return "overflow" if grows or operator in _GROW else "division-by-zero"
     return "overflow" if stored.overflows(value) else "reduction"
 
 

@@ -17,7 +17,7 @@ from stabilitykit.recorder.places.streams import Step, Stream
 from stabilitykit.recorder.rounding import Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
-from stabilitykit.records import Break, Header, Record, flat_index, index_at
+from stabilitykit.records import BACKWARD, WEIGHT_GRADIENT, Break, Header, Record, flat_index, index_at
 from stabilitykit.records.layers import layer_of
 
 _SHARED = [spec.name for spec in fields(Statistics) if spec.name != "amax_index"]
@@ -50,8 +50,8 @@ class Entry:
     `region` is the memory it was measured in; `row` becomes `measured` when somebody asks. A tensor made by blocks has
     what was found in those so far. `broke_on` are the origins of the break's operands, `came_from` is
     the one it came from, `rounded` an operand that rounding had spoilt. `doubt`: whether what a mask hides is hidden
-    shows later. `of_mask`: a mask's -inf made the break. `repeats` is the number of an
-    entry which this one is again, if it has the same statistics.
+    shows later. `of_mask`: a mask's -inf made the break. `of_weight`: a parameter's gradient. `repeats` is the number
+    of an entry which this one is again, if it has the same statistics.
     """
 
     step: Step
@@ -74,6 +74,7 @@ class Entry:
     came_from: Origin | None = None
     rounded: Rounded | None = None
     of_mask: bool = False
+    of_weight: bool = False
     absorbs: bool = False
     role: Role | None = None
     doubt: Doubt | None = None
@@ -193,6 +194,11 @@ class Entry:
         stream = self._stream(axes)
         return None if position is None or stream is None else stream.token(row, position)
 
+    def _label(self, family: Family | None) -> str | None:
+        if self.module == BACKWARD:
+            return WEIGHT_GRADIENT if self.of_weight else None
+        return label(self.site, family, self.role)
+
     def record(
         self,
         order: int,
@@ -227,7 +233,7 @@ class Entry:
             order=order,
             step=self.step.number,
             site=self.site,
-            label=label(self.site, family, self.role),
+            label=self._label(family),
             module=self.module,
             operator=self.operator,
             layer=layer[1] if layer else None,

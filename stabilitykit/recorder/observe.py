@@ -56,6 +56,7 @@ class Options:
     against: Mapping[str, Tensor]
     watch: Sequence[tuple[str, int]]
     statistics: Sequence[Statistic]
+    backward: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -51,6 +51,7 @@ def record(
     position_peaks: bool = False,
     fused_softmax: bool = True,
     stop_at_break: bool = False,
+    backward: bool = False,
     keep: dict[str, Tensor] | None = None,
     against: Mapping[str, Tensor] | None = None,
     matmul: str | None = None,
@@ -103,6 +104,7 @@ def record(
         position_peaks=position_peaks,
         fused_softmax=fused_softmax,
         stop_at_break=stop_at_break,
+        backward=backward,
         keep=keep,
         against=against or {},
         watch=watch,
@@ -173,6 +175,7 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         device=str(first.device),
         level=session.options.level,
+        backward=session.options.backward,
         matmul="native",
         formats=session.options.formats,
         statistics=session.observer.custom.units,
@@ -225,11 +228,15 @@ def _finish(
         notes=(*recording.header.notes, *observer.custom.failures(), *session.unseen.notes()),
         error=error,
     )
+    if session.gradients is not None and session.gradients.loss_scale is not None:
+        header = recording.header = replace(header, case={"loss_scale": session.gradients.loss_scale} | header.case)
     family = family_of(model)
     recording.records = lambda: _records(observer, header, family, shows_tokens=not redact)
     session.names.origins.forget()
     session.names.frames.clear()
     observer.calls.forget()
+    if session.nodes is not None:
+        session.nodes.forget()
     session.places.close()
 
 

@@ -16,9 +16,11 @@ from stabilitykit.models.operators import SELECTIONS, Traits, WatchMode, adds_up
 from stabilitykit.recorder.attention import FUSED_ATTENTION, recompute_softmax
 from stabilitykit.recorder.backward import Backward
 from stabilitykit.recorder.custom import CustomStatistics
+from stabilitykit.recorder.gradients import Gradients
 from stabilitykit.recorder.inputs import named_inputs
 from stabilitykit.recorder.masks import Call, Operand, blocks, calls_of_each, show_masks
 from stabilitykit.recorder.names import Frame, Names
+from stabilitykit.recorder.nodes import Nodes
 from stabilitykit.recorder.observe import Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending, Row
@@ -52,7 +54,11 @@ class Session:
             pending=self.pending,
             custom=CustomStatistics(options.statistics, self.pending),
         )
-        self.backward = Backward(model, self.observer, self.unseen)
+        self.nodes = Nodes(model, self.observer, self.names) if options.backward else None
+        self.gradients: Gradients | None = None
+        if self.nodes is not None:
+            self.gradients = Gradients(model, self.observer, self.names, self.nodes, self.unseen)
+        self.backward = Backward(model, self.observer, self.unseen, self.gradients)
         self.starts: list[int] = []
         self._outputs: list[tuple[int, Origin]] = []
         self._raised: set[int] = set()
@@ -75,6 +81,8 @@ class Session:
         if self.options.level == "operators":
             stack.enter_context(WatchMode(self._before, self._after, self._failed))
         stack.enter_context(self.backward.watch())
+        if self.nodes is not None:
+            self.nodes.attach(stack)
 
     def lost_steps(self) -> set[int]:
         """The steps whose outputs are not finite, once everything has arrived."""
@@ -125,6 +133,9 @@ class Session:
         else:
             for index, tensor in enumerate(floating(output)):
                 self._module_output(frame, index, tensor)
+        if self.nodes is not None:
+            for tensor in floating(output)[:1]:
+                self.nodes.module(frame.path, tensor)
         if self._begins(frame):
             step = self.places.step.number
             self._outputs += [(step, self.names.origins.of(tensor)) for tensor in floating(output)]
@@ -260,6 +271,8 @@ class Session:
         for i, tensor in enumerate(outputs[:1] if fused else outputs):  # the rest is the kernel's own bookkeeping
             labels = placed[i] if len(placed) == len(outputs) else None
             observer.observe(each[i], tensor, frame, f"{site}[{i}]" if i else site, hides=hides, labels=labels)
+        if self.nodes is not None:
+            self.nodes.operator(kind, args, kwargs, outputs)
         if len(outputs) > 1 and not fused:  # what goes on in one result has not ended in another
             observer.join(outputs)
         if overwritten is not None:

@@ -1,6 +1,8 @@
 """What is written, and read again without torch: records, and the typed results of every question."""
 
 from stabilitykit.records.record import (
+    BACKWARD,
+    WEIGHT_GRADIENT,
     Break,
     BreakKind,
     Deviation,
@@ -20,6 +22,8 @@ from stabilitykit.records.record import (
 from stabilitykit.records.recording import Header, Recording
 
 __all__ = [
+    "BACKWARD",
+    "WEIGHT_GRADIENT",
     "Break",
     "BreakKind",
     "Deviation",

@@ -9,6 +9,12 @@ import pyarrow as pa
 
 Level = Literal["layers", "modules", "operators"]
 
+BACKWARD = "backward"
+"""What the sites of gradients begin with, and the module of their records."""
+
+WEIGHT_GRADIENT = "weight gradient"
+"""The label of a parameter's gradient; other gradients have none."""
+
 BreakKind = Literal[
     "overflow",  # the result, combined in wider arithmetic, is past the stored format's largest value
     "reduction",  # the result would fit, but a partial sum on the way to it did not
@@ -255,6 +261,16 @@ class Record:
     def lost(self) -> int:
         """Elements that are not finite; masked ones are not among them."""
         return self.nan + self.positive_inf + self.negative_inf
+
+    @property
+    def of_weight(self) -> bool:
+        """Whether this is the gradient of a parameter."""
+        return self.label == WEIGHT_GRADIENT
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether this is of a backward pass."""
+        return self.module == BACKWARD
 
     @property
     def broke_at(self) -> int | None:

@@ -30,7 +30,8 @@ class Header(Provenance):
     begin, `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a
     user added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is
     what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for:
-    site, row-major index, value. `case` is free-form: prompt, rescale, rounding and whatever else was chosen.
+    site, row-major index, value. `backward`: gradients were recorded too. `case` is free-form: prompt, rescale,
+    rounding and whatever else was chosen; `loss_scale` is what the loss was multiplied by.
     """
 
     dtype: str
@@ -50,6 +51,7 @@ class Header(Provenance):
     weights: StoredWeights | None = None
     starts: tuple[int, ...] = ()
     lost_steps: tuple[int, ...] = ()
+    backward: bool = False
     error: str | None = None
     schema: int = SCHEMA_VERSION
 

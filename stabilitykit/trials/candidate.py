@@ -20,7 +20,8 @@ def _nothing(model: nn.Module) -> AbstractContextManager[None]:
 class Candidate:
     """`scaling` multiplies weights and settings before they are rounded; `around` is entered while the model runs, and
     leaves no trace; `instead` is run in the place of the failing run, and compared with its own float32 run. `dtype` is
-    the one to compute in, None for the failing one. `carried`: weights and settings say all of it. `extra` is in bytes.
+    the one to compute in, None for the failing one. `reference` is entered around the float32 run to compare with,
+    where float32 fails too without the change. `carried`: weights and settings say all of it. `extra` is in bytes.
     `command` is what does it: a command line, or lines of Python in which the model is `model`.
     """
 
@@ -31,6 +32,7 @@ class Candidate:
     scaling: Scaling = UNCHANGED
     around: Around = _nothing
     instead: Reproduction | None = None
+    reference: Around | None = None
     carried: bool = False
     extra: int = 0
 

@@ -158,16 +158,33 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def copied(model: nn.Module, dtype: str) -> nn.Module:
-    """A copy in `dtype`. Raises MisuseError for a model that cannot be copied."""
+    """A copy in `dtype`, as `from_pretrained` would have made it: what a model of transformers computes for itself, such
+    as RoPE's frequencies, is not rounded. Raises MisuseError for a model that cannot be copied.
+    """
     try:
         made: nn.Module = copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
         raise MisuseError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and is not run as it is, so that "
-            "nothing changes in it. Write a file with make(dtype), which builds the model anew: stabilitykit diagnose "
-            "FILE.py:make"
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and it is not run as it is, so "
+            "that nothing changes in it. Write a file with make(dtype), which builds the model anew: stabilitykit "
+            "diagnose FILE.py:make"
         ) from error
-    return made.to(getattr(torch, dtype)) if dtype_of(made) != dtype else made
+    if dtype_of(made) == dtype:
+        return made
+    own = dict(_computed(made)) if hasattr(getattr(model, "config", None), "to_dict") else {}
+    made.to(getattr(torch, dtype))
+    for (module, name), buffer in own.items():
+        module._buffers[name] = buffer
+    return made
+
+
+def _computed(model: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+    """The buffers that no checkpoint holds, by module and name."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield (module, name), buffer
 
 
 def _scale(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:

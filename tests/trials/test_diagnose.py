@@ -15,6 +15,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.records.document import to_document
 from stabilitykit.trials.diagnose import diagnose_run
 from stabilitykit.trials.recast import Recast
+from stabilitykit.trials.reproduction import copied
 
 HALF = torch.float16
 
@@ -153,6 +154,15 @@ def test_recast_runs_a_float16_model_as_its_float32_copy_does(name: str) -> None
     assert recast.changed
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+def test_a_copy_in_float16_keeps_the_rotary_frequencies_of_transformers_in_float32() -> None:
+    """As `from_pretrained(dtype=torch.float16)` does, and `.half()` does not."""
+    model = decoder("llama")
+    made = copied(model, "float16")
+    assert made.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(made.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert {one.dtype for one in made.parameters()} == {HALF}
 
 
 def test_misuse_is_refused() -> None:

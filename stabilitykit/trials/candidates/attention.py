@@ -1,0 +1,60 @@
+"""The other implementation of attention, of a model of transformers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from stabilitykit.diagnosis.outcome import decisive
+from stabilitykit.diagnosis.parts import is_attention
+from stabilitykit.remedies.remedy import LeftOut
+from stabilitykit.trials.candidate import Candidate
+from stabilitykit.trials.situation import Situation
+
+_OTHER = {"eager": "sdpa", "sdpa": "eager"}
+_OWN_STEPS = ("query", "key", "value", "norm", "cache", "angles", "before-norm", "residual", "sum")
+
+
+def other_attention(situation: Situation) -> Iterator[Candidate | LeftOut]:
+    """Where something breaks between the product of queries and keys and that with values."""
+    broke = situation.broke
+    if broke is None or not is_attention(broke.module) or "/" not in broke.site or situation.part in _OWN_STEPS:
+        return
+    if situation.kind in ("weight", "input", "constant"):
+        return
+    found = _of_transformers(situation.model)
+    own = {str(one.config._attn_implementation) for one in found}
+    name = _OTHER.get(next(iter(own))) if len(own) == 1 else None
+    if name is None:
+        return
+    called = f"{name} attention"
+    try:
+        with _around(name, situation.model):
+            pass
+    except ValueError:
+        yield LeftOut(called, f"{type(situation.model).__name__} has no {name} attention.")
+        return
+    yield Candidate(
+        name=called,
+        summary=f"Computes attention with transformers' {name} implementation.",
+        command=f"from_pretrained(..., attn_implementation={name!r})".replace("'", '"'),
+        around=partial(_around, name),
+        reference=None if decisive(situation.wide) is None else partial(_around, name),
+    )
+
+
+def _of_transformers(model: nn.Module) -> Sequence[Any]:
+    """The models in it whose config names an implementation."""
+    inner: list[Any] = [one for one in model.modules() if hasattr(one, "set_attn_implementation")]
+    return [one for one in inner if getattr(getattr(one, "config", None), "_attn_implementation", None) is not None]
+
+
+@contextmanager
+def _around(name: str, model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for one in _of_transformers(model):
+            stack.callback(one.set_attn_implementation, one.config._attn_implementation)
+            one.set_attn_implementation(name)
+        yield
