@@ -152,10 +152,12 @@ class _Diagnosing:
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
         trials = [_judged(one, tolerance, concerned, never, self.dtype) for one in attempts]
+        is_tried = len(attempts) > len(self.dtypes())  # what is advised was, and what records propose may have failed
+        said = verdict(plain.recording, wide.recording, advise=not is_tried)
         found = Diagnosis(
             source=reproduction.source,
             dtype=self.dtype,
-            verdict=verdict(plain.recording, wide.recording),
+            verdict=said,
             advice="",
             finite=plain.answers.finite,
             plain=low.distance(),
@@ -163,7 +165,7 @@ class _Diagnosing:
             harm=_harm(situation, low, plain.answers, attempts, tolerance) if plain.answers.finite else None,
             left_out=left_out,
             notes=(*reproduction.notes, *_notes(wide.answers, self.wide)),
-            findings=document(plain.recording, wide.recording),
+            findings=document(plain.recording, wide.recording) | {"verdict": said},
         )
         return replace(found, advice=advice(found))
 
