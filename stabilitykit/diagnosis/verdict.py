@@ -112,8 +112,11 @@ def _break_document(recording: Recording, found: Outcome, reference: Recording |
     }
 
 
-def verdict(recording: Recording, reference: Recording | None = None) -> str:
-    """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left."""
+def verdict(recording: Recording, reference: Recording | None = None, *, advise: bool = True) -> str:
+    """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
+
+    `advise`: what to do about it, which no record has tried; False where somebody has.
+    """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
         return " ".join([_clean(recording), *notes])
@@ -124,7 +127,7 @@ def verdict(recording: Recording, reference: Recording | None = None) -> str:
     parts.append(dependence(recording, first))
     parts.append(_consequences(chain(recording)))
     parts.append(_ending(recording, found))
-    parts.append("" if why is None else why.remedy)
+    parts.append("" if why is None or not advise else why.remedy)
     return " ".join(part for part in [*parts, *notes] if part)
 
 

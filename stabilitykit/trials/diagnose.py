@@ -202,10 +202,12 @@ class _Diagnosing:
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
         trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
+        is_tried = len(attempts) > len(self.dtypes())  # what is advised was, and what records propose may have failed
+        said = verdict(plain.recording, wide.recording, advise=not is_tried)
         found = Diagnosis(
             source=reproduction.source,
             dtype=self.dtype,
-            verdict=verdict(plain.recording, wide.recording),
+            verdict=said,
             advice="",
             finite=plain.answers.finite,
             plain=low.distance(),
@@ -215,7 +217,7 @@ class _Diagnosing:
             rounding=rounded,
             left_out=left_out,
             notes=(*reproduction.notes, *_notes(wide.answers, self.wide), *unrounded),
-            findings=document(plain.recording, wide.recording),
+            findings=document(plain.recording, wide.recording) | {"verdict": said},
         )
         return replace(found, advice=advice(found))
 

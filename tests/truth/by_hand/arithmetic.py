@@ -65,16 +65,28 @@ class _Counting(TorchDispatchMode):
 
 
 class _Stored(_Counting):
-    """Which dtype every operator stores in a plain run."""
+    """Which dtype every operator stores in a plain run, and which make what is not finite of what is."""
 
     def __init__(self, model: nn.Module, stack: ExitStack) -> None:
         super().__init__(model, stack)
         self.dtypes: dict[Key, torch.dtype | None] = {}
+        self.broke: list[Key] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        key = self.key(named(func))
         output = func(*args, **(kwargs or {}))
-        self.dtypes[self.key(named(func))] = getattr(output, "dtype", None)
+        self.dtypes[key] = getattr(output, "dtype", None)
+        if _broke(key, (args, kwargs or {}), output):
+            self.broke.append(key)
         return output
+
+
+def _plain(planted: Planted) -> _Stored:
+    with ExitStack() as stack, torch.no_grad(), suppress(RuntimeError, ValueError):
+        stored: _Stored = stack.enter_context(_Stored(planted.model, stack))
+        torch.manual_seed(1)
+        planted.run(planted.model)
+    return stored
 
 
 class Wide(_Counting):
@@ -92,13 +104,9 @@ class Wide(_Counting):
         chosen: Callable[[Key, Any, Any], bool],
         where_it_fits: bool,
     ) -> None:
-        with ExitStack() as own, torch.no_grad(), suppress(RuntimeError, ValueError):
-            stored = own.enter_context(_Stored(planted.model, own))
-            torch.manual_seed(1)
-            planted.run(planted.model)
+        self.stored = _plain(planted).dtypes
         super().__init__(planted.model, stack)
         self.dtype, self.chosen, self.where_it_fits = dtype, chosen, where_it_fits
-        self.stored = stored.dtypes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -170,14 +178,13 @@ def float32_operator(planted: Planted, stack: ExitStack) -> Any:
     zero or the infinity that it is given. All else is stored as before.
     """
     expected = planted.expected
-    operators, rounded = (expected.operators, expected.rounded) if expected else ((), ())
-    found: list[tuple[str, int]] = []
+    if expected is None:
+        return None
+    broke = [key[1:] for key in _plain(planted).broke if not expected.operators or key[1] in expected.operators]
 
     def chosen(key: Key, given: Any, output: Any) -> bool:
-        if not found and (not operators or key[1] in operators) and _broke(key, given, output):
-            found.append(key[1:])
         site = f"{key[1]}.{key[2] - 1}"
-        return found[:1] == [key[1:]] or any(fnmatchcase(site, one.rpartition("/")[2]) for one in rounded)
+        return broke[:1] == [key[1:]] or any(fnmatchcase(site, one.rpartition("/")[2]) for one in expected.rounded)
 
     return _with(planted, stack, chosen)
 
