@@ -122,6 +122,16 @@ def clean(recording: Recording) -> str:
     return f"{largest}{_small(gradients)}"
 
 
+def goes_on(recording: Recording, first: Record) -> str:
+    """What a break of the forward pass comes to in the backward pass; empty for none, and for one of a gradient."""
+    lost = next((r for r in recording if r.is_gradient and r.lost and r.order > first.order), None)
+    if first.is_gradient or lost is None:
+        return ""
+    without, _ = spread(recording, lost)
+    weights = f", nor {'is that' if len(without) == 1 else 'are those'} of {counted(len(without), 'weight')}"
+    return f"In the backward pass the gradient of {of(lost)} is not finite{weights if without else ''}."
+
+
 def spread(recording: Recording, first: Record) -> tuple[Sequence[Record], Sequence[Record]]:
     """Of the weights' gradients made after this one in the same step: those that are not finite, and all of them."""
     after = [r for r in weight_gradients(recording) if r.step == first.step and r.order >= first.order]

@@ -94,7 +94,8 @@ def record(
     finite float64 tells why, unless autograd had packed away what it was made of. Each waits for its device once. The
     header's `case` gets the `loss_scale` by which the loss was multiplied last, unless it is given. Passes that make a
     graph of their own (`create_graph`) are left alone. Without `backward`, a backward pass that leaves gradients that
-    are not finite is one record. Passes in other threads are left alone, and a model belongs to one recording at a time.
+    are not finite is one record. Passes in other threads are left alone, and a model belongs to one recording at a
+    time.
 
     Raises MisuseError for what is not a module, for an unknown level, format or matmul mode, for statistics whose names
     are taken, for a model that is being recorded already, or a part of it, and for a model or a module of it that went
