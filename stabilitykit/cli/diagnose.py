@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,10 @@ import stabilitykit.cli.options as options
 from stabilitykit.errors import MisuseError
 
 if TYPE_CHECKING:
+    from stabilitykit.records.training import TrainingDiagnosis
+    from stabilitykit.records.trials import Diagnosis
     from stabilitykit.run.batch import Asked
+    from stabilitykit.run.case import Progress
 
 
 def diagnose(
@@ -83,9 +86,17 @@ def diagnose(
         raise MisuseError("--backward diagnoses a training step, which only FILE.py:make describes.")
     if is_file and (prompt is not None or batch is not None):
         raise MisuseError("FILE.py:make brings its own input; leave out --prompt and --batch.")
+    found: Diagnosis | TrainingDiagnosis
     with screen.progress_bar() as progress:
         if is_file:
-            found = _of_file(what, dtype, minimise, backward, loss_scale, clip, progress)
+            found = _of_file(
+                what,
+                dtype,
+                matmul=matmul,
+                minimise=minimise,
+                training=(loss_scale, clip) if backward else None,
+                progress=progress,
+            )
         else:
             from stabilitykit.models.subject import Sampling
             from stabilitykit.trials.diagnose import of_reproduction
@@ -107,7 +118,7 @@ def diagnose(
                 trust_remote_code=trust_remote_code,
                 device=device,
             )
-            found = of_reproduction(opened, command=options.command_line(), progress=progress)
+            found = of_reproduction(opened, minimise=minimise, command=options.command_line(), progress=progress)
     if as_json:
         screen.print_json(to_document(found))
         return
@@ -126,6 +137,21 @@ def _asked(prompt: str | None, batch: Path | None, chat: bool) -> "list[Asked]":
 
 
 def _of_file(
-    what: str, dtype: str, minimise: bool, backward: bool, loss_scale: float, clip: float | None, progress: Any
-) -> Any:
-    raise NotImplementedError
+    what: str,
+    dtype: str,
+    *,
+    matmul: str | None,
+    minimise: bool,
+    training: tuple[float, float | None] | None,
+    progress: "Progress",
+) -> "Diagnosis | TrainingDiagnosis":
+    """`training` is the loss scale and the norm to clip gradients to, of a training step."""
+    from stabilitykit.trials.diagnose import of_reproduction
+    from stabilitykit.trials.file import FromFile, UserFunction
+    from stabilitykit.trials.training import diagnose_training
+
+    if training is not None:
+        loss_scale, clip = training
+        return diagnose_training(UserFunction.load(what), dtype=dtype, loss_scale=loss_scale, clip=clip, source=what)
+    made = FromFile.load(what, dtype, matmul)
+    return of_reproduction(made, minimise=minimise, command=options.command_line(), progress=progress)

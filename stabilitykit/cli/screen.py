@@ -21,8 +21,9 @@ from stabilitykit.records.remedies import Ranking
 from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Plan
+from stabilitykit.records.training import TrainingDiagnosis
 from stabilitykit.records.trials import Diagnosis
-from stabilitykit.report.parts import by_layer, trials
+from stabilitykit.report.parts import by_layer, training, trials
 from stabilitykit.report.parts.by_layer import LEGEND
 from stabilitykit.report.parts.cases import cases
 from stabilitykit.report.sections import bounds, forecast, remedies, search
@@ -38,6 +39,7 @@ __all__ = ["LEGEND"]
 _PATIENCE = 1.0
 _LONG = 10.0  # and in a pipe only after this many: what is soon over leaves nothing on standard error
 
+_BEST = 3  # changes whose commands are shown
 _WORST = 8  # tokens of each context of a search
 
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -157,12 +159,18 @@ def print_check(check: FolderCheck) -> None:
     print_blocks(remedies.of_check(check), output)
 
 
-def print_diagnosis(found: Diagnosis) -> None:
-    """What broke, what cures it, and all that was tried."""
-    is_well = found.finite and (found.harm is None or not found.harm.harmful)
+def print_diagnosis(found: Diagnosis | TrainingDiagnosis) -> None:
+    """What broke, what cures it, all that was tried, and what does the best of it."""
+    is_well = found.plain.cured if isinstance(found, TrainingDiagnosis) else found.is_well
     output.print(Text(found.verdict, style="bold green" if is_well else "bold red"))
     output.print()
-    print_blocks(trials.blocks(found), output)
+    shown = training.blocks(found) if isinstance(found, TrainingDiagnosis) else trials.blocks(found)
+    print_blocks(shown, output, whole="the JSON document (--json)")
+    if not is_well:
+        for one in found.cures[:_BEST]:
+            output.print(Text(f"To do it, {one.name}:", style="bold"))
+            output.print(Text(one.command), soft_wrap=True)  # to be copied
+            output.print()
     for note in found.notes:
         print_note(f"{note[0].upper()}{note[1:]}.")
 

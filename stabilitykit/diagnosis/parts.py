@@ -191,7 +191,7 @@ def _by_path(place: Place) -> Part | None:
     if "/" not in record.site:
         if place.module in _UP:
             return "up"
-        return _PROJECTIONS.get(place.module) if is_attention(record.module) else None
+        return _PROJECTIONS.get(place.module) if is_attention(record.module.rpartition(".")[0]) else None
     if record.operator == "matmul" and is_attention(record.module):
         own = [r.operator for r in place.after if r.module == record.module and r.operator in ("matmul", "softmax")]
         return "scores" if own[:1] == ["softmax"] else None

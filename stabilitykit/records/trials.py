@@ -81,12 +81,18 @@ class Harm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounding:
-    """One way to run the same model that rounds elsewhere: how far it is from the plain run, and whether it ends in
-    other tokens."""
+    """One way to run the same model that rounds elsewhere: how far it is from the plain run, and from float32.
+
+    `same_tokens` is the share of tokens that are the same as the plain run's: of those that were generated, else of
+    those that each row of logits makes likeliest. `margin`: where one is not, the difference between the plain run's
+    two largest logits, the least of all; None where all are the same.
+    """
 
     name: str
     distance: Distance
+    wide: Distance
     same_tokens: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +139,11 @@ class Diagnosis:
     def __getitem__(self, name: str) -> Trial:
         """Raises KeyError for what was not tried."""
         return {trial.name: trial for trial in self.trials}[name]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether everything is finite, and nothing that overflowed on the way did any harm."""
+        return self.finite and (self.harm is None or not self.harm.harmful)
 
     @property
     def cures(self) -> tuple[Trial, ...]:

@@ -115,6 +115,8 @@ class _Keeping:
         site = self.names.of_operator(kind, args, kwargs, output)
         if site is None or kind.writes_in_place or not isinstance(output, Tensor):
             return output
+        if kind.name == "cast" and site not in self.layout.dtypes and output.dtype == self.dtype and self.is_wide(args):
+            return args[0]  # a cast that a plain run does not make, of what is float32 only here
         if site in self.kept:
             if output.dtype != self.dtype:
                 return output
@@ -127,6 +129,9 @@ class _Keeping:
     def is_mixed(self, args: Any, kwargs: dict[str, Any]) -> bool:
         dtypes = {tensor.dtype for tensor in floating_of_call(args, kwargs) if tensor.ndim}
         return dtypes >= {torch.float32, self.dtype}
+
+    def is_wide(self, args: tuple[Any, ...]) -> bool:
+        return isinstance(args[0], Tensor) and args[0].dtype == torch.float32
 
     def is_low(self, site: str, mixed: bool) -> bool:
         """Whether a plain run stores it in 16 bits; fused kernels, which a dry run has only as their parts, do."""

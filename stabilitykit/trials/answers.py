@@ -1,6 +1,7 @@
 """What a run gives: the outputs of every call of the model, what its caller gets, and what was raised."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Reproduction, same_draws
+from stabilitykit.trials.sampling import Choices
 
 _KEPT = 1 << 26  # elements of an output that are kept to compare; of more, rows evenly spaced, the last one among them
 _CACHES = ("past", "cache")
@@ -45,6 +47,25 @@ class Output:
             inner *= size
         return row // inner, row % inner
 
+    def first(self, rows: int) -> "Output":
+        """The first so many rows of a batch, of an output of which all rows were kept."""
+        shape = (rows, *self.shape[1:])
+        most = math.prod(shape[:-1])
+        kept = self.rows < most
+        lost = tuple(row for row in self.lost if row < most)
+        return Output(self.values[kept.to(self.values.device)], self.rows[kept], shape, lost, self.logits)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Output"]) -> "Output":
+        """The rows of several batches as one, of outputs of which all rows were kept."""
+        shape = (sum(one.shape[0] for one in parts), *parts[0].shape[1:])
+        rows, lost, before = [], [], 0
+        for one in parts:
+            rows.append(one.rows + before)
+            lost += [row + before for row in one.lost]
+            before += math.prod(one.shape[:-1])
+        return cls(torch.cat([one.values for one in parts]), torch.cat(rows), shape, tuple(lost), parts[0].logits)
+
 
 @dataclass(slots=True)
 class Answers:
@@ -73,10 +94,11 @@ def answers(
 ) -> Answers:
     """Runs `model` inside `recast`, `around` and `recorder`, entered in this order, and keeps what it gives.
 
-    Whatever is raised becomes the `error`.
+    Whatever is raised becomes the `error`; so does a choice among no tokens, at which greedy decoding raises nothing.
     """
     found = Answers()
     seen: list[Tensor] = []
+    choices = Choices()
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with _disable_current_modes():  # what is computed here is no part of the run that is changed
@@ -91,6 +113,7 @@ def answers(
             stack.enter_context(same_draws())
             stack.enter_context(torch.enable_grad() if reproduction.grad else torch.inference_mode())
             stack.callback(model.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(choices.seen(model))
             if reproduction.matmul is not None:
                 stack.enter_context(matmul(reproduction.matmul))
             for one in (recast, around, recorder):
@@ -101,6 +124,8 @@ def answers(
         raise
     except Exception as error:
         found.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    if found.error is None and not any(output.lost for output in found.outputs):
+        found.error = choices.problem
     found.recast = 0 if recast is None else recast.changed
     ends = {one.data_ptr() for one in seen if one.numel()}
     for tensor, logits in outputs_of(model, result):

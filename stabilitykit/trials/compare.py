@@ -39,6 +39,24 @@ class Compared:
             top1=sum(same) / len(same) if same else None,
         )
 
+    def farther_than(self, other: "Compared", times: float) -> set[Row]:
+        """The rows of outputs in which this is on average, or at most, so many times as far as another run is.
+
+        What another run has lost, or has not at all, is none of them.
+        """
+        found: set[Row] = set()
+        for number in {number for number, _ in self.error}:
+            rows = {row for row in self.error if row[0] == number}
+            ours, theirs = self.distance(rows), other.distance(rows)
+            measures = [
+                (ours.error_max, theirs.error_max),
+                (ours.error_mean, theirs.error_mean),
+                (ours.kl_mean, theirs.kl_mean),
+            ]
+            if any(a is not None and b is not None and a > times * b for a, b in measures):
+                found |= {row for row in rows if self.error[row] > times * other.error.get(row, 0.0)} or rows
+        return found
+
     def lost(self) -> set[Row]:
         return {row for row, error in self.error.items() if error == float("inf")}
 
@@ -51,7 +69,7 @@ def compare(ours: Answers, theirs: Answers) -> Compared:
     error: dict[Row, float] = {}
     kl: dict[Row, float] = {}
     same: dict[Row, bool] = {}
-    for number, (one, other) in enumerate(_pairs(ours, theirs)):
+    for number, (one, other) in enumerate(pairs(ours, theirs)):
         a, b = one.values.float(), other.values.float()
         places = other.rows.tolist()
         away = torch.where(a == b, torch.zeros((), device=a.device), (a - b).abs())
@@ -74,7 +92,8 @@ def compare(ours: Answers, theirs: Answers) -> Compared:
     return Compared(error, kl, same)
 
 
-def _pairs(ours: Answers, theirs: Answers) -> Iterator[tuple[Output, Output]]:
+def pairs(ours: Answers, theirs: Answers) -> Iterator[tuple[Output, Output]]:
+    """The outputs of both, call by call, as long as the calls were given the same integers and returned as much."""
     for one, given, other, expected in zip(ours.outputs, ours.given, theirs.outputs, theirs.given, strict=False):
         alike = len(given) == len(expected) and all(map(_equal, given, expected))
         if not alike or one.shape != other.shape:

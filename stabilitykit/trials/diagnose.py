@@ -12,22 +12,27 @@ from stabilitykit.diagnosis.trials import advice, happened
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models.devices import parse_dtype
+from stabilitykit.recorder.names import site_path
+from stabilitykit.recorder.weights import check_weights
+from stabilitykit.records import Recording
 from stabilitykit.records.scaling import UNCHANGED
-from stabilitykit.records.trials import Diagnosis, Harm, Trial
+from stabilitykit.records.trials import Diagnosis, Rounding, Smallest, Trial
 from stabilitykit.run.case import Progress
 from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates import CANDIDATES
-from stabilitykit.trials.candidates.operator import OPERATORS
+from stabilitykit.trials.columns import given_call
 from stabilitykit.trials.compare import Compared, Row, compare
+from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
+from stabilitykit.trials.minimise import has_tokens, minimise
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Given, Kept, Reproduction, called, dtype_of, same_draws
+from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
+from stabilitykit.trials.rounding import rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
 _LEAST = 2.0**-9  # what rounding alone may come to
 _NEAR = 2.0**-6  # where bfloat16 has nothing to compare with
-_WORST = 8  # rows
 
 
 def diagnose(
@@ -36,6 +41,8 @@ def diagnose(
     dtype: str | None = None,
     reference: nn.Module | None = None,
     matmul: str | None = None,
+    minimise: bool = False,
+    compiled: bool = False,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
@@ -44,10 +51,14 @@ def diagnose(
     Args:
         model: a torch.nn.Module, or a bound method of one, such as its `generate`.
         args: what it is called with.
-        dtype: the dtype that fails: that of the model, unless it is float32; then float16.
+        dtype: the dtype that fails: that of the model, unless it is float32 and does not fail in it; then float16.
         reference: the original in float32, for a model whose weights were already rounded. Without it the model is
             compared with its own rounded weights, computed in float32, and a note says so.
         matmul: how 16-bit products are summed, as in `record`; as torch does unless given.
+        minimise: also look for the smallest part of the input that fails alike, among rows and tokens of `input_ids`,
+            or of whatever argument holds token ids; masks, positions and what else has a column for each are cut with
+            them.
+        compiled: compare a run that stays in range with one through torch.compile, too, which takes a minute or so.
         progress: called with (what is being done, how much of it is done, out of how much).
         kwargs: what it is called with, by name.
 
@@ -56,7 +67,8 @@ def diagnose(
         as they are: copies are run.
 
     Raises:
-        MisuseError: for what is not a module or a method of one, and for a model that cannot be copied.
+        MisuseError: for what is not a module or a method of one, for a model that cannot be copied, and with
+            `minimise` for arguments without token ids.
     """
     owner = getattr(model, "__self__", model)
     if not isinstance(owner, nn.Module):
@@ -65,15 +77,20 @@ def diagnose(
             f"{type(model).__name__}."
         )
     given = dtype_of(owner)
-    reproduction = Given(
+    method = "__call__" if owner is model else model.__name__
+    reproduction = given_call(
         owner,
-        called(owner, "__call__" if owner is model else model.__name__, args, kwargs),
-        failing_dtype(dtype, given),
+        method,
+        args,
+        kwargs,
+        dtype=failing_dtype(dtype, given),
         reference=reference,
         matmul=matmul,
         notes=rounded_note(given, reference),
     )
-    return of_reproduction(reproduction, progress=progress)
+    return of_reproduction(
+        _where_it_fails(reproduction, dtype, given), minimise=minimise, compiled=compiled, progress=progress
+    )
 
 
 def diagnose_run(
@@ -81,9 +98,15 @@ def diagnose_run(
 ) -> Diagnosis:
     """As `diagnose`, for whatever `run(model)` does with a model; it must not keep anything between two runs."""
     given = dtype_of(model)
-    return of_reproduction(
-        Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None)), **how
-    )
+    reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None))
+    return of_reproduction(_where_it_fails(reproduction, dtype, given), **how)
+
+
+def _where_it_fails(reproduction: Given, asked: str | None, given: str) -> Given:
+    """In float32, where no dtype is asked for and a model that is float32 fails as it is."""
+    if asked is not None or given != "float32" or answers(reproduction, copied(reproduction.given, given)).finite:
+        return reproduction
+    return replace(reproduction, dtype=given)
 
 
 def failing_dtype(dtype: str | None, given: str) -> str:
@@ -103,11 +126,19 @@ def rounded_note(given: str, reference: nn.Module | None) -> tuple[str, ...]:
 
 
 def of_reproduction(
-    reproduction: Reproduction, *, command: str | None = None, progress: Progress | None = None
+    reproduction: Reproduction,
+    *,
+    minimise: bool = False,
+    compiled: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
 ) -> Diagnosis:
-    """Whatever can be run again, diagnosed. `command` is the command line to name in the result."""
+    """Whatever can be run again, diagnosed. `command` is the command line to name in the result.
+
+    Raises MisuseError where it is to `minimise` what has no tokens.
+    """
     with same_draws():
-        return replace(_Diagnosing(reproduction, progress).run(), command=command)
+        return replace(_Diagnosing(reproduction, progress, minimise, compiled).run(), command=command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +152,19 @@ class _Attempt:
 
 
 class _Diagnosing:
-    def __init__(self, reproduction: Reproduction, progress: Progress | None) -> None:
+    def __init__(self, reproduction: Reproduction, progress: Progress | None, minimise: bool, compiled: bool) -> None:
+        self.compiled = compiled
         self.reproduction = reproduction
+        self.minimise = minimise
+        if minimise and not has_tokens(reproduction):
+            raise MisuseError(
+                "Only an input with tokens can be made smaller: prompts, or token ids [rows, columns] among a call's "
+                "arguments, such as input_ids. This one has none; leave minimise out."
+            )
         self.models = Kept(reproduction)
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
+        self.tried: dict[str, _Attempt] = {}
         self.tell = progress or (lambda what, done, total: None)
 
     def run(self) -> Diagnosis:
@@ -142,16 +181,27 @@ class _Diagnosing:
         tolerance = self.tolerance(attempts)
         never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
+        self.find_weights(plain.recording)
         situation = look(self.models, plain.recording, wide.recording)
+        without, rows = None, set[Row]()
+        if plain.answers.finite and situation.found is not None:
+            self.tell("measuring the harm", 0, 1)
+            without = without_overflow(situation, lambda one: self.attempt(one).compared)
+            rows = harmed(situation, low, without, tolerance)
         left_out: dict[str, str] = {}
-        is_wrong = not plain.answers.finite or bool(concerned)
+        is_wrong = not plain.answers.finite or bool(concerned or rows)
         if situation.found is not None and is_wrong:
             made, left_out = self.offers(situation)
             self.models.drop("bfloat16")
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
-        trials = [_judged(one, tolerance, concerned, never, self.dtype) for one in attempts]
+        rounded, unrounded = tuple[Rounding, ...](), tuple[str, ...]()
+        if plain.answers.finite and not is_wrong:
+            self.tell("comparing ways to run it", 0, 1)
+            rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
+        within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
+        trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
         found = Diagnosis(
             source=reproduction.source,
             dtype=self.dtype,
@@ -160,12 +210,32 @@ class _Diagnosing:
             finite=plain.answers.finite,
             plain=low.distance(),
             trials=tuple(sorted(trials, key=_order)),
-            harm=_harm(situation, low, plain.answers, attempts, tolerance) if plain.answers.finite else None,
+            harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
+            smallest=self.smallest(plain.recording),
+            rounding=rounded,
             left_out=left_out,
-            notes=(*reproduction.notes, *_notes(wide.answers, self.wide)),
+            notes=(*reproduction.notes, *_notes(wide.answers, self.wide), *unrounded),
             findings=document(plain.recording, wide.recording),
         )
         return replace(found, advice=advice(found))
+
+    def smallest(self, recording: Recording) -> Smallest | None:
+        if not self.minimise or not has_tokens(self.reproduction):
+            return None
+        return minimise(self.reproduction, model=self.model, recording=recording, progress=self.tell)
+
+    def find_weights(self, recording: Recording) -> None:
+        """Tells the records of a run in which a weight is not finite what that weight is in float32."""
+        broken = [one for one in recording if one.broke is not None and one.broke.kind == "weight"]
+        if not broken or recording.header.weights is not None:
+            return
+        wide = self.models.model(self.wide)
+        names = [name for name, one in self.model.named_parameters() if not one.isfinite().all()]
+        if all(bool(wide.get_parameter(name).isfinite().all()) for name in names):
+            found = check_weights(
+                ((site_path(name), wide.get_parameter(name).detach()) for name in names), (self.dtype,)
+            )
+            recording.header = replace(recording.header, weights=found[self.dtype])
 
     def widest(self, watch: Sequence[tuple[str, int]]) -> Recorded:
         """The run that others are compared with: nothing in it is stored in fewer bits."""
@@ -177,13 +247,13 @@ class _Diagnosing:
     def tolerance(self, attempts: Sequence[_Attempt]) -> float:
         """How far from float32 a run may be and still be as close as a 16-bit format comes: some bfloat16's worth.
 
-        Where bfloat16 fails as well, because code casts to something narrower, it is a run without those casts.
+        Where bfloat16 fails as well, because code casts to something narrower, those casts round, and do not overflow.
         """
         for one in attempts:
             far = one.compared.distance().error_max
             if one.candidate.name == "bfloat16" and not one.finite:
                 made = answers(
-                    self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16)
+                    self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16, rounds=True)
                 )
                 far = compare(made, self.reference).distance().error_max if made.finite else None
             if one.candidate.name == "bfloat16" and far is not None:
@@ -195,12 +265,11 @@ class _Diagnosing:
         others = [one for one in ("bfloat16", "float32") if one != self.dtype]
         if self.dtype == "float32":
             others = ["float64"]
-        named = self.reproduction.source
         return [
             Candidate(
                 name=name,
                 summary=f"Everything in {name}.",
-                command=f"model.to(torch.{name})" if named is None else f"stabilitykit profile {named} --dtype {name}",
+                command=self.reproduction.in_dtype(name),
                 dtype=name,
                 carried=True,
                 extra=self.bytes(name),
@@ -233,6 +302,11 @@ class _Diagnosing:
         return Recast(getattr(torch, dtype), source)
 
     def attempt(self, candidate: Candidate) -> _Attempt:
+        if candidate.name not in self.tried:
+            self.tried[candidate.name] = self._attempt(candidate)
+        return self.tried[candidate.name]
+
+    def _attempt(self, candidate: Candidate) -> _Attempt:
         models = self.models if candidate.instead is None else Kept(candidate.instead)
         reproduction, reference = models.of, self.reference
         dtype = candidate.dtype or self.dtype
@@ -257,11 +331,18 @@ class _Diagnosing:
         return _Attempt(candidate, made.finite, compared, then)
 
 
-def _judged(one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str) -> Trial:
-    """`never` are the rows that float32 loses: with a change that it needs too, any finite number will do there."""
+def _judged(
+    one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str, within: Compared | None
+) -> Trial:
+    """Whether it is as close to float32 as 16 bits come, and a change within the dtype as close as `within`, too.
+
+    `never` are the rows that float32 loses: with a change that it needs too, any finite number will do there.
+    """
     candidate, distance = one.candidate, one.compared.distance()
     wanted = one.compared.distance(one.compared.error.keys() - never) if candidate.reference else distance
-    is_close = wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
+    is_close = distance.rows > 0 and wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
+    if within is not None and candidate.dtype in (None, dtype):
+        is_close = is_close and not one.compared.farther_than(within, CLOSER)
     return Trial(
         name=candidate.name,
         summary=candidate.summary,
@@ -284,30 +365,13 @@ def _order(trial: Trial) -> tuple[bool, bool, bool, bool, float]:
     return (not trial.cured, trial.is_format, not trial.carried, not trial.finite, trial.far)
 
 
-def _harm(
-    situation: Situation, low: Compared, plain: Answers, attempts: Sequence[_Attempt], tolerance: float
-) -> Harm | None:
-    """What an overflow that ended on the way did to what is returned; None where nothing overflowed."""
-    if situation.found is None:
-        return None
-    worst = sorted(low.error.items(), key=lambda one: -one[1])[:_WORST]
-    without = next((one for one in attempts if one.candidate.name in OPERATORS), None)
-    far = low.distance().error_max or 0.0
-    rest = None if without is None else without.compared.distance()
-    is_cause = rest is None or (rest.error_max is not None and rest.error_max < far / 2)
-    rows = tuple((number, *plain.outputs[number].place(row), error) for (number, row), error in worst)
-    return Harm(
-        site=situation.found.broke.site,
-        harmful=far > tolerance and is_cause,
-        plain=low.distance(),
-        without=rest,
-        rows=rows,
-    )
-
-
 def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:
-    if not wide.recast:
-        return ()
-    return (
-        f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in it",
-    )
+    notes = []
+    if wide.recast:
+        notes.append(
+            f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in "
+            "it"
+        )
+    if wide.error is not None and not wide.outputs:
+        notes.append(f"nothing can be compared, because the run in {dtype} raised {wide.error}")
+    return tuple(notes)

@@ -1,6 +1,7 @@
 """Prompts on a checkpoint, run as often as needed: in each dtype, shortened, or with its weights scaled."""
 
 import inspect
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,6 +54,9 @@ class Prompted:
     @property
     def text(self) -> Callable[[int], str]:
         return self.opened.piece
+
+    def in_dtype(self, dtype: str) -> str:
+        return f"stabilitykit profile {shlex.quote(self.name)} --dtype {dtype}"
 
     def with_tokens(self, rows: Sequence[Sequence[int]]) -> "Prompted":
         """The same on other tokens."""

@@ -1,5 +1,6 @@
 """The same code in another dtype, also where the code itself asks for a narrow one."""
 
+import math
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
     """Inside the block, operators that are given tensors of a narrow dtype, or asked for one, work in `target` instead.
 
     Narrow is `source`, or all that have fewer bits than `target` where it is None, float8 among them. What is written
-    into a narrow tensor that was there before is rounded to it. `changed` counts the operators that were.
+    into a narrow tensor that was there before is rounded to it. `changed` counts the operators that were. `rounds`:
+    what was to be cast to 8 bits has their precision, though not their range.
     """
 
-    def __init__(self, target: torch.dtype, source: torch.dtype | None = None) -> None:
+    def __init__(self, target: torch.dtype, source: torch.dtype | None = None, *, rounds: bool = False) -> None:
         super().__init__(self._run, given=self._given)
         self.changed = 0
+        self._rounds = rounds
         self._target = target
         fewer = (*NARROW, *_FLOAT8, *((torch.float32,) if target == torch.float64 else ()))
         self._narrow = (source,) if source is not None else fewer
@@ -30,6 +33,13 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
         if kind.writes_in_place:
             return args, kwargs
         changed = False
+        asked = (
+            next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype) and one in _FLOAT8), None)
+            if self._rounds
+            else None
+        )
+        if asked is not None and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            args = (_rounded(args[0], asked), *args[1:])
 
         def cast(leaf: Any) -> Any:
             nonlocal changed
@@ -60,3 +70,10 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
 
         fitted = [arg if place in places else tree_map(fit, arg) for place, arg in enumerate(args)]
         return kind.func(*fitted, **kwargs)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` with as many significant bits as `dtype` has."""
+    bits = 1 - math.log2(torch.finfo(dtype).eps)
+    part, exponent = torch.frexp(tensor.float())
+    return torch.ldexp((part * 2.0**bits).round() * 2.0**-bits, exponent).to(tensor.dtype)

@@ -41,6 +41,10 @@ class Reproduction(Protocol):
     @property
     def text(self) -> Callable[[int], str] | None: ...
 
+    def in_dtype(self, dtype: str) -> str:
+        """What to type to have the same in another dtype."""
+        ...
+
     def model(self, dtype: str) -> nn.Module:
         """The model in `dtype`, made anew."""
         ...
@@ -64,9 +68,13 @@ class Given:
     notes: tuple[str, ...] = ()
     text: Callable[[int], str] | None = None
 
+    def in_dtype(self, dtype: str) -> str:
+        return f"model.to(torch.{dtype})"
+
     def model(self, dtype: str) -> nn.Module:
-        wide = self.reference if dtype in ("float32", "float64") else None
-        return copied(self.given if wide is None else wide, dtype)
+        if self.reference is not None and dtype != dtype_of(self.given):
+            return copied(self.reference, dtype)
+        return copied(self.given, dtype)
 
     def run(self, model: nn.Module) -> Any:
         return self.call(model)
@@ -158,8 +166,8 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def copied(model: nn.Module, dtype: str) -> nn.Module:
-    """A copy in `dtype`, as `from_pretrained` would have made it: what a model of transformers computes for itself, such
-    as RoPE's frequencies, is not rounded. Raises MisuseError for a model that cannot be copied.
+    """A copy in `dtype`, as `from_pretrained` would have made it: what a model of transformers computes for itself,
+    such as RoPE's frequencies, is not rounded. Raises MisuseError for a model that cannot be copied.
     """
     try:
         made: nn.Module = copy.deepcopy(model)

@@ -21,6 +21,12 @@ from stabilitykit.trials.reproduction import Kept, Reproduction
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
+def without_layers(site: str) -> str:
+    """A site with the numbers of layers and experts left out; operators keep theirs, which says which one it is."""
+    path, slash, operator = site.partition("/")
+    return NUMBER.sub("*", path) + slash + operator
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
     """A failure of `model`, which computes in the failing dtype, and is one of `models`.
@@ -74,8 +80,8 @@ class Situation:
         broke = self.broke
         if broke is None:
             return []
-        pattern = NUMBER.sub("*", broke.site)
-        return list(dict.fromkeys([broke.site, *(s for s in self.overflowing if NUMBER.sub("*", s) == pattern)]))
+        pattern = without_layers(broke.site)
+        return list(dict.fromkeys([broke.site, *(s for s in self.overflowing if without_layers(s) == pattern)]))
 
     def operator_of(self, site: str) -> str | None:
         """The operator's own name for a site, which may be a module's; None where no operator made it in step 0."""

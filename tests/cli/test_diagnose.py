@@ -1,4 +1,4 @@
-"""`diagnose` from the command line: on the real Gemma 3 270M and SmolLM2, on folders, on batches, and how it refuses."""
+"""`diagnose` from the command line: on real models, folders and batches, and how it refuses."""
 
 import json
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import pytest
 from folders import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from stabilitykit.checkpoints import Checkpoint
 from truth.decoders import product
 from truth.models import VOCABULARY
+
+from stabilitykit.checkpoints import Checkpoint
 
 PROMPT = "The capital of France is"
 RANDOM = "random:gemma3-270m?layers=2&hidden_size=32&feed_forward=64&heads=2&head_dim=16&vocabulary=512&context=64"

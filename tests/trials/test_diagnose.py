@@ -159,7 +159,7 @@ def test_recast_runs_a_float16_model_as_its_float32_copy_does(name: str) -> None
 def test_a_copy_in_float16_keeps_the_rotary_frequencies_of_transformers_in_float32() -> None:
     """As `from_pretrained(dtype=torch.float16)` does, and `.half()` does not."""
     model = decoder("llama")
-    made = copied(model, "float16")
+    made: Any = copied(model, "float16")
     assert made.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(made.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert {one.dtype for one in made.parameters()} == {HALF}

@@ -35,7 +35,7 @@ def llama(dtype: torch.dtype, optimizer: Any = torch.optim.SGD, **how: Any) -> M
 def by_hand(dtype: torch.dtype, scale: float) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model, kwargs, loss, _ = llama(dtype)
-    (loss(model(**kwargs)) * scale).backward()  # type: ignore[no-untyped-call]
+    (loss(model(**kwargs)) * scale).backward()
     return {name: held.grad.double() / scale for name, held in model.named_parameters() if held.grad is not None}
 
 
@@ -111,7 +111,7 @@ def test_an_eps_that_float16_rounds_to_zero() -> None:
     assert (found.plain.gradients, found.plain.weights) == (True, False)
     torch.manual_seed(0)
     model, kwargs, loss, optimizer = llama(torch.float16, torch.optim.Adam, eps=1e-7)
-    (loss(model(**kwargs)) * 1024.0).backward()  # type: ignore[no-untyped-call]
+    (loss(model(**kwargs)) * 1024.0).backward()
     for held in model.parameters():
         assert held.grad is not None
         held.grad.div_(1024.0)
@@ -132,7 +132,7 @@ class Steep(nn.Module):
             nn.init.constant_(weight, 2.0**power)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.steep(self.first(x))  # type: ignore[no-any-return]
+        return self.steep(self.first(x))
 
 
 def steep(dtype: torch.dtype) -> Made:
@@ -157,7 +157,7 @@ def test_gradients_that_underflow() -> None:
             self.inner = nn.Linear(4, 4, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.inner(x)
 
     def make(dtype: torch.dtype) -> Made:
         model = Faint().to(dtype)

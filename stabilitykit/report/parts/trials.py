@@ -12,10 +12,9 @@ from stabilitykit.words import counted, quoted
 
 def blocks(diagnosis: Diagnosis) -> list[Block]:
     """The advice, the smallest input that fails alike, the trials in figures, and what does each of them."""
-    is_well = diagnosis.finite and (diagnosis.harm is None or not diagnosis.harm.harmful)
     made: list[Block] = []
     if diagnosis.advice:
-        made.append(Prose(diagnosis.advice, tone="good" if is_well or diagnosis.cures else "bad"))
+        made.append(Prose(diagnosis.advice, tone="good" if diagnosis.is_well or diagnosis.cures else "bad"))
     if diagnosis.smallest is not None:
         made.append(Prose(_smallest(diagnosis.smallest)))
     if diagnosis.trials:
@@ -40,7 +39,7 @@ _COLUMNS: Sequence[tuple[Column, Callable[[Trial], Any]]] = [
     (Column("mean error", format=_short), lambda one: one.distance and one.distance.error_mean),
     (Column("largest error", format=_short), lambda one: one.distance and one.distance.error_max),
     (Column("top-1", format=share), lambda one: one.distance and one.distance.top1),
-    (Column("lost rows concerned: error", format=_short), lambda one: one.concerned and one.concerned.error_max),
+    (Column("error where it was lost", format=_short), lambda one: one.concerned and one.concerned.error_max),
     (Column("extra", unit="bytes", format=size), lambda one: one.memory),
     (Column("a folder can carry it"), lambda one: one.carried),
 ]
@@ -48,7 +47,6 @@ _WHAT: Sequence[tuple[Column, Callable[[Trial], Any]]] = [
     (Column("change"), lambda one: one.name),
     (Column("what it does"), lambda one: one.summary),
     (Column("what came of it"), lambda one: one.then or ("finite" if one.finite else "not finite")),
-    (Column("what does it"), lambda one: one.command),
 ]
 
 
@@ -72,7 +70,6 @@ def _trials(trials: Sequence[Trial]) -> list[Block]:
         "What each change does, and what came of it",
         trials,
         _WHAT,
-        note="What no folder can carry needs a change of code. Lines of Python are for the model as it is in memory.",
     )
     return [measured, said]
 

@@ -28,7 +28,9 @@ def plain_cache(situation: Situation) -> Iterator[Candidate | LeftOut]:
     if not seen.others:
         return
     if seen.filled:
-        yield LeftOut(NAME, f"The {seen.others[0]} that is passed holds keys and values already, which it wrote itself.")
+        yield LeftOut(
+            NAME, f"The {seen.others[0]} that is passed holds keys and values already, which it wrote itself."
+        )
         return
     yield Candidate(
         name=NAME,
@@ -58,7 +60,7 @@ def _is_other(cache: Any) -> bool:
 @contextmanager
 def _watched(seen: _Seen, model: nn.Module) -> Iterator[None]:
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if not _is_other(cache) or any(cache is one for one in seen.known):
             return
         seen.known.append(cache)

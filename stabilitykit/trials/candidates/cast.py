@@ -117,12 +117,13 @@ class _Casts:
         """What an operator casts to the target, None for any other operator."""
         if kind.name != "cast" or not args:
             return None
+        source: Any = args[0]
+        to = kwargs.get("dtype")
         if kind.writes_in_place:
-            source, to = args[1] if len(args) > 1 else None, args[0].dtype
-        else:
-            source, to = args[0], kwargs.get("dtype")
-        is_one = isinstance(source, Tensor) and source.is_floating_point() and to == self.target
-        return source if is_one and narrows(source.dtype, self.target) else None
+            source, to = args[1], source.dtype
+        if not isinstance(source, Tensor) or not source.is_floating_point() or to != self.target:
+            return None
+        return source if narrows(source.dtype, self.target) else None
 
     def _reads(self, kind: Traits, args: tuple[Any, ...], output: Any) -> bool:
         """Whether an operator casts from the target to a wider format."""

@@ -17,6 +17,7 @@ from stabilitykit.words import number
 NAME = "larger eps"
 _ADDS = ("add", "clamp", "clamp_min", "maximum", "sub")
 _POLES = ("division-by-zero", "invalid", "overflow")
+_DIVIDES = ("div", "reciprocal", "rsqrt")
 
 
 def larger_eps(situation: Situation) -> Iterator[Candidate]:
@@ -24,7 +25,7 @@ def larger_eps(situation: Situation) -> Iterator[Candidate]:
     broke = situation.broke
     if broke is None or broke.broke is None or situation.kind not in _POLES or situation.is_outside:
         return
-    if situation.kind == "overflow" and broke.operator not in ("div", "reciprocal", "rsqrt", "pow", "mul"):
+    if situation.kind == "overflow" and broke.operator not in _DIVIDES:
         return
     low = situation.reproduction.dtype
     if low not in ("float16", "bfloat16"):

@@ -27,7 +27,7 @@ _ATTENDS = ("softmax", "log_softmax", "logsumexp", "scaled_dot_product_attention
 
 
 def half_minimum(situation: Situation) -> Iterator[Candidate]:
-    """Where a mask hides every key of a row, where a sum with it overflows, and where it is multiplied at -inf."""
+    """Where a mask hides every key of a row, and where a sum with it overflows."""
     broke = situation.broke
     if broke is None or not _is_about_a_mask(situation):
         return
@@ -54,10 +54,7 @@ def _is_about_a_mask(situation: Situation) -> bool:
         return False
     if situation.is_outside:  # the scores of a sampler, of which -inf takes choices away
         return False
-    if kind == "masked-row" or situation.part == "mask":
-        return True
-    attends = any(one.operator in _ATTENDS and one.module == broke.module for one in situation.low)
-    return kind in ("weight", "constant", "input") and attends and -math.inf in broke.broke.operands
+    return kind == "masked-row" or situation.part == "mask"
 
 
 def _around(modules: frozenset[str], wide: torch.dtype | None) -> Around:

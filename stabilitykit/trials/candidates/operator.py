@@ -20,7 +20,8 @@ def wider_operator(situation: Situation) -> Iterator[Candidate]:
     broke, kind = situation.broke, situation.kind
     if broke is None or broke.operator is None or broke.broke is None or kind in _GIVEN or situation.is_outside:
         return
-    if situation.reproduction.dtype not in ("float16", "bfloat16"):
+    low = situation.reproduction.dtype
+    if low not in ("float16", "bfloat16") or broke.dtype != low:
         return
     sites = situation.alike()
     rounded = broke.broke.rounded_site
@@ -29,7 +30,6 @@ def wider_operator(situation: Situation) -> Iterator[Candidate]:
         return
     if rounded is not None and rounded != "constant":
         sites.append(rounded)
-    low = situation.reproduction.dtype
     yield Candidate(
         name=_NAMES.get("mask" if hides else situation.part or "", OPERATOR),
         summary=f"Computes {broke.operator} in float32, in the {counted(len(sites), 'place')} where it leaves {low}'s "

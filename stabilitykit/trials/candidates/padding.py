@@ -16,20 +16,23 @@ from stabilitykit.words import counted
 
 NAME = "without padding"
 _MASK = "attention_mask"
+_NOT_COMPUTED = ("weight", "input", "constant")  # of a break that no token has a part in
 _COMMAND = "[model(ids[None, keep]) for ids, keep in zip(input_ids, attention_mask.bool())]"
 
 
 def without_padding(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """Where what broke stands at padding, or in a row of a mask that hides all its keys."""
     broke = situation.broke
-    if broke is None or broke.broke is None or situation.is_outside:
+    if broke is None or broke.broke is None or situation.is_outside or situation.kind in _NOT_COMPUTED:
         return
     mask = _mask_of(situation)
     if mask is None or not _stands_at(mask, broke.broke.row, broke.broke.position, situation.kind == "masked-row"):
         return
     calls = 1 + max(one.step for one in situation.low)
     if calls > 1:
-        yield LeftOut(NAME, f"The model is called {calls:,} times; run each row of the batch alone without its padding.")
+        yield LeftOut(
+            NAME, f"The model is called {calls:,} times; run each row of the batch alone without its padding."
+        )
         return
     padded = int((~mask).any(-1).sum())
     yield Candidate(
@@ -52,7 +55,7 @@ def _stands_at(mask: Tensor, row: int | None, position: int | None, hidden: bool
     return not bool(mask[row, position])
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a run that was made to see what a model is given."""
 
 
@@ -64,7 +67,7 @@ def _mask_of(situation: Situation) -> Tensor | None:
         mask = _named(module, args, kwargs).get(_MASK)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             found.append(mask.bool().cpu())
-        raise _Enough
+        raise _EnoughError
 
     @contextmanager
     def around() -> Iterator[None]:

@@ -1,10 +1,16 @@
 """The remedies that a repair ranks, where they fit what broke."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from stabilitykit.remedies import REMEDIES
-from stabilitykit.remedies.bfloat16 import bfloat16
-from stabilitykit.remedies.remedy import LeftOut
+from stabilitykit.diagnosis.parts import Part
+from stabilitykit.remedies.clamp import clamp
+from stabilitykit.remedies.expert_outputs import expert_outputs
+from stabilitykit.remedies.float32_islands import float32_islands
+from stabilitykit.remedies.float32_norms import float32_norms
+from stabilitykit.remedies.float32_residual import float32_residual
+from stabilitykit.remedies.query_scale import query_scale
+from stabilitykit.remedies.remedy import LeftOut, Remedy
+from stabilitykit.remedies.seen import Seen
 from stabilitykit.trials.candidate import Candidate, of_remedy
 from stabilitykit.trials.situation import Situation
 
@@ -17,6 +23,17 @@ _DONE_BY = {
     "clamp": "# hidden_states.clamp(-65504, 65504) after each sum",
 }
 
+_STREAM: frozenset[Part] = frozenset({"residual", "sum"})  # what is added up from layer to layer, or added to that
+_FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part] | None], ...] = (
+    (query_scale, frozenset({"scores"})),
+    (expert_outputs, frozenset({"expert"})),
+    (float32_residual, _STREAM),
+    (float32_norms, frozenset({"norm"})),
+    (clamp, _STREAM),
+    (float32_islands, None),
+)
+"""The remedies, and the parts of a model that each of them is for, None for all."""
+
 
 def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """Where something overflows float16."""
@@ -24,8 +41,8 @@ def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
         return
     seen = situation.seen
     tokens = max((one.positions or 1 for one in situation.low), default=1)
-    for offer in REMEDIES:
-        if offer is bfloat16:
+    for offer, parts in _FIT:
+        if parts is not None and situation.part not in parts:
             continue
         made = offer(seen)
         if isinstance(made, LeftOut):
