@@ -144,6 +144,14 @@ def scale_of(loss_scale: float) -> str:
     return f"2^{int(power)}" if mantissa == "0x1.0000000000000" else number(loss_scale)
 
 
+def pole(operator: str | None) -> str:
+    """What helps where a derivative is not finite in any format."""
+    return (
+        f"In no format is the derivative of {operator or 'this operator'} finite there: keep its operand away from "
+        "that point before the operator, since a `where` after it multiplies the gradient by 0, and 0 · inf is NaN."
+    )
+
+
 def _parameters(recording: Recording, record: Record) -> str:
     names = [of(r) for r in recording if r.step == record.step and r.is_gradient and r.broke]
     first = of(record)
@@ -239,11 +247,7 @@ def _remedy(recording: Recording, record: Record, *, wide: bool) -> str:
             f"Mend the forward pass at {broke.origin_name} first: what hides it there does not hide it from autograd."
         )
     if broke.kind in ("invalid", "division-by-zero"):
-        return (
-            f"In no format is the derivative of {record.operator or 'this operator'} finite there: keep its operand "
-            "away from that point before the operator, since a `where` after it multiplies the gradient by 0, and "
-            "0 · inf is NaN."
-        )
+        return pole(record.operator)
     if broke.kind == "unresolved":
         return f"How it came about could not be computed again. {_TRY}"
     if wide:

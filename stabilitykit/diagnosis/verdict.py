@@ -112,8 +112,11 @@ def _break_document(recording: Recording, found: Outcome, reference: Recording |
     }
 
 
-def verdict(recording: Recording, reference: Recording | None = None) -> str:
-    """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left."""
+def verdict(recording: Recording, reference: Recording | None = None, *, remedy: bool = True) -> str:
+    """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
+
+    `remedy`: what may help, untried, stands at the end of it.
+    """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
         return " ".join([_clean(recording), *notes])
@@ -125,7 +128,7 @@ def verdict(recording: Recording, reference: Recording | None = None) -> str:
     parts.append(_consequences(chain(recording)))
     parts.append(_ending(recording, found))
     parts.append(goes_on(recording, first))
-    parts.append("" if why is None else why.remedy)
+    parts.append(why.remedy if remedy and why is not None else "")
     return " ".join(part for part in [*parts, *notes] if part)
 
 

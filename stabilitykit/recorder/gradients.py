@@ -202,7 +202,8 @@ class Gradients:
             if row is None:
                 row = self._tally(grad)
             lost = bool(_count(row, *_LOST))
-            finding, index = None, ()
+            finding: Finding | None = None
+            index: tuple[int, ...] = ()
             if lost and given.lost:
                 finding, index = given.finding, _moved(given.index, name, grads, grad)
             elif lost and self._unlanded is not None:

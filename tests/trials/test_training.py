@@ -84,6 +84,8 @@ def test_it_is_said(overflowing: TrainingDiagnosis) -> None:
     assert "The forward pass is finite: it peaks at" in overflowing.advice
     assert "The gradient of lm_head overflows at loss scale 2^19" in overflowing.advice
     assert "smaller loss scale (2^" in overflowing.advice
+    assert "float16 overflows in the gradient of lm_head" in overflowing.verdict
+    assert "untried" not in overflowing.verdict
     console = Console(width=200, file=io.StringIO(), record=True)
     print_blocks(blocks(overflowing), console)
     shown = console.export_text()
