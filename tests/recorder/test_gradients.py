@@ -341,6 +341,7 @@ def test_a_sum_that_overflows_in_accumulation() -> None:
     found = broken(recording)
     assert found.broke is not None
     assert (found.broke.kind, found.broke.value, found.broke.operands) == ("overflow", 80000.0, (40000.0, 40000.0))
+    assert (found.broke.count, found.lost) == (4, 4)
 
 
 def test_the_loss_scale_is_known_however_it_was_applied() -> None:
