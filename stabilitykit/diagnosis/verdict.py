@@ -112,10 +112,10 @@ def _break_document(recording: Recording, found: Outcome, reference: Recording |
     }
 
 
-def verdict(recording: Recording, reference: Recording | None = None, *, remedy: bool = True) -> str:
+def verdict(recording: Recording, reference: Recording | None = None, *, advise: bool = True) -> str:
     """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
 
-    `remedy`: what may help, untried, stands at the end of it.
+    `advise`: what to do about it, which no record has tried; False where somebody has.
     """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
@@ -128,7 +128,7 @@ def verdict(recording: Recording, reference: Recording | None = None, *, remedy:
     parts.append(_consequences(chain(recording)))
     parts.append(_ending(recording, found))
     parts.append(goes_on(recording, first))
-    parts.append(why.remedy if remedy and why is not None else "")
+    parts.append("" if why is None or not advise else why.remedy)
     return " ".join(part for part in [*parts, *notes] if part)
 
 
