@@ -122,6 +122,16 @@ def clean(recording: Recording) -> str:
     return f"{largest}{_small(gradients)}"
 
 
+def goes_on(recording: Recording, first: Record) -> str:
+    """What a break of the forward pass comes to in the backward pass; empty for none, and for one of a gradient."""
+    lost = next((r for r in recording if r.is_gradient and r.lost and r.order > first.order), None)
+    if first.is_gradient or lost is None:
+        return ""
+    without, _ = spread(recording, lost)
+    weights = f", nor {'is that' if len(without) == 1 else 'are those'} of {counted(len(without), 'weight')}"
+    return f"In the backward pass the gradient of {of(lost)} is not finite{weights if without else ''}."
+
+
 def spread(recording: Recording, first: Record) -> tuple[Sequence[Record], Sequence[Record]]:
     """Of the weights' gradients made after this one in the same step: those that are not finite, and all of them."""
     after = [r for r in weight_gradients(recording) if r.step == first.step and r.order >= first.order]
@@ -132,6 +142,14 @@ def scale_of(loss_scale: float) -> str:
     """`2^16`, or the number where it is no power of two."""
     mantissa, _, power = float(loss_scale).hex().partition("p")
     return f"2^{int(power)}" if mantissa == "0x1.0000000000000" else number(loss_scale)
+
+
+def pole(operator: str | None) -> str:
+    """What helps where a derivative is not finite in any format."""
+    return (
+        f"In no format is the derivative of {operator or 'this operator'} finite there: keep its operand away from "
+        "that point before the operator, since a `where` after it multiplies the gradient by 0, and 0 · inf is NaN."
+    )
 
 
 def _parameters(recording: Recording, record: Record) -> str:
@@ -229,11 +247,7 @@ def _remedy(recording: Recording, record: Record, *, wide: bool) -> str:
             f"Mend the forward pass at {broke.origin_name} first: what hides it there does not hide it from autograd."
         )
     if broke.kind in ("invalid", "division-by-zero"):
-        return (
-            f"In no format is the derivative of {record.operator or 'this operator'} finite there: keep its operand "
-            "away from that point before the operator, since a `where` after it multiplies the gradient by 0, and "
-            "0 · inf is NaN."
-        )
+        return pole(record.operator)
     if broke.kind == "unresolved":
         return f"How it came about could not be computed again. {_TRY}"
     if wide:

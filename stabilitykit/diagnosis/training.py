@@ -1,6 +1,6 @@
 """What became of a training step, and what cures it, in sentences."""
 
-from stabilitykit.diagnosis.gradients import scale_of
+from stabilitykit.diagnosis.gradients import pole, scale_of
 from stabilitykit.formats import FORMATS
 from stabilitykit.records.training import TrainingDiagnosis, TrainingTrial
 from stabilitykit.words import counted, listed, number
@@ -15,6 +15,8 @@ def advice(found: TrainingDiagnosis) -> str:
     if found.plain.cured and not _is_small(found.plain):
         return " ".join(part for part in [*parts, _nearness(found)] if part)
     parts += [_cures(found), _in_vain(found)]
+    if not found.cures and found.kind in ("invalid", "division-by-zero"):
+        parts.append(pole(found.operator))
     return " ".join(part for part in parts if part)
 
 

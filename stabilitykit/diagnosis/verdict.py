@@ -6,7 +6,7 @@ from typing import Any
 
 from stabilitykit.diagnosis.cause import cause
 from stabilitykit.diagnosis.chain import Link, chain
-from stabilitykit.diagnosis.gradients import clean
+from stabilitykit.diagnosis.gradients import clean, goes_on
 from stabilitykit.diagnosis.layers import by_step, peak, stored
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import Outcome, decisive, outcome, tells_outputs
@@ -127,6 +127,7 @@ def verdict(recording: Recording, reference: Recording | None = None, *, advise:
     parts.append(dependence(recording, first))
     parts.append(_consequences(chain(recording)))
     parts.append(_ending(recording, found))
+    parts.append(goes_on(recording, first))
     parts.append("" if why is None or not advise else why.remedy)
     return " ".join(part for part in [*parts, *notes] if part)
 

@@ -36,6 +36,7 @@ class Forward:
     """An operator that autograd will differentiate: its arguments without their tensors, and its results' entries.
 
     `func` is None where only what a module returned is known. `packed`: what autograd saved of it may not be looked at.
+    `result` is the origin of its first result.
     """
 
     func: Any
@@ -44,6 +45,7 @@ class Forward:
     kwargs: dict[str, Any]
     entries: dict[int, Entry]
     packed: bool
+    result: Origin | None = None
 
     def holes(self) -> list[Hole]:
         return [one for one in (*self.args, *self.kwargs.values()) if isinstance(one, Hole) and one.floating]
@@ -155,6 +157,8 @@ _OF_RESULT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tanh": lambda g, r: g * (1 - r * r),
 }
 
+_LINEAR = frozenset({"add", "sub"})  # whose derivative depends on no operand
+
 _OF_ROWS = frozenset({"softmax", "log_softmax"})
 
 
@@ -172,7 +176,7 @@ def _of_pointwise(
     if result is not None and forward.name in _OF_RESULT:
         held = _along(result.detach(), shape, index)
         value = float(_OF_RESULT[forward.name](wide, held.double()).sum())
-        return Element(value, (_largest(incoming), _largest(held)), (None,))
+        return Element(value, (_largest(incoming), _largest(held)), (forward.result,))
     operands: dict[str, Tensor] = {}
     for hole in forward.holes():
         tensor = saved[hole.name]
@@ -181,11 +185,14 @@ def _of_pointwise(
         else:
             operands[hole.name] = _along(tensor.detach().expand(given.shape), shape, index).double()
     gradient = _derivative(forward, operands, forward.holes()[place].name, wide)
-    shown = [hole for hole in forward.holes() if saved[hole.name] is not None]
+    shown: list[tuple[float, Origin | None]] = []
+    for argument in forward.args:
+        if isinstance(argument, Hole) and argument.floating and saved[argument.name] is not None:
+            shown.append((_largest(operands[argument.name]), argument.origin))
+        elif type(argument) in (int, float) and forward.name not in _LINEAR:
+            shown.append((float(argument), Origin("constant", f"{argument:g}")))
     return Element(
-        float(gradient.sum()),
-        (_largest(incoming), *(_largest(operands[hole.name]) for hole in shown)),
-        tuple(hole.origin for hole in shown),
+        float(gradient.sum()), (_largest(incoming), *(one for one, _ in shown)), tuple(origin for _, origin in shown)
     )
 
 
@@ -197,7 +204,7 @@ def _of_row(node: Any, forward: Forward, index: tuple[int, ...], given: Tensor, 
     g, p = (tensor.detach().movedim(dim, -1)[tuple(place)] for tensor in (given, result))
     wide, row = g.double(), p.double()
     value = row * (wide - (wide * row).sum()) if forward.name == "softmax" else wide - row.exp() * wide.sum()
-    return Element(float(value[at]), (_largest(g), _largest(p)), (None,))
+    return Element(float(value[at]), (_largest(g), _largest(p)), (forward.result,))
 
 
 def _of_whole(

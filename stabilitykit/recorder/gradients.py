@@ -32,7 +32,7 @@ from stabilitykit.recorder.pending import Row
 from stabilitykit.recorder.statistics import tally
 from stabilitykit.recorder.tensors import NAMES, aside, has_elements, measurable, region
 from stabilitykit.recorder.unseen import Unseen
-from stabilitykit.records import BACKWARD, index_at
+from stabilitykit.records import BACKWARD, flat_index, index_at
 
 # They hand on the gradient as it is, in the same order of elements; or place its elements elsewhere.
 _RESHAPES = frozenset("view reshape_alias unsqueeze squeeze alias clone contiguous".split())
@@ -50,6 +50,7 @@ class _Sent:
     lost: bool
     by: str
     finding: Finding | None = None
+    index: tuple[int, ...] = ()  # of the element that the finding is about, as far as it could be followed
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class _Given:
     by: str | None = None
     origin: Origin | None = None
     finding: Finding | None = None
+    index: tuple[int, ...] = ()
     breaks: int = 0
 
 
@@ -173,7 +175,9 @@ class Gradients:
                 if lost and len(sent) > 1 and finding is None and not any(one.lost for one in sent):
                     finding = self._of_sum(sent, grad)
                 given.row, given.lost = row, given.lost or lost
-                given.finding = given.finding or (finding if lost else None)
+                if lost and given.finding is None:
+                    given.finding = finding
+                    given.index = next((one.index for one in sent if one.finding is finding), ())
                 continue
             made = self._record(grad, f"{BACKWARD}/{entry.site}", sent, finding, entry)
             given.row, given.lost = made.row, given.lost or self._is_lost(made)
@@ -190,9 +194,7 @@ class Gradients:
         forward = self._nodes.of(node)
         name = operator_of(node) if forward is None else forward.name
         reshapes = name in _RESHAPES and len(made) == 1
-        if name in _MOVES:
-            name = given.by or name
-        passed = given.finding
+        by = given.by or name if name in _MOVES else name
         for place, ((source, output), grad) in enumerate(zip(node.next_functions, made, strict=False)):
             if source is None or grad is None or not _is_measured(grad) or source not in run.numbers:
                 continue
@@ -200,14 +202,15 @@ class Gradients:
             if row is None:
                 row = self._tally(grad)
             lost = bool(_count(row, *_LOST))
-            finding = None
+            finding: Finding | None = None
+            index: tuple[int, ...] = ()
             if lost and given.lost:
-                finding = passed
+                finding, index = given.finding, _moved(given.index, name, grads, grad)
             elif lost and self._unlanded is not None:
                 finding = self._unlanded
             elif lost and self._breaks == given.breaks:
-                finding = self._judge(node, forward, place, grad, grads, given)
-            sent = _Sent(row, float(row[Field.AMAX]), lost, name, finding)
+                finding, index = self._judge(node, forward, place, grad, grads, given)
+            sent = _Sent(row, float(row[Field.AMAX]), lost, by, finding, index)
             run.sent.setdefault((run.numbers[source], output), []).append(sent)
 
     def _leaf(self, run: _Pass, number: int, grads: Sequence[Tensor | None]) -> None:
@@ -253,9 +256,10 @@ class Gradients:
             axes = entry.form.axes
         step = observer.places.step if entry is None else entry.step
         form = form_of(grad, values, shape, axes, observer.options.formats)
-        made = Entry(
-            step, BACKWARD, site, sent[0].by if len(sent) == 1 else "add" if sent else None, region(grad), form
-        )
+        by = next((one.by for one in sent if finding is not None and one.finding is finding), None)
+        if by is None and sent:
+            by = sent[0].by if len(sent) == 1 else "add"
+        made = Entry(step, BACKWARD, site, by, region(grad), form)
         made.row = sent[0].row if len(sent) == 1 and sent[0].row is not None else self._tally(grad)
         if self._is_lost(made):
             lost = ~values.isfinite()
@@ -267,8 +271,9 @@ class Gradients:
                 self._told.append(finding)
                 where = break_at(finding.broke.kind, lost, axes, FORMATS.get(form.dtype, FLOAT32), BACKWARD)
                 told = replace(where, operands=finding.broke.operands, value=finding.broke.value)
-                if finding.broke.index and len(finding.broke.index) == len(shape) and entry is None:
-                    told = replace(told, index=finding.broke.index)
+                index = next((one.index for one in sent if one.finding is finding), ())
+                if entry is None and len(index) == len(shape) and shape:
+                    told = replace(told, index=index, channel=index[-1])
                 made.take_break(replace(finding, broke=told), axes, None)
                 observer.broken = True
         observer.entries.append(made)
@@ -302,8 +307,8 @@ class Gradients:
         made: Tensor,
         grads: Sequence[Tensor | None],
         given: _Given,
-    ) -> Finding:
-        """Why a node made what is not finite, of a gradient that is."""
+    ) -> tuple[Finding, tuple[int, ...]]:
+        """Why a node made what is not finite, of a gradient that is, and at which element."""
         lost = ~made.isfinite()
         index = index_at(int(lost.flatten().int().argmax()), made.shape)
         wanted = place
@@ -327,8 +332,8 @@ class Gradients:
         elif operands:
             at = max(range(len(operands)), key=lambda at: abs(operands[at]))
             source = origins[at] if at < len(origins) else None
-        broke = replace(_finding(kind, found, None).broke, index=index)
-        return Finding(broke, origins[: len(operands)], source)
+        broke = _finding(kind, found, None).broke
+        return Finding(broke, origins[: len(operands)], source), index
 
     @staticmethod
     def _of_sum(sent: Sequence[_Sent], grad: Tensor) -> Finding:
@@ -351,6 +356,18 @@ def _finding(kind: Any, found: Element, source: Origin | None) -> Finding:
     blank = break_at(kind, torch.ones(1, dtype=torch.bool), Axes((1,)), FLOAT32, BACKWARD)
     broke = replace(blank, operands=found.operands, value=found.value, index=())
     return Finding(broke, found.origins, source)
+
+
+def _moved(index: tuple[int, ...], operator: str, grads: Sequence[Tensor | None], made: Tensor) -> tuple[int, ...]:
+    """Where an element of a gradient is in what a node made of it; nowhere where that was not followed."""
+    given = next((grad for grad in grads if grad is not None), made)
+    if len(index) != given.ndim:
+        return ()
+    if operator == "t":
+        return index[::-1]
+    if operator in _RESHAPES and given.numel() == made.numel():
+        return index_at(flat_index(index, given.shape), made.shape)
+    return ()
 
 
 def _count(row: Row, *of: Field) -> float:

@@ -74,7 +74,8 @@ class Nodes:
         held = tuple(self._hole(argument.name, one) for argument, one in zip(arguments, args, strict=False))
         named = {name: self._hole(name, one) for name, one in kwargs.items()}
         func = None if lists else kind.func
-        self._forward[number] = Forward(func, kind.name, held, named, entries, packed)
+        result = _light(self._names.origins.of(outputs[0]))
+        self._forward[number] = Forward(func, kind.name, held, named, entries, packed, result)
 
     def module(self, path: str, tensor: Tensor) -> None:
         """A module's output has a record."""
@@ -109,14 +110,18 @@ class Nodes:
         if not isinstance(argument, Tensor):
             return None if isinstance(argument, list | tuple) and _holds_tensors(argument) else argument
         origin = self._names.origins.of(argument) if has_elements(argument) else Origin("constant", name)
-        light = Origin(origin.kind, origin.name, origin.entry, lost=origin.lost)  # holds no tensor
         floats = argument.is_floating_point() or argument.is_complex()
-        return Hole(name, tuple(argument.shape), floats, light)
+        return Hole(name, tuple(argument.shape), floats, _light(origin))
 
     def forget(self) -> None:
         """The block has ended."""
         self._forward.clear()
         self._by_path.clear()
+
+
+def _light(origin: Origin) -> Origin:
+    """The same without what it remembers of tensors, which would keep them alive."""
+    return Origin(origin.kind, origin.name, origin.entry, lost=origin.lost)
 
 
 def _holds_tensors(argument: Sequence[Any]) -> bool:

@@ -299,7 +299,7 @@ def _diagnosis(
         dtype=seen.step.dtype,
         loss_scale=seen.step.loss_scale,
         clip=seen.step.clip,
-        verdict=verdict(recording),
+        verdict=verdict(recording, advise=False),
         advice="",
         forward=not any(record.lost for record in forward),
         peak=None if top is None else top.amax,

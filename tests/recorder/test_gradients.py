@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+from stabilitykit.diagnosis import verdict
 from stabilitykit.recorder import record
 from stabilitykit.records import Level, Record, Recording
 
@@ -195,6 +196,34 @@ def test_what_autograd_makes_infinite_is_computed_again(
         assert found.broke.value == pytest.approx(value, rel=0.02)
 
 
+def test_a_weights_element_is_told_with_its_own_value() -> None:
+    model = nn.Linear(3, 5, bias=False).half()
+    x = torch.ones(1, 4, 3).half()
+    x[..., 2] = 200.0
+    scale = torch.tensor([1.0, 1.0, 1.0, 100.0, 1.0]).half()
+    with record(model, backward=True, formats=()) as recording:
+        (model(x) * scale).float().sum().backward()
+    found = broken(recording).broke
+    assert found is not None
+    assert (found.index, found.channel, found.value) == ((3, 2), 2, 80000.0)  # 4 tokens · 200 · 100
+    assert found.operands == (100.0, 200.0)
+    assert found.operand_sites[1] == "x" or found.operand_sites[1] == "input"
+
+
+def test_what_the_forward_pass_hides_it_does_not_hide_from_autograd() -> None:
+    model = Chain(lambda y: torch.where(y > 0, 1 / y, y * 0).sum())
+    with record(model, backward=True, formats=()) as recording:
+        loss = model(torch.zeros(2, 4))
+        loss.backward()
+    assert float(loss.detach()) == 0
+    first, second = (record for record in recording if record.broke is not None)
+    assert (first.operator, first.site) == ("reciprocal", "/reciprocal.0")
+    assert second.broke is not None
+    assert (second.site, second.operator) == ("backward//mul.0", "reciprocal")
+    assert (second.broke.origin_name, second.broke.origin_finite) == ("/reciprocal.0", False)
+    assert "In the backward pass the gradient of" in verdict(recording)
+
+
 def test_no_hook_remains_and_no_gradient_is_kept() -> None:
     model = llama()
     freed: list[Any] = []
@@ -312,6 +341,7 @@ def test_a_sum_that_overflows_in_accumulation() -> None:
     found = broken(recording)
     assert found.broke is not None
     assert (found.broke.kind, found.broke.value, found.broke.operands) == ("overflow", 80000.0, (40000.0, 40000.0))
+    assert (found.broke.count, found.lost) == (4, 4)
 
 
 def test_the_loss_scale_is_known_however_it_was_applied() -> None:

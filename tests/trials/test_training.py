@@ -17,6 +17,7 @@ from stabilitykit.report.parts.training import blocks
 from stabilitykit.report.terminal import print_blocks
 from stabilitykit.trials.step import Made
 from stabilitykit.trials.training import diagnose_training
+from stabilitykit.trials.widened import widened
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6]])
 SIZES: dict[str, Any] = {
@@ -84,6 +85,8 @@ def test_it_is_said(overflowing: TrainingDiagnosis) -> None:
     assert "The forward pass is finite: it peaks at" in overflowing.advice
     assert "The gradient of lm_head overflows at loss scale 2^19" in overflowing.advice
     assert "smaller loss scale (2^" in overflowing.advice
+    assert "float16 overflows in the gradient of lm_head" in overflowing.verdict
+    assert "untried" not in overflowing.verdict
     console = Console(width=200, file=io.StringIO(), record=True)
     print_blocks(blocks(overflowing), console)
     shown = console.export_text()
@@ -147,6 +150,23 @@ def test_one_module_in_float32_cures_what_overflows_in_it() -> None:
     assert trial.cured
     assert trial.summary.startswith("steep in float32")
     assert found["smaller loss scale"].loss_scale == 32.0
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_widened_module_computes_in_float32_and_is_left_as_it_was(back: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(8, 8).half()
+    x = torch.randn(3, 8).half().requires_grad_()
+    wide = nn.functional.linear(x.detach().float(), module.weight.detach().float(), module.bias.detach().float())
+    with widened(module, back=back):
+        output = module(x)
+        output.float().sum().backward()
+    assert torch.equal(output, wide.half() if back else wide)
+    assert module.weight.dtype == torch.float16
+    assert module.weight.grad is not None
+    assert torch.equal(module.weight.grad, x.detach().float().sum(0).expand(8, 8).half())
+    assert "forward" not in vars(module)
+    assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
 
 
 def test_gradients_that_underflow() -> None:

@@ -497,6 +497,36 @@ def row(
     return Row(name=name, root=root, family=family, make=lambda: plant(*args, **how))
 
 
+# The lines between two layers, whose derivative it is, what kind of break, and the step's input and loss scale.
+BETWEEN: dict[str, tuple[Any, ...]] = {
+    "product with a constant": (lambda h: h * 300, "mul", {"scale": 300.0}),
+    "square": (lambda h: h.square(), ("pow", "square"), {"x": 200.0, "scale": 200.0}),
+    "quotient": (lambda h: h / 2.0**-9, "div", {"scale": 200.0}),
+    "exp, finite forward": (lambda h: h.exp(), "exp", {"x": 11.0, "scale": 4.0}),
+    "reciprocal": (lambda h: h.reciprocal(), "reciprocal", {"x": 0.01, "scale": 10.0}),
+    "divided by": (lambda h: 1 / h, ("reciprocal", "div"), {"x": 0.0078125, "scale": 10.0}),
+    "log": (lambda h: h.log(), "log", {"x": 1e-4, "scale": 10.0}),
+    "sqrt of a small number": (lambda h: h.sqrt(), "sqrt", {"x": 6e-8, "scale": 60.0}),
+    "rsqrt": (lambda h: h.rsqrt(), "rsqrt", {"x": 1e-3, "scale": 10.0}),
+    "silu": (functional.silu, "silu", {"x": 2.4, "scale": 60000.0}),
+    "gelu": (functional.gelu, "gelu", {"x": 1.4142, "scale": 60000.0}),
+    "log-softmax": (uneven, "log_softmax", {"scale": 60000.0}),
+    "norm of a small vector": (root_mean_square, "cast", {"x": 0.0078125, "scale": 2000.0}),
+    "three uses": (lambda h: h.expand(3, 1, 2, 4).sum(0), "expand", {"scale": 30000.0}),
+    "two uses": (lambda h: h * 1 + h * 1, "add", {"scale": 40000.0}),
+    "cumulative sum": (lambda h: h.cumsum(-1), ("cumsum", "flip", "add"), {"scale": 30000.0}),
+    "sqrt at zero": (lambda h: h.sqrt(), "sqrt", "division-by-zero", {"x": 0.0}),
+    "sqrt at zero behind a where": (
+        lambda h: torch.where(h > 0, h.sqrt(), h * 0), "sqrt", "invalid", {"x": 0.0},
+    ),
+    "norm by hand at zero": (
+        lambda h: h + h.square().sum(-1, keepdim=True).sqrt(), "sqrt", "division-by-zero",
+        {"x": 0.0, "site": "middle/sum.0"},
+    ),
+    "acos at one": (lambda h: h.acos(), "acos", "division-by-zero", {"x": 1.0}),
+    "power of a half at zero": (lambda h: h**0.5, ("pow", "sqrt"), "division-by-zero", {"x": 0.0}),
+}  # fmt: skip
+
 DOWN, OUTPUT, QUERY = (DECODERS["llama"].parts.down.format(0), DECODERS["llama"].parts.output.format(1),
     "model.layers.1.self_attn.q_proj")  # fmt: skip
 
@@ -504,29 +534,7 @@ ROWS: tuple[Row, ...] = (
     row("loss scale at the head", at_head),
     row("loss scale, weight's sum over tokens", weight_only),
     row("loss scale, bias's sum over tokens", weight_only, True),
-    row("product with a constant", between, lambda h: h * 300, "mul", scale=300.0),
-    row("square", between, lambda h: h.square(), ("pow", "square"), x=200.0, scale=200.0),
-    row("quotient", between, lambda h: h / 2.0**-9, "div", scale=200.0),
-    row("exp, finite forward", between, lambda h: h.exp(), "exp", x=11.0, scale=4.0),
-    row("reciprocal", between, lambda h: h.reciprocal(), "reciprocal", x=0.01, scale=10.0),
-    row("divided by", between, lambda h: 1 / h, ("reciprocal", "div"), x=0.0078125, scale=10.0),
-    row("log", between, lambda h: h.log(), "log", x=1e-4, scale=10.0),
-    row("sqrt of a small number", between, lambda h: h.sqrt(), "sqrt", x=6e-8, scale=60.0),
-    row("rsqrt", between, lambda h: h.rsqrt(), "rsqrt", x=1e-3, scale=10.0),
-    row("silu", between, functional.silu, "silu", x=2.4, scale=60000.0),
-    row("gelu", between, functional.gelu, "gelu", x=1.4142, scale=60000.0),
-    row("log-softmax", between, uneven, "log_softmax", scale=60000.0),
-    row("norm of a small vector", between, root_mean_square, "cast", x=0.0078125, scale=2000.0),
-    row("three uses", between, lambda h: h.expand(3, 1, 2, 4).sum(0), "expand", scale=30000.0),
-    row("two uses", between, lambda h: h * 1 + h * 1, "add", scale=40000.0),
-    row("cumulative sum", between, lambda h: h.cumsum(-1), ("cumsum", "flip", "add"), scale=30000.0),
-    row("sqrt at zero", between, lambda h: h.sqrt(), "sqrt", "division-by-zero", x=0.0),
-    row("sqrt at zero behind a where", between, lambda h: torch.where(h > 0, h.sqrt(), h * 0), ("sqrt", "add"),
-        "invalid", x=0.0, site="*"),
-    row("norm by hand at zero", between, lambda h: h + h.square().sum(-1, keepdim=True).sqrt(), "sqrt",
-        "division-by-zero", x=0.0, site="middle/sum.0"),
-    row("acos at one", between, lambda h: h.acos(), "acos", "division-by-zero", x=1.0),
-    row("power of a half at zero", between, lambda h: h**0.5, ("pow", "sqrt"), "division-by-zero", x=0.0),
+    *(row(name, between, *code, **how) for name, (*code, how) in BETWEEN.items()),
     row("an embedding's repeated token", repeated_token),
     row("infinite from before", accumulated, math.inf),
     row("too large from before", accumulated, 40000.0),

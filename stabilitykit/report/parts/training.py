@@ -27,6 +27,7 @@ _COLUMNS: Sequence[tuple[Column, Callable[[TrainingTrial], Any]]] = [
 _WHAT: Sequence[tuple[Column, Callable[[TrainingTrial], Any]]] = [
     (Column("change"), lambda one: one.name),
     (Column("what it does"), lambda one: one.summary),
+    (Column("what does it"), lambda one: one.command or None),
     (Column("what was raised"), lambda one: one.then or None),
 ]
 
