@@ -112,9 +112,10 @@ def print_weights(recordings: Sequence[Recording]) -> None:
         output.print()
 
 
-def print_verdict(recording: Recording, reference: Recording | None) -> None:
+def print_verdict(recording: Recording, reference: Recording | None, command: str | None = None) -> None:
+    """`command`, if known, is the line to type that tries what the verdict calls a candidate."""
     broken = (recording.first_break() is not None and not is_harmless(recording)) or recording.header.error is not None
-    output.print(Text(verdict(recording, reference), style="bold red" if broken else "bold green"))
+    output.print(Text(verdict(recording, reference, command=command), style="bold red" if broken else "bold green"))
     output.print()
 
 

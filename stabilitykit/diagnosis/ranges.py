@@ -6,6 +6,7 @@ A candidate follows from how such parts are computed, and has not been tried on 
 import math
 
 from stabilitykit.diagnosis.parts import Part, Place, is_activation, is_norm, part_of, place_in
+from stabilitykit.diagnosis.untried import UNTRIED
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Break, Record, Recording
 from stabilitykit.records.layers import is_layer
@@ -38,7 +39,7 @@ def remedy(recording: Recording, record: Record) -> str:
     certain, candidate = _certain(part, record, names), _candidate(part, place, broke)
     if broke.kind == "reduction" and not candidate:
         candidate = "let this operator sum in float32; only a partial sum overflows, and the result fits"
-    told = f"A candidate, not tried: {candidate}." if candidate else ""
+    told = f"{UNTRIED}{candidate}." if candidate else ""
     return " ".join(text for text in (certain or lead, told) if text)
 
 

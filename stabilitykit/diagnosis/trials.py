@@ -6,7 +6,13 @@ from stabilitykit.records import Recording
 from stabilitykit.records.trials import Diagnosis, Distance, Trial
 from stabilitykit.words import listed, number
 
-_SHOWN = 3  # of what was tried without success
+_SHOWN = 3  # names in a row
+_BLAMES = {
+    "weight replaced": "nothing else is to blame, and what belongs there only the original weights say",
+    "input replaced": "the model is not to blame, but what makes its input",
+    "one label that counts": "only the labels are to blame",
+}
+"""Trials that cure nothing, but show what alone is to blame."""
 
 
 def happened(recording: Recording, error: str) -> str:
@@ -24,58 +30,129 @@ def happened(recording: Recording, error: str) -> str:
 
 
 def advice(diagnosis: Diagnosis) -> str:
-    """One paragraph: what was tried, what cures it, at what distance from float32, and what does not."""
-    dtype, cures = diagnosis.dtype, diagnosis.cures
+    """One paragraph: what was lost, whether it is the format, what was tried, what cures it, and what does not."""
     changes = [one for one in diagnosis.trials if not one.is_format]
     formats = [one for one in diagnosis.trials if one.is_format]
-    parts = [_harm(diagnosis), _formats(formats, dtype, bool(diagnosis.finite and diagnosis.harm is None))]
-    best = next((one for one in cures if one in changes), None)
-    if best is not None:
-        parts.append(f"Tried: {best.name} cures it, {_far(best.distance)} from float32. {best.summary}")
-        others = [one for one in cures if one in changes and one is not best]
-        if others:
-            parts.append(f"So do {listed([f'{one.name} ({_far(one.distance)})' for one in others], _SHOWN)}.")
-    elif changes:
-        parts.append(f"Nothing that was tried within {dtype} cures it.")
+    is_well = diagnosis.finite and (diagnosis.harm is None or not diagnosis.harm.harmful) and not changes
+    if is_well:
+        return " ".join(part for part in (_well(diagnosis), _rounding(diagnosis)) if part)
+    to_blame = [one for one in changes if one.cured and one.name in _BLAMES and not any(f.cured for f in formats)]
+    parts = [_harm(diagnosis), _formats(formats, diagnosis.dtype), *(_blamed(one, diagnosis) for one in to_blame)]
+    cures = [one for one in changes if one.cured and one not in to_blame]
     failed = [one for one in changes if not one.cured]
-    if failed:
-        told = [f"{one.name} ({'not finite' if not one.finite else f'finite, {_far(one.distance)}'})" for one in failed]
-        parts.append(f"Tried without success: {listed(told, _SHOWN)}.")
+    parts.append(_cures(cures, diagnosis) if cures else _helpless(changes, formats, bool(to_blame), diagnosis))
+    parts.append(_failed(failed))
     return " ".join(part for part in parts if part)
+
+
+def _wide(diagnosis: Diagnosis) -> str:
+    """What the runs were compared with."""
+    return "float64" if diagnosis.dtype in ("float32", "float64") else "float32"
+
+
+def _well(diagnosis: Diagnosis) -> str:
+    far = _far(diagnosis.plain)
+    wide, harm = _wide(diagnosis), diagnosis.harm
+    if harm is None:
+        return f"{diagnosis.dtype} returns what {wide} does, {far} from it." if far else ""
+    without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
+    return f"What overflows in {harm.site} does no harm: what is returned is {far} from {wide}{without}."
+
+
+def _rounding(diagnosis: Diagnosis) -> str:
+    """How far the same run in other ways is, and whether that makes other tokens."""
+    ways = [one for one in diagnosis.rounding if one.distance.compared]
+    if not ways:
+        return ""
+    worst = max(ways, key=lambda one: one.distance.error_max or 0.0)
+    if not worst.distance.error_max:
+        return f"Run in other ways ({listed([one.name for one in ways], 4)}) it returns the same numbers."
+    told = f"Run in other ways it rounds differently, most with {worst.name}: {_far(worst.distance)} from this run"
+    parted = [one for one in ways if one.margin is not None]
+    if not parted:
+        return f"{told}. The likeliest tokens stay the same."
+    least = min(one.margin for one in parted if one.margin is not None)
+    return (
+        f"{told}. With {listed([one.name for one in parted], 3)} another token is the likeliest in places, where the "
+        f"two largest logits are {_short(least)} apart: that is rounding, not range."
+    )
 
 
 def _harm(diagnosis: Diagnosis) -> str:
     harm = diagnosis.harm
-    if harm is None:
+    if not diagnosis.finite:
         return ""
-    far = _far(harm.plain)
-    if not harm.harmful:
-        return f"What overflowed in {harm.site} ends without harm: what is returned is {far} from float32."
+    wide = _wide(diagnosis)
+    if harm is None:
+        return f"What is returned is finite and wrong, {_far(diagnosis.plain)} from {wide}, though nothing overflowed."
     place = ""
     if harm.rows:
         _, row, position, error = harm.rows[0]
-        place = f", most in row {row}" + ("" if position is None else f" at position {position}") + f" ({error:.2g})"
-    without = "" if harm.without is None else f" With that operator in float32 it is {_far(harm.without)}."
-    return f"What is returned is finite and wrong, {far} from float32{place}.{without}"
+        at = f"row {row}" if position is None else f"position {position} of row {row}"
+        place = f"; {at} is worst, off by {_part(error)}"
+    without = "" if harm.without is None else f" Without the overflow it would be {_far(harm.without)}."
+    return f"What is returned is finite and wrong, {_far(harm.plain)} from {wide}{place}.{without}"
 
 
-def _formats(trials: list[Trial], dtype: str, fine: bool) -> str:
+def _formats(trials: list[Trial], dtype: str) -> str:
     """Whether it is the format at all."""
-    if fine or not trials:
-        return ""
     good = [one.name for one in trials if one.cured]
     bad = [one.name for one in trials if not one.finite]
     if good:
-        return f"It is the format: {listed(good, 3)} {'is' if len(good) == 1 else 'are'} finite on the same input."
+        but = f"; {listed(bad)} {'is' if len(bad) == 1 else 'are'} not" if bad else ""
+        return f"It is the format: {listed(good)} {'is' if len(good) == 1 else 'are'} finite on the same input{but}."
     if bad:
-        return f"It is not the format alone: {listed(bad, 3)} {'fails' if len(bad) == 1 else 'fail'} too."
+        return f"It is not the format: {listed(bad)} {'fails' if len(bad) == 1 else 'fail'} too."
     return ""
 
 
+def _blamed(one: Trial, diagnosis: Diagnosis) -> str:
+    """Of a number that was put in the place of a lost one: what that shows."""
+    far = f"{_far(one.distance)} from {_wide(diagnosis)}"
+    return f"{one.summary} With that the run is finite ({far}): {_BLAMES[one.name]}."
+
+
+def _cures(cures: list[Trial], diagnosis: Diagnosis) -> str:
+    best, *others = cures
+    told = f"Tried, and it helps: {best.name} ({_far(best.distance)} from {_wide(diagnosis)}). {best.summary}"
+    if not others:
+        return told
+    shown = listed([f"{one.name} ({_far(one.distance)})" for one in others], _SHOWN)
+    return f"{told} So {'does' if len(others) == 1 else 'do'} {shown}."
+
+
+def _helpless(changes: list[Trial], formats: list[Trial], is_blamed: bool, diagnosis: Diagnosis) -> str:
+    wider = [one.name for one in formats if one.cured]
+    if wider and changes:
+        return f"Nothing that was tried in {diagnosis.dtype} helps; a wider format does ({listed(wider)})."
+    if wider:
+        return f"No change that is known fits what broke in {diagnosis.dtype}; what helps is a wider format."
+    return "" if is_blamed or not changes else "Nothing that was tried helps."
+
+
+def _failed(failed: list[Trial]) -> str:
+    told = [f"{one.name} ({f'finite, but {_far(one.distance)}' if one.finite else 'not finite'})" for one in failed]
+    return f"Tried without success: {listed(told, _SHOWN)}." if told else ""
+
+
 def _far(distance: Distance | None) -> str:
-    """`KL 1.2e-05 nats`, or the largest error in parts of the largest magnitude."""
+    """`KL 1.2e-5 nats`, or `0.13% of the largest value`; of logits, as a mean over tokens."""
     if distance is None or distance.compared == 0:
-        return "not comparable"
+        return "not to be compared"
     if distance.kl_mean is not None:
-        return f"KL {distance.kl_mean:.1e} nats"
-    return f"{distance.error_max:.1e}"
+        return f"KL {_short(distance.kl_mean)} nats"
+    return _part(distance.error_max or 0.0)
+
+
+def _part(error: float) -> str:
+    return f"{_short(100 * error)}% of the largest value"
+
+
+def _short(value: float) -> str:
+    """Two digits: `0.013`, `1.2e-5`, `0`."""
+    if 0 < value < 1e-12:
+        return "under 1e-12"
+    if value == 0 or value >= 1e-3:
+        return number(float(f"{value:.2g}"))
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"

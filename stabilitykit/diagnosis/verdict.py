@@ -13,6 +13,7 @@ from stabilitykit.diagnosis.outcome import Outcome, decisive, outcome, tells_out
 from stabilitykit.diagnosis.outside import is_outside
 from stabilitykit.diagnosis.places import place_of, where
 from stabilitykit.diagnosis.sentences import dependence, first_sentence
+from stabilitykit.diagnosis.untried import UNTRIED, how_to_try
 from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording
@@ -112,10 +113,13 @@ def _break_document(recording: Recording, found: Outcome, reference: Recording |
     }
 
 
-def verdict(recording: Recording, reference: Recording | None = None, *, advise: bool = True) -> str:
+def verdict(
+    recording: Recording, reference: Recording | None = None, *, advise: bool = True, command: str | None = None
+) -> str:
     """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
 
-    `advise`: what to do about it, which no record has tried; False where somebody has.
+    `advise`: what to do about it, which no record has tried; False where somebody has. Where that is only a candidate,
+    the line to type that tries it comes last: `command`, or else one made of what the header knows.
     """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
@@ -128,8 +132,9 @@ def verdict(recording: Recording, reference: Recording | None = None, *, advise:
     parts.append(_consequences(chain(recording)))
     parts.append(_ending(recording, found))
     parts.append(goes_on(recording, first))
-    parts.append("" if why is None or not advise else why.remedy)
-    return " ".join(part for part in [*parts, *notes] if part)
+    remedy = "" if why is None or not advise else why.remedy
+    parts += [remedy, *notes, how_to_try(recording.header, command) if UNTRIED in remedy else ""]
+    return " ".join(part for part in parts if part)
 
 
 def limits(notes: Sequence[str]) -> list[str]:
