@@ -34,7 +34,6 @@ _PROPOSED = {
     r"the output projection by 2\^k": ("value and output factors",),
     r"(?:up_proj|wi_1) by 2\^-k": ("up and down factors",),
 }
-_FACTORS = ("up and down factors", "query and key factors", "value and output factors", "scale on queries")
 _FAILED = re.compile(r"^(Tried without success|It is not the format|Nothing that was tried)")
 
 
@@ -129,13 +128,11 @@ def _cured(trials: dict[str, Trial], name: str) -> bool:
 
 
 def _fails(hand: ByHand, name: str) -> bool:
-    """Whether it certainly fails by hand; what raises there could not be done by hand, and a scaling of the whole model
-    may be any of the factors.
+    """Whether it certainly fails by hand. What raises there could not be done by hand; and a scaling of all weights may
+    be another one than that of the residual stream.
     """
     one = hand.tried.get(name)
-    if name == "rescale" and any(factors in hand.cures for factors in _FACTORS):
-        return False
-    return hand.wrong and one is not None and one.cured is False and one.error is None
+    return hand.wrong and one is not None and one.cured is False and one.error is None and name != "rescale"
 
 
 def advised(diagnosis: Diagnosis) -> list[str]:

@@ -142,7 +142,8 @@ class Wide(_Counting):
             if x.dtype != torch.float32:
                 return x
             low = x.to(self.dtype)
-            return _marked(x) if self.where_it_fits and lost(low) and not lost(x) else low
+            fits = not bool((x.isfinite() & ~low.isfinite()).any())
+            return low if fits or not self.where_it_fits else _marked(x)
 
         return tree_map_only(Tensor, narrow, output)
 
@@ -280,15 +281,24 @@ def float32_logits(planted: Planted, stack: ExitStack) -> Any:
 
 
 class _Saturating(TorchDispatchMode):
-    """Clamps to what a cast's target holds before casting to it."""
+    """Clamps to what a cast's target holds before casting to it, or writing into it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func.overloadpacket.__name__ == "_to_copy" and lost(output) and not lost(args):
-            limit = torch.finfo(output.dtype).max
-            return func(args[0].clamp(-limit, limit), **kwargs)
-        return output
+        if func.overloadpacket.__name__ == "copy_" and args[0].is_floating_point() and args[1].is_floating_point():
+            return func(args[0], _clamped(args[1], args[0].dtype), *args[2:], **kwargs)
+        target = kwargs.get("dtype") if func.overloadpacket.__name__ == "_to_copy" else None
+        if target is not None and target.is_floating_point and args[0].is_floating_point():
+            return func(_clamped(args[0], target), **kwargs)
+        return func(*args, **kwargs)
+
+
+def _clamped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Its finite numbers clamped; infinities stay, as those of a mask do."""
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(x.dtype).max:
+        return x
+    return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
 
 
 def saturating_cast(planted: Planted, stack: ExitStack) -> Any:

@@ -28,7 +28,9 @@ def times(linear: Any, factor: float, bias: bool = True) -> None:
 
 
 def child(module: nn.Module, names: tuple[str, ...]) -> Any:
-    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
+    """The module under one of these names, if it is a projection, or a norm with a gain."""
+    found = (getattr(module, name, None) for name in names)
+    return next((one for one in found if isinstance(one, nn.Module) and hasattr(one, "weight")), None)
 
 
 def up_and_down(k: int) -> Change:
