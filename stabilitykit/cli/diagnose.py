@@ -20,8 +20,8 @@ def diagnose(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT | FILE.py:make",
-            help="What profile takes: gemma3-270m, a folder, a file, random:SIZE, hf:FOLDER or hf:NAME. Or a Python "
+            metavar="WHAT",
+            help="What fails. A checkpoint, as profile takes it: gemma3-270m, a folder, a file, random:SIZE, hf:FOLDER or hf:NAME. Or a Python "
             "file and a function in it, make(dtype), which returns (model, kwargs).",
             show_default=False,
         ),

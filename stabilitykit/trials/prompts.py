@@ -56,7 +56,7 @@ class Prompted:
         return self.opened.piece
 
     def in_dtype(self, dtype: str) -> str:
-        return f"stabilitykit profile {shlex.quote(self.name)} --dtype {dtype}"
+        return f"stabilitykit profile {shlex.quote(self.name)} --dtype {dtype} --prompt ..."
 
     def with_tokens(self, rows: Sequence[Sequence[int]]) -> "Prompted":
         """The same on other tokens."""

@@ -241,7 +241,8 @@ def test_a_number_divided_by_infinity_is_finite_and_wrong() -> None:
         f"float16 maximum, 65,504. It is absorbed in layer 1, {NORM}/div.0, operator div: a number divided by infinity "
         "is 0. What the model returns is finite, and wrong: it is computed from that. Use a format with a wider range "
         "(bfloat16, "
-        "float32). A candidate, not tried: compute this norm in float32, squares and their mean included."
+        "float32). A candidate, not tried: compute this norm in float32, squares and their mean included. To try it on "
+        "this input, and whatever else may help: `stabilitykit diagnose toy --prompt ...`."
     )
     found = document(recording)
     assert found["finite"] is True

