@@ -21,8 +21,8 @@ def diagnose(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="What fails. A checkpoint, as profile takes it: gemma3-270m, a folder, a file, random:SIZE, hf:FOLDER or hf:NAME. Or a Python "
-            "file and a function in it, make(dtype), which returns (model, kwargs).",
+            help="A checkpoint, as profile takes it: gemma3-270m, a folder, a file, random:SIZE, hf:FOLDER or hf:NAME. "
+            "Or a Python file and a function in it, make(dtype), which returns (model, kwargs).",
             show_default=False,
         ),
     ],
