@@ -175,6 +175,8 @@ def rescale(gamma: float) -> Change:
                 module.weight.data *= gamma
             elif family not in _POST and last in ("o_proj", "dense", "c_proj", "down_proj", "fc2"):
                 for part in _adapted(module):
+                    if not hasattr(part, "weight"):  # code of somebody's own around the layer
+                        return None
                     times(part, gamma)
             elif isinstance(getattr(module, "down_proj", None), nn.Parameter):
                 module.down_proj.data *= gamma
