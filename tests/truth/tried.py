@@ -74,10 +74,10 @@ class Tried:
 
 def tried(row: Row, hand: ByHand | None = None) -> Tried:
     """Diagnoses the row, and compares with what was found by hand."""
-    hand = hand or by_hand(row)
-    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        hand = hand or by_hand(row)
+        torch.manual_seed(0)
         planted = row.make()
         before = _state(planted.model)
         try:
