@@ -1,6 +1,8 @@
 """`diagnose`: what it tries and shows, and that nothing of the caller's changes."""
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -163,6 +165,16 @@ def test_a_copy_in_float16_keeps_the_rotary_frequencies_of_transformers_in_float
     assert made.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(made.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert {one.dtype for one in made.parameters()} == {HALF}
+
+
+def test_a_plain_module_is_diagnosed_where_transformers_is_not_installed() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None; import torch, stabilitykit as sk\n"
+        "linear = torch.nn.Linear(4, 4, dtype=torch.float16); linear.weight.data.fill_(30000.0)\n"
+        "print(sk.diagnose(linear, torch.ones(1, 4, dtype=torch.float16)).finite)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_misuse_is_refused() -> None:

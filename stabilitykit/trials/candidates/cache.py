@@ -1,13 +1,14 @@
 """transformers' own plain cache in the place of another one."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import Cache, DynamicCache
 
 from stabilitykit.diagnosis.parts import is_attention
+from stabilitykit.models.transformers.backend import imported
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.answers import answers
 from stabilitykit.trials.candidate import Candidate
@@ -54,7 +55,11 @@ class _Seen:
 
 
 def _is_other(cache: Any) -> bool:
-    return isinstance(cache, Cache) and type(cache) is not DynamicCache and hasattr(cache, "update")
+    """Whether it is one of transformers' that is not plain: none is where nobody has imported transformers."""
+    library: Any = sys.modules.get("transformers")
+    if library is None or not isinstance(cache, library.Cache):
+        return False
+    return type(cache) is not library.DynamicCache and hasattr(cache, "update")
 
 
 @contextmanager
@@ -78,6 +83,7 @@ def _watched(seen: _Seen, model: nn.Module) -> Iterator[None]:
 def _around(model: Any) -> Iterator[None]:
     """Swaps each cache for a plain one of its own, which later calls with the same one get too."""
     plain: list[tuple[Any, Any]] = []
+    new = imported().DynamicCache
 
     def swap(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("past_key_values")
@@ -85,7 +91,7 @@ def _around(model: Any) -> Iterator[None]:
             return None
         own = next((made for one, made in plain if one is cache), None)
         if own is None:
-            own = DynamicCache(config=model.config)
+            own = new(config=model.config)
             plain.append((cache, own))
         return args, kwargs | {"past_key_values": own}
 
@@ -96,7 +102,7 @@ def _around(model: Any) -> Iterator[None]:
 
             def generating(*args: Any, **kwargs: Any) -> Any:
                 if _is_other(kwargs.get("past_key_values")):
-                    kwargs["past_key_values"] = DynamicCache(config=model.config)
+                    kwargs["past_key_values"] = new(config=model.config)
                 if kwargs.get("past_key_values") is None:
                     kwargs["cache_implementation"] = None
                 return generate(*args, **kwargs)
