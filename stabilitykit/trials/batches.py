@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from stabilitykit.trials.sampling import attribute
+from stabilitykit.trials.attributes import attribute
 
 Call = Callable[..., Any]
 _CACHES = ("past", "cache")

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from stabilitykit.records.trials import Rounding
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.answers import Answers, answers
+from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.batches import apart, calls, other_side, real, repeated, rows_of
 from stabilitykit.trials.compare import Row, compare, pairs
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Kept, dtype_of
-from stabilitykit.trials.sampling import attribute, settings
+from stabilitykit.trials.sampling import settings
 
 _TIMES = (2, 8)  # as many rows
 _ATTENTIONS = ("eager", "sdpa")

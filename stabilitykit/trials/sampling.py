@@ -9,23 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.models.gemma.sampler import Sampler
+from stabilitykit.trials.attributes import attribute
 
 _LISTS = "_get_logits_processor"  # of transformers' models: makes the processors of one call of generate
 _EVERYTHING = 1 << 30  # more tokens than any vocabulary has
-
-
-@contextmanager
-def attribute(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this very object for the time of the block, in front of its class's."""
-    had, before = name in vars(owner), vars(owner).get(name)
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            vars(owner)[name] = before
-        else:
-            del vars(owner)[name]
 
 
 @contextmanager

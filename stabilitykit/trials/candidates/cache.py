@@ -11,6 +11,7 @@ from stabilitykit.diagnosis.parts import is_attention
 from stabilitykit.models.transformers.backend import imported
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.answers import answers
+from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
 
@@ -107,6 +108,5 @@ def _around(model: Any) -> Iterator[None]:
                     kwargs["cache_implementation"] = None
                 return generate(*args, **kwargs)
 
-            model.generate = generating
-            stack.callback(vars(model).pop, "generate", None)
+            stack.enter_context(attribute(model, "generate", generating))
         yield

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stabilitykit.formats import number_format
 from stabilitykit.models.operators import OperatorMode, Traits
+from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import number
@@ -53,8 +54,7 @@ def _around(eps: float, dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, float) and "eps" in name and 0 < value < eps:
-                    stack.callback(setattr, module, name, value)
-                    setattr(module, name, eps)
+                    stack.enter_context(attribute(module, name, eps))
         stack.enter_context(OperatorMode(run))
         yield
 

@@ -15,6 +15,7 @@ from stabilitykit.diagnosis.parts import Part, is_activation, is_norm
 from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.recorder.names import site_path
 from stabilitykit.records.scaling import Factor, Scaling
+from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import NUMBER, Situation
 from stabilitykit.words import listed
@@ -382,7 +383,5 @@ def _times(settings: Mapping[str, Mapping[str, int]], model: nn.Module) -> Itera
         for path, own in settings.items():
             module = model.get_submodule(path)
             for name, exponent in own.items():
-                before = getattr(module, name)
-                stack.callback(setattr, module, name, before)
-                setattr(module, name, before * 2.0**exponent)
+                stack.enter_context(attribute(module, name, getattr(module, name) * 2.0**exponent))
         yield

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.answers import answers
+from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import counted
@@ -89,7 +90,6 @@ def _named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 def _around(model: Any) -> Iterator[None]:
     """Runs what pads its rows row by row, and puts the answers where they would be, with 0 at padding."""
     forward: Callable[..., Any] = model.forward
-    own = vars(model).get("forward")
 
     def alone(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -103,11 +103,7 @@ def _around(model: Any) -> Iterator[None]:
         return _joined(rows, keep)
 
     names = list(inspect.signature(forward).parameters)
-    with ExitStack() as stack:
-        model.forward = alone
-        stack.callback(vars(model).__setitem__, "forward", own) if own is not None else stack.callback(
-            vars(model).pop, "forward", None
-        )
+    with attribute(model, "forward", alone):
         yield
 
 
