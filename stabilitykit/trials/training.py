@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ _EPS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 _MUCH = 0.01  # of all elements, lost to underflow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Seen:
     """The step as it was given, in the narrow dtype and in float32, both recorded."""
 
@@ -36,14 +37,19 @@ class _Seen:
     wide: Ran
     first: Record | None
 
+    @cached_property
+    def as_it_is(self) -> TrainingTrial:
+        """The step as it was given, compared with float32's."""
+        return _told(self, self.step, self.plain, "as it is", f"All of it in {self.step.dtype}.", "")
+
     @property
     def fails(self) -> bool:
         """Whether the step loses numbers, or makes other gradients than float32."""
-        return not _told(self, self.step, self.plain, "", "", "").cured
+        return not self.as_it_is.cured
 
     @property
     def underflows(self) -> bool:
-        found = distance(self.plain, self.wide)
+        found = self.as_it_is.distance
         return found is not None and found.underflow > _MUCH
 
 
@@ -73,7 +79,11 @@ def diagnose_training(
     for name, value in (("loss_scale", loss_scale), ("clip", clip)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise MisuseError(f"{name} has to be a finite number above 0, got {value}; the usual loss_scale is 65536.")
-    step = Step(make=make, dtype=dtype, loss_scale=loss_scale, clip=clip, seed=seed)
+    with same_draws():
+        return _diagnosed(Step(make=make, dtype=dtype, loss_scale=loss_scale, clip=clip, seed=seed), source)
+
+
+def _diagnosed(step: Step, source: str | None) -> TrainingDiagnosis:
     notes: list[str] = []
     plain = run(step, recorded=True)
     wide = run(_float32(step, notes), recorded=True)
@@ -104,9 +114,8 @@ def _float32(step: Step, notes: list[str]) -> Step:
 
 
 def _weights(step: Step) -> dict[str, torch.Tensor]:
-    with same_draws():
-        torch.manual_seed(step.seed)
-        model, *_ = built(step)
+    torch.manual_seed(step.seed)
+    model, *_ = built(step)
     return {name: held.detach() for name, held in model.named_parameters()}
 
 
@@ -310,7 +319,7 @@ def _diagnosis(
         value=None if broke is None else broke.value,
         reference=None if wide is None else wide.amax,
         lost=tuple(name for name, grad in seen.plain.gradients.items() if not bool(grad.isfinite().all())),
-        plain=_told(seen, seen.step, seen.plain, "as it is", f"All of it in {seen.step.dtype}.", ""),
+        plain=seen.as_it_is,
         trials=trials,
         left_out=left_out,
         notes=tuple(notes),

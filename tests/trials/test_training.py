@@ -93,6 +93,17 @@ def test_it_is_said(overflowing: TrainingDiagnosis) -> None:
     assert "cures it" in shown
 
 
+def test_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:
+    def make(dtype: torch.dtype) -> Any:
+        model = nn.Linear(4, 4).to(dtype)  # weights are drawn
+        optimizer = torch.optim.Adam(model.parameters())
+        return model, {"input": torch.ones(1, 4, dtype=dtype)}, lambda output: output.float().sum(), optimizer
+
+    draws = torch.get_rng_state()
+    assert not diagnose_training(make, loss_scale=2.0**20).finite
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
 def test_it_is_a_document(overflowing: TrainingDiagnosis) -> None:
     written = to_document(overflowing)
     assert to_document(from_document(TrainingDiagnosis, written)) == written
