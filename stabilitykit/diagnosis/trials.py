@@ -33,11 +33,10 @@ def advice(diagnosis: Diagnosis) -> str:
     """One paragraph: what was lost, whether it is the format, what was tried, what cures it, and what does not."""
     changes = [one for one in diagnosis.trials if not one.is_format]
     formats = [one for one in diagnosis.trials if one.is_format]
-    is_well = diagnosis.finite and (diagnosis.harm is None or not diagnosis.harm.harmful) and not changes
-    if is_well:
+    if diagnosis.is_well and not changes:
         return " ".join(part for part in (_well(diagnosis), _rounding(diagnosis)) if part)
     to_blame = [one for one in changes if one.cured and one.name in _BLAMES and not any(f.cured for f in formats)]
-    parts = [_harm(diagnosis), _formats(formats, diagnosis.dtype), *(_blamed(one, diagnosis) for one in to_blame)]
+    parts = [_harm(diagnosis), _formats(formats), *(_blamed(one, diagnosis) for one in to_blame)]
     cures = [one for one in changes if one.cured and one not in to_blame]
     failed = [one for one in changes if not one.cured]
     parts.append(_cures(cures, diagnosis) if cures else _helpless(changes, formats, bool(to_blame), diagnosis))
@@ -94,7 +93,7 @@ def _harm(diagnosis: Diagnosis) -> str:
     return f"What is returned is finite and wrong, {_far(harm.plain)} from {wide}{place}.{without}"
 
 
-def _formats(trials: list[Trial], dtype: str) -> str:
+def _formats(trials: list[Trial]) -> str:
     """Whether it is the format at all."""
     good = [one.name for one in trials if one.cured]
     bad = [one.name for one in trials if not one.finite]

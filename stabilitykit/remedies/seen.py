@@ -55,12 +55,17 @@ def look(
         closest = forecast(stored, "float16").closest
         if closest is not None and (closest.amax or 0.0) > peak:
             peak, site = closest.amax or 0.0, closest.site
-        for made in stored:
-            if made.stored_dtype == "float16" and made.formats["float16"].overflow:
-                before = overflowing.get(made.site)
-                if before is None or (before.amax or 0.0) < (made.amax or 0.0):
-                    overflowing[made.site] = made
+        add_overflowing(overflowing, stored, "float16")
     return Seen(model=subject.module, low=low, peak=peak, site=site, overflowing=overflowing)
+
+
+def add_overflowing(found: dict[str, Record], stored: Recording, dtype: str) -> None:
+    """Adds to `found` what a run that stores in `dtype` would lose, by site, those with the largest magnitude."""
+    for made in stored:
+        if made.stored_dtype == dtype and made.formats[dtype].overflow:
+            before = found.get(made.site)
+            if before is None or (before.amax or 0.0) < (made.amax or 0.0):
+                found[made.site] = made
 
 
 def run_in_16_bits(original: Original, subject: Subject, inputs: Inputs) -> Recording:

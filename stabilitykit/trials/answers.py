@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul
+from stabilitykit.recorder.record import unrecorded
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Reproduction, same_draws
 from stabilitykit.trials.sampling import Choices
@@ -101,7 +101,7 @@ def answers(
     choices = Choices()
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        with _disable_current_modes():  # what is computed here is no part of the run that is changed
+        with unrecorded():  # what is computed here is no part of the run that is changed
             for tensor, logits in outputs_of(module, output):
                 found.outputs.append(_kept(tensor, logits))
                 found.given.append(_integers((args, kwargs)))

@@ -29,6 +29,7 @@ from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
 from stabilitykit.trials.rounding import rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
+from stabilitykit.trials.stored import wide_like
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
 _LEAST = 2.0**-9  # what rounding alone may come to
@@ -155,8 +156,8 @@ class _Diagnosing:
     def __init__(self, reproduction: Reproduction, progress: Progress | None, minimise: bool, compiled: bool) -> None:
         self.compiled = compiled
         self.reproduction = reproduction
-        self.minimise = minimise
-        if minimise and not has_tokens(reproduction):
+        self.minimised = reproduction if minimise and has_tokens(reproduction) else None
+        if minimise and self.minimised is None:
             raise MisuseError(
                 "Only an input with tokens can be made smaller: prompts, or token ids [rows, columns] among a call's "
                 "arguments, such as input_ids. This one has none; leave minimise out."
@@ -197,12 +198,12 @@ class _Diagnosing:
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
         rounded, unrounded = tuple[Rounding, ...](), tuple[str, ...]()
-        if plain.answers.finite and not is_wrong:
+        if not is_wrong:
             self.tell("comparing ways to run it", 0, 1)
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
         trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
-        is_tried = len(attempts) > len(self.dtypes())  # what is advised was, and what records propose may have failed
+        is_tried = any(not trial.is_format for trial in trials)  # and what records propose may have failed
         said = verdict(plain.recording, wide.recording, advise=not is_tried)
         found = Diagnosis(
             source=reproduction.source,
@@ -222,16 +223,16 @@ class _Diagnosing:
         return replace(found, advice=advice(found))
 
     def smallest(self, recording: Recording) -> Smallest | None:
-        if not self.minimise or not has_tokens(self.reproduction):
+        if self.minimised is None:
             return None
-        return minimise(self.reproduction, model=self.model, recording=recording, progress=self.tell)
+        return minimise(self.minimised, model=self.model, recording=recording, progress=self.tell)
 
     def find_weights(self, recording: Recording) -> None:
         """Tells the records of a run in which a weight is not finite what that weight is in float32."""
         broken = [one for one in recording if one.broke is not None and one.broke.kind == "weight"]
         if not broken or recording.header.weights is not None:
             return
-        wide = self.models.model(self.wide)
+        wide = wide_like(self.models, self.model, self.wide)
         names = [name for name, one in self.model.named_parameters() if not one.isfinite().all()]
         if all(bool(wide.get_parameter(name).isfinite().all()) for name in names):
             found = check_weights(
@@ -254,9 +255,8 @@ class _Diagnosing:
         for one in attempts:
             far = one.compared.distance().error_max
             if one.candidate.name == "bfloat16" and not one.finite:
-                made = answers(
-                    self.reproduction, self.reproduction.model("bfloat16"), recast=Recast(torch.bfloat16, rounds=True)
-                )
+                rounding_only = Recast(torch.bfloat16, rounds=True)
+                made = answers(self.reproduction, self.models.model("bfloat16"), recast=rounding_only)
                 far = compare(made, self.reference).distance().error_max if made.finite else None
             if one.candidate.name == "bfloat16" and far is not None:
                 return max(_CLOSE * far, _LEAST)
@@ -324,9 +324,7 @@ class _Diagnosing:
         except MisuseError as error:
             made, model = Answers(error=str(error)), self.model
         compared = compare(made, reference)
-        then = ""
-        if made.error is not None:
-            then = made.error
+        then = made.error or ""
         if not made.finite:
             again = recorded(reproduction, model, around=candidate.around(model), recast=self.recast(dtype))
             then = happened(again.recording, then)

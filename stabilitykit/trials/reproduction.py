@@ -205,7 +205,7 @@ def _scale(wide: nn.Module, low: nn.Module, scaling: Scaling) -> None:
 
 
 def set_settings(model: nn.Module, blueprint: Blueprint | None, settings: Mapping[str, int]) -> None:
-    """Multiplies settings of a model's config by powers of two: in the config, and where modules have read them.
+    """Multiplies settings of a model's config by powers of two, where its modules have read them.
 
     The attributes are found by building the model twice on the meta device. Raises MisuseError where settings are to
     change and nothing says how the model is built.

@@ -15,6 +15,7 @@ from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.batches import apart, calls, other_side, real, repeated, rows_of
+from stabilitykit.trials.candidates.attention import with_attention
 from stabilitykit.trials.compare import Row, compare, pairs
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Kept, dtype_of
@@ -87,7 +88,7 @@ def _ways(company: _Company | None, model: nn.Module, compiled: bool) -> Iterato
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     for name in _ATTENTIONS if own is not None and hasattr(model, "set_attn_implementation") else ():
         if name != own:
-            yield _Way(f"{name} attention", partial(_attention, name, str(own)))
+            yield _Way(f"{name} attention", partial(with_attention, name))
     if compiled:
         yield _Way("compiled", _compiled, mode=False)
 
@@ -104,15 +105,6 @@ def _company(greedy: Altered, model: nn.Module) -> _Company | None:
 
     answers(greedy, model, around=calls(look, model))
     return seen[0] if seen else None
-
-
-@contextmanager
-def _attention(name: str, before: str, model: Any) -> Iterator[None]:
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from stabilitykit.models.gemma.sampler import Sampler
+from stabilitykit.recorder.record import unrecorded
 from stabilitykit.trials.attributes import attribute
 
 _LISTS = "_get_logits_processor"  # of transformers' models: makes the processors of one call of generate
@@ -69,7 +69,7 @@ class Choices:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.problem is None:
-            with _disable_current_modes():
+            with unrecorded():
                 if bool((scores.isnan() | (scores == torch.inf)).any()):
                     self.problem = "The scores that a token is chosen from are not finite."
                 elif not bool(scores.isfinite().any(-1).all()):

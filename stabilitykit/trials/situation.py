@@ -10,9 +10,8 @@ from torch import nn
 from stabilitykit.diagnosis.outcome import OUTSIDE, Outcome, decisive
 from stabilitykit.diagnosis.parts import Part, Place, part_of, place_in
 from stabilitykit.recorder import record
-from stabilitykit.recorder.names import by_operator, site_path
 from stabilitykit.records import Record, Recording
-from stabilitykit.remedies.seen import Seen
+from stabilitykit.remedies.seen import Seen, add_overflowing
 from stabilitykit.run.dry_run import with_stored_dtypes
 from stabilitykit.trials.answers import Answers, Change, answers
 from stabilitykit.trials.recast import Recast
@@ -83,15 +82,6 @@ class Situation:
         pattern = without_layers(broke.site)
         return list(dict.fromkeys([broke.site, *(s for s in self.overflowing if without_layers(s) == pattern)]))
 
-    def operator_of(self, site: str) -> str | None:
-        """The operator's own name for a site, which may be a module's; None where no operator made it in step 0."""
-        return {made.site: name for name, made in by_operator(self.low)}.get(site)
-
-    def module_at(self, path: str) -> nn.Module | None:
-        """The module of a site, whose path leaves wrappers out."""
-        modules: dict[str, nn.Module] = {site_path(name): module for name, module in self.model.named_modules()}
-        return modules.get(path)
-
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
@@ -137,11 +127,7 @@ def look(models: Kept, low: Recording, wide: Recording) -> Situation:
     dtype = models.of.dtype
     overflowing: dict[str, Record] = {}
     stored = with_stored_dtypes(wide, low)
-    for made in stored:
-        if made.stored_dtype == dtype and made.formats[dtype].overflow:
-            before = overflowing.get(made.site)
-            if before is None or (before.amax or 0.0) < (made.amax or 0.0):
-                overflowing[made.site] = made
+    add_overflowing(overflowing, stored, dtype)
     return Situation(
         reproduction=models.of,
         models=models,

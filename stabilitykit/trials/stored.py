@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.scaling.apply import tensors_by_name
+from stabilitykit.trials.reproduction import Kept
 from stabilitykit.trials.situation import Situation
 
 _MOST = 64  # elements of a tensor that are named
@@ -51,20 +53,20 @@ def held_by(model: nn.Module) -> Iterator[Held]:
         )
 
 
-def wide_model(situation: Situation) -> nn.Module:
-    """The model in float32, with the names of the one that fails: an adapter is merged where it is merged in that."""
-    wide: Any = situation.models.model("float32")
-    if hasattr(wide, "merge_and_unload") and not hasattr(situation.model, "merge_and_unload"):
-        adapted: Any = situation.reproduction.model("float32")  # another one, for it changes
+def wide_like(models: Kept, model: nn.Module, dtype: str = "float32") -> nn.Module:
+    """The model in a wider dtype, with the names of `model`: an adapter is merged where it is merged in that."""
+    wide: Any = models.model(dtype)
+    if hasattr(wide, "merge_and_unload") and not hasattr(model, "merge_and_unload"):
+        adapted: Any = models.of.model(dtype)  # another one, for merging changes it
         wide = adapted.merge_and_unload()
-    model: nn.Module = wide
-    return model
+    made: nn.Module = wide
+    return made
 
 
 def wide_values(situation: Situation, found: Sequence[Held]) -> dict[Element, float]:
     """The same elements in the model in float32; NaN for what that model has under another name, or not at all."""
-    wide = wide_model(situation)
-    held: dict[str, Tensor] = {**dict(wide.named_parameters()), **dict(wide.named_buffers())}
+    wide = wide_like(situation.models, situation.model)
+    held = tensors_by_name(wide)
     values: dict[Element, float] = {}
     for one in found:
         tensor = held.get(one.name)

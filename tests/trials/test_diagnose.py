@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -124,6 +125,20 @@ def test_with_a_reference_the_original_weights_are_what_it_is_compared_with() ->
     assert alone.plain is not None
     assert beside.plain is not None
     assert alone.plain.error_mean != beside.plain.error_mean
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for an attribute by its old name
+def test_a_merged_model_is_compared_with_the_adapter_that_it_was_merged_from() -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["up_proj"])
+    adapted: Any = peft.get_peft_model(decoder("llama"), config).eval()
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    for weight in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+        weight.data.zero_()
+    layer.lora_A["default"].weight.data[0, 9], layer.lora_B["default"].weight.data[7, 0] = 300.0, 70000.0 / 300.0
+    merged = copy.deepcopy(adapted).merge_and_unload().half()
+    found = sk.diagnose(merged, input_ids=IDS, reference=adapted)
+    assert "up_proj.weight[7, 9] is 70,0" in found.verdict
+    assert found["float32"].cured
 
 
 def test_the_document_is_plain_json_values() -> None:

@@ -58,11 +58,6 @@ class Tried:
     trials: dict[str, str] = field(default_factory=dict)
 
     @property
-    def is_shown(self) -> bool:
-        """Whether each remedy that cures it was tried and shown to."""
-        return self.raised is None and not self.untried and not self.unshown
-
-    @property
     def faults(self) -> tuple[str, ...]:
         parts = {
             "not tried": self.untried, "tried and not shown to cure": self.unshown, "shown to cure and does not":

@@ -31,7 +31,7 @@ def other_attention(situation: Situation) -> Iterator[Candidate | LeftOut]:
         return
     called = f"{name} attention"
     try:
-        with _around(name, situation.model):
+        with with_attention(name, situation.model):
             pass
     except ValueError:
         yield LeftOut(called, f"{type(situation.model).__name__} has no {name} attention.")
@@ -40,8 +40,8 @@ def other_attention(situation: Situation) -> Iterator[Candidate | LeftOut]:
         name=called,
         summary=f"Computes attention with transformers' {name} implementation.",
         command=f"from_pretrained(..., attn_implementation={name!r})".replace("'", '"'),
-        around=partial(_around, name),
-        reference=None if decisive(situation.wide) is None else partial(_around, name),
+        around=partial(with_attention, name),
+        reference=None if decisive(situation.wide) is None else partial(with_attention, name),
     )
 
 
@@ -52,7 +52,10 @@ def _of_transformers(model: nn.Module) -> Sequence[Any]:
 
 
 @contextmanager
-def _around(name: str, model: nn.Module) -> Iterator[None]:
+def with_attention(name: str, model: nn.Module) -> Iterator[None]:
+    """The models of transformers in this one have that implementation inside the block. Raises ValueError for one that
+    they have not.
+    """
     with ExitStack() as stack:
         for one in _of_transformers(model):
             stack.callback(one.set_attn_implementation, one.config._attn_implementation)

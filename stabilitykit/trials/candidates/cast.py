@@ -14,7 +14,7 @@ from stabilitykit.models.operators import Traits, narrows
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.answers import answers
 from stabilitykit.trials.candidate import Candidate
-from stabilitykit.trials.situation import NUMBER, Situation
+from stabilitykit.trials.situation import Situation, without_layers
 from stabilitykit.trials.surgery import inside
 from stabilitykit.words import number
 
@@ -30,7 +30,7 @@ def casts(situation: Situation) -> Iterator[Candidate | LeftOut]:
     target: Any = getattr(torch, broke.dtype, None)
     if not isinstance(target, torch.dtype):
         return
-    there = _Casts(NUMBER.sub("*", broke.module), target)
+    there = _Casts(without_layers(broke.module), target)
     where, limit = broke.module or "the model", torch.finfo(target).max
     yield Candidate(
         name=SATURATING,
@@ -111,7 +111,7 @@ class _Casts:
         return inside(model, self._chosen, operate)
 
     def _chosen(self, path: str) -> bool:
-        return NUMBER.sub("*", path) == self.pattern
+        return without_layers(path) == self.pattern
 
     def _written(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """What an operator casts to the target, None for any other operator."""

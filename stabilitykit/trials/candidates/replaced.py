@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.recorder.names import site_path
+from stabilitykit.scaling.apply import tensors_by_name
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.answers import answers
 from stabilitykit.trials.candidate import Candidate
@@ -108,7 +109,7 @@ def _lines(found: list[Held], wide: Mapping[tuple[str, tuple[int, ...]], float],
 @contextmanager
 def _with(values: Mapping[tuple[str, tuple[int, ...]], float], model: nn.Module) -> Iterator[None]:
     """These elements, and all others of the same tensors that are no numbers, replaced for the time of the block."""
-    held: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = tensors_by_name(model)
     before: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for name in dict.fromkeys(name for name, _ in values):

@@ -12,7 +12,7 @@ from stabilitykit.scaling.apply import tensors_by_name
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates.replaced import lost_in
 from stabilitykit.trials.situation import Situation
-from stabilitykit.trials.stored import wide_model, wide_values
+from stabilitykit.trials.stored import wide_like, wide_values
 from stabilitykit.trials.widened import widened
 from stabilitykit.words import listed
 
@@ -26,7 +26,7 @@ def wide_weight(situation: Situation) -> Iterator[Candidate]:
     found = lost_in(situation)
     if not found or not all(math.isfinite(one) for one in wide_values(situation, found).values()):
         return
-    wide = wide_model(situation)
+    wide = wide_like(situation.models, situation.model)
     paths = list(dict.fromkeys(one.name.rpartition(".")[0] for one in found))
     if any(list(situation.model.get_submodule(path).children()) for path in paths):
         return
