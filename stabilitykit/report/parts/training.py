@@ -5,14 +5,10 @@ from typing import Any
 
 from stabilitykit.records.training import TrainingDiagnosis, TrainingTrial
 from stabilitykit.report.blocks import Block, Column, Prose
+from stabilitykit.report.parts.trials import not_tried, short
 from stabilitykit.report.style import share
 from stabilitykit.report.tables import table
 from stabilitykit.words import number
-
-
-def _short(value: float) -> str:
-    return f"{value:.1e}"
-
 
 _COLUMNS: Sequence[tuple[Column, Callable[[TrainingTrial], Any]]] = [
     (Column("change"), lambda one: one.name),
@@ -20,8 +16,8 @@ _COLUMNS: Sequence[tuple[Column, Callable[[TrainingTrial], Any]]] = [
     (Column("finite gradients"), lambda one: one.gradients),
     (Column("finite weights"), lambda one: one.weights),
     (Column("loss scale", format=number), lambda one: one.loss_scale),
-    (Column("mean error", format=_short), lambda one: one.distance and one.distance.error_mean),
-    (Column("largest error", format=_short), lambda one: one.distance and one.distance.error_max),
+    (Column("mean error", format=short), lambda one: one.distance and one.distance.error_mean),
+    (Column("largest error", format=short), lambda one: one.distance and one.distance.error_max),
     (Column("underflows", format=share), lambda one: one.distance and one.distance.underflow),
 ]
 _WHAT: Sequence[tuple[Column, Callable[[TrainingTrial], Any]]] = [
@@ -53,7 +49,4 @@ def blocks(diagnosis: TrainingDiagnosis) -> list[Block]:
     if diagnosis.trials:
         known = [column for column in _WHAT if any(column[1](one) is not None for one in diagnosis.trials)]
         made.append(table("training-trials-explained", "What each change does", diagnosis.trials, known))
-    if diagnosis.left_out:
-        told = " ".join(f"{name}: {why}" for name, why in diagnosis.left_out.items())
-        made.append(Prose(f"Not tried. {told}", tone="note"))
-    return made
+    return made + not_tried(diagnosis.left_out)

@@ -1,6 +1,6 @@
 """What was tried against a failure, as prose and tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stabilitykit.records.trials import Diagnosis, Smallest, Trial
@@ -21,25 +21,29 @@ def blocks(diagnosis: Diagnosis) -> list[Block]:
         made += _trials(diagnosis.trials)
     if diagnosis.rounding:
         made.append(_rounding(diagnosis))
-    if diagnosis.left_out:
-        told = " ".join(f"{name}: {why}" for name, why in diagnosis.left_out.items())
-        made.append(Prose(f"Not tried. {told}", tone="note"))
-    return made
+    return made + not_tried(diagnosis.left_out)
 
 
-def _short(value: float) -> str:
+def not_tried(left_out: Mapping[str, str]) -> list[Block]:
+    """Why changes were not tried, by their names."""
+    told = " ".join(f"{name}: {why}" for name, why in left_out.items())
+    return [Prose(f"Not tried. {told}", tone="note")] if left_out else []
+
+
+def short(value: float) -> str:
+    """1.6e-05"""
     return f"{value:.1e}"
 
 
 _COLUMNS: Sequence[tuple[Column, Callable[[Trial], Any]]] = [
     (Column("change"), lambda one: one.name),
     (Column("cures it"), lambda one: one.cured),
-    (Column("mean KL", format=_short), lambda one: one.distance and one.distance.kl_mean),
-    (Column("largest KL", format=_short), lambda one: one.distance and one.distance.kl_max),
-    (Column("mean error", format=_short), lambda one: one.distance and one.distance.error_mean),
-    (Column("largest error", format=_short), lambda one: one.distance and one.distance.error_max),
+    (Column("mean KL", format=short), lambda one: one.distance and one.distance.kl_mean),
+    (Column("largest KL", format=short), lambda one: one.distance and one.distance.kl_max),
+    (Column("mean error", format=short), lambda one: one.distance and one.distance.error_mean),
+    (Column("largest error", format=short), lambda one: one.distance and one.distance.error_max),
     (Column("top-1", format=share), lambda one: one.distance and one.distance.top1),
-    (Column("error where it was lost", format=_short), lambda one: one.concerned and one.concerned.error_max),
+    (Column("error where it was lost", format=short), lambda one: one.concerned and one.concerned.error_max),
     (Column("extra", unit="bytes", format=size), lambda one: one.memory),
     (Column("a folder can carry it"), lambda one: one.carried),
 ]
@@ -92,8 +96,8 @@ def _rounding(diagnosis: Diagnosis) -> Block:
         diagnosis.rounding,
         [
             (Column("way"), lambda one: one.name),
-            (Column("mean KL", format=_short), lambda one: one.distance.kl_mean),
-            (Column("largest error", format=_short), lambda one: one.distance.error_max),
+            (Column("mean KL", format=short), lambda one: one.distance.kl_mean),
+            (Column("largest error", format=short), lambda one: one.distance.error_max),
             (Column("same tokens", format=share), lambda one: one.same_tokens),
         ],
         note=f"Against the plain run in {diagnosis.dtype}.",
