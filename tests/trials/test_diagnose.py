@@ -192,6 +192,28 @@ def test_a_plain_module_is_diagnosed_where_transformers_is_not_installed() -> No
     assert done.stdout.strip() == "False"
 
 
+class Hidden(nn.Module):
+    """Adds a number to scores that float32 holds, float16 does not, and no power of two can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("far", torch.tensor([-1e30]))
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        scores = self.inner(x) @ x.mT
+        return torch.softmax(scores + hidden.to(x.dtype) * self.far, -1) @ x
+
+
+def test_where_no_scaling_can_be_found_that_is_said_and_the_rest_is_tried() -> None:
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    found = sk.diagnose(Hidden(), x, torch.tensor([[0, 1], [0, 0]]))
+    assert not found.finite  # 0 times minus infinity
+    assert "No exact scaling" in found.left_out["rescale"]
+    assert found["float32"].cured
+
+
 def test_misuse_is_refused() -> None:
     with pytest.raises(MisuseError, match=r"expects a torch\.nn\.Module or a method of one"):
         sk.diagnose(lambda x: x, 1)

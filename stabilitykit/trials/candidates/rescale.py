@@ -11,6 +11,7 @@ from stabilitykit.formats import FLOAT16
 from stabilitykit.records.scaling import UNCHANGED
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.scaling.look import look
+from stabilitykit.scaling.program import UnsolvableError
 from stabilitykit.scaling.subjects import blueprint_of
 from stabilitykit.trials.answers import outputs_of
 from stabilitykit.trials.candidate import Candidate
@@ -18,6 +19,7 @@ from stabilitykit.trials.situation import Situation
 from stabilitykit.words import counted
 
 NAME = "rescale"
+_NONE = "No exact scaling brings every tensor under the maximum."
 _MARGIN = 1.0  # bits of headroom to ask for
 
 
@@ -46,12 +48,15 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
         with torch.inference_mode():
             traced = look(wide, situation.models.model("bfloat16"), [run], blueprint_of(wide))
             solution = traced.solve(margin=_MARGIN)
+    except UnsolvableError:
+        yield LeftOut(NAME, _NONE)
+        return
     except (MisuseError, RuntimeError, TypeError, ValueError) as error:
         yield LeftOut(NAME, str(error).splitlines()[0] if str(error) else f"{type(error).__name__} while tracing.")
         return
     over = max((one.bits for one in solution.short), default=0.0)
     if solution.scaling == UNCHANGED or over > _MARGIN:
-        yield LeftOut(NAME, "No exact scaling brings every tensor under the maximum.")
+        yield LeftOut(NAME, _NONE)
         return
     scaling = solution.scaling
     changed = len(scaling.settings)
