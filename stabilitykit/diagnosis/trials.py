@@ -8,8 +8,8 @@ from stabilitykit.words import listed, number
 
 _SHOWN = 3  # names in a row
 _BLAMES = {
-    "weight replaced": "nothing else is to blame, and what belongs there only the original weights say",
-    "input replaced": "the model is not to blame, but what makes its input",
+    "weight replaced": "nothing else is to blame; what belongs there only the original weights say",
+    "input replaced": "what makes this input is to blame, and not the model",
     "one label that counts": "only the labels are to blame",
 }
 """Trials that cure nothing, but show what alone is to blame."""
@@ -53,9 +53,10 @@ def _well(diagnosis: Diagnosis) -> str:
     far = _far(diagnosis.plain)
     wide, harm = _wide(diagnosis), diagnosis.harm
     if harm is None:
-        return f"{diagnosis.dtype} returns what {wide} does, {far} from it." if far else ""
+        return f"{diagnosis.dtype} is finite, and {far} from {wide}."
     without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
-    return f"What overflows in {harm.site} does no harm: what is returned is {far} from {wide}{without}."
+    told = f"What overflows in {harm.site} does no harm that can be measured"
+    return f"{told}: what is returned is {far} from {wide}{without}."
 
 
 def _rounding(diagnosis: Diagnosis) -> str:
@@ -108,7 +109,8 @@ def _formats(trials: list[Trial]) -> str:
 def _blamed(one: Trial, diagnosis: Diagnosis) -> str:
     """Of a number that was put in the place of a lost one: what that shows."""
     far = f"{_far(one.distance)} from {_wide(diagnosis)}"
-    return f"{one.summary} With that the run is finite ({far}): {_BLAMES[one.name]}."
+    told = f"Tried: {one.summary[:1].lower()}{one.summary[1:]}"
+    return f"{told} With that the run is finite ({far}), so {_BLAMES[one.name]}."
 
 
 def _cures(cures: list[Trial], diagnosis: Diagnosis) -> str:
@@ -139,7 +141,7 @@ def _far(distance: Distance | None) -> str:
     if distance is None or distance.compared == 0:
         return "not to be compared"
     if distance.kl_mean is not None:
-        return f"KL {_short(distance.kl_mean)} nats"
+        return f"KL {_short(abs(distance.kl_mean))} nats"  # of what is equal it may come to less than 0
     return _part(distance.error_max or 0.0)
 
 

@@ -37,10 +37,11 @@ def keeping_in_float32(seen: Seen) -> Remedy:
     def extra(tokens: int) -> int:
         return 2 * tokens * seen.channels  # float32 instead of float16, one tensor at a time
 
+    many = len(seen.overflowing)
+    which, those = ("the one tensor", "it") if many == 1 else (f"the {counted(many, 'tensor')}", "them")
     return Remedy(
         name=NAME,
-        summary=f"Keeps in float32 the {counted(len(seen.overflowing), 'tensor')} that float16 cannot hold, and rounds "
-        "what is made of them to float16.",
+        summary=f"Keeps in float32 {which} that float16 cannot hold, and rounds what is made of {those} to float16.",
         around=in_float32_at(seen.low, seen.overflowing),
         extra=extra,
         exportable=False,

@@ -103,7 +103,11 @@ class Prompted:
         how = self.sampling
         generator = None if how.seed is None else torch.Generator(logits.device).manual_seed(how.seed)
         drawn: Tensor = Sampler()(
-            logits[:, -1], temperature=how.temperature or None, top_p=how.top_p, top_k=how.top_k, generator=generator
+            logits[:, -1].float(),
+            temperature=how.temperature or None,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            generator=generator,
         )
         return drawn
 

@@ -87,7 +87,7 @@ def _ways(company: _Company | None, model: nn.Module, compiled: bool) -> Iterato
             yield _Way("padding on the other side", partial(calls, other_side))
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     for name in _ATTENTIONS if own is not None and hasattr(model, "set_attn_implementation") else ():
-        if name != own:
+        if name != own and _has(model, name, str(own)):
             yield _Way(f"{name} attention", partial(with_attention, name))
     if compiled:
         yield _Way("compiled", _compiled, mode=False)
@@ -105,6 +105,17 @@ def _company(greedy: Altered, model: nn.Module) -> _Company | None:
 
     answers(greedy, model, around=calls(look, model))
     return seen[0] if seen else None
+
+
+def _has(model: Any, name: str, own: str) -> bool:
+    """Whether the architecture has this implementation; transformers says so only when asked to use it."""
+    try:
+        model.set_attn_implementation(name)
+    except ValueError:
+        return False
+    finally:
+        model.set_attn_implementation(own)
+    return True
 
 
 @contextmanager

@@ -20,11 +20,10 @@ from stabilitykit.trials.answers import answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
 from stabilitykit.trials.stored import Held, held_by, wide_values
-from stabilitykit.words import counted, listed, number
+from stabilitykit.words import counted, number
 
 WEIGHT = "weight replaced"
 INPUT = "input replaced"
-_SHOWN = 3  # elements
 
 
 def replaced_weight(situation: Situation) -> Iterator[Candidate]:
@@ -40,7 +39,7 @@ def replaced_weight(situation: Situation) -> Iterator[Candidate]:
         largest = torch.finfo(getattr(torch, low)).max
         yield Candidate(
             name=WEIGHT,
-            summary=f"{_named(found, wide)}. Puts the largest number of {low}, {number(largest)}, in its place.",
+            summary=f"Puts the largest number of {low}, {number(largest)}, in the place of {_named(found, wide)}.",
             command="\n".join(_lines(found, wide, largest)),
             around=partial(_with, {place: math.copysign(largest, wide[place]) for place in wide}),
             carried=True,
@@ -49,7 +48,7 @@ def replaced_weight(situation: Situation) -> Iterator[Candidate]:
     zeros = {(one.name, index): 0.0 for one in found for index in one.indices}
     yield Candidate(
         name=WEIGHT,
-        summary=f"{_named(found, {})}. Puts 0 in {'its' if len(zeros) == 1 else 'their'} place: is it to blame?",
+        summary=f"Puts 0 in the place of {_named(found, {})}.",
         command="\n".join(_lines(found, {}, 0.0)),
         instead=Altered(situation.reproduction, partial(_with, zeros)),
     )
@@ -72,19 +71,19 @@ def lost_in(situation: Situation) -> list[Held]:
 
 
 def _named(found: list[Held], wide: Mapping[tuple[str, tuple[int, ...]], float]) -> str:
-    """`layers.0.mlp.up_proj.weight[7, 9] is NaN`"""
-    told = []
-    for one in found:
-        for index, value in zip(one.indices, one.values, strict=True):
-            known = wide.get((one.name, index))
-            was = _value(value) if known is None else f"{number(known)} in float32, {_value(value)} in {one.dtype}"
-            told.append(f"{site_path(one.name)}{_at(index)} is {was}")
-    amount = sum(one.lost for one in found)
-    more = amount - len(told[:_SHOWN])
-    if not more:
-        return listed(told)
-    where = "" if len(found) == 1 else f" of {counted(len(found), 'tensor')}"
-    return f"{', '.join(told[:_SHOWN])}, and {counted(more, 'other element')}{where}"
+    """`layers.0.mlp.up_proj.weight[7, 9], which is NaN`, or how many there are, and the first."""
+    first, amount = found[0], sum(one.lost for one in found)
+    index, value = first.indices[0], first.values[0]
+    known = wide.get((first.name, index))
+    was = _value(value) if known is None else f"{number(known)} in float32 and {_value(value)} in {first.dtype}"
+    place = f"{site_path(first.name)}{_at(index)}"
+    return _counted(place, was, amount, site_path(first.name) if len(found) == 1 else f"{len(found):,} tensors")
+
+
+def _counted(place: str, was: str, amount: int, whole: str) -> str:
+    if amount == 1:
+        return f"{place}, which is {was}"
+    return f"{counted(amount, 'element')} of {whole} that are no numbers; the first, {place}, is {was}"
 
 
 def _value(value: float) -> str:
@@ -136,12 +135,11 @@ def replaced_input(situation: Situation) -> Iterator[Candidate]:
     seen.look(situation)
     if not seen.found:
         return
-    told = [f"{name}{_at(index)} is {_value(value)}" for name, index, value in seen.found[:_SHOWN]]
-    more = "" if seen.lost <= len(told) else f", and {counted(seen.lost - len(told), 'other element')}"
+    name, index, value = seen.found[0]
     yield Candidate(
         name=INPUT,
-        summary=f"{listed(told) if not more else ', '.join(told)}{more}. Puts 0 in the place of what is no number.",
-        command=f"# {seen.found[0][0]}.nan_to_num(0.0, 0.0, 0.0), and look at what makes it",
+        summary=f"Puts 0 in the place of {_counted(f'{name}{_at(index)}', _value(value), seen.lost, name)}.",
+        command=f"# {name}.nan_to_num(0.0, 0.0, 0.0), and look at what makes it",
         instead=Altered(situation.reproduction, _numbers),
     )
 
@@ -182,7 +180,7 @@ class _Inputs:
     """The elements that are no numbers in what a model is given: name, index, value."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, tuple[int, ...], float]] = []
+        self.found: list[tuple[str, tuple[int, ...], float]] = []  # the first of each tensor
         self.lost = 0
 
     def look(self, situation: Situation) -> None:
@@ -212,5 +210,5 @@ class _Inputs:
         elif is_lost(name, value):
             places = (~value.isfinite()).nonzero()
             self.lost += len(places)
-            for place in places[: _SHOWN - len(self.found)].tolist():
-                self.found.append((name, tuple(place), float(value[tuple(place)])))
+            first = tuple(places[0].tolist())
+            self.found.append((name, first, float(value[first])))

@@ -1,20 +1,21 @@
 """Settings of sampling: what no dtype cures, because it is asked for."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stabilitykit.diagnosis.outside import processor_of
+from stabilitykit.models.gemma.sampler import Sampler
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.answers import answers
 from stabilitykit.trials.candidate import Candidate
-from stabilitykit.trials.sampling import processors, settings
+from stabilitykit.trials.sampling import attribute, processors, settings
 from stabilitykit.trials.situation import Situation
 
+WIDE = "temperature in float32"
 _TEMPERATURE, _TOP_K, _TOP_P = "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"
 _SETTINGS = {
     _TEMPERATURE: "temperature=1.0",
@@ -62,32 +63,41 @@ def sampled(situation: Situation) -> Iterator[Candidate]:
         yield _candidate(situation, "top-k off", "Leaves out top-k.", "top_k=0", partial(settings, top_k=False))
     if _TOP_P in names or not names:
         yield _candidate(situation, "top-p off", "Leaves out top-p.", "top_p=1.0", partial(settings, top_p=False))
-    if _TEMPERATURE in names and situation.reproduction.dtype in ("float16", "bfloat16"):
+    if broke.operator == "div" and broke.dtype in ("float16", "bfloat16"):
         yield _candidate(
             situation,
-            "temperature in float32",
+            WIDE,
             "Divides the logits by the temperature in float32, and leaves them there.",
             "",
-            partial(processors, change=_wide_temperature),
+            _wide_temperature,
         )
     for name in dict.fromkeys(one for one in names if one not in (_TOP_K, _TOP_P)):
         yield _candidate(
-            situation, f"without {name}", f"Leaves out {name}.", _SETTINGS.get(name, ""), partial(_without, name)
+            situation, f"without {name}", _left_out(name), _SETTINGS.get(name, ""), partial(_without, name)
         )
 
 
 def _candidate(situation: Situation, name: str, summary: str, setting: str, around: Any) -> Candidate:
-    command = (
-        f"model.generate(..., {setting})"
-        if setting
-        else _BY_HAND.get(name, f"# leave {name[8:]} out of logits_processor")
-    )
+    broke = situation.broke
+    command = f"model.generate(..., {setting})" if setting else f"# leave {name[8:]} out of logits_processor"
+    if broke is not None and broke.site.startswith("sampler/"):
+        command = _OF_THE_KIT[name]
+    elif name == WIDE:
+        command = "# scores.float() / temperature, in a logits processor of your own, with temperature=1.0"
     return Candidate(name=name, summary=summary, command=command, instead=Altered(situation.reproduction, around))
 
 
-_BY_HAND = {
-    "temperature in float32": "# scores.float() / temperature, in a logits processor of your own, with temperature=1.0"
+_OF_THE_KIT = {
+    "greedy": "model.sampler(logits, temperature=None)",
+    "top-k off": "model.sampler(logits, top_k=logits.shape[-1])",
+    "top-p off": "model.sampler(logits, top_p=1.0)",
+    WIDE: "model.sampler(logits.float(), temperature=temperature)",
 }
+
+
+def _left_out(name: str) -> str:
+    how = f", as {_SETTINGS[name]} does" if name in _SETTINGS else ""
+    return f"Leaves out {name}{how}."
 
 
 def _raised(situation: Situation) -> bool:
@@ -113,13 +123,28 @@ def _without(name: str, model: nn.Module) -> AbstractContextManager[None]:
     return processors(model, lambda found, config: [one for one in found if type(one).__name__ != name])
 
 
-def _wide_temperature(found: list[Any], config: Any) -> Sequence[Any]:
-    return [_Wide(one.temperature) if type(one).__name__ == _TEMPERATURE else one for one in found]
+@contextmanager
+def _wide_temperature(model: nn.Module) -> Iterator[None]:
+    def change(found: list[Any], config: Any) -> list[Any]:
+        return [_Wide(one.temperature) if type(one).__name__ == _TEMPERATURE else one for one in found]
+
+    with ExitStack() as stack:
+        stack.enter_context(processors(model, change))
+        for module in model.modules():
+            if isinstance(module, Sampler):
+                stack.enter_context(attribute(module, "forward", _widened(module.forward)))
+        yield
+
+
+def _widened(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda logits, **how: forward(logits.float(), **how)
 
 
 class _Wide:
+    """Divides scores in float32."""
+
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.to(torch.float32) / self.temperature
+        return scores.float() / self.temperature
