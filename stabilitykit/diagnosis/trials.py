@@ -7,6 +7,7 @@ from stabilitykit.records.trials import Diagnosis, Distance, Trial
 from stabilitykit.words import listed, number
 
 _SHOWN = 3  # names in a row
+_SAME, _UNKNOWN = "no difference", "not to be compared"
 _BLAMES = {
     "weight replaced": "nothing else is to blame; what belongs there only the original weights say",
     "input replaced": "what makes this input is to blame, and not the model",
@@ -50,13 +51,17 @@ def _wide(diagnosis: Diagnosis) -> str:
 
 
 def _well(diagnosis: Diagnosis) -> str:
-    far = _far(diagnosis.plain)
-    wide, harm = _wide(diagnosis), diagnosis.harm
+    far, harm = _from(diagnosis.plain, diagnosis), diagnosis.harm
+    broke = diagnosis.findings.get("first_break") or {}
+    if str(broke.get("site", "")).startswith("backward/"):
+        return (
+            f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. What helps there is tried "
+            "on a training step, by stabilitykit diagnose FILE.py:make --backward."
+        )
     if harm is None:
-        return f"{diagnosis.dtype} is finite, and {far} from {wide}."
+        return f"{diagnosis.dtype} is finite, and {far}."
     without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
-    told = f"What overflows in {harm.site} does no harm that can be measured"
-    return f"{told}: what is returned is {far} from {wide}{without}."
+    return f"What overflows in {harm.site} does no harm that can be measured: what is returned is {far}{without}."
 
 
 def _rounding(diagnosis: Diagnosis) -> str:
@@ -79,19 +84,23 @@ def _rounding(diagnosis: Diagnosis) -> str:
 
 
 def _harm(diagnosis: Diagnosis) -> str:
-    harm = diagnosis.harm
+    """What is lost or wrong, where the records do not say it."""
+    harm, error = diagnosis.harm, diagnosis.findings.get("error")
     if not diagnosis.finite:
-        return ""
-    wide = _wide(diagnosis)
+        return f"In {diagnosis.dtype} it does not run: {error}" if error and not _breaks(diagnosis) else ""
     if harm is None:
-        return f"What is returned is finite and wrong, {_far(diagnosis.plain)} from {wide}, though nothing overflowed."
+        return f"What is returned is finite and wrong, {_from(diagnosis.plain, diagnosis)}, though nothing overflowed."
     place = ""
     if harm.rows:
-        _, row, position, error = harm.rows[0]
+        _, row, position, far = harm.rows[0]
         at = f"row {row}" if position is None else f"position {position} of row {row}"
-        place = f"; {at} is worst, off by {_part(error)}"
+        place = f"; {at} is worst, off by {_part(far)}"
     without = "" if harm.without is None else f" Without the overflow it would be {_far(harm.without)}."
-    return f"What is returned is finite and wrong, {_far(harm.plain)} from {wide}{place}.{without}"
+    return f"What is returned is finite and wrong, {_from(harm.plain, diagnosis)}{place}.{without}"
+
+
+def _breaks(diagnosis: Diagnosis) -> bool:
+    return diagnosis.findings.get("first_break") is not None
 
 
 def _formats(trials: list[Trial]) -> str:
@@ -108,14 +117,14 @@ def _formats(trials: list[Trial]) -> str:
 
 def _blamed(one: Trial, diagnosis: Diagnosis) -> str:
     """Of a number that was put in the place of a lost one: what that shows."""
-    far = f"{_far(one.distance)} from {_wide(diagnosis)}"
+    far = _from(one.distance, diagnosis)
     told = f"Tried: {one.summary[:1].lower()}{one.summary[1:]}"
     return f"{told} With that the run is finite ({far}), so {_BLAMES[one.name]}."
 
 
 def _cures(cures: list[Trial], diagnosis: Diagnosis) -> str:
     best, *others = cures
-    told = f"Tried, and it helps: {best.name} ({_far(best.distance)} from {_wide(diagnosis)}). {best.summary}"
+    told = f"Tried, and it helps: {best.name} ({_from(best.distance, diagnosis)}). {best.summary}"
     if not others:
         return told
     shown = listed([f"{one.name} ({_far(one.distance)})" for one in others], _SHOWN)
@@ -126,7 +135,7 @@ def _helpless(changes: list[Trial], formats: list[Trial], is_blamed: bool, diagn
     wider = [one.name for one in formats if one.cured]
     if wider and changes:
         return f"Nothing that was tried in {diagnosis.dtype} helps; a wider format does ({listed(wider)})."
-    if wider:
+    if wider and _breaks(diagnosis):
         return f"No change that is known fits what broke in {diagnosis.dtype}; what helps is a wider format."
     return "" if is_blamed or not changes else "Nothing that was tried helps."
 
@@ -136,10 +145,18 @@ def _failed(failed: list[Trial]) -> str:
     return f"Tried without success: {listed(told, _SHOWN)}." if told else ""
 
 
+def _from(distance: Distance | None, diagnosis: Diagnosis) -> str:
+    """`KL 1.2e-5 nats from float32`"""
+    far, wide = _far(distance), _wide(diagnosis)
+    return far if far == _UNKNOWN else f"the same as {wide}" if far == _SAME else f"{far} from {wide}"
+
+
 def _far(distance: Distance | None) -> str:
     """`KL 1.2e-5 nats`, or `0.13% of the largest value`; of logits, as a mean over tokens."""
     if distance is None or distance.compared == 0:
-        return "not to be compared"
+        return _UNKNOWN
+    if not distance.error_max and not distance.kl_mean:
+        return _SAME
     if distance.kl_mean is not None:
         return f"KL {_short(abs(distance.kl_mean))} nats"  # of what is equal it may come to less than 0
     return _part(distance.error_max or 0.0)

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 from stabilitykit.remedies.places import norms, overflowing_in
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.seen import Seen
-from stabilitykit.words import counted
 
 _NAME = "float32 norms"
 
@@ -35,10 +34,13 @@ def float32_norms(seen: Seen) -> Remedy | LeftOut:
                 stack.enter_context(in_float32(modules[path]))
             yield
 
+    many = len(paths)
+    which, they = ("the one norm that overflows", "it returns")
+    if many > 1:
+        which, they = (f"the {many:,} norms that overflow", "they return")
     return Remedy(
         name=_NAME,
-        summary=f"Computes in float32 the {counted(len(paths), 'norm')} that overflow inside, and rounds what they "
-        "return to float16.",
+        summary=f"Computes in float32 {which} inside, and rounds what {they} to float16.",
         around=around,
         exportable=False,
     )

@@ -27,7 +27,7 @@ from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
 from stabilitykit.trials.minimise import has_tokens, minimise
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
-from stabilitykit.trials.rounding import rounding
+from stabilitykit.trials.rounding import CLOSE, rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 from stabilitykit.trials.stored import wide_like
 
@@ -198,7 +198,8 @@ class _Diagnosing:
                 self.tell(f"trying: {one.name}", done, len(made))
                 attempts.append(self.attempt(one))
         rounded, unrounded = tuple[Rounding, ...](), tuple[str, ...]()
-        if not is_wrong:
+        is_close = (low.distance().error_max or 0.0) <= CLOSE
+        if not is_wrong and is_close and not reproduction.grad:
             self.tell("comparing ways to run it", 0, 1)
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that

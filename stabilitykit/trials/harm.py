@@ -48,8 +48,8 @@ def harmed(situation: Situation, low: Compared, without: Compared | None, tolera
 
 
 def harm(situation: Situation, low: Compared, plain: Answers, without: Compared | None, rows: set[Row]) -> Harm | None:
-    """Of a run that returned finite numbers, of which `rows` were harmed; None where nothing in it broke."""
-    if situation.found is None:
+    """Of a run that returned finite numbers, of which `rows` were harmed; None where nothing broke on their way."""
+    if situation.found is None or situation.found.broke.is_gradient:
         return None
     worst = sorted(rows or low.error, key=lambda row: -low.error[row])[:_WORST]
     return Harm(
