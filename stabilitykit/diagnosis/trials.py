@@ -55,8 +55,8 @@ def _well(diagnosis: Diagnosis) -> str:
     broke = diagnosis.findings.get("first_break") or {}
     if str(broke.get("site", "")).startswith("backward/"):
         return (
-            f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. What helps there is tried "
-            "on a training step, by stabilitykit diagnose FILE.py:make --backward."
+            f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. What helps there is "
+            "tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
         )
     if harm is None:
         return f"{diagnosis.dtype} is finite, and {far}."

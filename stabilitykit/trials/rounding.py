@@ -45,8 +45,6 @@ def rounding(models: Kept, wide: nn.Module, *, compiled: bool = False) -> tuple[
     """
     greedy = Altered(models.of, partial(settings, greedy=True))
     model = models.model(models.of.dtype)
-    if model.training:
-        return (), ()
     plain = answers(greedy, model)
     reference = answers(greedy, wide, recast=Recast(getattr(torch, dtype_of(wide))))
     company = _company(greedy, model)

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from stabilitykit.recorder.names import site_path
@@ -15,6 +14,7 @@ from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates.large_weights import lines, moved, past_maximum, told
+from stabilitykit.trials.reproduction import copied
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import number
 
@@ -79,5 +79,4 @@ class _Merged(Altered):
 
     def model(self, dtype: str) -> nn.Module:
         wide: Any = self.of.model("float32")
-        made: nn.Module = wide.merge_and_unload()
-        return made.to(getattr(torch, dtype))
+        return copied(wide.merge_and_unload(), dtype)
