@@ -255,6 +255,42 @@ def test_a_harmless_overflow_that_comes_first_is_not_the_one_to_keep(recorded: b
     assert (harmless.tokens, harmless.site) == (((3,),), "/mul.0")
 
 
+class Doubling(nn.Module):
+    """Layers without labels: what they double overflows in layer 0 where token 3 comes after token 4, and in layer 1 at
+    token 5.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 2).requires_grad_(False)
+        self.embedding.weight.fill_(1.0)
+        self.embedding.weight[3:5, 0] = 17_000.0
+        self.embedding.weight[5, 1] = 34_000.0
+        self.layers = nn.ModuleList([Twice(), Twice()])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        first, second = self.embedding(input_ids).unbind(-1)
+        made: Tensor = self.layers[1](self.layers[0](first.cumsum(-1)) / 16 + second)
+        return made
+
+
+class Twice(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * 2
+
+
+def test_without_labels_breaks_are_alike_but_for_the_numbers_of_layers() -> None:
+    model = Doubling().half()
+    text = [1, 4, 5, 1, 3]
+    with torch.inference_mode(), record(model) as recording:
+        model(torch.tensor([text]))
+    first = recording.first_break()
+    assert first is not None
+    assert (first.site, first.label) == ("layers.0", None)
+    found = smallest_of(model, [text])
+    assert (found.tokens, found.site, found.label) == (((5,),), "layers.1", None)
+
+
 CONFIG = GemmaConfig(
     generation=3, layers=2, hidden_size=32, feed_forward=64, heads=4, kv_heads=2, head_dim=8, vocabulary=64, window=8,
     global_every=2,
