@@ -11,8 +11,9 @@ from stabilitykit.diagnosis.outside import processor_of
 from stabilitykit.models.gemma.sampler import Sampler
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.answers import answers
+from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.candidate import Candidate
-from stabilitykit.trials.sampling import attribute, processors, settings
+from stabilitykit.trials.sampling import processors, settings
 from stabilitykit.trials.situation import Situation
 
 WIDE = "temperature in float32"
