@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabilitykit.formats import FLOAT16
 from stabilitykit.records.trials import Distance
 from stabilitykit.remedies.nearness import Probabilities, nearness
 from stabilitykit.trials.answers import Answers, Output
@@ -65,8 +64,7 @@ class Compared:
 def compare(ours: Answers, theirs: Answers) -> Compared:
     """Every row that both have, call by call, as long as the calls were given the same tokens.
 
-    Rows that are not finite in `theirs` count only where they are something else in `ours`. What is less than the least
-    number of float16 counts as equal there.
+    Rows that are not finite in `theirs` count only where they are something else in `ours`.
     """
     error: dict[Row, float] = {}
     kl: dict[Row, float] = {}
@@ -80,8 +78,6 @@ def compare(ours: Answers, theirs: Answers) -> Compared:
         held = b[b.isfinite()]
         largest = float(held.abs().max()) if held.numel() else 0.0
         far = away.amax(-1) if away.shape[-1] else torch.zeros(len(away))
-        if one.values.dtype == torch.float16:
-            far = (far - FLOAT16.smallest_subnormal).clamp(min=0)
         relative = far / largest if largest else torch.where(far > 0, torch.inf, 0.0).to(far)
         relative = torch.where(relative.isnan(), torch.inf, relative)
         error |= {(number, place): value for place, value in zip(places, relative.tolist(), strict=True)}
