@@ -33,11 +33,11 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
         self._autocast: dict[str, torch.dtype] = {}  # by device, what autocasting was to before the block
 
     def __enter__(self) -> "Recast":
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: object) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         for device, dtype in self._autocast.items():
             torch.set_autocast_dtype(device, dtype)
         self._autocast.clear()
@@ -71,7 +71,7 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
         return args, kwargs
 
     def _autocast_to(self, device: str) -> None:
-        """Operators that take no operands of two dtypes would be given those that are autocast and those that are not."""
+        """Else operators that take no operands of two dtypes would be given what is autocast and what is not."""
         if self._target not in NARROW or device not in _AUTOCAST:
             return
         own = torch.get_autocast_dtype(device)

@@ -153,8 +153,9 @@ def look(models: Kept, low: Recording, wide: Recorded) -> Situation:
     overflowing: dict[str, Record] = {}
     stored = with_stored_dtypes(wide.recording, low)
     add_overflowing(overflowing, stored, dtype)
-    if found is not None and found.broke.broke is not None and found.broke.broke.kind in _OVERFLOWS:
-        overflowing.setdefault(found.broke.site, found.broke)  # float32 has none of the casts to the dtype
+    broke = None if found is None else found.broke
+    if broke is not None and broke.dtype == dtype and broke.broke is not None and broke.broke.kind in _OVERFLOWS:
+        overflowing.setdefault(broke.site, broke)  # float32 has none of the casts to the dtype
     return Situation(
         reproduction=models.of,
         models=models,
@@ -162,7 +163,7 @@ def look(models: Kept, low: Recording, wide: Recorded) -> Situation:
         low=low,
         wide=stored,
         found=found,
-        part=None if found is None else part_of(low, found.broke),
+        part=None if broke is None else part_of(low, broke),
         overflowing=overflowing,
         asks=bool(wide.answers.recast),
     )
