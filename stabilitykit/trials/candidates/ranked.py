@@ -27,7 +27,7 @@ _STREAM: frozenset[Part] = frozenset({"residual", "sum"})  # what is added up fr
 _FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part] | None], ...] = (
     (query_scale, frozenset({"scores"})),
     (expert_outputs, frozenset({"expert"})),
-    (float32_residual, _STREAM),
+    (float32_residual, _STREAM | {"norm"}),
     (float32_norms, frozenset({"norm"})),
     (clamp, _STREAM),
     (float32_islands, None),
@@ -44,7 +44,7 @@ def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
     for offer, parts in _FIT:
         if parts is not None and situation.part not in parts:
             continue
-        if parts is _STREAM and situation.casts:
+        if offer in (float32_residual, clamp) and situation.casts:
             continue  # what is autocast is added up in float32
         made = offer(seen, situation.reproduction.dtype) if offer is float32_islands else offer(seen)
         if isinstance(made, LeftOut):
