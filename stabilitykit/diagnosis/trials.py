@@ -4,7 +4,7 @@ from stabilitykit.diagnosis.outcome import decisive
 from stabilitykit.diagnosis.places import where
 from stabilitykit.records import Recording
 from stabilitykit.records.trials import Diagnosis, Distance, Trial
-from stabilitykit.words import listed, number
+from stabilitykit.words import counted, listed, number
 
 _SHOWN = 3  # names in a row
 _SAME, _UNKNOWN = "no difference", "not to be compared"
@@ -37,17 +37,39 @@ def advice(diagnosis: Diagnosis) -> str:
     if diagnosis.is_well and not changes:
         return " ".join(part for part in (_well(diagnosis), _rounding(diagnosis)) if part)
     to_blame = [one for one in changes if one.cured and one.name in _BLAMES and not any(f.cured for f in formats)]
-    parts = [_harm(diagnosis), _formats(formats), *(_blamed(one, diagnosis) for one in to_blame)]
+    parts = [_of_part(diagnosis), _harm(diagnosis), _formats(formats), *(_blamed(one, diagnosis) for one in to_blame)]
     cures = [one for one in changes if one.cured and one not in to_blame]
     failed = [one for one in changes if not one.cured]
     parts.append(_cures(cures, diagnosis) if cures else _helpless(changes, formats, bool(to_blame), diagnosis))
-    parts.append(_failed(failed))
+    parts += [_failed(failed), _on_whole(diagnosis)]
     return " ".join(part for part in parts if part)
 
 
 def _wide(diagnosis: Diagnosis) -> str:
     """What the runs were compared with."""
     return "float64" if diagnosis.dtype in ("float32", "float64") else "float32"
+
+
+def _of_part(diagnosis: Diagnosis) -> str:
+    """Which input this is about, where it is not the whole one."""
+    one = diagnosis.smallest
+    if one is None or diagnosis.diagnosed == "whole":
+        return ""
+    size = f"{counted(one.after, 'token')} of {one.before:,}"
+    return f"This is about the smallest input found that fails alike, {size}, not about the whole one."
+
+
+def _on_whole(diagnosis: Diagnosis) -> str:
+    """What of that which cures the smallest input cures the whole one, too."""
+    cures = [one.name for one in diagnosis.trials if one.cures_whole]
+    failed = [one.name for one in diagnosis.trials if one.cures_whole is False]
+    told = [f"On the whole input {listed(cures)} helps, too."] if cures else []
+    if failed:
+        told.append(
+            f"What helps the smallest input ({listed(failed, _SHOWN)}) does not cure the whole one, in which more may "
+            "break: diagnose that without minimise."
+        )
+    return " ".join(told)
 
 
 def _well(diagnosis: Diagnosis) -> str:
@@ -158,7 +180,7 @@ def _far(distance: Distance | None) -> str:
     if not distance.error_max and not distance.kl_mean:
         return _SAME
     if distance.kl_mean is not None:
-        return f"KL {_short(abs(distance.kl_mean))} nats"  # of what is equal it may come to less than 0
+        return f"KL {_short(distance.kl_mean)} nats"
     return _part(distance.error_max or 0.0)
 
 
