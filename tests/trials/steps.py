@@ -24,13 +24,13 @@ class Case:
 
 @dataclass(slots=True)
 class Hand:
-    """The gradients of a step, divided by the loss scale in float64, and whether its weights are finite afterwards."""
+    """The gradients of a step, divided by the loss scale in float64, and each weight before and after it."""
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    weights: bool = False
+    weights: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def near(self, wide: "Hand") -> bool:
-        """Finite throughout, and no gradient further from float32's than half of the largest of its weight."""
+    def alike(self, wide: "Hand") -> bool:
+        """Finite, and no gradient further from float32's than half of the largest of its weight."""
         for name, expected in wide.gradients.items():
             ours = self.gradients[name]
             if not bool(ours.isfinite().all()):
@@ -38,11 +38,28 @@ class Hand:
             largest = expected[expected.isfinite()].abs()
             if largest.numel() and float(largest.max()) and float((ours - expected).abs().max() / largest.max()) >= 0.5:
                 return False
-        return self.weights and bool(wide.gradients)
+        return bool(wide.gradients)
+
+    def steady(self, wide: "Hand") -> bool:
+        """Weights are finite, and none moved more than twice as far as float32 moves any, apart from rounding."""
+        farthest = max(float((after - before).abs().max()) for before, after in wide.weights.values())
+        return all(
+            bool(after.isfinite().all()) and _within(before, after, 2 * farthest)
+            for before, after in self.weights.values()
+        )
+
+    def near(self, wide: "Hand") -> bool:
+        return self.alike(wide) and self.steady(wide)
 
     @property
     def finite(self) -> bool:
         return all(bool(one.isfinite().all()) for one in self.gradients.values())
+
+
+def _within(before: Tensor, after: Tensor, far: float) -> bool:
+    """Whether `after` is what a move by `far` at most is rounded to."""
+    low, high = ((before.double() + way * far).to(before.dtype) for way in (-1, 1))
+    return not far or bool(((low <= after) & (after <= high)).all())
 
 
 def by_hand(
@@ -76,8 +93,9 @@ def by_hand(
             p.grad = p.grad * min(1.0, case.clip / (float(norm) + 1e-6))
     if case.clip is not None:
         made.gradients = {name: p.grad.double() for name, p in held.items() if p.grad is not None}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step()
-    made.weights = all(bool(p.isfinite().all()) for p in model.parameters())
+    made.weights = {name: (before[name], p.detach()) for name, p in model.named_parameters()}
     return made
 
 
@@ -89,10 +107,10 @@ def summed(output: Tensor) -> Tensor:
     return output.float().sum()
 
 
-def of_net(code: Callable[..., Tensor], x: float = 1.0, tokens: int = 2) -> Make:
+def of_net(code: Callable[..., Tensor], x: float = 1.0, tokens: int = 2, optimizer: Any = sgd) -> Make:
     def make(dtype: torch.dtype) -> Any:
         model = Net(code).to(dtype)
-        return model, {"x": torch.full((1, tokens, 4), x).to(dtype)}, summed, sgd(model)
+        return model, {"x": torch.full((1, tokens, 4), x).to(dtype)}, summed, optimizer(model)
 
     return make
 
@@ -125,8 +143,11 @@ def of_decoder(name: str, optimizer: Any = sgd, adapter: bool = False) -> Make:
     return make
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-6)
+def adam_at(rate: float, **how: Any) -> Any:
+    return lambda model: torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, **how)
+
+
+adam = adam_at(1e-6)
 
 
 CASES: tuple[Case, ...] = (
@@ -143,12 +164,24 @@ CASES: tuple[Case, ...] = (
     Case(name="norm that overflows", make=of_linear(1.0, 1, lambda y: y.float().sum() * 60000), loss_scale=1.0,
         clip=1.0),
     Case(name="eps of Adam", make=of_decoder("llama", adam), loss_scale=1024.0),
+    Case(name="eps of Adam, a usual rate", make=of_decoder("llama", adam_at(1e-3)), loss_scale=1024.0),
+    Case(name="eps of Adam that is not 0, and too small", make=of_decoder("llama", adam_at(1e-3, eps=1e-6)),
+        loss_scale=1024.0),
     Case(name="eps of Adam, qwen2", make=of_decoder("qwen2", adam), loss_scale=1024.0),
     *(Case(name=f"loss scale too large, {name}", make=of_decoder(name), loss_scale=2.0**20)
         for name in ("llama", "qwen2", "mistral", "gemma", "phi", "qwen3")),
     Case(name="loss scale too large, clipped", make=of_decoder("llama"), loss_scale=2.0**20, clip=1.0),
     Case(name="loss scale too large, adapter", make=of_decoder("llama", adapter=True), loss_scale=2.0**20),
-    Case(name="loss scale too large, Adam", make=of_decoder("llama", adam), loss_scale=2.0**20),
+    *(Case(name=f"twice over, {name}", make=of_decoder(name, adam), loss_scale=2.0**20)
+        for name in ("llama", "qwen2", "phi")),
+    Case(name="twice over, AdamW", make=of_decoder("mistral", lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4)),
+        loss_scale=2.0**20),
+    Case(name="twice over, adapter", make=of_decoder("llama", adam, adapter=True), loss_scale=2.0**20),
+    Case(name="twice over, one layer", make=of_net(lambda h: h * 300, optimizer=adam), loss_scale=300.0),
+    Case(name="twice over, underflow", make=of_linear(1.0, 2, lambda y: y.float().sum() * 1e-9, adam),
+        loss_scale=1.0),
+    Case(name="twice over, norm", make=of_linear(60.0, 4, lambda y: y.float().sum() * 150, sgd), loss_scale=1024.0,
+        clip=1.0),
     Case(name="loss scale that is no power of two", make=of_decoder("llama"), loss_scale=1e6),
     Case(name="control, llama", make=of_decoder("llama"), loss_scale=1024.0),
     Case(name="control, clipped", make=of_decoder("qwen2"), loss_scale=1024.0, clip=1.0),
