@@ -7,6 +7,7 @@ from stabilitykit.records.trials import Diagnosis, Distance, Trial
 from stabilitykit.words import listed, number
 
 _SHOWN = 3  # names in a row
+_ANOTHER = 0.5  # of the largest value: what differs by so much is another number
 _SAME, _UNKNOWN = "no difference", "not to be compared"
 _ON_A_STEP = (
     "Loss scales and other changes are tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
@@ -58,6 +59,9 @@ def _well(diagnosis: Diagnosis) -> str:
     if _is_gradient(diagnosis):
         return f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. {_ON_A_STEP}"
     if harm is None:
+        plain = diagnosis.plain
+        if plain is not None and (plain.error_max or 0.0) >= _ANOTHER:
+            return f"{diagnosis.dtype} is finite, and wrong: {far}, though nothing overflowed."
         return f"{diagnosis.dtype} is finite, and {far}."
     without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
     return f"What overflows in {harm.site} does no harm that can be measured: what is returned is {far}{without}."
@@ -141,7 +145,8 @@ def _helpless(changes: list[Trial], formats: list[Trial], is_blamed: bool, diagn
     if wider and changes:
         return f"Nothing that was tried in {diagnosis.dtype} helps; a wider format does ({listed(wider)})."
     if _is_gradient(diagnosis):
-        return f"What helps is a wider format ({listed(wider)}). {_ON_A_STEP}" if wider else ""
+        helps = f"What helps is a wider format ({listed(wider)})." if wider else "Nothing that was tried helps."
+        return f"{helps} {_ON_A_STEP}" if wider else helps
     if wider and _breaks(diagnosis):
         return f"No change that is known fits what broke in {diagnosis.dtype}; what helps is a wider format."
     return "" if is_blamed or not changes else "Nothing that was tried helps."

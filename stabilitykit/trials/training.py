@@ -73,7 +73,7 @@ def _float32(step: Step, notes: list[str]) -> Step:
     differ = [
         name
         for name, held in low.items()
-        if name not in full or full[name].shape != held.shape or not torch.equal(full[name].to(target).to(held), held)
+        if name not in full or full[name].shape != held.shape or not _same_but_rounded(full[name], held, target)
     ]
     if not differ:
         return wide
@@ -81,6 +81,11 @@ def _float32(step: Step, notes: list[str]) -> Step:
         f"make gives other weights in float32 ({differ[0]}), so that float32 runs with the weights of {step.dtype}."
     )
     return wide.but(weights=low)
+
+
+def _same_but_rounded(wide: torch.Tensor, low: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Also where `make` keeps weights in float32 and autocasts to `dtype`."""
+    return torch.equal(wide.to(low), low) or torch.equal(wide.to(dtype).to(low), low)
 
 
 def _weights(step: Step) -> dict[str, torch.Tensor]:

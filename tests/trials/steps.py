@@ -1,5 +1,6 @@
 """Training steps that fail, as a file's `make` would describe them, and what cures them when it is done by hand."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from truth.backward import BETWEEN, Net
+from truth.backward import BETWEEN, DOWN, OUTPUT, QUERY, Detour, Net, seen, trained
 from truth.decoders import IDS
 from truth.models import decoder
 
@@ -115,9 +116,11 @@ def of_net(code: Callable[..., Tensor], x: float = 1.0, tokens: int = 2, optimiz
     return make
 
 
-def of_linear(x: float, tokens: int, loss: Callable[[Tensor], Tensor] = summed, optimizer: Any = sgd) -> Make:
+def of_linear(
+    x: float, tokens: int, loss: Callable[[Tensor], Tensor] = summed, optimizer: Any = sgd, bias: bool = False
+) -> Make:
     def make(dtype: torch.dtype) -> Any:
-        model = nn.Linear(4, 4, bias=False)
+        model = nn.Linear(4, 4, bias=bias)
         model.weight.data = torch.eye(4)
         model.to(dtype)
         return model, {"input": torch.full((1, tokens, 4), x).to(dtype)}, loss, optimizer(model)
@@ -150,6 +153,59 @@ def adam_at(rate: float, **how: Any) -> Any:
 adam = adam_at(1e-6)
 
 
+def of_detour(name: str, path: str) -> Make:
+    """A gradient overflows between two products after one module, and nowhere before."""
+    model: Any = decoder(name).requires_grad_()
+    largest = float(seen(model, trained(16.0), path).abs().max())
+    power = math.ceil(math.log2(70000 / largest)) + 1
+    plain = of_decoder(name)
+
+    def make(dtype: torch.dtype) -> Any:
+        model, kwargs, loss, _ = plain(dtype)
+        part, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(part), leaf, Detour(model.get_submodule(path), power))
+        return model, kwargs, loss, sgd(model)
+
+    return make
+
+
+def of_checkpoints(name: str, *, reentrant: bool) -> Make:
+    """Activations are thrown away, and made anew in the backward pass."""
+    plain = of_decoder(name)
+
+    def make(dtype: torch.dtype) -> Any:
+        model, *rest = plain(dtype)
+        model.train()
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        return model, *rest
+
+    return make
+
+
+class Autocast(nn.Module):
+    """A model in float32 whose products are in another dtype, as people train with a GradScaler."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(**kwargs)
+
+
+def of_autocast(name: str, optimizer: Any = sgd, adapter: bool = False) -> Make:
+    plain = of_decoder(name, optimizer, adapter)
+
+    def make(dtype: torch.dtype) -> Any:
+        model, kwargs, loss, made = plain(torch.float32)
+        return Autocast(model, dtype), kwargs, loss, made
+
+    return make
+
+
 CASES: tuple[Case, ...] = (
     *(
         Case(name=name, make=of_net(code[0], code[-1].get("x", 1.0)), loss_scale=code[-1].get("scale", 1.0))
@@ -158,6 +214,16 @@ CASES: tuple[Case, ...] = (
     Case(name="loss scale at the head", make=of_net(lambda h: h), loss_scale=1e5),
     Case(name="a weight's sum over tokens", make=of_linear(200.0, 100), loss_scale=1000.0),
     Case(name="an embedding's repeated token", make=of_words, loss_scale=30000.0),
+    Case(name="a bias's sum over tokens", make=of_linear(1.0, 100, bias=True), loss_scale=1000.0),
+    *(Case(name=f"detour after {path}", make=of_detour(name, path), loss_scale=16.0)
+        for name, path in (("llama", DOWN), ("qwen2", OUTPUT), ("llama", QUERY),
+            ("mistral", "model.layers.0.input_layernorm"), ("qwen3", "model.embed_tokens"))),
+    *(Case(name=f"checkpoints, reentrant {reentrant}", make=of_checkpoints("llama", reentrant=reentrant),
+        loss_scale=2.0**20) for reentrant in (False, True)),
+    *(Case(name=f"autocast, {name}", make=of_autocast(name), loss_scale=2.0**22) for name in ("llama", "qwen2")),
+    Case(name="autocast, Adam", make=of_autocast("llama", adam), loss_scale=2.0**22),
+    Case(name="autocast, adapter", make=of_autocast("llama", adam, adapter=True), loss_scale=2.0**22),
+    Case(name="control, autocast", make=of_autocast("llama", adam), loss_scale=1024.0),
     Case(name="underflow", make=of_linear(1.0, 2, lambda y: y.float().sum() * 1e-9), loss_scale=1.0),
     Case(name="underflow, a scale too small", make=of_linear(1.0, 2, lambda y: y.float().sum() * 1e-12),
         loss_scale=64.0),
