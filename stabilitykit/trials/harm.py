@@ -27,7 +27,7 @@ def without_overflow(situation: Situation, attempt: Callable[[Candidate], Compar
 def _wider(situation: Situation) -> Iterator[Candidate]:
     yield from wider_operator(situation)
     if situation.overflowing and situation.reproduction.dtype == "float16":
-        yield of_remedy(keeping_in_float32(situation.seen), "", 0)
+        yield of_remedy(keeping_in_float32(situation.seen, situation.reproduction.dtype), "", 0)
 
 
 def _far(one: Distance) -> float:

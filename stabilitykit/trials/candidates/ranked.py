@@ -37,14 +37,16 @@ _FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part] | None], .
 
 def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """Where something overflows float16."""
-    if situation.reproduction.dtype != "float16" or not situation.overflowing:
-        return
     seen = situation.seen
+    if situation.reproduction.dtype != "float16" or not seen.overflowing:
+        return
     tokens = max((one.positions or 1 for one in situation.low), default=1)
     for offer, parts in _FIT:
         if parts is not None and situation.part not in parts:
             continue
-        made = offer(seen)
+        if parts is _STREAM and situation.casts:
+            continue  # what is autocast is added up in float32
+        made = offer(seen, situation.reproduction.dtype) if offer is float32_islands else offer(seen)
         if isinstance(made, LeftOut):
             yield made
         else:
