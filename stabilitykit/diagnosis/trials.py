@@ -7,7 +7,11 @@ from stabilitykit.records.trials import Diagnosis, Distance, Trial
 from stabilitykit.words import counted, listed, number
 
 _SHOWN = 3  # names in a row
+_ANOTHER = 0.5  # of the largest value: what differs by so much is another number
 _SAME, _UNKNOWN = "no difference", "not to be compared"
+_ON_A_STEP = (
+    "Loss scales and other changes are tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
+)
 _BLAMES = {
     "weight replaced": "nothing else is to blame; what belongs there only the original weights say",
     "input replaced": "what makes this input is to blame, and not the model",
@@ -74,13 +78,12 @@ def _on_whole(diagnosis: Diagnosis) -> str:
 
 def _well(diagnosis: Diagnosis) -> str:
     far, harm = _from(diagnosis.plain, diagnosis), diagnosis.harm
-    broke = diagnosis.findings.get("first_break") or {}
-    if str(broke.get("site", "")).startswith("backward/"):
-        return (
-            f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. What helps there is "
-            "tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
-        )
+    if _is_gradient(diagnosis):
+        return f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. {_ON_A_STEP}"
     if harm is None:
+        plain = diagnosis.plain
+        if plain is not None and (plain.error_max or 0.0) >= _ANOTHER:
+            return f"{diagnosis.dtype} is finite, and wrong: {far}, though nothing overflowed."
         return f"{diagnosis.dtype} is finite, and {far}."
     without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
     return f"What overflows in {harm.site} does no harm that can be measured: what is returned is {far}{without}."
@@ -125,6 +128,12 @@ def _breaks(diagnosis: Diagnosis) -> bool:
     return diagnosis.findings.get("first_break") is not None
 
 
+def _is_gradient(diagnosis: Diagnosis) -> bool:
+    """Whether it is a gradient that broke."""
+    broke = diagnosis.findings.get("first_break") or {}
+    return str(broke.get("site", "")).startswith("backward/")
+
+
 def _formats(trials: list[Trial]) -> str:
     """Whether it is the format at all."""
     good = [one.name for one in trials if one.cured]
@@ -157,6 +166,9 @@ def _helpless(changes: list[Trial], formats: list[Trial], is_blamed: bool, diagn
     wider = [one.name for one in formats if one.cured]
     if wider and changes:
         return f"Nothing that was tried in {diagnosis.dtype} helps; a wider format does ({listed(wider)})."
+    if _is_gradient(diagnosis):
+        helps = f"What helps is a wider format ({listed(wider)})." if wider else "Nothing that was tried helps."
+        return f"{helps} {_ON_A_STEP}" if wider else helps
     if wider and _breaks(diagnosis):
         return f"No change that is known fits what broke in {diagnosis.dtype}; what helps is a wider format."
     return "" if is_blamed or not changes else "Nothing that was tried helps."

@@ -125,7 +125,9 @@ class _Keeping:
         if site is None and self.has_constants and mixed and isinstance(output, Tensor):
             return self.constant(output)
         if site is None or kind.writes_in_place or not isinstance(output, Tensor):
-            return output if site not in self.kept or kind.writes_in_place else self.all_wide(kind, args, kwargs, output)
+            return (
+                output if site not in self.kept or kind.writes_in_place else self.all_wide(kind, args, kwargs, output)
+            )
         if kind.name == "cast" and site not in self.layout.dtypes and output.dtype == self.dtype and self.is_wide(args):
             return args[0]  # a cast that a plain run does not make, of what is float32 only here
         if site in self.kept:

@@ -95,7 +95,11 @@ def diagnose(
 def diagnose_run(
     model: nn.Module, run: Callable[[nn.Module], Any], *, dtype: str | None = None, grad: bool = False, **how: Any
 ) -> Diagnosis:
-    """As `diagnose`, for whatever `run(model)` does with a model; it must not keep anything between two runs."""
+    """As `diagnose`, for whatever `run(model)` does with a model; it must not keep anything between two runs.
+
+    `grad`: it runs a backward pass. The gradients that it leaves at the model's weights are then compared, too, and
+    were set to None before. Changes that help a gradient are tried on a training step, by `diagnose_training`.
+    """
     given = dtype_of(model)
     reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None))
     return of_reproduction(_where_it_fails(reproduction, dtype, given), **how)
@@ -217,7 +221,7 @@ class _Diagnosing:
             rows = harmed(situation, low, without, tolerance)
         left_out: dict[str, str] = {}
         is_wrong = not plain.answers.finite or bool(concerned or rows)
-        if situation.found is not None and is_wrong:
+        if situation.found is not None and is_wrong and not situation.found.broke.is_gradient:
             made, left_out = self.offers(situation)
             self.models.drop("bfloat16")
             for done, one in enumerate(made):
@@ -230,7 +234,8 @@ class _Diagnosing:
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
         trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
-        is_tried = any(not trial.is_format for trial in trials)  # and what records propose may have failed
+        # what records propose may have been tried, and have failed
+        is_tried = any(not trial.is_format or (trial.cured and is_wrong) for trial in trials)
         said = verdict(plain.recording, wide.recording, advise=not is_tried)
         self.candidates = {one.candidate.name: one.candidate for one in attempts}
         return Diagnosis(

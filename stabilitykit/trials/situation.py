@@ -147,6 +147,7 @@ def recorded(
             formats=formats,
             watch=watch,
             stop_at_break=stop_at_break,
+            backward=reproduction.grad,
             fused_softmax=False,
             token_text=reproduction.text,
         ) as recording:

@@ -32,7 +32,7 @@ from truth.by_hand.arithmetic import (
     float32_scores,
     saturating_cast,
 )
-from truth.by_hand.dtypes import NARROW, in_dtype
+from truth.by_hand.dtypes import NARROW, in_dtype, low
 from truth.by_hand.ran import Ran, errors, lost_rows, ran, reachable
 from truth.by_hand.surroundings import (
     attention,
@@ -195,7 +195,7 @@ def by_hand(row: Row, only: Iterable[str] = ()) -> ByHand:
                 tried[name] = own
             if own.cured:
                 break
-    own = judged(plain)
+    own = judged(plain, bits=8 if low(planted) == torch.bfloat16 else 11)
     return ByHand(
         plain.finite,
         plain.error,

@@ -21,7 +21,8 @@ _NAMES = {
     "linalg_vector_norm": "norm", "rsub": "sub",
 }  # fmt: skip
 _MOVES = frozenset(
-    "cat clone stack roll flip repeat gather index index_select expand view _unsafe_view dropout upsample_nearest2d".split()
+    "cat clone stack roll flip repeat gather index index_select expand view _unsafe_view dropout "
+    "upsample_nearest2d".split()
 )
 _CHOICES = frozenset("where masked_fill full new_full fill clamp triu tril constant_pad_nd".split())
 
@@ -93,8 +94,8 @@ class Wide(_Counting):
     """Runs the operators that `chosen` picks in float32, and stores what is made of their results as a plain run does.
 
     `chosen` is asked with the operator's key, what it is given and what it made. `where_it_fits`: what does not fit
-    into 16 bits stays in float32. `skips_casts`: so does what would not fit into what code casts it to, only because it is
-    float32. Operators that write in place cannot be run so.
+    into 16 bits stays in float32. `skips_casts`: so does what would not fit into what code casts it to, only because
+    it is float32. Operators that write in place cannot be run so.
     """
 
     def __init__(
