@@ -12,13 +12,14 @@ from stabilitykit.records.scaling import UNCHANGED
 from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.compare import Compared, compare
-from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Kept
+from stabilitykit.trials.recast import Precision, Recast
+from stabilitykit.trials.reproduction import Kept, copied
 from stabilitykit.trials.situation import Recorded, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
 _LEAST = 2.0**-9  # what rounding alone may come to
 _NEAR = 2.0**-6  # where bfloat16 has nothing to compare with
+_FAR = 0.5  # of the largest number: too far for rounding, unless it is rounding alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,38 @@ class Attempts:
     def tolerance(self, attempts: Sequence[Attempt]) -> float:
         """How far from float32 a run may be and still be as close as a 16-bit format comes: some bfloat16's worth.
 
-        Where bfloat16 fails as well, because code casts to something narrower, those casts round, and do not overflow.
+        Where bfloat16 is far off as well, because code casts to something narrower, those casts round, and do not
+        overflow.
         """
         for one in attempts:
+            if one.candidate.name != "bfloat16":
+                continue
             far = one.compared.distance().error_max
-            if one.candidate.name == "bfloat16" and not one.finite:
+            if not one.finite or far is None or far > _FAR:
                 rounding_only = Recast(torch.bfloat16, rounds=True)
                 made = answers(self._models.of, self._models.model("bfloat16"), recast=rounding_only)
-                far = compare(made, self._reference).distance().error_max if made.finite else None
-            if one.candidate.name == "bfloat16" and far is not None:
+                rounded = compare(made, self._reference).distance().error_max if made.finite else None
+                far = min((x for x in (rounded, far if one.finite else None) if x is not None), default=None)
+            if far is not None:
                 return max(_CLOSE * far, _LEAST)
         return _NEAR
+
+    def rounding(self) -> float:
+        """The same, measured: how far runs with the failing format's precision and the wider one's range are.
+
+        bfloat16 may be close by chance, where a tie or a choice between experts magnifies rounding. One run may be so,
+        too: results are rounded to the nearest, down, and up.
+        """
+        of, failing = self._models.of, getattr(torch, self._models.of.dtype)
+        wide = copied(self._models.model(of.dtype), self._wide)  # its weights are rounded
+        found = [0.0]
+        for way in (torch.round, torch.floor, torch.ceil):
+            recast = Recast(getattr(torch, self._wide))
+            made = answers(of, wide, around=Precision(failing, way), recast=recast)
+            far = compare(made, self._reference).distance().error_max
+            if made.finite and far is not None:
+                found.append(far)
+        return _CLOSE * max(found)
 
     def _attempt(self, candidate: Candidate) -> Attempt:
         made, models, model = self._tried(candidate)

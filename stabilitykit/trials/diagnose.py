@@ -232,8 +232,15 @@ class _Diagnosing:
         if not is_wrong and is_close and not reproduction.grad:
             self.tell("comparing ways to run it", 0, 1)
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
+        exact = tolerance
+        if is_wrong and any(_is_doubtful(one, tolerance) for one in attempts):
+            self.tell("measuring what rounding alone does", 0, 1)
+            exact = max(tolerance, trying.rounding())
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
-        trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
+        trials = [
+            _judged(one, tolerance if one.candidate.lossy else exact, concerned | rows, never, self.dtype, within)
+            for one in attempts
+        ]
         # what records propose may have been tried, and have failed
         is_tried = any(not trial.is_format or (trial.cured and is_wrong) for trial in trials)
         said = verdict(plain.recording, wide.recording, advise=not is_tried)
@@ -334,6 +341,12 @@ def _on(reproduction: Reproduction, candidate: Candidate) -> Candidate:
 
 def _lost(wide: Answers) -> set[Row]:
     return {(number, row) for number, one in enumerate(wide.outputs) for row in one.lost}
+
+
+def _is_doubtful(one: Attempt, tolerance: float) -> bool:
+    """Whether a change that is exact is farther from float32 than bfloat16 is."""
+    far = one.compared.distance().error_max
+    return one.candidate.dtype is None and one.finite and not one.candidate.lossy and (far or 0.0) > tolerance
 
 
 def _bytes(model: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """The same code in another dtype, also where the code itself asks for a narrow one."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,26 +99,29 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
 
 
 class Precision(OperatorMode):  # type: ignore[no-untyped-call]
-    """Inside the block, what operators make in float32 has the precision of `dtype`, and keeps float32's range."""
+    """Inside the block, what operators make in float32 has the precision of `dtype`, and keeps float32's range.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    It is rounded by `way`: torch.round, torch.floor or torch.ceil.
+    """
+
+    def __init__(self, dtype: torch.dtype, way: Callable[[Tensor], Tensor] = torch.round) -> None:
         super().__init__(self._run)
         self._dtype = dtype
+        self._way = way
 
     def _run(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = kind.func(*args, **kwargs)
         if kind.writes_in_place:
             return output
-        return tree_map_only(Tensor, lambda one: _rounded(one, self._dtype) if _is_single(one) else one, output)
+        return tree_map_only(Tensor, self._narrow, output)
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        return _rounded(tensor, self._dtype, self._way) if tensor.dtype == torch.float32 else tensor
 
 
-def _is_single(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(tensor: Tensor, dtype: torch.dtype, way: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
     """`tensor` with as many significant bits as `dtype` has."""
     bits = 1 - math.log2(torch.finfo(dtype).eps)
     part, exponent = torch.frexp(tensor.float())
-    made = torch.ldexp((part * 2.0**bits).round() * 2.0**-bits, exponent)
+    made = torch.ldexp(way(part * 2.0**bits) * 2.0**-bits, exponent)
     return torch.where(tensor.isfinite(), made, tensor).to(tensor.dtype)

@@ -34,6 +34,7 @@ def larger_eps(situation: Situation) -> Iterator[Candidate]:
     eps = number_format(low).smallest_normal if low == "float16" else 1e-6
     yield Candidate(
         name=NAME,
+        lossy=True,
         summary=f"Every eps below {number(eps)} becomes {number(eps)}, the least normal number of {low}.",
         command=f"for module in model.modules():\n    for name in ('eps', 'variance_epsilon'):\n"
         f"        if hasattr(module, name): setattr(module, name, {eps:.3g})",
