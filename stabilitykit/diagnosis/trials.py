@@ -111,6 +111,8 @@ def _rounding(diagnosis: Diagnosis) -> str:
 def _harm(diagnosis: Diagnosis) -> str:
     """What is lost or wrong, where the records do not say it."""
     harm, error = diagnosis.harm, diagnosis.findings.get("error")
+    if not diagnosis.finite and _is_gradient(diagnosis):
+        return "It is a gradient that is not finite."
     if not diagnosis.finite:
         return f"In {diagnosis.dtype} it does not run: {error}" if error and not _breaks(diagnosis) else ""
     if harm is None:

@@ -148,4 +148,5 @@ def test_a_gradient_is_no_harm_to_what_is_returned() -> None:
 
     found = diagnose_run(model, run, grad=True)
     assert found.harm is None
-    assert "it is a gradient that is not" in found.advice
+    assert not found.finite
+    assert "It is a gradient that is not finite" in found.advice
