@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from stabilitykit.diagnosis import document, verdict
+from stabilitykit.diagnosis.outcome import Outcome, decisive
 from stabilitykit.diagnosis.trials import advice, happened
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import FORMATS, number_format
+from stabilitykit.formats import FORMATS
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.recorder.names import site_path
 from stabilitykit.recorder.weights import check_weights
@@ -105,10 +106,24 @@ def diagnose_run(
 
 
 def _where_it_fails(reproduction: Given, asked: str | None, given: str) -> Given:
-    """In float32, where no dtype is asked for and a model that is float32 fails as it is."""
-    if asked is not None or given != "float32" or answers(reproduction, copied(reproduction.given, given)).finite:
+    """A model that is float32 may fail as it is, if no other dtype is asked for: in float32, or in what the run itself
+    casts to, as autocasting does.
+    """
+    if given != "float32" or asked not in (None, given):
         return reproduction
-    return replace(reproduction, dtype=given)
+    model = copied(reproduction.given, given)
+    made = answers(reproduction, model, recast=Recast(torch.float32))
+    broke = decisive(recorded(reproduction, model).recording) if made.recast else None
+    if broke is not None and broke.broke.dtype != given:
+        return replace(reproduction, dtype=broke.broke.dtype, casts=True, notes=(*reproduction.notes, _casts(broke)))
+    return reproduction if asked is not None or made.finite else replace(reproduction, dtype=given)
+
+
+def _casts(found: Outcome) -> str:
+    return (
+        f"the weights are float32, and it is the run that casts to {found.broke.dtype}: torch.autocast, or code of its "
+        "own; other dtypes are tried in that place"
+    )
 
 
 def failing_dtype(dtype: str | None, given: str) -> str:
@@ -184,7 +199,7 @@ class _Diagnosing:
         never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
         self.find_weights(plain.recording)
-        situation = look(self.models, plain.recording, wide.recording)
+        situation = look(self.models, plain.recording, wide)
         without, rows = None, set[Row]()
         if plain.answers.finite and situation.found is not None:
             self.tell("measuring the harm", 0, 1)
@@ -276,6 +291,8 @@ class _Diagnosing:
         others = [one for one in ("bfloat16", "float32") if one != self.dtype]
         if self.dtype == "float32":
             others = ["float64"]
+        elif self.dtype.startswith("float8"):  # what is bfloat16 casts to it all the same
+            others = ["float32"]
         return [
             Candidate(
                 name=name,
@@ -290,8 +307,7 @@ class _Diagnosing:
 
     def bytes(self, dtype: str) -> int:
         """Of weights in `dtype`, beyond those of the failing run."""
-        bits = number_format(dtype).bits - number_format(self.dtype).bits
-        return max(0, sum(one.numel() for one in self.model.parameters() if one.is_floating_point()) * bits // 8)
+        return max(0, _bytes(self.models.model(dtype)) - _bytes(self.model))
 
     def offers(self, situation: Situation) -> tuple[list[Candidate], dict[str, str]]:
         made: dict[str, Candidate] = {}
@@ -341,6 +357,10 @@ class _Diagnosing:
             again = recorded(reproduction, model, around=candidate.around(model), recast=self.recast(dtype))
             then = happened(again.recording, then)
         return _Attempt(candidate, made.finite, compared, then)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(one.nbytes for one in model.parameters() if one.is_floating_point())
 
 
 def _judged(

@@ -61,11 +61,15 @@ class Reproduction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A model that is there, and `call`, which runs it or a copy of it in another dtype."""
+    """A model that is there, and `call`, which runs it or a copy of it in another dtype.
+
+    `casts`: it is the run that casts to `dtype`, by autocasting or in code of its own; the weights stay as they are.
+    """
 
     given: nn.Module
     call: Callable[[nn.Module], Any]
     dtype: str
+    casts: bool = False
     reference: nn.Module | None = None
     grad: bool = False
     source: str | None = None
@@ -74,9 +78,13 @@ class Given:
     text: Callable[[int], str] | None = None
 
     def in_dtype(self, dtype: str) -> str:
+        if self.casts:
+            return f"torch.{dtype} where the run casts to torch.{self.dtype}, as in torch.autocast(..., dtype=...)"
         return f"model.to(torch.{dtype})"
 
     def model(self, dtype: str) -> nn.Module:
+        if self.casts:
+            dtype = dtype_of(self.given)
         if self.reference is not None and dtype != dtype_of(self.given):
             return copied(self.reference, dtype)
         return copied(self.given, dtype)

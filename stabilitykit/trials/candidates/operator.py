@@ -34,14 +34,13 @@ def wider_operator(situation: Situation) -> Iterator[Candidate]:
     hides = kind == "masked-row"
     if hides and rounded is None:  # a softmax without any key has no value in any format
         return
-    if rounded is not None and rounded != "constant":
-        sites.append(rounded)
+    sites += situation.rounded()
     yield Candidate(
         name=_NAMES.get("mask" if hides else situation.part or "", OPERATOR),
         summary=f"Computes {broke.operator} in float32, in the {counted(len(sites), 'place')} where it leaves {low}'s "
         f"range, and rounds to {low} what is made of it.",
         command=f"# in {broke.module or 'the model'}: {broke.operator}(operand.float()), and .to(torch.{low}) of what "
         "is made of its result",
-        around=in_float32_at(situation.low, sites),
+        around=in_float32_at(situation.low, sites, low),
         extra=2 * broke.elements,  # one tensor at a time
     )

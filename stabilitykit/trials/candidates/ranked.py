@@ -39,12 +39,14 @@ _FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part]], ...] = (
 
 def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """Where something overflows float16."""
-    if situation.reproduction.dtype != "float16" or not situation.overflowing:
-        return
     seen = situation.seen
+    if situation.reproduction.dtype != "float16" or not seen.overflowing:
+        return
     for offer, parts in _FIT:
         if situation.part not in parts:
             continue
+        if parts is _STREAM and situation.casts:
+            continue  # what is autocast is added up in float32
         made = offer(seen)
         if isinstance(made, LeftOut):
             yield made
@@ -55,10 +57,11 @@ def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
 
 def islands(situation: Situation) -> Candidate:
     """All that overflows in float32."""
-    sites = listed(list(situation.overflowing), _SHOWN) or "no operator"
+    seen = situation.seen
+    sites = listed(list(seen.overflowing), _SHOWN) or "no operator"
     named = situation.reproduction.source is not None
     command = _REPAIR_LISTS if named else f"# keep in torch.float32 what is made at {sites}"
-    return of_remedy(keeping_in_float32(situation.seen), command, _tokens(situation))
+    return of_remedy(keeping_in_float32(seen, situation.reproduction.dtype), command, _tokens(situation))
 
 
 def _tokens(situation: Situation) -> int:
