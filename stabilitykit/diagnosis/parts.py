@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from stabilitykit.diagnosis.projections import DOWN, PROJECTIONS
 from stabilitykit.records import Record, Recording
 from stabilitykit.records.layers import is_layer
 
@@ -37,11 +38,7 @@ _WRITES_TO_IT = ("attention output projection", "down projection")
 _NORM = re.compile(r"norm|(?:^|_)ln(?:_|\d|$)", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _ANGLES = re.compile(r"rotary|(?:^|_)rope(?:_|$)|pos_emb", re.IGNORECASE)
-_PROJECTIONS: dict[str, Part] = {
-    **dict.fromkeys(("q_proj", "query", "q", "to_q"), "query"),
-    **dict.fromkeys(("k_proj", "key", "k", "to_k"), "key"),
-    **dict.fromkeys(("v_proj", "value", "v", "to_v"), "value"),
-}
+_PROJECTIONS: dict[str, Part] = {name: part for part, names in PROJECTIONS.items() for name in names}
 _BY_LABEL: dict[str, Part] = {
     "gate · up": "gate-up",
     "up projection": "up",
@@ -54,7 +51,6 @@ _BY_LABEL: dict[str, Part] = {
     "attention scores": "scores",
     "logits": "logits",
 }
-_UP = ("up_proj", "wi_1", "w3")
 _ACTIVATIONS = ("silu", "gelu", "relu", "mish", "hardswish", "sigmoid")
 _WRITES = ("copy", "index_copy", "index_put", "slice_scatter", "scatter")
 
@@ -189,7 +185,7 @@ def _by_path(place: Place) -> Part | None:
         if follows is not None and follows.operator == "mul" and record.broke is not None and record.broke.scaled:
             return "expert"
     if "/" not in record.site:
-        if place.module in _UP:
+        if place.module in DOWN:
             return "up"
         return _PROJECTIONS.get(place.module) if is_attention(record.module.rpartition(".")[0]) else None
     if record.operator == "matmul" and is_attention(record.module):

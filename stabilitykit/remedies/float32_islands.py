@@ -125,7 +125,9 @@ class _Keeping:
         if site is None and self.has_constants and mixed and isinstance(output, Tensor):
             return self.constant(output)
         if site is None or kind.writes_in_place or not isinstance(output, Tensor):
-            return output
+            return (
+                output if site not in self.kept or kind.writes_in_place else self.all_wide(kind, args, kwargs, output)
+            )
         if kind.name == "cast" and site not in self.layout.dtypes and output.dtype == self.dtype and self.is_wide(args):
             return args[0]  # a cast that a plain run does not make, of what is float32 only here
         if site in self.kept:
@@ -136,6 +138,14 @@ class _Keeping:
         if output.dtype == torch.float32 and self.is_low(site, mixed):
             return self.names.same(output.to(self.dtype), output)
         return output
+
+    def all_wide(self, kind: Traits, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        """For an operator that returns several tensors, as fused norms do."""
+        args, kwargs = self.widened(args, kwargs)
+        made = kind.func(*args, **kwargs)
+        for tensor, other in zip(made, outputs, strict=True):
+            self.names.same(tensor, other)
+        return made
 
     def constant(self, output: Tensor) -> Tensor:
         """What is made of a constant that is kept and one that is not."""

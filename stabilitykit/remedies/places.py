@@ -8,6 +8,8 @@ from stabilitykit.recorder.names import site_path
 from stabilitykit.recorder.roles import is_norm
 from stabilitykit.remedies.seen import Seen
 
+_SCALES = ("scaling", "scale", "softmax_scale")
+
 NO_STACK = "The model has no list of layers, so nothing says where its residual stream is."
 
 
@@ -42,6 +44,11 @@ def overflowing_in(seen: Seen, operator: str | None = None) -> list[nn.Module]:
     """
     sites = {one.module for one in seen.overflowing.values() if operator in (None, one.operator) and "/" in one.site}
     return [module for name, module in seen.model.named_modules() if site_path(name) in sites]
+
+
+def scale_of(attention: nn.Module) -> str | None:
+    """The attribute in which an attention keeps what its scores are multiplied by, a float; None where it has none."""
+    return next((name for name in _SCALES if isinstance(getattr(attention, name, None), float)), None)
 
 
 def width(model: nn.Module) -> int:

@@ -12,20 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabilitykit.remedies.places import overflowing_in
+from stabilitykit.diagnosis.projections import NORMS, PROJECTIONS
+from stabilitykit.remedies.places import overflowing_in, scale_of
 from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.seen import Seen
 from stabilitykit.words import counted
 
 _NAME = "scale on queries"
-_SCALES = ("scaling", "scale")
-_QUERIES = (
-    "q_norm",
-    "query_norm",
-    "q_proj",
-    "q_b_proj",
-    "query",
-)
+_QUERIES = (*NORMS["query"], *PROJECTIONS["query"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,7 @@ def _folded(attention: _Attention) -> Iterator[None]:
 
 
 def _attention(module: nn.Module) -> _Attention | None:
-    scale = next((name for name in _SCALES if isinstance(getattr(module, name, None), float)), None)
+    scale = scale_of(module)
     if scale is None or not 0 < getattr(module, scale) <= 0.5:
         return None
     queries = next((one for name in _QUERIES if isinstance(one := getattr(module, name, None), nn.Module)), None)

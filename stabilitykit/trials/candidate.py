@@ -8,7 +8,7 @@ from torch import nn
 
 from stabilitykit.records.scaling import UNCHANGED, Scaling
 from stabilitykit.remedies.remedy import Around, LeftOut, Remedy
-from stabilitykit.trials.reproduction import Reproduction
+from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.situation import Situation
 
 
@@ -31,7 +31,7 @@ class Candidate:
     dtype: str | None = None
     scaling: Scaling = UNCHANGED
     around: Around = _nothing
-    instead: Reproduction | None = None
+    instead: Altered | None = None
     reference: Around | None = None
     carried: bool = False
     extra: int = 0

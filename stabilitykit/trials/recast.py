@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from stabilitykit.models.operators import OperatorMode, Traits
 
@@ -84,7 +84,8 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
             args, kwargs = self._given(kind, args, kwargs)
             return kind.func(*args, **kwargs)
         places = {place for place, _ in kind.written}
-        into = next((args[place] for place in places if place < len(args) and isinstance(args[place], Tensor)), None)
+        written = (args[place] if place < len(args) else kwargs.get(name) for place, name in kind.written)
+        into = next((one for one in written if isinstance(one, Tensor)), None)
         if into is None or not into.is_floating_point():
             return kind.func(*args, **kwargs)
 
@@ -96,8 +97,27 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
         return kind.func(*fitted, **kwargs)
 
 
+class Precision(OperatorMode):  # type: ignore[no-untyped-call]
+    """Inside the block, what operators make in float32 has the precision of `dtype`, and keeps float32's range."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(self._run)
+        self._dtype = dtype
+
+    def _run(self, kind: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = kind.func(*args, **kwargs)
+        if kind.writes_in_place:
+            return output
+        return tree_map_only(Tensor, lambda one: _rounded(one, self._dtype) if _is_single(one) else one, output)
+
+
+def _is_single(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32
+
+
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` with as many significant bits as `dtype` has."""
     bits = 1 - math.log2(torch.finfo(dtype).eps)
     part, exponent = torch.frexp(tensor.float())
-    return torch.ldexp((part * 2.0**bits).round() * 2.0**-bits, exponent).to(tensor.dtype)
+    made = torch.ldexp((part * 2.0**bits).round() * 2.0**-bits, exponent)
+    return torch.where(tensor.isfinite(), made, tensor).to(tensor.dtype)

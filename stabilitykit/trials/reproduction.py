@@ -100,6 +100,12 @@ class Kept:
         self.of = reproduction
         self._models: dict[str, nn.Module] = {}
 
+    def on(self, reproduction: Reproduction) -> "Kept":
+        """The same models, for one that runs them on something else."""
+        made = Kept(reproduction)
+        made._models = self._models
+        return made
+
     def model(self, dtype: str) -> nn.Module:
         """In `dtype`, as it is."""
         if dtype not in self._models:

@@ -96,6 +96,17 @@ class Situation:
         pattern = without_layers(broke.site)
         return list(dict.fromkeys([broke.site, *(s for s in self.overflowing if without_layers(s) == pattern)]))
 
+    def to_softmax(self) -> list[str]:
+        """Of scores that broke, what attention makes of them until their softmax, in every layer where they do."""
+        if self.part != "scores" or self.place is None:
+            return []
+        modules = {one.partition("/")[0] for one in self.alike()}
+        own = [one for one in self.place.after if one.module == self.place.record.module]
+        end = next((place for place, one in enumerate(own) if one.operator == "softmax"), 0)
+        patterns = {without_layers(one.site) for one in own[:end]}
+        sites = [one.site for one in self.low if one.module in modules and without_layers(one.site) in patterns]
+        return list(dict.fromkeys(sites))
+
     def rounded(self) -> list[str]:
         """From the site whose rounding made the zero or the infinity at which it broke, what carries that there."""
         first = None if self.broke is None or self.broke.broke is None else self.broke.broke.rounded_site
@@ -136,6 +147,7 @@ def recorded(
             formats=formats,
             watch=watch,
             stop_at_break=stop_at_break,
+            backward=reproduction.grad,
             fused_softmax=False,
             token_text=reproduction.text,
         ) as recording:

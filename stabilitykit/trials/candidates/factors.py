@@ -1,42 +1,44 @@
 """A power of two moved from one projection to the one that reads its result: what is between them becomes smaller."""
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stabilitykit.diagnosis.parts import Part, is_activation, is_norm
+from stabilitykit.diagnosis.parts import Part, is_activation, is_norm, part_of
+from stabilitykit.diagnosis.projections import DOWN, FUSED, NORMS, PROJECTIONS, Attended
 from stabilitykit.formats import NumberFormat, number_format
-from stabilitykit.recorder.names import site_path
+from stabilitykit.recorder.record import unrecorded
 from stabilitykit.records.scaling import Factor, Scaling
+from stabilitykit.remedies.places import scale_of
+from stabilitykit.remedies.remedy import LeftOut
+from stabilitykit.trials.answers import answers
 from stabilitykit.trials.attributes import attribute
 from stabilitykit.trials.candidate import Candidate
-from stabilitykit.trials.situation import NUMBER, Situation
+from stabilitykit.trials.multiplied import lines, told
+from stabilitykit.trials.recast import Recast
+from stabilitykit.trials.situation import NUMBER, Situation, without_layers
+from stabilitykit.trials.written import Projections, Written, both
 from stabilitykit.words import listed
 
-_QUERY, _KEY, _VALUE = (
-    ("q_proj", "query", "q", "to_q", "q_lin", "query_proj"),
-    ("k_proj", "key", "k", "to_k", "k_lin", "key_proj"),
-    ("v_proj", "value", "v", "to_v", "v_lin", "value_proj"),
-)
-_ROLES: dict[Part, tuple[int, tuple[str, ...], str]] = {
-    "query": (0, _QUERY, "q_norm"),
-    "key": (1, _KEY, "k_norm"),
-    "value": (2, _VALUE, "v_norm"),
-}
-_OUTPUTS = ("o_proj", "out_proj", "dense", "o", "c_proj", "proj", "wo", "to_out.0", "out_lin")
-_SCALES = ("scaling", "scale")
-_UP = ("up_proj", "wi_1", "w3")
+_UP_AND_DOWN = "up and down factors"
+_QUERY_AND_KEY = "query and key factors"
+_VALUE_AND_OUTPUT = "value and output factors"
+_PROJECTION_AND_EPS = "projection and eps factors"
+
 _ADAPTER = ".lora_"
+_ROTATED = 0.5  # bits: RoPE makes of two numbers one of up to √2 times the larger
+
+_Numbers = tuple[str, ...]
+"""Those in the path of a module: of its layer, and of its expert."""
 
 
-def factors(situation: Situation) -> Iterator[Candidate]:
+def factors(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """For products of a gate and something else, for queries, keys and values, and for what only a norm reads."""
     if situation.reproduction.dtype != "float16" or situation.kind not in ("overflow", "reduction"):
         return
@@ -44,34 +46,16 @@ def factors(situation: Situation) -> Iterator[Candidate]:
     match found.part():
         case "gate-up" | "up":
             yield from found.up_and_down()
-        case "query" | "key":
-            yield from found.query_and_key()
+        case "query":
+            yield from found.query_and_key("query", "key")
+        case "key":
+            yield from found.query_and_key("key", "query")
         case "scores":
             yield from found.query_and_scale("query")
         case "value" | "cache":
             yield from found.value_and_output()
         case "before-norm":
             yield from found.before_norm()
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What a module writes, a projection or a norm's gain; of a fused one the block `at` of those that end at `ends`,
-    along `dim` of its weight. `weight` and `bias` are the names of its parameters.
-    """
-
-    path: str
-    ends: tuple[int, ...] = ()
-    at: int = 0
-    dim: int = 0
-    weight: str = "weight"
-    bias: str = "bias"
-
-    def factor(self, exponent: int, dim: int, added: float = 0.0) -> Factor:
-        if not self.ends:
-            return Factor(exponents=(exponent,), added=added)
-        exponents = tuple(exponent if at == self.at else 0 for at in range(len(self.ends)))
-        return Factor(exponents=exponents, ends={dim: self.ends})
 
 
 class _Factors:
@@ -82,23 +66,29 @@ class _Factors:
         assert situation.place is not None
         self.situation = situation
         self.broke, self.place = situation.broke, situation.place
-        self.modules: dict[str, nn.Module] = {site_path(name): one for name, one in situation.model.named_modules()}
-        self.names = {site_path(name): name for name, _ in situation.model.named_parameters()}
-        self.paths = {site_path(name): name for name, _ in situation.model.named_modules()}
+        self.projections = Projections(situation.model)
+        self.module = self.broke.module.removesuffix(".base_layer")  # the projection that an adapter is on
+        self.attention = self.projections.attention(self.module)
         base, adapter, _ = self.broke.site.partition(_ADAPTER)
-        self.adapted = base if adapter else None  # the projection that an adapter is on, where that is what broke
+        self.adapted = base if adapter else None  # the same, where the adapter is what broke
+        self.seen: dict[_Numbers, Tensor] = {}  # of a fused projection, what each channel reaches
 
     def part(self) -> Part | None:
         """What broke, as far as paths say more than the records: of adapters, gains and fused projections."""
         if self.adapted is not None:
-            return "up" if self.adapted.rpartition(".")[2] in _UP else self.situation.part
-        last = self.broke.module.rpartition(".")[2]
-        if last in ("q_norm", "k_norm") and (self.broke.site == self.broke.module or self.broke.operator == "mul"):
-            return "query" if last == "q_norm" else "key"
-        if last in ("c_attn", "qkv_proj") and self.broke.broke is not None:
-            for part in _ROLES:
-                own = self.role(part)
-                if own is not None and own.ends and self.broke.broke.index[-1] < own.ends[own.at]:
+            return "up" if self.adapted.rpartition(".")[2] in DOWN else self.situation.part
+        last = self.module.rpartition(".")[2]
+        if self.module != self.broke.module and last in DOWN:
+            return "up"
+        if self.broke.site == self.broke.module or self.broke.operator == "mul":
+            for part in ("query", "key"):
+                if last in NORMS[part]:
+                    return part
+        index = () if self.broke.broke is None else self.broke.broke.index
+        if index and not is_norm(self.module) and self.situation.part != "before-norm":
+            for part in PROJECTIONS:
+                own = self.attended(part)
+                if own is not None and own.path == self.module and own.has(index[-1]):
                     return part
         return self.situation.part
 
@@ -111,213 +101,216 @@ class _Factors:
         later = (r.site for r in self.place.after if r.operator == "matmul" and "/" not in r.site)
         down = next((site for site in later if _ADAPTER not in site and not site.startswith(up.path)), None)
         if up.weight == "gate_up_proj":
-            last = _Written(up.path, weight="down_proj", bias="")
+            last = Written(up.path, weight="down_proj", bias="")
         elif down is None:
             return
         else:
-            last = _Written(down)
-        yield from self.candidate("up and down factors", up, last, reads=True)
+            last = Written(down)
+        yield from self.pair(_UP_AND_DOWN, up, last, self.halvings(up), reads=True)
 
-    def query_and_key(self) -> Iterator[Candidate]:
-        part = self.part()
-        assert part is not None
-        other: Part = "key" if part == "query" else "query"
-        own, partner = self.role(part), self.role(other)
+    def query_and_key(self, part: Attended, other: Attended) -> Iterator[Candidate | LeftOut]:
+        own, partner = self.attended(part), self.attended(other)
         if own is None or partner is None:
             return
-        if self.holds(partner):
-            yield from self.candidate("query and key factors", own, partner, reads=False)
-        else:
+        halvings = self.halvings(own)
+        if self.scores() or not self.holds(partner, halvings):
             yield from self.query_and_scale(part)
+        else:
+            yield from self.pair(_QUERY_AND_KEY, own, partner, halvings, reads=False)
 
-    def query_and_scale(self, part: Part) -> Iterator[Candidate]:
-        """With the scale of the scores, where the attention keeps it."""
-        attention, own = self.attention(), self.role(part)
-        if attention is None or own is None:
+    def query_and_scale(self, part: Attended) -> Iterator[Candidate | LeftOut]:
+        """With the scale of the scores, where the attention keeps it: scores become smaller too."""
+        own = self.attended(part)
+        if self.attention is None or own is None:
             return
-        name = next((one for one in _SCALES if isinstance(getattr(self.modules[attention], one, None), float)), None)
-        if name is None or not self.fits(getattr(self.modules[attention], name)):
+        scale = scale_of(self.projections.modules[self.attention])
+        if scale is None:
+            yield LeftOut(
+                _QUERY_AND_KEY,
+                "A factor that keys or queries take back leaves scores as large, or makes what takes it overflow, and "
+                f"{self.attention} has no scale of its own that could take it.",
+            )
             return
+        large = self.scores()
+        if not self.fits_scaled(large, scale):
+            yield LeftOut(_QUERY_AND_KEY, "Scores overflow even after they are scaled.")
+            return
+        halvings = {numbers: self.needed(size) for numbers, size in large.items()}
+        if self.part() != "scores":
+            for numbers, k in self.halvings(own).items():
+                halvings[numbers] = max(k, halvings.get(numbers, 0))
         parameters: dict[str, Factor] = {}
-        scales: dict[str, int] = {}
-        for numbers, k in self.layers():
-            parameters |= self.parameters(self.moved(own, numbers), -k, with_bias=True)
-            scales[self.paths[self.renumbered(attention, numbers)]] = k
-        shown = [f"{path} by 2^{_exponent(one)}" for path, one in parameters.items()]
-        k = next(iter(scales.values()))
+        scales: dict[str, dict[str, int]] = {}
+        for numbers, k in halvings.items():
+            parameters |= self.projections.factors(self.moved(own, numbers), -k, bias=True)
+            scales[self.projections.paths[self.renumbered(self.attention, numbers)]] = {scale: k}
+        k = next(iter(halvings.values()))
         yield Candidate(
-            name="query and key factors",
-            summary=f"Multiplies {listed(shown, 2)}, and the scale of {listed(list(scales), 2)} by 2^{k}: scores are "
-            "smaller before they are scaled, and the same after that.",
-            command="\n".join(
-                [*(self.command(path, one) for path, one in parameters.items())]
-                + [f"model.get_submodule({path!r}).{name} *= 2.0**{k}" for path, k in scales.items()]
-            ),
+            name=_QUERY_AND_KEY,
+            summary=f"Multiplies {told(parameters, 2)}, and the scale of {listed(list(scales), 2)} by 2^{k}: scores "
+            "are smaller before they are scaled, and the same after that.",
+            command="\n".join([*lines(parameters), *_setting_lines(scales)]),
             scaling=Scaling(parameters=parameters),
-            around=partial(_times, {path: {name: k} for path, k in scales.items()}),
+            around=partial(_times, scales),
         )
 
     def value_and_output(self) -> Iterator[Candidate]:
-        attention, own = self.attention(), self.role("value")
-        if attention is None or own is None or is_norm(own.path):
+        own = self.attended("value")
+        if self.attention is None or own is None or is_norm(own.path):
             return
         if self.situation.part == "cache" and self.broke.broke and own.path not in self.broke.broke.operand_sites:
             return  # keys, or what is neither
-        outer = attention.rpartition(".")[0]
-        paths = [f"{attention}.{name}" for name in _OUTPUTS] + [f"{outer}.output.dense"]
-        output = next((path for path in paths if path in self.modules), None)
+        output = self.projections.output(self.attention)
         if output is not None:
-            yield from self.candidate("value and output factors", own, _Written(output), reads=True)
+            yield from self.pair(_VALUE_AND_OUTPUT, own, output, self.halvings(own), reads=True)
 
     def before_norm(self) -> Iterator[Candidate]:
         """What a projection writes, and the eps of the norm that reads it."""
         norm = self.place.norm
-        module = None if norm is None else self.modules.get(norm)
-        if norm is None or module is None:
+        module = None if norm is None else self.projections.modules.get(norm)
+        if norm is None or module is None or self.module.rpartition(".")[2] in FUSED:  # only a part of it is normalised
             return
         names = [name for name, value in vars(module).items() if isinstance(value, float) and "eps" in name]
         parameters: dict[str, Factor] = {}
         settings: dict[str, dict[str, int]] = {}
-        for numbers, k in self.layers():
-            own = self.parameters(_Written(self.renumbered(self.broke.module, numbers)), -k, with_bias=True)
-            reads = self.paths.get(self.renumbered(norm, numbers))
+        for numbers, k in self.halvings().items():
+            own = self.projections.factors(Written(self.renumbered(self.broke.module, numbers)), -k, bias=True)
+            reads = self.projections.paths.get(self.renumbered(norm, numbers))
             if own and reads is not None:
                 parameters |= own
                 settings[reads] = dict.fromkeys(names, -2 * k)
         if not parameters:
             return
-        shown = [f"{path} by 2^{_exponent(one)}" for path, one in parameters.items()]
         yield Candidate(
-            name="projection and eps factors",
-            summary=f"Multiplies {listed(shown, 2)}, and the eps of {listed(list(settings), 2)} by the square of that: "
-            "what the norm returns stays.",
-            command="\n".join(
-                [self.command(path, one) for path, one in parameters.items()]
-                + [
-                    f"model.get_submodule({path!r}).{name} *= 2.0**{k}"
-                    for path, own in settings.items()
-                    for name, k in own.items()
-                ]
-            ),
+            name=_PROJECTION_AND_EPS,
+            summary=f"Multiplies {told(parameters, 2)}, and the eps of {listed(list(settings), 2)} by the square of "
+            "that: what the norm returns stays.",
+            command="\n".join([*lines(parameters), *_setting_lines(settings)]),
             scaling=Scaling(parameters=parameters),
             around=partial(_times, settings),
         )
 
-    def candidate(self, name: str, first: _Written, second: _Written, *, reads: bool) -> Iterator[Candidate]:
+    def pair(
+        self, name: str, first: Written, second: Written, halvings: Mapping[_Numbers, int], *, reads: bool
+    ) -> Iterator[Candidate]:
         """`reads`: the second one is given what the first one wrote, so that its bias stays."""
         parameters: dict[str, Factor] = {}
-        for numbers, k in self.layers():
-            less = self.parameters(self.moved(first, numbers), -k, with_bias=True)
-            more = self.parameters(self.moved(second, numbers), k, with_bias=not reads)
+        for numbers, k in halvings.items():
+            less = self.projections.factors(self.moved(first, numbers), -k, bias=True)
+            more = self.projections.factors(self.moved(second, numbers), k, bias=not reads)
             if not less or not more or parameters.keys() & (less | more):
                 return
-            parameters |= less | more
-        shown = [f"{path} by 2^{_exponent(one)}" for path, one in parameters.items()]
+            parameters |= both(less, more)
         yield Candidate(
             name=name,
-            summary=f"Multiplies {listed(shown, 4)}: what is between them becomes smaller, and their result stays.",
-            command="\n".join(self.command(path, one) for path, one in parameters.items()),
+            summary=f"Multiplies {told(parameters, 4)}: what is between them becomes smaller, and their result stays.",
+            command="\n".join(lines(parameters)),
             scaling=Scaling(parameters=parameters),
             carried=True,
         )
 
-    # where projections are
+    # what it is offered for
 
-    def up(self) -> _Written | None:
+    def up(self) -> Written | None:
         record = self.broke
         if self.adapted is not None:
-            return _Written(self.adapted)
+            return Written(self.adapted)
         if "/" not in record.site:
-            return _Written(record.site)
+            return Written(record.site)
         sites = () if record.broke is None else record.broke.operand_sites
         up = next((site for site in sites if not is_activation(site) and "/" not in site), None)
         if up is not None and up.rpartition(".")[2] != "gate_up_proj":
-            return _Written(up)
-        module: Any = self.modules.get(record.module)
-        fused = getattr(module, "gate_up_proj", None)
-        if isinstance(fused, nn.Linear):
-            half = fused.out_features // 2
-            return _Written(f"{record.module}.gate_up_proj", (half, 2 * half), 1)
-        down = getattr(module, "down_proj", None)
-        if isinstance(fused, nn.Parameter) and isinstance(down, nn.Parameter) and fused.shape[1] == 2 * down.shape[2]:
-            half = down.shape[2]
-            return _Written(record.module, (half, 2 * half), 1, dim=1, weight="gate_up_proj", bias="")
-        return None
+            return Written(up)
+        return self.projections.fused_up(record.module)
 
-    def attention(self) -> str | None:
-        """The module whose own projections make queries, keys and values."""
-        path = self.broke.module
-        while path:
-            own = [name for name in (*_QUERY, "c_attn", "qkv_proj") if f"{path}.{name}" in self.modules]
-            if own:
-                return path
-            path = path.rpartition(".")[0]
-        return None
+    def attended(self, part: Attended) -> Written | None:
+        return None if self.attention is None else self.projections.attended(self.attention, part)
 
-    def role(self, part: Part) -> _Written | None:
-        """What writes queries, keys or values: the norm's gain where one follows the projection."""
-        attention = self.attention()
-        if attention is None:
-            return None
-        at, names, norm = _ROLES[part]
-        if f"{attention}.{norm}" in self.modules and not isinstance(self.modules[f"{attention}.{norm}"], nn.Identity):
-            return _Written(f"{attention}.{norm}")
-        for name in names:
-            if f"{attention}.{name}" in self.modules:
-                return _Written(f"{attention}.{name}")
-        fused: Any = self.modules.get(f"{attention}.c_attn")
-        if (
-            fused is not None
-            and type(fused).__name__ == "Conv1D"
-            and fused.weight.shape[1] == 3 * fused.weight.shape[0]
-        ):
-            third = fused.weight.shape[0]
-            return _Written(f"{attention}.c_attn", (third, 2 * third, 3 * third), at, dim=1)
-        module: Any = self.modules[attention]
-        fused = self.modules.get(f"{attention}.qkv_proj")
-        if isinstance(fused, nn.Linear) and hasattr(module, "head_dim") and hasattr(module, "num_key_value_heads"):
-            each = module.num_key_value_heads * module.head_dim
-            queries = fused.out_features - 2 * each
-            return _Written(f"{attention}.qkv_proj", (queries, queries + each, queries + 2 * each), at)
-        return None
+    # how large it is
 
-    def holds(self, partner: _Written) -> bool:
-        """Whether what the partner writes stays in range once it is larger."""
-        form = number_format(self.situation.reproduction.dtype)
-        more = dict(self.layers_of(partner))
-        return all(form.headroom(one.amax or 0.0) > more[one.site] for one in self.situation.wide if one.site in more)
-
-    def fits(self, scale: float) -> bool:
-        """Whether what broke does not overflow once it is scaled."""
-        return all(form.headroom(largest * scale) > 0 for form, largest in self.largest().values())
-
-    # the layers that overflow alike
-
-    def layers(self) -> Iterator[tuple[Sequence[str], int]]:
-        """The numbers in each one's path, and the halvings that bring it into range, with a bit to spare."""
-        for site, (form, largest) in self.largest().items():
-            bits = -form.headroom(largest) if largest else 0.0
-            yield NUMBER.findall(site), max(1, math.ceil(bits) + 1)
-
-    def largest(self) -> dict[str, tuple[NumberFormat, float]]:
-        """By site, the format that cannot hold it, and the largest magnitude that is known of it."""
-        form = number_format(self.broke.dtype if self.situation.part == "cache" else self.situation.reproduction.dtype)
+    def halvings(self, own: Written | None = None) -> dict[_Numbers, int]:
+        """Of each layer that overflows alike, those that bring it into range; of a fused projection, only `own` part of
+        it.
+        """
         broke = self.broke.broke
-        value = None if broke is None else broke.value
-        found: dict[str, tuple[NumberFormat, float]] = {}
+        known = 0.0 if broke is None or broke.value is None or not math.isfinite(broke.value) else abs(broke.value)
+        here, found = _numbers(self.broke.site), dict[_Numbers, int]()
+        channels = self.channels(own.path) if own is not None and own.sizes and own.path == self.module else {}
         for site in self.situation.alike():
+            numbers = _numbers(site)
             record = self.situation.overflowing.get(site, self.broke)
-            known = abs(value) if site == self.broke.site and value is not None and math.isfinite(value) else 0.0
-            found[site] = form, max(record.amax or 0.0, known)
+            size = (record.amax or 0.0) if not channels or own is None else _largest(own, channels, numbers)
+            if numbers == here:
+                size = max(size, known)
+            elif channels and self.form.headroom(size) > 0:
+                continue  # another part of it overflows
+            found[numbers] = max(found.get(numbers, 0), self.needed(size))
         return found
 
-    def layers_of(self, written: _Written) -> Iterator[tuple[str, int]]:
-        for numbers, k in self.layers():
-            yield self.renumbered(written.path, numbers), k
+    def needed(self, size: float) -> int:
+        """The halvings that bring it into range, with a bit to spare."""
+        return max(1, math.ceil(-self.form.headroom(size) if size else 0.0) + 1)
 
-    def renumbered(self, path: str, numbers: Sequence[str]) -> str:
+    @property
+    def form(self) -> NumberFormat:
+        """The format that cannot hold what broke."""
+        is_cache = self.situation.part == "cache"
+        return number_format(self.broke.dtype if is_cache else self.situation.reproduction.dtype)
+
+    def holds(self, partner: Written, halvings: Mapping[_Numbers, int]) -> bool:
+        """Whether what the partner writes stays in range once it is larger."""
+        wide = self.situation.wide
+        channels = self.channels(partner.path) if partner.sizes else {}
+        for numbers, k in halvings.items():
+            path = self.renumbered(partner.path, numbers)
+            sizes = [one.amax or 0.0 for one in wide if one.site == path]
+            if channels:
+                sizes = [_largest(partner, channels, numbers)]
+            if any(self.form.headroom(size) <= k + _ROTATED for size in sizes if size):
+                return False
+        return True
+
+    def scores(self) -> dict[_Numbers, float]:
+        """Those that overflow before they are scaled, in attentions called alike: the largest of each layer."""
+        found: dict[_Numbers, float] = {}
+        if self.attention is None:
+            return found
+        pattern = without_layers(self.attention)
+        for one in self.situation.overflowing.values():
+            if without_layers(one.module) == pattern and part_of(self.situation.wide, one) == "scores":
+                found[_numbers(one.site)] = max(found.get(_numbers(one.site), 0.0), one.amax or 0.0)
+        broke = self.broke.broke
+        if self.part() == "scores" and broke is not None:
+            value = 0.0 if broke.value is None or not math.isfinite(broke.value) else abs(broke.value)
+            found[_numbers(self.broke.site)] = max(found.get(_numbers(self.broke.site), 0.0), value)
+        return found
+
+    def fits_scaled(self, scores: Mapping[_Numbers, float], scale: str) -> bool:
+        assert self.attention is not None
+        for numbers, size in scores.items():
+            by = getattr(self.projections.modules[self.renumbered(self.attention, numbers)], scale)
+            if size and self.form.headroom(size * by) <= 0:
+                return False
+        return True
+
+    def channels(self, path: str) -> dict[_Numbers, Tensor]:
+        """What each channel of a fused projection reaches in float32, in each layer that overflows alike: records have
+        one number for all.
+        """
+        if not self.seen:
+            models = self.situation.models
+            wide = models.model("float32")
+            modules = Projections(wide).modules
+            layers = {numbers: self.renumbered(path, numbers) for numbers in map(_numbers, self.situation.alike())}
+            watched = {numbers: modules[one] for numbers, one in layers.items() if one in modules}
+            answers(models.of, wide, around=_watched(watched, self.seen), recast=Recast(torch.float32))
+        return self.seen
+
+    # in other layers
+
+    def renumbered(self, path: str, numbers: _Numbers) -> str:
         """`path`, beside what broke, in the layer with these numbers."""
-        old, place = NUMBER.findall(self.broke.site), iter(range(len(numbers)))
+        old, place = _numbers(self.broke.site), iter(range(len(numbers)))
 
         def change(found: Any) -> str:
             at = next(place, None)
@@ -325,55 +318,37 @@ class _Factors:
 
         return NUMBER.sub(change, path)
 
-    def moved(self, written: _Written, numbers: Sequence[str]) -> _Written:
-        path = self.renumbered(written.path, numbers)
-        return _Written(path, written.ends, written.at, written.dim, written.weight, written.bias)
-
-    # its parameters
-
-    def parameters(self, written: _Written, exponent: int, *, with_bias: bool) -> dict[str, Factor]:
-        """The factors of what a module writes: its weight, its bias, and what adapters add to it."""
-        path = written.path.removesuffix(".base_layer")
-        base = path if f"{path}.base_layer" not in self.modules else f"{path}.base_layer"
-        found: dict[str, Factor] = {}
-        weight = self.names.get(f"{base}.{written.weight}")
-        if weight is None:
-            return {}
-        found[weight] = written.factor(exponent, written.dim, _added(self.modules[base], base))
-        bias = self.names.get(f"{base}.{written.bias}")
-        if bias is not None and with_bias:
-            found[bias] = written.factor(exponent, 0)
-        for site, name in self.names.items():
-            if site.startswith(f"{path}.lora_B."):
-                found[name] = written.factor(exponent, 0)
-        return found
-
-    def command(self, path: str, factor: Factor) -> str:
-        e = _exponent(factor)
-        held = f"model.get_parameter({path!r}).data"
-        if factor.added:
-            return f"{held}.add_({factor.added:g}).mul_(2.0**{e}).sub_({factor.added:g})"
-        for dim, ends in factor.ends.items():
-            at = next(place for place, one in enumerate(factor.exponents) if one)
-            block = f"{ends[at - 1] if at else 0}:{ends[at]}"
-            return f"{held}[{':, ' * dim}{block}] *= 2.0**{e}"
-        return f"{held} *= 2.0**{e}"
+    def moved(self, written: Written, numbers: _Numbers) -> Written:
+        return replace(written, path=self.renumbered(written.path, numbers))
 
 
-def _exponent(factor: Factor) -> int:
-    return next((one for one in factor.exponents if one), 0)
+def _numbers(site: str) -> _Numbers:
+    return tuple(NUMBER.findall(site.partition("/")[0]))
 
 
-def _added(module: nn.Module, path: str) -> float:
-    """1 for the gain of a norm that multiplies by 1 + w: with w = 0 it does not return zeros."""
-    weight: Any = getattr(module, "weight", None)
-    if not is_norm(path) or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
-        return 0.0
-    with torch.no_grad():
-        tried = copy.deepcopy(module).float()
-        for one in tried.parameters():
-            one.zero_()
-        return 1.0 if bool(tried(torch.arange(1.0, len(weight) + 1, device=weight.device)[None]).any()) else 0.0
+def _largest(written: Written, channels: Mapping[_Numbers, Tensor], numbers: _Numbers) -> float:
+    return float(written.of(channels[numbers]).max()) if numbers in channels else 0.0
+
+
+@contextmanager
+def _watched(modules: Mapping[_Numbers, nn.Module], seen: dict[_Numbers, Tensor]) -> Iterator[None]:
+    """Keeps the largest finite magnitude of each channel of what these modules return."""
+
+    def look(numbers: _Numbers, module: nn.Module, args: Any, output: Tensor) -> None:
+        with unrecorded():
+            sizes = output.detach().float().abs().nan_to_num(0.0, posinf=0.0).flatten(0, -2).amax(0)
+            seen[numbers] = torch.maximum(seen[numbers], sizes) if numbers in seen else sizes
+
+    with ExitStack() as stack:
+        for numbers, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(look, numbers)).remove)
+        yield
+
+
+def _setting_lines(settings: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"model.get_submodule({path!r}).{name} *= 2.0**{k}" for path, own in settings.items() for name, k in own.items()
+    ]
 
 
 @contextmanager

@@ -5,20 +5,22 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from stabilitykit.diagnosis.projections import DOWN, OUTPUTS, PROJECTIONS
 from stabilitykit.formats import FLOAT16
 from stabilitykit.recorder.names import site_path
 from stabilitykit.records.scaling import UNCHANGED, Factor, Scaling
 from stabilitykit.trials.candidate import Candidate
+from stabilitykit.trials.multiplied import lines, told
 from stabilitykit.trials.situation import Situation
-from stabilitykit.words import listed, number
+from stabilitykit.words import number
 
-_NAMES = {
-    "up_proj": ("down_proj", "up and down factors"),
-    "wi_1": ("wo", "up and down factors"),
-    "w3": ("w2", "up and down factors"),
-    "v_proj": ("o_proj", "value and output factors"),
+_READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    **{up: ("up and down factors", (down,)) for up, down in DOWN.items()},
+    **dict.fromkeys(PROJECTIONS["value"], ("value and output factors", OUTPUTS)),
 }
-"""Layers whose result another one multiplies, with nothing between them that is not linear; and what that is called."""
+"""Layers whose result another one multiplies, with nothing between them that is not linear: what that is called, and
+the names that the other one may have.
+"""
 
 
 def large_weights(situation: Situation) -> Iterator[Candidate]:
@@ -34,9 +36,9 @@ def large_weights(situation: Situation) -> Iterator[Candidate]:
         return
     worst = max(past, key=lambda one: past[one])
     yield Candidate(
-        name=_NAMES[worst.split(".")[-2]][1],
-        summary=told(site_path(worst), past[worst], scaling),
-        command=lines(scaling),
+        name=_READ_BY[worst.split(".")[-2]][0],
+        summary=said(site_path(worst), past[worst], scaling),
+        command=in_float32(scaling),
         scaling=scaling,
         carried=True,
     )
@@ -60,8 +62,9 @@ def moved(wide: nn.Module, past: Mapping[str, float]) -> tuple[Scaling, tuple[st
     for name, largest in past.items():
         path, _, kind = name.rpartition(".")
         parent, _, layer = path.rpartition(".")
-        after = f"{parent}.{_NAMES[layer][0]}.weight" if layer in _NAMES else ""
-        if kind not in ("weight", "bias") or after not in held or after in past:
+        readers = [f"{parent}.{one}.weight" for one in _READ_BY[layer][1]] if layer in _READ_BY else []
+        after = next((one for one in readers if one in held), "")
+        if kind not in ("weight", "bias") or not after or after in past:
             stuck.append(name)
             continue
         k = max(1, math.ceil(-FLOAT16.headroom(largest)))
@@ -71,17 +74,13 @@ def moved(wide: nn.Module, past: Mapping[str, float]) -> tuple[Scaling, tuple[st
     return Scaling(parameters=factors), tuple(stuck)
 
 
-def told(what: str, largest: float, scaling: Scaling) -> str:
+def said(what: str, largest: float, scaling: Scaling) -> str:
     """What overflows, and what is multiplied by what."""
-    changes = [f"{site_path(path)} by 2^{one.exponents[0]}" for path, one in scaling.parameters.items()]
     return (
-        f"{what} reaches {number(largest)} in float32, which float16 does not hold. Multiplies {listed(changes, 4)} "
-        "before they are rounded: their result stays."
+        f"{what} reaches {number(largest)} in float32, which float16 does not hold. Multiplies "
+        f"{told(scaling.parameters, 4)} before they are rounded: their result stays."
     )
 
 
-def lines(scaling: Scaling) -> str:
-    return "\n".join(
-        f"model.get_parameter({path!r}).data *= 2.0**{one.exponents[0]}  # in float32"
-        for path, one in scaling.parameters.items()
-    )
+def in_float32(scaling: Scaling) -> str:
+    return "\n".join(f"{line}  # in float32" for line in lines(scaling.parameters))

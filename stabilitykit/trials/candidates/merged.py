@@ -13,7 +13,7 @@ from stabilitykit.records.scaling import UNCHANGED
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.candidate import Candidate
-from stabilitykit.trials.candidates.large_weights import lines, moved, past_maximum, told
+from stabilitykit.trials.candidates.large_weights import in_float32, moved, past_maximum, said
 from stabilitykit.trials.reproduction import copied
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import number
@@ -49,8 +49,8 @@ def merged(situation: Situation) -> Iterator[Candidate | LeftOut]:
             f"what {site_path(name).removesuffix('.weight')} returns": size for name, size in returned.items()
         }
         worst = max(sizes, key=lambda one: sizes[one])
-        summary += f" Merged, {told(worst, sizes[worst], scaling)}"
-        command.append(lines(scaling))
+        summary += f" Merged, {said(worst, sizes[worst], scaling)}"
+        command.append(in_float32(scaling))
     yield Candidate(
         name=NAME,
         summary=summary,

@@ -30,7 +30,7 @@ _STREAM: frozenset[Part] = frozenset({"residual", "sum"})  # what is added up fr
 _FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part]], ...] = (
     (query_scale, frozenset({"scores"})),
     (expert_outputs, frozenset({"expert"})),
-    (float32_residual, _STREAM),
+    (float32_residual, _STREAM | {"norm"}),
     (float32_norms, frozenset({"norm"})),
     (clamp, _STREAM),
 )
@@ -45,7 +45,7 @@ def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
     for offer, parts in _FIT:
         if situation.part not in parts:
             continue
-        if parts is _STREAM and situation.casts:
+        if offer in (float32_residual, clamp) and situation.casts:
             continue  # what is autocast is added up in float32
         made = offer(seen)
         if isinstance(made, LeftOut):
