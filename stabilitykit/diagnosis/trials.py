@@ -80,12 +80,15 @@ def _well(diagnosis: Diagnosis) -> str:
     far, harm = _from(diagnosis.plain, diagnosis), diagnosis.harm
     if _is_gradient(diagnosis):
         return f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. {_ON_A_STEP}"
+    ran = diagnosis.findings.get("dtype")
+    if harm is None and ran == _wide(diagnosis) != diagnosis.dtype and far == f"the same as {ran}":
+        return f"What was to run in {diagnosis.dtype} ran in {ran}, so nothing is known of {diagnosis.dtype}."
     if harm is None:
         plain = diagnosis.plain
         if plain is not None and (plain.error_max or 0.0) >= _ANOTHER:
             return f"{diagnosis.dtype} is finite, and wrong: {far}, though nothing overflowed."
         return f"{diagnosis.dtype} is finite, and {far}."
-    without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
+    without = "" if harm.without is None else f"; without the overflow it would be {_from(harm.without, diagnosis)}"
     return f"What overflows in {harm.site} does no harm that can be measured: what is returned is {far}{without}."
 
 
@@ -100,7 +103,7 @@ def _rounding(diagnosis: Diagnosis) -> str:
     told = f"Run in other ways it rounds differently, most with {worst.name}: {_far(worst.distance)} from this run"
     parted = [one for one in ways if one.margin is not None]
     if not parted:
-        return f"{told}. The likeliest tokens stay the same."
+        return f"{told}. The likeliest tokens stay the same." if worst.distance.top1 is not None else f"{told}."
     least = min(one.margin for one in parted if one.margin is not None)
     return (
         f"{told}. With {listed([one.name for one in parted], 3)} another token is the likeliest in places, where the "
@@ -114,7 +117,7 @@ def _harm(diagnosis: Diagnosis) -> str:
     if not diagnosis.finite and _is_gradient(diagnosis):
         return "It is a gradient that is not finite."
     if not diagnosis.finite:
-        return f"In {diagnosis.dtype} it does not run: {error}" if error and not _breaks(diagnosis) else ""
+        return f"In {diagnosis.dtype} it does not run: {_ended(error)}" if error and not _breaks(diagnosis) else ""
     if harm is None:
         return f"What is returned is finite and wrong, {_from(diagnosis.plain, diagnosis)}, though nothing overflowed."
     place = ""
@@ -124,6 +127,10 @@ def _harm(diagnosis: Diagnosis) -> str:
         place = f"; {at} is worst, off by {_part(far)}"
     without = "" if harm.without is None else f" Without the overflow it would be {_far(harm.without)}."
     return f"What is returned is finite and wrong, {_from(harm.plain, diagnosis)}{place}.{without}"
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _breaks(diagnosis: Diagnosis) -> bool:

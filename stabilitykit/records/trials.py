@@ -69,9 +69,9 @@ class Trial:
 class Harm:
     """What an overflow that was absorbed did to the output.
 
-    `plain` is the distance of the run as it is, `without` that with the operator at `site` in float32 alone, and
-    `harmful` whether that operator is what makes it wrong. `rows` are the worst (call, row, position), with their
-    errors, in parts of float32's largest magnitude.
+    `plain` is the distance of the run as it is, `without` that with the operator at `site` in float32 alone, both of
+    the outputs that are worse for it, or else of all; `harmful` whether that operator is what makes it wrong. `rows`
+    are the worst (call, row, position), with their errors, in parts of float32's largest magnitude.
     """
 
     site: str

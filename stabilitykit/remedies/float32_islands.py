@@ -24,11 +24,11 @@ from stabilitykit.words import counted
 NAME = "float32 islands"
 
 
-def float32_islands(seen: Seen, dtype: str | None = None) -> Remedy | LeftOut:
-    """Keeps in float32 what overflowed, for any model; left out where nothing did. `dtype` as in `in_float32_at`."""
+def float32_islands(seen: Seen) -> Remedy | LeftOut:
+    """Keeps in float32 what overflowed, for any model; left out where nothing did."""
     if not seen.overflowing:
         return LeftOut(NAME, "No tensor overflows float16, so none has to be float32.")
-    return keeping_in_float32(seen, dtype)
+    return keeping_in_float32(seen)
 
 
 def keeping_in_float32(seen: Seen, dtype: str | None = None) -> Remedy:

@@ -13,7 +13,7 @@ from stabilitykit.trials.answers import Answers, answers
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.compare import Compared, compare
 from stabilitykit.trials.recast import Precision, Recast
-from stabilitykit.trials.reproduction import Kept, copied
+from stabilitykit.trials.reproduction import Kept, copied, same_draws
 from stabilitykit.trials.situation import Recorded, recorded
 
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
@@ -44,7 +44,8 @@ class Attempts:
     def attempt(self, candidate: Candidate) -> Attempt:
         """Runs it, unless one of its name was; where something is not finite again with records, to say what broke."""
         if candidate.name not in self._made:
-            self._made[candidate.name] = self._attempt(candidate)
+            with same_draws():  # models that are made for it draw weights
+                self._made[candidate.name] = self._attempt(candidate)
         return self._made[candidate.name]
 
     def of_wide(self, candidate: Candidate, wide: Recorded) -> Attempt:

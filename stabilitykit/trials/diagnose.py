@@ -32,6 +32,7 @@ from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, 
 from stabilitykit.trials.rounding import CLOSE, rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 from stabilitykit.trials.stored import wide_like
+from stabilitykit.words import counted
 
 
 def diagnose(
@@ -75,7 +76,7 @@ def diagnose(
             "diagnose() expects a torch.nn.Module or a method of one, such as model.generate, got "
             f"{type(model).__name__}."
         )
-    given = dtype_of(owner)
+    given = dtype_of(owner, (args, kwargs))
     method = "__call__" if owner is model else model.__name__
     reproduction = given_call(
         owner,
@@ -85,7 +86,7 @@ def diagnose(
         dtype=failing_dtype(dtype, given),
         reference=reference,
         matmul=matmul,
-        notes=rounded_note(given, reference),
+        notes=rounded_note(owner, given, reference),
     )
     return of_reproduction(
         _where_it_fails(reproduction, dtype, given), minimise=minimise, compiled=compiled, progress=progress
@@ -101,7 +102,7 @@ def diagnose_run(
     were set to None before. Changes that help a gradient are tried on a training step, by `diagnose_training`.
     """
     given = dtype_of(model)
-    reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None))
+    reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(model, given, None))
     return of_reproduction(_where_it_fails(reproduction, dtype, given), **how)
 
 
@@ -133,8 +134,8 @@ def failing_dtype(dtype: str | None, given: str) -> str:
     return "float16" if given == "float32" else given
 
 
-def rounded_note(given: str, reference: nn.Module | None) -> tuple[str, ...]:
-    if given == "float32" or reference is not None:
+def rounded_note(model: nn.Module, given: str, reference: nn.Module | None) -> tuple[str, ...]:
+    if given == "float32" or reference is not None or not any(one.is_floating_point() for one in model.parameters()):
         return ()
     return (
         f"the model was in {given} already, so float32 computes with weights rounded to {given}; "
@@ -243,7 +244,14 @@ class _Diagnosing:
         ]
         # what records propose may have been tried, and have failed
         is_tried = any(not trial.is_format or (trial.cured and is_wrong) for trial in trials)
-        said = verdict(plain.recording, wide.recording, advise=not is_tried)
+        made_worse = harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None
+        said = verdict(
+            plain.recording,
+            wide.recording,
+            advise=not is_tried and (made_worse is None or made_worse.harmful),
+            command="",  # this is it
+            harmful=None if made_worse is None else made_worse.harmful,
+        )
         self.candidates = {one.candidate.name: one.candidate for one in attempts}
         return Diagnosis(
             source=reproduction.source,
@@ -253,7 +261,7 @@ class _Diagnosing:
             finite=plain.answers.finite,
             plain=low.distance(),
             trials=tuple(sorted(trials, key=_order)),
-            harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
+            harm=made_worse,
             rounding=rounded,
             left_out=left_out,
             notes=(*reproduction.notes, *_notes(wide.answers, self.wide), *unrounded),
@@ -324,7 +332,9 @@ class _Diagnosing:
         left_out: dict[str, str] = {}
         for number, offer in enumerate(CANDIDATES):
             self.tell("looking for candidates", number, len(CANDIDATES))
-            for one in offer(situation):
+            with same_draws():  # models that are built to look at draw weights
+                offered = list(offer(situation))
+            for one in offered:
                 if isinstance(one, Candidate):
                     made.setdefault(one.name, one)
                 else:
@@ -391,8 +401,8 @@ def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:
     notes = []
     if wide.recast:
         notes.append(
-            f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in "
-            "it"
+            f"the code itself asks for narrower formats than {dtype}; for comparison "
+            f"{counted(wide.recast, 'operator')} ran in it"
         )
     if wide.error is not None and not wide.outputs:
         notes.append(f"nothing can be compared, because the run in {dtype} raised {wide.error}")

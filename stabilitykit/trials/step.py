@@ -90,7 +90,8 @@ def built(step: Step) -> Made:
     made: Any = step.make(getattr(torch, step.dtype))
     what = "a make(dtype) for training has to return (model, kwargs, loss, optimizer)"
     if not isinstance(made, tuple | list) or len(made) != 4:
-        raise MisuseError(f"{what}; it returned {type(made).__name__}.")
+        came = f"{len(made)} values" if isinstance(made, tuple) else type(made).__name__
+        raise MisuseError(f"{what}; it returned {came}.")
     model, kwargs, loss, optimizer = made
     checks = (nn.Module, Mapping, Callable, torch.optim.Optimizer)
     for one, kind in zip(made, checks, strict=True):

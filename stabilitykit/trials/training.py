@@ -78,7 +78,7 @@ def _float32(step: Step, notes: list[str]) -> Step:
     if not differ:
         return wide
     notes.append(
-        f"make gives other weights in float32 ({differ[0]}), so that float32 runs with the weights of {step.dtype}."
+        f"the weights that make gives in float32 are others ({differ[0]}), so that float32 runs with {step.dtype}'s"
     )
     return wide.but(weights=low)
 

@@ -49,6 +49,9 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
         return kept or [tensor for tensor, _ in outputs_of(model, result)]
 
     wide = situation.models.model("float32")
+    if not any(one.is_floating_point() for one in wide.parameters()):
+        yield LeftOut(NAME, "The model has no weights to scale.")
+        return
     try:
         with torch.inference_mode():
             low = copied(wide, "bfloat16") if situation.casts else situation.models.model("bfloat16")
