@@ -234,7 +234,7 @@ class _Diagnosing:
             self.tell("comparing ways to run it", 0, 1)
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
         exact = tolerance
-        if is_wrong and any(_is_doubtful(one, tolerance) for one in attempts):
+        if is_wrong and any(_is_doubtful(one, tolerance, self.dtype) for one in attempts):
             self.tell("measuring what rounding alone does", 0, 1)
             exact = max(tolerance, trying.rounding())
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
@@ -353,10 +353,11 @@ def _lost(wide: Answers) -> set[Row]:
     return {(number, row) for number, one in enumerate(wide.outputs) for row in one.lost}
 
 
-def _is_doubtful(one: Attempt, tolerance: float) -> bool:
-    """Whether a change that is exact is farther from float32 than bfloat16 is."""
+def _is_doubtful(one: Attempt, tolerance: float, dtype: str) -> bool:
+    """Whether a change within the dtype that is exact is farther from float32 than bfloat16 is."""
     far = one.compared.distance().error_max
-    return one.candidate.dtype is None and one.finite and not one.candidate.lossy and (far or 0.0) > tolerance
+    is_within = one.candidate.dtype in (None, dtype)
+    return is_within and one.finite and not one.candidate.lossy and (far or 0.0) > tolerance
 
 
 def _bytes(model: nn.Module) -> int:
