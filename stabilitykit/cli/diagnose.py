@@ -45,8 +45,11 @@ def diagnose(
         ),
     ] = False,
     loss_scale: Annotated[
-        float, typer.Option(min=1.0, help="With --backward: what the loss is multiplied by.")
-    ] = 65536.0,
+        float | None,
+        typer.Option(
+            min=1.0, help="With --backward: what the loss is multiplied by; 65,536 unless given.", show_default=False
+        ),
+    ] = None,
     clip: Annotated[
         float | None,
         typer.Option(min=0.0, help="With --backward: the norm to which gradients are clipped.", show_default=False),
@@ -84,6 +87,8 @@ def diagnose(
     is_file = ".py:" in what or what.endswith(".py")
     if backward and not is_file:
         raise MisuseError("--backward diagnoses a training step, which only FILE.py:make describes.")
+    if not backward and (loss_scale is not None or clip is not None):
+        raise MisuseError("--loss-scale and --clip belong to a training step; add --backward.")
     if is_file and (prompt is not None or batch is not None):
         raise MisuseError("FILE.py:make brings its own input; leave out --prompt and --batch.")
     found: Diagnosis | TrainingDiagnosis
@@ -94,7 +99,7 @@ def diagnose(
                 dtype,
                 matmul=matmul,
                 minimise=minimise,
-                training=(loss_scale, clip) if backward else None,
+                training=(65536.0 if loss_scale is None else loss_scale, clip) if backward else None,
                 progress=progress,
             )
         else:

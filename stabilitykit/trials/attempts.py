@@ -19,6 +19,7 @@ from stabilitykit.trials.situation import Recorded, recorded
 _CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
 _LEAST = 2.0**-9  # what rounding alone may come to
 _NEAR = 2.0**-6  # where bfloat16 has nothing to compare with
+_CHANCE = 3.0  # times as far as runs that round alone are, one more may be
 _FAR = 0.5  # of the largest number: too far for rounding, unless it is rounding alone
 
 
@@ -93,7 +94,7 @@ class Attempts:
             far = compare(made, self._reference).distance().error_max
             if made.finite and far is not None:
                 found.append(far)
-        return _CLOSE * max(found)
+        return _CHANCE * max(found)
 
     def _attempt(self, candidate: Candidate) -> Attempt:
         made, models, model = self._tried(candidate)
@@ -129,5 +130,5 @@ class Attempts:
         dtype, failing = self._dtype(candidate), self._models.of.dtype
         if dtype == failing:
             return None
-        source = None if dtype == self._wide else getattr(torch, failing)
+        source = None if dtype in (self._wide, "float64") else getattr(torch, failing)
         return Recast(getattr(torch, dtype), source)

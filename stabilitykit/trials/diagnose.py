@@ -1,11 +1,12 @@
 """A failure, diagnosed by experiment: run as it is, in wider formats, and with every candidate that fits."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabilitykit.diagnosis import document, verdict
 from stabilitykit.diagnosis.outcome import Outcome, decisive
@@ -30,9 +31,9 @@ from stabilitykit.trials.minimise import minimise as smallest_of
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
 from stabilitykit.trials.rounding import CLOSE, rounding
-from stabilitykit.trials.situation import Recorded, Situation, look, recorded
+from stabilitykit.trials.situation import OVERFLOWS, Recorded, Situation, look, recorded
 from stabilitykit.trials.stored import wide_like
-from stabilitykit.words import counted
+from stabilitykit.words import counted, number
 
 
 def diagnose(
@@ -86,7 +87,7 @@ def diagnose(
         dtype=failing_dtype(dtype, given),
         reference=reference,
         matmul=matmul,
-        notes=rounded_note(owner, given, reference),
+        notes=(*rounded_note(owner, given, reference), *_past_note(args, kwargs, failing_dtype(dtype, given))),
     )
     return of_reproduction(
         _where_it_fails(reproduction, dtype, given), minimise=minimise, compiled=compiled, progress=progress
@@ -141,6 +142,18 @@ def rounded_note(model: nn.Module, given: str, reference: nn.Module | None) -> t
         f"the model was in {given} already, so float32 computes with weights rounded to {given}; "
         "pass reference= for the original",
     )
+
+
+def _past_note(args: Sequence[Any], kwargs: Mapping[str, Any], dtype: str) -> tuple[str, ...]:
+    """Of an argument that is finite, and past the maximum of the dtype that it is cast to."""
+    limit = torch.finfo(getattr(torch, dtype)).max
+    named = [*((f"argument {place}", one) for place, one in enumerate(args, 1)), *kwargs.items()]
+    for name, value in named:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            largest = float(value.abs().max())
+            if limit < largest < math.inf:
+                return (f"{name} reaches {number(largest)}, which {dtype} does not hold; it is cast to {dtype} here",)
+    return ()
 
 
 def of_reproduction(
@@ -210,6 +223,10 @@ class _Diagnosing:
         attempts = [
             trying.of_wide(one, wide) if one.dtype == self.wide else trying.attempt(one) for one in self.dtypes()
         ]
+        beyond = decisive(wide.recording)
+        broke = None if beyond is None else beyond.broke.broke
+        if self.wide == "float32" and broke is not None and broke.kind in OVERFLOWS:
+            attempts.append(trying.attempt(self.format("float64")))
         tolerance = self.tolerance = trying.tolerance(attempts)
         never = _lost(wide.answers)
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
@@ -242,13 +259,13 @@ class _Diagnosing:
             _judged(one, tolerance if one.candidate.lossy else exact, concerned | rows, never, self.dtype, within)
             for one in attempts
         ]
-        # what records propose may have been tried, and have failed
+        # What records propose may have been tried, and have failed; another way to write an exponential has not.
         is_tried = any(not trial.is_format or (trial.cured and is_wrong) for trial in trials)
         made_worse = harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None
         said = verdict(
             plain.recording,
             wide.recording,
-            advise=not is_tried and (made_worse is None or made_worse.harmful),
+            advise=(not is_tried or situation.part == "exp") and (made_worse is None or made_worse.harmful),
             command="",  # this is it
             harmful=None if made_worse is None else made_worse.harmful,
         )
@@ -311,17 +328,17 @@ class _Diagnosing:
             others = ["float64"]
         elif self.dtype.startswith("float8"):  # what is bfloat16 casts to it all the same
             others = ["float32"]
-        return [
-            Candidate(
-                name=name,
-                summary=f"Everything in {name}.",
-                command=self.reproduction.in_dtype(name),
-                dtype=name,
-                carried=True,
-                extra=self.bytes(name),
-            )
-            for name in others
-        ]
+        return [self.format(one) for one in others]
+
+    def format(self, name: str) -> Candidate:
+        return Candidate(
+            name=name,
+            summary=f"Everything in {name}.",
+            command=self.reproduction.in_dtype(name),
+            dtype=name,
+            carried=True,
+            extra=self.bytes(name),
+        )
 
     def bytes(self, dtype: str) -> int:
         """Of weights in `dtype`, beyond those of the failing run."""
@@ -330,8 +347,8 @@ class _Diagnosing:
     def offers(self, situation: Situation) -> tuple[list[Candidate], dict[str, str]]:
         made: dict[str, Candidate] = {}
         left_out: dict[str, str] = {}
-        for number, offer in enumerate(CANDIDATES):
-            self.tell("looking for candidates", number, len(CANDIDATES))
+        for place, offer in enumerate(CANDIDATES):
+            self.tell("looking for candidates", place, len(CANDIDATES))
             with same_draws():  # models that are built to look at draw weights
                 offered = list(offer(situation))
             for one in offered:
@@ -350,7 +367,7 @@ def _on(reproduction: Reproduction, candidate: Candidate) -> Candidate:
 
 
 def _lost(wide: Answers) -> set[Row]:
-    return {(number, row) for number, one in enumerate(wide.outputs) for row in one.lost}
+    return {(output, row) for output, one in enumerate(wide.outputs) for row in one.lost}
 
 
 def _is_doubtful(one: Attempt, tolerance: float, dtype: str) -> bool:
@@ -372,7 +389,8 @@ def _judged(
     `never` are the rows that float32 loses: with a change that it needs too, any finite number will do there.
     """
     candidate, distance = one.candidate, one.compared.distance()
-    wanted = one.compared.distance(one.compared.error.keys() - never) if candidate.reference else distance
+    differs = candidate.reference is not None or (candidate.dtype == "float64" and dtype != "float32")
+    wanted = one.compared.distance(one.compared.error.keys() - never) if differs else distance
     is_close = distance.rows > 0 and wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
     if within is not None and candidate.dtype in (None, dtype):
         is_close = is_close and not one.compared.farther_than(within, CLOSER)

@@ -12,6 +12,7 @@ from stabilitykit.trials.situation import Situation
 
 CLOSER = 2.0  # times: what rounding elsewhere may change by chance
 _WORST = 8  # rows
+_LEAST, _LEAST_KL = 2.0**-9, 1e-4  # in parts of the largest number, and in nats: what rounding alone comes to
 
 
 def without_overflow(situation: Situation, attempt: Callable[[Candidate], Compared]) -> Compared | None:
@@ -37,13 +38,15 @@ def _far(one: Distance) -> float:
 def harmed(situation: Situation, low: Compared, without: Compared | None, tolerance: float) -> set[Row]:
     """The rows of a finite run that an overflow on the way made worse; none where the records show that it cannot have.
 
-    Those of outputs that are much closer to float32 without it. Where there is no such run, as with a weight that is
-    infinite, those that are farther from float32 than `tolerance`, in parts of the largest magnitude.
+    Those of outputs that are much closer to float32 without it, and farther than rounding is. Where there is no such
+    run, as with a weight that is infinite, those that are farther from float32 than `tolerance`, in parts of the
+    largest magnitude.
     """
     if situation.found is None or situation.found.harmless:
         return set()
     if without is not None:
-        return low.farther_than(without, CLOSER)
+        farther = low.farther_than(without, CLOSER)
+        return {row for row in farther if low.error[row] > _LEAST or low.kl.get(row, 0.0) > _LEAST_KL}
     return {row for row, error in low.error.items() if error > tolerance}
 
 

@@ -18,7 +18,7 @@ from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Kept, Reproduction, dtype_of
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_OVERFLOWS = ("overflow", "reduction")
+OVERFLOWS = ("overflow", "reduction")
 
 
 def without_layers(site: str) -> str:
@@ -166,7 +166,7 @@ def look(models: Kept, low: Recording, wide: Recorded) -> Situation:
     stored = with_stored_dtypes(wide.recording, low)
     add_overflowing(overflowing, stored, dtype)
     broke = None if found is None else found.broke
-    if broke is not None and broke.dtype == dtype and broke.broke is not None and broke.broke.kind in _OVERFLOWS:
+    if broke is not None and broke.dtype == dtype and broke.broke is not None and broke.broke.kind in OVERFLOWS:
         overflowing.setdefault(broke.site, broke)  # float32 has none of the casts to the dtype
     return Situation(
         reproduction=models.of,

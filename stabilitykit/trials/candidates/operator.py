@@ -33,7 +33,8 @@ def wider_operator(situation: Situation) -> Iterator[Candidate]:
     if hides and broke.broke.rounded_site is None:  # a softmax without any key has no value in any format
         return
     own, rounded, scores = situation.alike(), situation.rounded(), situation.to_softmax()
-    what = f"{broke.operator} in float32, in the {counted(len(own), 'place')} where it leaves {low}'s range"
+    leaves = f"leaves {low}'s range" if kind in ("overflow", "reduction") else "breaks"
+    what = f"{broke.operator} in float32, in the {counted(len(own), 'place')} where it {leaves}"
     if rounded:
         what = f"{broke.operator} and what it is given, from {rounded[0]} on, in float32"
     elif scores:
