@@ -106,7 +106,7 @@ class _Factors:
             return
         else:
             last = Written(down)
-        yield from self.pair(_UP_AND_DOWN, up, last, self.halvings(up), reads=True)
+        yield from self.pair(_UP_AND_DOWN, up, last, self.halvings(), reads=True)
 
     def query_and_key(self, part: Attended, other: Attended) -> Iterator[Candidate | LeftOut]:
         own, partner = self.attended(part), self.attended(other)
