@@ -36,7 +36,7 @@ def diagnose(
     dtype: Annotated[str, typer.Option(help="Dtype that fails: float16, bfloat16 or float32.")] = "float16",
     generate: Annotated[int, typer.Option(min=1, help="Tokens to generate, each a step of its own.")] = 1,
     minimise: Annotated[
-        bool, typer.Option("--minimise", help="Then look for the shortest part of the input that fails alike.")
+        bool, typer.Option("--minimise", help="Diagnose the shortest part of the input that fails alike.")
     ] = False,
     backward: Annotated[
         bool,

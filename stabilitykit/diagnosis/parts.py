@@ -180,7 +180,7 @@ def _by_path(place: Place) -> Part | None:
     record = place.record
     if _is_gate_up(place):
         return "gate-up"
-    if "experts" in record.module.split(".") and record.operator == "matmul":
+    if "experts" in record.module.split(".") and record.operator in ("matmul", "_grouped_mm"):
         follows = place.next
         if follows is not None and follows.operator == "mul" and record.broke is not None and record.broke.scaled:
             return "expert"

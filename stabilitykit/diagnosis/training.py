@@ -2,7 +2,7 @@
 
 from stabilitykit.diagnosis.gradients import pole, scale_of
 from stabilitykit.formats import FORMATS
-from stabilitykit.records.training import TrainingDiagnosis, TrainingTrial
+from stabilitykit.records.training import Failure, TrainingDiagnosis, TrainingTrial
 from stabilitykit.words import counted, listed, number
 
 _SHOWN = 3  # of what cures it, and of what does not
@@ -14,7 +14,7 @@ def advice(found: TrainingDiagnosis) -> str:
     parts = [_happened(found), _weights(found), _clipped(found), _small(found.plain, found.dtype)]
     if found.plain.cured and not _is_small(found.plain):
         return " ".join(part for part in [*parts, _nearness(found)] if part)
-    parts += [_cures(found), _in_vain(found)]
+    parts += [_twice(found), _cures(found), _in_vain(found)]
     if not found.cures and found.kind in ("invalid", "division-by-zero"):
         parts.append(pole(found.operator))
     return " ".join(part for part in parts if part)
@@ -44,7 +44,33 @@ def _weights(found: TrainingDiagnosis) -> str:
             "After the optimiser's step weights are not finite, although every gradient is: it divides by what is 0 in "
             f"{found.dtype}."
         )
+    if "far" in plain.failures and plain.move is not None:
+        times = number(float(f"{plain.move:.2g}"))
+        return (
+            f"The optimiser's step moves weights up to {times} times as far as in float32: it divides by what is too "
+            f"small for {found.dtype}."
+        )
     return ""
+
+
+def _twice(found: TrainingDiagnosis) -> str:
+    """That no single change in the dtype will do, and which two do."""
+    if not found.pairs:
+        return ""
+    pair = found.pairs[0]
+    alone = [f"with {one.name}{_at(one)} alone {_leaves(one)}" for one in (found[name] for name in pair.together)]
+    return f"It fails twice over: {listed(alone)}. Both are needed: {pair.name}."
+
+
+def _leaves(trial: TrainingTrial) -> str:
+    """What still fails with a change."""
+    words: dict[Failure, str] = {
+        "gradients": "gradients are not finite",
+        "weights": "weights are not finite after the optimiser's step",
+        "far": "the optimiser moves weights too far",
+        "other gradients": "gradients are others than float32's",
+    }
+    return listed([words[one] for one in words if one in trial.failures])
 
 
 def _clipped(found: TrainingDiagnosis) -> str:
@@ -92,10 +118,14 @@ def _cures(found: TrainingDiagnosis) -> str:
 
 def _told(trial: TrainingTrial) -> str:
     one = trial.distance
-    at = f" ({scale_of(trial.loss_scale)})" if "loss scale" in trial.name else ""
     far = "" if one is None or one.error_mean is None else f", {one.error_mean:.1e} from float32's gradients"
     small = "" if one is None or one.underflow <= _MUCH else f", {one.underflow:.1%} lost to underflow"
-    return f"{trial.name}{at}: finite{far}{small}"
+    return f"{trial.name}{_at(trial)}: finite{far}{small}"
+
+
+def _at(trial: TrainingTrial) -> str:
+    """A loss scale that the name does not say."""
+    return f" ({scale_of(trial.loss_scale)})" if "loss scale" in trial.name and not trial.together else ""
 
 
 def _in_vain(found: TrainingDiagnosis) -> str:

@@ -4,10 +4,14 @@ from stabilitykit.diagnosis.outcome import decisive
 from stabilitykit.diagnosis.places import where
 from stabilitykit.records import Recording
 from stabilitykit.records.trials import Diagnosis, Distance, Trial
-from stabilitykit.words import listed, number
+from stabilitykit.words import counted, listed, number
 
 _SHOWN = 3  # names in a row
+_ANOTHER = 0.5  # of the largest value: what differs by so much is another number
 _SAME, _UNKNOWN = "no difference", "not to be compared"
+_ON_A_STEP = (
+    "Loss scales and other changes are tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
+)
 _BLAMES = {
     "weight replaced": "nothing else is to blame; what belongs there only the original weights say",
     "input replaced": "what makes this input is to blame, and not the model",
@@ -37,11 +41,11 @@ def advice(diagnosis: Diagnosis) -> str:
     if diagnosis.is_well and not changes:
         return " ".join(part for part in (_well(diagnosis), _rounding(diagnosis)) if part)
     to_blame = [one for one in changes if one.cured and one.name in _BLAMES and not any(f.cured for f in formats)]
-    parts = [_harm(diagnosis), _formats(formats), *(_blamed(one, diagnosis) for one in to_blame)]
+    parts = [_of_part(diagnosis), _harm(diagnosis), _formats(formats), *(_blamed(one, diagnosis) for one in to_blame)]
     cures = [one for one in changes if one.cured and one not in to_blame]
     failed = [one for one in changes if not one.cured]
     parts.append(_cures(cures, diagnosis) if cures else _helpless(changes, formats, bool(to_blame), diagnosis))
-    parts.append(_failed(failed))
+    parts += [_failed(failed), _on_whole(diagnosis)]
     return " ".join(part for part in parts if part)
 
 
@@ -50,17 +54,41 @@ def _wide(diagnosis: Diagnosis) -> str:
     return "float64" if diagnosis.dtype in ("float32", "float64") else "float32"
 
 
+def _of_part(diagnosis: Diagnosis) -> str:
+    """Which input this is about, where it is not the whole one."""
+    one = diagnosis.smallest
+    if one is None or diagnosis.diagnosed == "whole":
+        return ""
+    size = f"{counted(one.after, 'token')} of {one.before:,}"
+    return f"This is about the smallest input found that fails alike, {size}, not about the whole one."
+
+
+def _on_whole(diagnosis: Diagnosis) -> str:
+    """What of that which cures the smallest input cures the whole one, too."""
+    cures = [one.name for one in diagnosis.trials if one.cures_whole]
+    failed = [one.name for one in diagnosis.trials if one.cures_whole is False]
+    told = [f"On the whole input {listed(cures)} helps, too."] if cures else []
+    if failed:
+        told.append(
+            f"What helps the smallest input ({listed(failed, _SHOWN)}) does not cure the whole one, in which more may "
+            "break: diagnose that without minimise."
+        )
+    return " ".join(told)
+
+
 def _well(diagnosis: Diagnosis) -> str:
     far, harm = _from(diagnosis.plain, diagnosis), diagnosis.harm
-    broke = diagnosis.findings.get("first_break") or {}
-    if str(broke.get("site", "")).startswith("backward/"):
-        return (
-            f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. What helps there is "
-            "tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
-        )
+    if _is_gradient(diagnosis):
+        return f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. {_ON_A_STEP}"
+    ran = diagnosis.findings.get("dtype")
+    if harm is None and ran == _wide(diagnosis) != diagnosis.dtype and far == f"the same as {ran}":
+        return f"What was to run in {diagnosis.dtype} ran in {ran}, so nothing is known of {diagnosis.dtype}."
     if harm is None:
+        plain = diagnosis.plain
+        if plain is not None and (plain.error_max or 0.0) >= _ANOTHER:
+            return f"{diagnosis.dtype} is finite, and wrong: {far}, though nothing overflowed."
         return f"{diagnosis.dtype} is finite, and {far}."
-    without = "" if harm.without is None else f"; without the overflow it would be {_far(harm.without)}"
+    without = "" if harm.without is None else f"; without the overflow it would be {_from(harm.without, diagnosis)}"
     return f"What overflows in {harm.site} does no harm that can be measured: what is returned is {far}{without}."
 
 
@@ -75,7 +103,7 @@ def _rounding(diagnosis: Diagnosis) -> str:
     told = f"Run in other ways it rounds differently, most with {worst.name}: {_far(worst.distance)} from this run"
     parted = [one for one in ways if one.margin is not None]
     if not parted:
-        return f"{told}. The likeliest tokens stay the same."
+        return f"{told}. The likeliest tokens stay the same." if worst.distance.top1 is not None else f"{told}."
     least = min(one.margin for one in parted if one.margin is not None)
     return (
         f"{told}. With {listed([one.name for one in parted], 3)} another token is the likeliest in places, where the "
@@ -86,8 +114,10 @@ def _rounding(diagnosis: Diagnosis) -> str:
 def _harm(diagnosis: Diagnosis) -> str:
     """What is lost or wrong, where the records do not say it."""
     harm, error = diagnosis.harm, diagnosis.findings.get("error")
+    if not diagnosis.finite and _is_gradient(diagnosis):
+        return "It is a gradient that is not finite."
     if not diagnosis.finite:
-        return f"In {diagnosis.dtype} it does not run: {error}" if error and not _breaks(diagnosis) else ""
+        return f"In {diagnosis.dtype} it does not run: {_ended(error)}" if error and not _breaks(diagnosis) else ""
     if harm is None:
         return f"What is returned is finite and wrong, {_from(diagnosis.plain, diagnosis)}, though nothing overflowed."
     place = ""
@@ -99,8 +129,18 @@ def _harm(diagnosis: Diagnosis) -> str:
     return f"What is returned is finite and wrong, {_from(harm.plain, diagnosis)}{place}.{without}"
 
 
+def _ended(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def _breaks(diagnosis: Diagnosis) -> bool:
     return diagnosis.findings.get("first_break") is not None
+
+
+def _is_gradient(diagnosis: Diagnosis) -> bool:
+    """Whether it is a gradient that broke."""
+    broke = diagnosis.findings.get("first_break") or {}
+    return str(broke.get("site", "")).startswith("backward/")
 
 
 def _formats(trials: list[Trial]) -> str:
@@ -135,6 +175,9 @@ def _helpless(changes: list[Trial], formats: list[Trial], is_blamed: bool, diagn
     wider = [one.name for one in formats if one.cured]
     if wider and changes:
         return f"Nothing that was tried in {diagnosis.dtype} helps; a wider format does ({listed(wider)})."
+    if _is_gradient(diagnosis):
+        helps = f"What helps is a wider format ({listed(wider)})." if wider else "Nothing that was tried helps."
+        return f"{helps} {_ON_A_STEP}" if wider else helps
     if wider and _breaks(diagnosis):
         return f"No change that is known fits what broke in {diagnosis.dtype}; what helps is a wider format."
     return "" if is_blamed or not changes else "Nothing that was tried helps."
@@ -158,7 +201,7 @@ def _far(distance: Distance | None) -> str:
     if not distance.error_max and not distance.kl_mean:
         return _SAME
     if distance.kl_mean is not None:
-        return f"KL {_short(abs(distance.kl_mean))} nats"  # of what is equal it may come to less than 0
+        return f"KL {_short(distance.kl_mean)} nats"
     return _part(distance.error_max or 0.0)
 
 

@@ -45,12 +45,16 @@ def _ends(recording: Recording, logits: Record | None) -> bool:
 
 
 def reference_value(recording: Recording, reference: Recording | None) -> float | None:
-    """What the reference run had at the element that broke first, if it watched that element."""
+    """What the reference run had at the element that broke first, in the same step, if it watched that element."""
     first = recording.first_break()
-    if first is None or first.broke is None or reference is None:
+    if first is None or first.broke_at is None or reference is None:
         return None
     wanted = first.site, first.broke_at
-    return next((value for site, index, value in reference.header.watched if (site, index) == wanted), None)
+    values = [value for site, index, value in reference.header.watched if (site, index) == wanted]
+    steps = [one.step for one in reference if one.site == first.site and one.elements > first.broke_at]
+    if not steps and len(values) == 1:  # of a run whose records were left out
+        return values[0]
+    return dict(zip(steps, values, strict=True)).get(first.step) if len(steps) == len(values) else None
 
 
 def document(recording: Recording, reference: Recording | None = None) -> dict[str, Any]:
@@ -114,12 +118,18 @@ def _break_document(recording: Recording, found: Outcome, reference: Recording |
 
 
 def verdict(
-    recording: Recording, reference: Recording | None = None, *, advise: bool = True, command: str | None = None
+    recording: Recording,
+    reference: Recording | None = None,
+    *,
+    advise: bool = True,
+    command: str | None = None,
+    harmful: bool | None = None,
 ) -> str:
     """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
 
     `advise`: what to do about it, which no record has tried; False where somebody has. Where that is only a candidate,
-    the line to type that tries it comes last: `command`, or else one made of what the header knows.
+    the line to type that tries it comes last: `command`, none if that is empty, or else one made of what the header
+    knows. `harmful`: whether what was absorbed made the output worse, if that was measured.
     """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
@@ -130,10 +140,10 @@ def verdict(
     parts.append(why.sentence if why is not None and why.shown else "")
     parts.append(dependence(recording, first))
     parts.append(_consequences(chain(recording)))
-    parts.append(_ending(recording, found))
+    parts.append(_ending(recording, found, harmful))
     parts.append(goes_on(recording, first))
     remedy = "" if why is None or not advise else why.remedy
-    parts += [remedy, *notes, how_to_try(recording.header, command) if UNTRIED in remedy else ""]
+    parts += [remedy, *notes, how_to_try(recording.header, command) if UNTRIED in remedy and command != "" else ""]
     return " ".join(part for part in parts if part)
 
 
@@ -210,7 +220,7 @@ def _consequences(links: tuple[Link, ...]) -> str:
     return f"{text} {greedy.text[0].upper()}{greedy.text[1:]}." if greedy is not None else text
 
 
-def _ending(recording: Recording, found: Outcome) -> str:
+def _ending(recording: Recording, found: Outcome, harmful: bool | None) -> str:
     """How what was lost became finite again, and what that means for the model's output."""
     if found.ending is None:
         outside = is_outside(found.broke) or found.broke.is_gradient
@@ -221,6 +231,8 @@ def _ending(recording: Recording, found: Outcome) -> str:
     if found.harmless:
         clamped = " is clamped" in found.ending.how
         return f"{ends}, as {'the true value is' if clamped else 'it is of the true value'}, so nothing is lost."
+    if harmful is False:
+        return f"{ends}. What the model returns is finite."
     if found.harmless is False:
         return f"{ends}. What the model returns is finite, and wrong: it is computed from that."
     return f"{ends}. What the model returns is finite; whether it is right only a run in a wider format shows."

@@ -25,21 +25,21 @@ def named_inputs(
             for tensor in floating(value):
                 yield kind, name, tensor
         else:
-            for path, tensor in _inside(value, "", _DEEP):
-                yield kind, path, tensor
+            for path, held in inside(value):
+                for tensor in floating(held):
+                    yield kind, path, tensor
 
 
-def _inside(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that an object holds, by the attributes and indices that lead to them."""
+def inside(value: Any, path: str = "", depth: int = _DEEP) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that an object holds, by the attributes and indices that lead to them; not those of modules in it."""
     if isinstance(value, Tensor):
-        for tensor in floating(value):
-            yield path.removeprefix("."), tensor
+        yield path.removeprefix("."), value
     elif depth and isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _inside(item, f"{path}.{index}", depth - 1)
+            yield from inside(item, f"{path}.{index}", depth - 1)
     elif depth and isinstance(value, dict):
         for key, item in value.items():
-            yield from _inside(item, f"{path}.{key}", depth - 1)
+            yield from inside(item, f"{path}.{key}", depth - 1)
     elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         for name, item in vars(value).items():
-            yield from _inside(item, f"{path}.{name}", depth - 1)
+            yield from inside(item, f"{path}.{name}", depth - 1)

@@ -37,6 +37,7 @@ from stabilitykit.records import OriginKind, Record, Recording
 
 OUTSIDE = "outside"  # where operators stand that no part of the model runs
 FIXED: frozenset[OriginKind] = frozenset({"constant", "buffer"})  # what operators make of these alone has no record
+CONSTANT = "constant_"  # what the name of an operator begins with that has a record all the same: it is not finite
 _LEAVES = 4  # of what was put together from more than that, the first are remembered
 
 _WRAPPERS = re.compile(r"^(base_model\.(model\.)?)?(model\.)?")  # of peft, and of others' models with a head

@@ -18,7 +18,7 @@ from stabilitykit.recorder.entry import Doubt, Entry, Form
 from stabilitykit.recorder.kernels.axes import Axes
 from stabilitykit.recorder.kernels.layout import FLOATS, Field
 from stabilitykit.recorder.masks import Call, Operand, are_scores, may_hide
-from stabilitykit.recorder.names import Frame
+from stabilitykit.recorder.names import CONSTANT, Frame
 from stabilitykit.recorder.observation import Observation, form_of
 from stabilitykit.recorder.origins import Emptied, Hidden, Mask, Origin, Origins, hidden
 from stabilitykit.recorder.outside import code_outside
@@ -197,7 +197,7 @@ class Observer:
             if lowest == -math.inf:
                 self._note_overflow(call, tensor, origin)
             if origin.trail is None:
-                site = frame.site(f"constant_{call.name}")
+                site = frame.site(f"{CONSTANT}{call.name}")
                 entry, axes, _ = self._entry(call, tensor, tensor, frame, site, None, None)
                 seen = Observation(entry, call, tensor, None, axes, None, origin)
                 row = seen.count()

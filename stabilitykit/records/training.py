@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Failure = Literal["gradients", "other gradients", "weights", "far"]
+
+_OTHER = 0.5  # of float32's largest
+_FAR = 2.0  # times float32's farthest move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +34,11 @@ class GradientDistance:
 class TrainingTrial:
     """One change, and what the step came to with it, on a model that was made anew from the same seed.
 
-    `gradients`: every weight's gradient is finite; `weights`: so is every weight after the optimiser's step. `norm` is
-    that of all gradients, divided by the loss scale, before they are clipped. `then` is what was raised. `command` is
-    what does it, as lines of Python.
+    `gradients`: every weight's gradient is finite; `weights`: so is every weight after the optimiser's step. `move` is
+    how far that step moved the weight which it moved farthest, in parts of the farthest move in float32; None where a
+    weight is not finite, or float32 moves none. `norm` is that of all gradients, divided by the loss scale, before they
+    are clipped. `then` is what was raised. `command` is what does it, as lines of Python. `together` are the names of
+    the two trials whose changes were made at once; empty for one change.
     """
 
     name: str
@@ -45,15 +52,30 @@ class TrainingTrial:
     distance: GradientDistance | None
     then: str
     command: str
+    move: float | None = None
+    together: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> frozenset[Failure]:
+        """What is wrong with it: gradients or weights that are not finite, or others than float32's.
+
+        A gradient whose largest error is half of float32's largest is another one, and so is a step that moves a weight
+        more than twice as far as float32 moves any. Where gradients are not finite nothing is asked of what follows.
+        """
+        if not self.gradients:
+            return frozenset(("gradients",))
+        near = self.distance is not None and self.distance.error_max is not None and self.distance.error_max < _OTHER
+        wrong: dict[Failure, bool] = {
+            "other gradients": not near,
+            "weights": not self.weights,
+            "far": self.weights and self.move is not None and self.move > _FAR,
+        }
+        return frozenset(name for name, is_so in wrong.items() if is_so)
 
     @property
     def cured(self) -> bool:
-        """Whether the step leaves finite gradients and finite weights, and no more is lost than by its rounding.
-
-        A gradient whose largest error is as large as float32's gradient itself is another one.
-        """
-        near = self.distance is not None and self.distance.error_max is not None and self.distance.error_max < 0.5
-        return self.gradients and self.weights and near
+        """Whether the step leaves finite gradients and finite weights, and no more is lost than by its rounding."""
+        return not self.failures
 
     @property
     def far(self) -> float:
@@ -103,6 +125,11 @@ class TrainingDiagnosis:
     def finite(self) -> bool:
         """Whether the step leaves finite gradients and finite weights."""
         return self.plain.gradients and self.plain.weights
+
+    @property
+    def pairs(self) -> tuple[TrainingTrial, ...]:
+        """Two changes at once that cure it, where neither of them does alone; the best first."""
+        return tuple(trial for trial in self.cures if trial.together)
 
     @property
     def cures(self) -> tuple[TrainingTrial, ...]:

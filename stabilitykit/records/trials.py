@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Trial:
     `finite`: every number that was returned is, and nothing was raised. `cured`: that, and what was returned is as
     close to float32's as a 16-bit format comes. `distance` is over all rows, `concerned` over those in which plain
     float16 was lost or wrong. `then` is a sentence on what overflowed with the change, or what was raised.
+    `cures_whole`: whether it cures the whole input, too, of which a part was diagnosed; None where that was not tried.
     `memory` is in bytes beyond a plain run. `carried`: weights and settings say it all, so that a folder can carry it.
     `command` is what does it: a command line, or lines of Python.
     """
@@ -47,6 +48,7 @@ class Trial:
     memory: int
     carried: bool
     command: str
+    cures_whole: bool | None = None
 
     @property
     def is_format(self) -> bool:
@@ -67,9 +69,9 @@ class Trial:
 class Harm:
     """What an overflow that was absorbed did to the output.
 
-    `plain` is the distance of the run as it is, `without` that with the operator at `site` in float32 alone, and
-    `harmful` whether that operator is what makes it wrong. `rows` are the worst (call, row, position), with their
-    errors, in parts of float32's largest magnitude.
+    `plain` is the distance of the run as it is, `without` that with the operator at `site` in float32 alone, both of
+    the outputs that are worse for it, or else of all; `harmful` whether that operator is what makes it wrong. `rows`
+    are the worst (call, row, position), with their errors, in parts of float32's largest magnitude.
     """
 
     site: str
@@ -110,11 +112,22 @@ class Smallest:
     kind: str
     label: str | None
 
+    @property
+    def after(self) -> int:
+        """How many tokens are left."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def is_smaller(self) -> bool:
+        """Whether any could be left out."""
+        return self.after < self.before
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
     """A failure, and what cures it: `trials`, the best first.
 
+    `diagnosed` says which input all of it is about: the whole one, or the `smallest` that fails alike.
     `verdict` is what the records of the run in `dtype` say, `findings` the same as `stabilitykit profile --json` prints
     it. `plain` is the distance of that run from float32. `left_out` says, by its name, why a candidate does not apply.
     `advice` is one paragraph.
@@ -130,6 +143,7 @@ class Diagnosis:
     harm: Harm | None = None
     rounding: tuple[Rounding, ...] = ()
     smallest: Smallest | None = None
+    diagnosed: Literal["whole", "smallest"] = "whole"
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     findings: Mapping[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from stabilitykit.models.operators import OperatorMode, Traits
-from stabilitykit.recorder.names import Names, by_operator, site_path
+from stabilitykit.recorder.names import CONSTANT, Names, by_operator, site_path
 from stabilitykit.recorder.tensors import floating_of_call
 from stabilitykit.records import Recording
 from stabilitykit.remedies.remedy import Around, LeftOut, Remedy
@@ -31,8 +31,8 @@ def float32_islands(seen: Seen) -> Remedy | LeftOut:
     return keeping_in_float32(seen)
 
 
-def keeping_in_float32(seen: Seen) -> Remedy:
-    """What `seen` says is overflowing in float32; where nothing is, no bit changes."""
+def keeping_in_float32(seen: Seen, dtype: str | None = None) -> Remedy:
+    """What `seen` says is overflowing in float32; where nothing is, no bit changes. `dtype` as in `in_float32_at`."""
 
     def extra(tokens: int) -> int:
         return 2 * tokens * seen.channels  # float32 instead of float16, one tensor at a time
@@ -42,21 +42,25 @@ def keeping_in_float32(seen: Seen) -> Remedy:
     return Remedy(
         name=NAME,
         summary=f"Keeps in float32 {which} that float16 cannot hold, and rounds what is made of {those} to float16.",
-        around=in_float32_at(seen.low, seen.overflowing),
+        around=in_float32_at(seen.low, seen.overflowing, dtype, constants=True),
         extra=extra,
         exportable=False,
     )
 
 
-def in_float32_at(low: Recording, sites: Iterable[str]) -> Around:
-    """Keeps in float32 what is made at `sites`, which are those of `low`, the records of a run in 16 bits."""
+def in_float32_at(low: Recording, sites: Iterable[str], dtype: str | None = None, *, constants: bool = False) -> Around:
+    """Keeps in float32 what is made at `sites`, which are those of `low`, the records of a run in 16 bits.
+
+    `dtype` is the one that they have in it: that of the model, unless the run casts to another. `constants`: so are
+    those constants that are made of others there and do not fit; they have no records.
+    """
     layout = _layout(low)
     kept = frozenset(layout.operators.get(site, site) for site in sites)
 
     @contextmanager
     def around(model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
-            _Keeping(model, kept, layout, low.header.dtype).attach(stack)
+            _Keeping(model, kept, layout, dtype or low.header.dtype, constants).attach(stack)
             yield
 
     return around
@@ -83,13 +87,15 @@ def _layout(low: Recording) -> _Layout:
 class _Keeping:
     """Runs the operators of `kept` in float32; what others make of their results is stored as a plain run stores it."""
 
-    def __init__(self, model: nn.Module, kept: frozenset[str], layout: _Layout, low: str) -> None:
+    def __init__(self, model: nn.Module, kept: frozenset[str], layout: _Layout, low: str, constants: bool) -> None:
         self.model = model
         self.kept = kept
         self.layout = layout
         self.dtype: torch.dtype = getattr(torch, low)
         self.low = low
         self.names = Names(model)
+        self.has_constants = any(f"/{CONSTANT}" in site for site in kept)
+        self.keeps_constants = constants
 
     def attach(self, stack: ExitStack) -> None:
         for name, module in self.model.named_modules():
@@ -114,8 +120,14 @@ class _Keeping:
         args, kwargs = self.given(kind, args, kwargs)
         output = kind.func(*args, **kwargs)
         site = self.names.of_operator(kind, args, kwargs, output)
+        if site is None and self.has_constants and _overflows(args, kwargs, output):
+            site = self.names.frames[-1].site(f"{CONSTANT}{kind.name}")
+        if site is None and self.has_constants and mixed and isinstance(output, Tensor):
+            return self.constant(output)
         if site is None or kind.writes_in_place or not isinstance(output, Tensor):
-            return output
+            return (
+                output if site not in self.kept or kind.writes_in_place else self.all_wide(kind, args, kwargs, output)
+            )
         if kind.name == "cast" and site not in self.layout.dtypes and output.dtype == self.dtype and self.is_wide(args):
             return args[0]  # a cast that a plain run does not make, of what is float32 only here
         if site in self.kept:
@@ -126,6 +138,21 @@ class _Keeping:
         if output.dtype == torch.float32 and self.is_low(site, mixed):
             return self.names.same(output.to(self.dtype), output)
         return output
+
+    def all_wide(self, kind: Traits, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        """For an operator that returns several tensors, as fused norms do."""
+        args, kwargs = self.widened(args, kwargs)
+        made = kind.func(*args, **kwargs)
+        for tensor, other in zip(made, outputs, strict=True):
+            self.names.same(tensor, other)
+        return made
+
+    def constant(self, output: Tensor) -> Tensor:
+        """What is made of a constant that is kept and one that is not."""
+        if output.dtype != torch.float32:
+            return output
+        low = output.to(self.dtype)
+        return output if self.keeps_constants and not bool(low.isfinite().all()) else self.names.same(low, output)
 
     def is_mixed(self, args: Any, kwargs: dict[str, Any]) -> bool:
         dtypes = {tensor.dtype for tensor in floating_of_call(args, kwargs) if tensor.ndim}
@@ -147,3 +174,10 @@ class _Keeping:
         if kwargs.get("dtype") == self.dtype:
             kwargs["dtype"] = torch.float32
         return args, kwargs
+
+
+def _overflows(args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether what is not finite is made of what is."""
+    if not isinstance(output, Tensor) or not output.is_floating_point() or bool(output.isfinite().all()):
+        return False
+    return all(bool(one.isfinite().all()) for one in floating_of_call(args, kwargs))

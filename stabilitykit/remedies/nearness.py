@@ -73,7 +73,8 @@ def nearness(logits: Tensor, reference: Probabilities) -> Nearness:
         mean = (p * away).sum(-1, dtype=torch.float64)
         curved = torch.expm1(away).sub_(away).mul_(p).sum(-1, dtype=torch.float64)
         total = curved + mean
-        kl[part] = curved - (total - total.log1p())
+        # No divergence is negative; of rows that are all but equal, rounding leaves a little of either sign.
+        kl[part] = (curved - (total - total.log1p())).clamp(min=0)
         log_totals[part] = reference.log_totals[part] + total.log1p() + shift[:, 0]
     far = places[largest.isfinite() & (largest > _FAR)]
     if len(far):

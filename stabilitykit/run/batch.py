@@ -27,7 +27,7 @@ def read_batch(path: Path) -> list[Asked]:
 
     Raises MisuseError, with the number of the line, for a file without a prompt and for a line of another form.
     """
-    lines = enumerate(read_text(path).split("\n"), start=1)
+    lines = enumerate(read_text(path, "A batch").split("\n"), start=1)
     asked = [_of_line(f"{path}:{number}", line) for number, line in lines if line.strip()]
     if not asked:
         raise MisuseError(f"{path} holds no prompt. {_FORM}")

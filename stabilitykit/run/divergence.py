@@ -50,13 +50,14 @@ class Divergence:
 
 
 def divergence(logits: Tensor, reference: Distribution, *, chunk: int = _CHUNK) -> Divergence:
-    """`Divergence` of logits [L, V], `chunk` positions at a time. KL is negative where rounding leaves it so."""
+    """`Divergence` of logits [L, V], `chunk` positions at a time."""
     kl, log_totals = (torch.empty_like(reference.totals) for _ in range(2))
     for part, below, top in _chunks(logits, chunk):
         total = reference.totals[part]
         mean = torch.linalg.vecdot(reference.weights[part], below) / total
         own = below.exp_().sum(-1)
-        kl[part] = (reference.means[part] - mean) - (total.log() - own.log())
+        # No divergence is negative; of rows that are all but equal, rounding leaves a little of either sign.
+        kl[part] = ((reference.means[part] - mean) - (total.log() - own.log())).clamp(min=0)
         log_totals[part] = own.log() + top
     sound = kl.isfinite()  # a logit that is not finite leaves NaN or an infinity in one of the sums
     return Divergence(kl[sound], (logits.argmax(-1) == reference.likeliest)[sound], log_totals)

@@ -115,16 +115,16 @@ def _encoded(tokenizer: Reads, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, bos=False))
 
 
-def read_text(path: Path) -> str:
-    """A user's text file. Raises MisuseError where it cannot be read, or is not UTF-8."""
+def read_text(path: Path, what: str = "A prompt @FILE") -> str:
+    """A user's text file; `what` named it. Raises MisuseError where it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise MisuseError(f"A prompt @FILE names a file to read; {path} is none ({error.strerror}).") from None
+        raise MisuseError(f"{what} names a file to read; {path} is none ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise MisuseError(f"A prompt file is UTF-8 text; byte {error.start} of {path} is not.") from None
     except ValueError as error:  # a null character in the name
-        raise MisuseError(f"A prompt @FILE names a file to read; {str(path)!r} is none ({error}).") from None
+        raise MisuseError(f"{what} names a file to read; {str(path)!r} is none ({error}).") from None
 
 
 @cache

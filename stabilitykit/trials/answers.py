@@ -1,4 +1,4 @@
-"""What a run gives: the outputs of every call of the model, what its caller gets, and what was raised."""
+"""What a run gives: the outputs of every call of the model, what its caller gets, gradients, and what was raised."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +94,7 @@ def answers(
 ) -> Answers:
     """Runs `model` inside `recast`, `around` and `recorder`, entered in this order, and keeps what it gives.
 
+    Of a run that needs gradients, those that it leaves at the model's weights are outputs too, and none is scores.
     Whatever is raised becomes the `error`; so does a choice among no tokens, at which greedy decoding raises nothing.
     """
     found = Answers()
@@ -103,11 +104,12 @@ def answers(
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         with unrecorded():  # what is computed here is no part of the run that is changed
             for tensor, logits in outputs_of(module, output):
-                found.outputs.append(_kept(tensor, logits))
+                found.outputs.append(_kept(tensor, logits and not reproduction.grad))
                 found.given.append(_integers((args, kwargs)))
                 seen.append(tensor)
 
     result: Any = None
+    model.zero_grad()  # of a run before
     try:
         with ExitStack() as stack:
             stack.enter_context(same_draws())
@@ -130,8 +132,12 @@ def answers(
     ends = {one.data_ptr() for one in seen if one.numel()}
     for tensor, logits in outputs_of(model, result):
         if not tensor.numel() or tensor.data_ptr() not in ends:
-            found.outputs.append(_kept(tensor, logits))
+            found.outputs.append(_kept(tensor, logits and not reproduction.grad))
             found.given.append(())
+    if reproduction.grad:  # first, for a caller may get more or fewer tensors in another dtype
+        gradients = [_kept(held.grad, logits=False) for held in model.parameters() if held.grad is not None]
+        found.outputs[:0] = gradients
+        found.given[:0] = [()] * len(gradients)
     found.tokens = list(_integers(_plain(result)))
     return found
 

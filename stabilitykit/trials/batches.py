@@ -98,17 +98,25 @@ def _repeated(rows: int, times: int, tensor: Tensor) -> Tensor:
     return tensor.repeat(times, *[1] * (tensor.ndim - 1))
 
 
-def joined(parts: Sequence[Any]) -> Any:
-    """Outputs of some rows each, as one of them all; what is no tensor is the first one's."""
+def _in_turn(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts[0].ndim else parts[0]
+
+
+def joined(parts: Sequence[Any], together: Callable[[Sequence[Tensor]], Tensor] = _in_turn) -> Any:
+    """Outputs of some rows each, as one of them all, whose tensors are those of the parts `together`.
+
+    Caches are left out; of what else is no tensor it has the first one's.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(parts)) if first.ndim else first
+        return together(parts)
     if isinstance(first, Mapping):
-        held = {name: joined([part[name] for part in parts]) for name in first}
+        held = {name: joined([part[name] for part in parts], together) for name in first}
         return type(first)(**held) if hasattr(first, "to_tuple") else held
-    if isinstance(first, list | tuple) and not hasattr(first, "_fields"):
-        return type(first)(joined(ones) for ones in zip(*parts, strict=True))
-    return first
+    if isinstance(first, list | tuple):
+        made = [joined(ones, together) for ones in zip(*parts, strict=True)]
+        return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
+    return None if hasattr(first, "get_seq_length") else first
 
 
 def other_side(call: Call) -> Call:

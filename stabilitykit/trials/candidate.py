@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from stabilitykit.records.scaling import UNCHANGED, Scaling
+from stabilitykit.remedies.clamp import CLAMP
 from stabilitykit.remedies.remedy import Around, LeftOut, Remedy
-from stabilitykit.trials.reproduction import Reproduction
+from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.situation import Situation
 
 
@@ -21,8 +22,9 @@ class Candidate:
     """`scaling` multiplies weights and settings before they are rounded; `around` is entered while the model runs, and
     leaves no trace; `instead` is run in the place of the failing run, and compared with its own float32 run. `dtype` is
     the one to compute in, None for the failing one. `reference` is entered around the float32 run to compare with,
-    where float32 fails too without the change. `carried`: weights and settings say all of it. `extra` is in bytes.
-    `command` is what does it: a command line, or lines of Python in which the model is `model`.
+    where float32 fails too without the change. `lossy`: it puts other numbers in the place of what is lost. `carried`:
+    weights and settings say all of it. `extra` is in bytes. `command` is what does it: a command line, or lines of
+    Python in which the model is `model`.
     """
 
     name: str
@@ -31,8 +33,9 @@ class Candidate:
     dtype: str | None = None
     scaling: Scaling = UNCHANGED
     around: Around = _nothing
-    instead: Reproduction | None = None
+    instead: Altered | None = None
     reference: Around | None = None
+    lossy: bool = False
     carried: bool = False
     extra: int = 0
 
@@ -50,6 +53,7 @@ def of_remedy(remedy: Remedy, command: str, tokens: int) -> Candidate:
         dtype=remedy.dtype,
         scaling=remedy.scaling,
         around=remedy.around,
+        lossy=remedy.name == CLAMP.name,
         carried=remedy.exportable,
         extra=remedy.extra(tokens),
     )

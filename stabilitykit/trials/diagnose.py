@@ -1,39 +1,38 @@
 """A failure, diagnosed by experiment: run as it is, in wider formats, and with every candidate that fits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from stabilitykit.diagnosis import document, verdict
-from stabilitykit.diagnosis.trials import advice, happened
+from stabilitykit.diagnosis.outcome import Outcome, decisive
+from stabilitykit.diagnosis.trials import advice
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import FORMATS, number_format
+from stabilitykit.formats import FORMATS
 from stabilitykit.models.devices import parse_dtype
 from stabilitykit.recorder.names import site_path
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Recording
-from stabilitykit.records.scaling import UNCHANGED
-from stabilitykit.records.trials import Diagnosis, Rounding, Smallest, Trial
+from stabilitykit.records.trials import Diagnosis, Rounding, Trial
 from stabilitykit.run.case import Progress
 from stabilitykit.trials.answers import Answers, answers
+from stabilitykit.trials.attempts import Attempt, Attempts
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates import CANDIDATES
 from stabilitykit.trials.columns import given_call
 from stabilitykit.trials.compare import Compared, Row, compare
 from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
-from stabilitykit.trials.minimise import has_tokens, minimise
+from stabilitykit.trials.minimise import has_tokens
+from stabilitykit.trials.minimise import minimise as smallest_of
 from stabilitykit.trials.recast import Recast
 from stabilitykit.trials.reproduction import Given, Kept, Reproduction, copied, dtype_of, same_draws
 from stabilitykit.trials.rounding import CLOSE, rounding
 from stabilitykit.trials.situation import Recorded, Situation, look, recorded
 from stabilitykit.trials.stored import wide_like
-
-_CLOSE = 2.0  # times as far from float32 as bfloat16 is, a run is still as close as 16 bits come
-_LEAST = 2.0**-9  # what rounding alone may come to
-_NEAR = 2.0**-6  # where bfloat16 has nothing to compare with
+from stabilitykit.words import counted
 
 
 def diagnose(
@@ -56,9 +55,9 @@ def diagnose(
         reference: the original in float32, for a model whose weights were already rounded. Without it the model is
             compared with its own rounded weights, computed in float32, and a note says so.
         matmul: how 16-bit products are summed, as in `record`; as torch does unless given.
-        minimise: also look for the smallest part of the input that fails alike, among rows and tokens of `input_ids`,
-            or of whatever argument holds token ids; masks, positions and what else has a column for each are cut with
-            them.
+        minimise: look for the smallest part of the input that fails alike first, and diagnose that, among rows and
+            tokens of `input_ids`, or of whatever argument holds token ids; masks, positions and what else has a column
+            for each are cut with them. What cures it is tried on the whole input, too.
         compiled: compare a run that stays in range with one through torch.compile, too, which takes a minute or so.
         progress: called with (what is being done, how much of it is done, out of how much).
         kwargs: what it is called with, by name.
@@ -77,7 +76,7 @@ def diagnose(
             "diagnose() expects a torch.nn.Module or a method of one, such as model.generate, got "
             f"{type(model).__name__}."
         )
-    given = dtype_of(owner)
+    given = dtype_of(owner, (args, kwargs))
     method = "__call__" if owner is model else model.__name__
     reproduction = given_call(
         owner,
@@ -87,7 +86,7 @@ def diagnose(
         dtype=failing_dtype(dtype, given),
         reference=reference,
         matmul=matmul,
-        notes=rounded_note(given, reference),
+        notes=rounded_note(owner, given, reference),
     )
     return of_reproduction(
         _where_it_fails(reproduction, dtype, given), minimise=minimise, compiled=compiled, progress=progress
@@ -97,17 +96,35 @@ def diagnose(
 def diagnose_run(
     model: nn.Module, run: Callable[[nn.Module], Any], *, dtype: str | None = None, grad: bool = False, **how: Any
 ) -> Diagnosis:
-    """As `diagnose`, for whatever `run(model)` does with a model; it must not keep anything between two runs."""
+    """As `diagnose`, for whatever `run(model)` does with a model; it must not keep anything between two runs.
+
+    `grad`: it runs a backward pass. The gradients that it leaves at the model's weights are then compared, too, and
+    were set to None before. Changes that help a gradient are tried on a training step, by `diagnose_training`.
+    """
     given = dtype_of(model)
-    reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(given, None))
+    reproduction = Given(model, run, failing_dtype(dtype, given), grad=grad, notes=rounded_note(model, given, None))
     return of_reproduction(_where_it_fails(reproduction, dtype, given), **how)
 
 
 def _where_it_fails(reproduction: Given, asked: str | None, given: str) -> Given:
-    """In float32, where no dtype is asked for and a model that is float32 fails as it is."""
-    if asked is not None or given != "float32" or answers(reproduction, copied(reproduction.given, given)).finite:
+    """A model that is float32 may fail as it is, if no other dtype is asked for: in float32, or in what the run itself
+    casts to, as autocasting does.
+    """
+    if given != "float32" or asked not in (None, given):
         return reproduction
-    return replace(reproduction, dtype=given)
+    model = copied(reproduction.given, given)
+    made = answers(reproduction, model, recast=Recast(torch.float32))
+    broke = decisive(recorded(reproduction, model).recording) if made.recast else None
+    if broke is not None and broke.broke.dtype != given:
+        return replace(reproduction, dtype=broke.broke.dtype, casts=True, notes=(*reproduction.notes, _casts(broke)))
+    return reproduction if asked is not None or made.finite else replace(reproduction, dtype=given)
+
+
+def _casts(found: Outcome) -> str:
+    return (
+        f"the weights are float32, and it is the run that casts to {found.broke.dtype}: torch.autocast, or code of its "
+        "own; other dtypes are tried in that place"
+    )
 
 
 def failing_dtype(dtype: str | None, given: str) -> str:
@@ -117,8 +134,8 @@ def failing_dtype(dtype: str | None, given: str) -> str:
     return "float16" if given == "float32" else given
 
 
-def rounded_note(given: str, reference: nn.Module | None) -> tuple[str, ...]:
-    if given == "float32" or reference is not None:
+def rounded_note(model: nn.Module, given: str, reference: nn.Module | None) -> tuple[str, ...]:
+    if given == "float32" or reference is not None or not any(one.is_floating_point() for one in model.parameters()):
         return ()
     return (
         f"the model was in {given} already, so float32 computes with weights rounded to {given}; "
@@ -139,33 +156,45 @@ def of_reproduction(
     Raises MisuseError where it is to `minimise` what has no tokens.
     """
     with same_draws():
-        return replace(_Diagnosing(reproduction, progress, minimise, compiled).run(), command=command)
+        models = Kept(reproduction)
+        if not minimise:
+            found = _Diagnosing(models, progress, compiled).run()
+        else:
+            found = _minimised(models, progress, compiled)
+        return replace(found, command=command, advice=advice(found))
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """A candidate that was run: what it gave, compared with float32."""
+def _minimised(models: Kept, progress: Progress | None, compiled: bool) -> Diagnosis:
+    """The smallest input that fails alike is looked for, and diagnosed; what cures it is tried on the whole one.
 
-    candidate: Candidate
-    finite: bool
-    compared: Compared
-    then: str
+    The whole one is diagnosed where nothing breaks, and where what breaks does a smaller one no harm.
+    """
+    whole = models.of
+    if not has_tokens(whole):
+        raise MisuseError(
+            "Only an input with tokens can be made smaller: prompts, or token ids [rows, columns] among a call's "
+            "arguments, such as input_ids. This one has none; leave minimise out."
+        )
+    smaller = smallest_of(whole, model=models.model(whole.dtype), progress=progress)
+    if smaller is not None and smaller.smallest.is_smaller:
+        diagnosing = _Diagnosing(models.on(smaller.reproduction), progress, compiled)
+        found = diagnosing.run()
+        if not found.is_well:
+            trials = diagnosing.on_whole(models, found.trials)
+            return replace(found, smallest=smaller.smallest, diagnosed="smallest", trials=trials)
+    found = _Diagnosing(models, progress, compiled).run()
+    if smaller is None:
+        return replace(found, notes=(*found.notes, "nothing breaks, so that no token was left out"))
+    return replace(found, smallest=smaller.smallest)
 
 
 class _Diagnosing:
-    def __init__(self, reproduction: Reproduction, progress: Progress | None, minimise: bool, compiled: bool) -> None:
+    def __init__(self, models: Kept, progress: Progress | None, compiled: bool) -> None:
         self.compiled = compiled
-        self.reproduction = reproduction
-        self.minimised = reproduction if minimise and has_tokens(reproduction) else None
-        if minimise and self.minimised is None:
-            raise MisuseError(
-                "Only an input with tokens can be made smaller: prompts, or token ids [rows, columns] among a call's "
-                "arguments, such as input_ids. This one has none; leave minimise out."
-            )
-        self.models = Kept(reproduction)
+        self.models = models
+        self.reproduction = reproduction = models.of
         self.dtype = reproduction.dtype
         self.wide = "float64" if self.dtype in ("float32", "float64") else "float32"
-        self.tried: dict[str, _Attempt] = {}
         self.tell = progress or (lambda what, done, total: None)
 
     def run(self) -> Diagnosis:
@@ -176,37 +205,55 @@ class _Diagnosing:
         watch = [(one.site, one.broke_at) for one in plain.recording if one.broke_at is not None]
         self.tell(f"recording in {self.wide}", 0, 1)
         wide = self.widest(watch)
-        self.reference = wide.answers
         low = compare(plain.answers, wide.answers)
-        attempts = [self.attempt(one) for one in self.dtypes()]
-        tolerance = self.tolerance(attempts)
-        never = {(number, row) for number, one in enumerate(self.reference.outputs) for row in one.lost}
+        trying = Attempts(self.models, self.wide, wide.answers)
+        attempts = [
+            trying.of_wide(one, wide) if one.dtype == self.wide else trying.attempt(one) for one in self.dtypes()
+        ]
+        tolerance = self.tolerance = trying.tolerance(attempts)
+        never = _lost(wide.answers)
         concerned = low.lost() | {row for row, error in low.error.items() if error > tolerance}
         self.find_weights(plain.recording)
-        situation = look(self.models, plain.recording, wide.recording)
+        situation = look(self.models, plain.recording, wide)
         without, rows = None, set[Row]()
         if plain.answers.finite and situation.found is not None:
             self.tell("measuring the harm", 0, 1)
-            without = without_overflow(situation, lambda one: self.attempt(one).compared)
+            without = without_overflow(situation, lambda one: trying.attempt(one).compared)
             rows = harmed(situation, low, without, tolerance)
         left_out: dict[str, str] = {}
         is_wrong = not plain.answers.finite or bool(concerned or rows)
-        if situation.found is not None and is_wrong:
+        if situation.found is not None and is_wrong and not situation.found.broke.is_gradient:
             made, left_out = self.offers(situation)
             self.models.drop("bfloat16")
             for done, one in enumerate(made):
                 self.tell(f"trying: {one.name}", done, len(made))
-                attempts.append(self.attempt(one))
+                attempts.append(trying.attempt(one))
         rounded, unrounded = tuple[Rounding, ...](), tuple[str, ...]()
         is_close = (low.distance().error_max or 0.0) <= CLOSE
         if not is_wrong and is_close and not reproduction.grad:
             self.tell("comparing ways to run it", 0, 1)
             rounded, unrounded = rounding(self.models, self.models.model(self.wide), compiled=self.compiled)
+        exact = tolerance
+        if is_wrong and any(_is_doubtful(one, tolerance, self.dtype) for one in attempts):
+            self.tell("measuring what rounding alone does", 0, 1)
+            exact = max(tolerance, trying.rounding())
         within = without if rows and not concerned else None  # as close as bfloat16, and wrong for all that
-        trials = [_judged(one, tolerance, concerned | rows, never, self.dtype, within) for one in attempts]
-        is_tried = any(not trial.is_format for trial in trials)  # and what records propose may have failed
-        said = verdict(plain.recording, wide.recording, advise=not is_tried)
-        found = Diagnosis(
+        trials = [
+            _judged(one, tolerance if one.candidate.lossy else exact, concerned | rows, never, self.dtype, within)
+            for one in attempts
+        ]
+        # what records propose may have been tried, and have failed
+        is_tried = any(not trial.is_format or (trial.cured and is_wrong) for trial in trials)
+        made_worse = harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None
+        said = verdict(
+            plain.recording,
+            wide.recording,
+            advise=not is_tried and (made_worse is None or made_worse.harmful),
+            command="",  # this is it
+            harmful=None if made_worse is None else made_worse.harmful,
+        )
+        self.candidates = {one.candidate.name: one.candidate for one in attempts}
+        return Diagnosis(
             source=reproduction.source,
             dtype=self.dtype,
             verdict=said,
@@ -214,19 +261,28 @@ class _Diagnosing:
             finite=plain.answers.finite,
             plain=low.distance(),
             trials=tuple(sorted(trials, key=_order)),
-            harm=harm(situation, low, plain.answers, without, rows) if plain.answers.finite else None,
-            smallest=self.smallest(plain.recording),
+            harm=made_worse,
             rounding=rounded,
             left_out=left_out,
             notes=(*reproduction.notes, *_notes(wide.answers, self.wide), *unrounded),
             findings=document(plain.recording, wide.recording) | {"verdict": said},
         )
-        return replace(found, advice=advice(found))
 
-    def smallest(self, recording: Recording) -> Smallest | None:
-        if self.minimised is None:
-            return None
-        return minimise(self.minimised, model=self.model, recording=recording, progress=self.tell)
+    def on_whole(self, whole: Kept, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+        """Tries what cures a part of an input on all of it, the best first, until something cures that, too."""
+        cures, told = [one.name for one in trials if one.cured], dict[str, bool]()
+        if cures:
+            self.tell("trying on the whole input", 0, len(cures))
+            recast = Recast(getattr(torch, self.wide))
+            reference = answers(whole.of, whole.model(self.wide), recast=recast)
+            trying = Attempts(whole, self.wide, reference)
+        for done, name in enumerate(cures):
+            self.tell(f"trying on the whole input: {name}", done, len(cures))
+            attempt = trying.bare(_on(whole.of, self.candidates[name]))
+            told[name] = _judged(attempt, self.tolerance, set(), _lost(reference), self.dtype, None).cured
+            if told[name]:
+                break
+        return tuple(replace(one, cures_whole=told.get(one.name)) for one in trials)
 
     def find_weights(self, recording: Recording) -> None:
         """Tells the records of a run in which a weight is not finite what that weight is in float32."""
@@ -248,26 +304,13 @@ class _Diagnosing:
         formats = (self.dtype,) if self.dtype in FORMATS else ()
         return recorded(self.reproduction, model, recast=recast, formats=formats, watch=watch)
 
-    def tolerance(self, attempts: Sequence[_Attempt]) -> float:
-        """How far from float32 a run may be and still be as close as a 16-bit format comes: some bfloat16's worth.
-
-        Where bfloat16 fails as well, because code casts to something narrower, those casts round, and do not overflow.
-        """
-        for one in attempts:
-            far = one.compared.distance().error_max
-            if one.candidate.name == "bfloat16" and not one.finite:
-                rounding_only = Recast(torch.bfloat16, rounds=True)
-                made = answers(self.reproduction, self.models.model("bfloat16"), recast=rounding_only)
-                far = compare(made, self.reference).distance().error_max if made.finite else None
-            if one.candidate.name == "bfloat16" and far is not None:
-                return max(_CLOSE * far, _LEAST)
-        return _NEAR
-
     def dtypes(self) -> list[Candidate]:
         """Other dtypes: is it the format at all, and which one is finite?"""
         others = [one for one in ("bfloat16", "float32") if one != self.dtype]
         if self.dtype == "float32":
             others = ["float64"]
+        elif self.dtype.startswith("float8"):  # what is bfloat16 casts to it all the same
+            others = ["float32"]
         return [
             Candidate(
                 name=name,
@@ -282,58 +325,47 @@ class _Diagnosing:
 
     def bytes(self, dtype: str) -> int:
         """Of weights in `dtype`, beyond those of the failing run."""
-        bits = number_format(dtype).bits - number_format(self.dtype).bits
-        return max(0, sum(one.numel() for one in self.model.parameters() if one.is_floating_point()) * bits // 8)
+        return max(0, _bytes(self.models.model(dtype)) - _bytes(self.model))
 
     def offers(self, situation: Situation) -> tuple[list[Candidate], dict[str, str]]:
         made: dict[str, Candidate] = {}
         left_out: dict[str, str] = {}
         for number, offer in enumerate(CANDIDATES):
             self.tell("looking for candidates", number, len(CANDIDATES))
-            for one in offer(situation):
+            with same_draws():  # models that are built to look at draw weights
+                offered = list(offer(situation))
+            for one in offered:
                 if isinstance(one, Candidate):
                     made.setdefault(one.name, one)
                 else:
                     left_out[one.name] = one.why
         return list(made.values()), {name: why for name, why in left_out.items() if name not in made}
 
-    def recast(self, dtype: str) -> Recast | None:
-        """What code itself asks for, in `dtype` instead of the failing one; all of it, where everything is wider."""
-        if dtype == self.dtype:
-            return None
-        source = None if dtype == self.wide else getattr(torch, self.dtype)
-        return Recast(getattr(torch, dtype), source)
 
-    def attempt(self, candidate: Candidate) -> _Attempt:
-        if candidate.name not in self.tried:
-            self.tried[candidate.name] = self._attempt(candidate)
-        return self.tried[candidate.name]
+def _on(reproduction: Reproduction, candidate: Candidate) -> Candidate:
+    """A candidate for a run of another input."""
+    if candidate.instead is None:
+        return candidate
+    return replace(candidate, instead=replace(candidate.instead, of=reproduction))
 
-    def _attempt(self, candidate: Candidate) -> _Attempt:
-        models = self.models if candidate.instead is None else Kept(candidate.instead)
-        reproduction, reference = models.of, self.reference
-        dtype = candidate.dtype or self.dtype
-        try:
-            if candidate.instead is not None or candidate.reference is not None:
-                wide = models.model(self.wide)
-                same = None if candidate.reference is None else candidate.reference(wide)
-                reference = answers(reproduction, wide, around=same, recast=Recast(getattr(torch, self.wide)))
-            is_plain = candidate.scaling == UNCHANGED
-            model = models.model(dtype) if is_plain else models.scaled(dtype, candidate.scaling)
-            recast = self.recast(dtype)
-            made = answers(reproduction, model, around=candidate.around(model), recast=recast)
-        except MisuseError as error:
-            made, model = Answers(error=str(error)), self.model
-        compared = compare(made, reference)
-        then = made.error or ""
-        if not made.finite:
-            again = recorded(reproduction, model, around=candidate.around(model), recast=self.recast(dtype))
-            then = happened(again.recording, then)
-        return _Attempt(candidate, made.finite, compared, then)
+
+def _lost(wide: Answers) -> set[Row]:
+    return {(number, row) for number, one in enumerate(wide.outputs) for row in one.lost}
+
+
+def _is_doubtful(one: Attempt, tolerance: float, dtype: str) -> bool:
+    """Whether a change within the dtype that is exact is farther from float32 than bfloat16 is."""
+    far = one.compared.distance().error_max
+    is_within = one.candidate.dtype in (None, dtype)
+    return is_within and one.finite and not one.candidate.lossy and (far or 0.0) > tolerance
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(one.nbytes for one in model.parameters() if one.is_floating_point())
 
 
 def _judged(
-    one: _Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str, within: Compared | None
+    one: Attempt, tolerance: float, concerned: set[Row], never: set[Row], dtype: str, within: Compared | None
 ) -> Trial:
     """Whether it is as close to float32 as 16 bits come, and a change within the dtype as close as `within`, too.
 
@@ -370,8 +402,8 @@ def _notes(wide: Answers, dtype: str) -> tuple[str, ...]:
     notes = []
     if wide.recast:
         notes.append(
-            f"the code itself asks for narrower formats than {dtype}; for comparison {wide.recast:,} operators ran in "
-            "it"
+            f"the code itself asks for narrower formats than {dtype}; for comparison "
+            f"{counted(wide.recast, 'operator')} ran in it"
         )
     if wide.error is not None and not wide.outputs:
         notes.append(f"nothing can be compared, because the run in {dtype} raised {wide.error}")

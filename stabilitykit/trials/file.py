@@ -75,15 +75,22 @@ class UserFunction:
 
         Raises MisuseError, in one sentence with the line, for whatever it raises.
         """
-        with same_draws(), self.usable(f"{self.name}({dtype}) is called"):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
+        with _seeded(), self.usable(f"{self.name}({dtype}) is called"):
             return self.function(dtype)
 
     def usable(self, what: str) -> Any:
         """A context in which the file's folder is importable, and what is raised becomes a MisuseError."""
         return _usable(self.path, what)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers begin at the same place, and go on after the block as if nothing had been drawn."""
+    with same_draws():
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        yield
 
 
 @contextmanager
@@ -183,7 +190,7 @@ class FromFile:
             columns = Columns.of((), kwargs)
             assert columns is not None
             _, kwargs = columns.kept(*self._kept)
-        with importable(self.make.path):
+        with _seeded(), importable(self.make.path):
             return called(model, made.method, (), kwargs)(model)
 
     def with_columns(self, rows: Sequence[int], columns: Sequence[int]) -> "FromFile":
@@ -194,7 +201,7 @@ class FromFile:
         own, name = dtype_of(model), self.make.name
         if own != dtype and any(one.is_floating_point() and one.element_size() > 1 for one in model.parameters()):
             self._note(
-                f"{name}(torch.{dtype}) returned a model in {own}: it does not follow the dtype that it is given"
+                f"what {name}(torch.{dtype}) returned is a model in {own}: it does not follow the dtype it is given"
             )
         for key, sample in _samples(model).items():
             before = self._samples.setdefault(key, sample)
@@ -219,7 +226,9 @@ def _checked(make: UserFunction, returned: Any) -> tuple[nn.Module, _Made]:
     )
     if not isinstance(returned, tuple) or len(returned) != 2:
         what = f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
-        raise MisuseError(f"{invariant}; it returned {what}. Write `return model, {{'input_ids': ids}}`.")
+        is_step = isinstance(returned, tuple) and len(returned) == 4
+        tip = "For a training step add --backward" if is_step else "Write `return model, {'input_ids': ids}`"
+        raise MisuseError(f"{invariant}; it returned {what}. {tip}.")
     call, kwargs = returned
     model = getattr(call, "__self__", call)
     if not isinstance(model, nn.Module):

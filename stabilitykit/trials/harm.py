@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 
 from stabilitykit.records.trials import Distance, Harm
-from stabilitykit.remedies.float32_islands import keeping_in_float32
 from stabilitykit.trials.answers import Answers
-from stabilitykit.trials.candidate import Candidate, of_remedy
+from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates.operator import wider_operator
+from stabilitykit.trials.candidates.ranked import islands
 from stabilitykit.trials.compare import Compared, Row
 from stabilitykit.trials.situation import Situation
 
@@ -27,7 +27,7 @@ def without_overflow(situation: Situation, attempt: Callable[[Candidate], Compar
 def _wider(situation: Situation) -> Iterator[Candidate]:
     yield from wider_operator(situation)
     if situation.overflowing and situation.reproduction.dtype == "float16":
-        yield of_remedy(keeping_in_float32(situation.seen), "", 0)
+        yield islands(situation)
 
 
 def _far(one: Distance) -> float:
@@ -52,10 +52,12 @@ def harm(situation: Situation, low: Compared, plain: Answers, without: Compared 
     if situation.found is None or situation.found.broke.is_gradient:
         return None
     worst = sorted(rows or low.error, key=lambda row: -low.error[row])[:_WORST]
+    outputs = {number for number, _ in rows or low.error}
+    told = {row for row in low.error if row[0] in outputs}
     return Harm(
         site=situation.found.broke.site,
         harmful=bool(rows),
-        plain=low.distance(),
-        without=None if without is None else without.distance(),
+        plain=low.distance(told),
+        without=None if without is None else without.distance(told),
         rows=tuple((row[0], *plain.outputs[row[0]].place(row[1]), low.error[row]) for row in worst),
     )

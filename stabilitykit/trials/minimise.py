@@ -26,8 +26,8 @@ Tokens = tuple[tuple[int, ...], ...]
 """The tokens of each row."""
 
 
-class Prompted(Reproduction, Protocol):
-    """Runs prompts: rows of any lengths, without padding."""
+class Ragged(Reproduction, Protocol):
+    """Runs rows of any lengths, without padding, such as prompts."""
 
     @property
     def tokens(self) -> Tokens: ...
@@ -52,7 +52,7 @@ class Columned(Reproduction, Protocol):
         ...
 
 
-def has_tokens(reproduction: Reproduction) -> TypeGuard[Prompted | Columned]:
+def has_tokens(reproduction: Reproduction) -> TypeGuard[Ragged | Columned]:
     """Whether there are tokens to leave out."""
     return bool(getattr(reproduction, "tokens", ()))
 
@@ -86,20 +86,26 @@ class _Kept:
         return tuple(tuple(of[row][at] for at in kept) for row, kept in zip(self.rows, columns, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Minimised:
+    """The smallest input found, and how it is run."""
+
+    smallest: Smallest
+    reproduction: Reproduction
+
+
 def minimise(
-    reproduction: Prompted | Columned,
+    reproduction: Ragged | Columned,
     *,
     model: nn.Module | None = None,
-    recording: Recording | None = None,
     most_runs: int = _MOST,
     progress: Progress | None = None,
-) -> Smallest | None:
+) -> Minimised | None:
     """Leaves out rows and tokens for as long as the decisive break is of the same kind and label.
 
     Args:
         reproduction: what fails, and how it is run with less.
         model: the one that fails, which `reproduction` made, if there is one already.
-        recording: of its run with all tokens, if there is one already.
         most_runs: to give up after; the result then says that it is not minimal.
         progress: called with (what is being done, tokens left out so far, all tokens).
 
@@ -109,21 +115,21 @@ def minimise(
     """
     model = reproduction.model(reproduction.dtype) if model is None else model
     search = _Search(reproduction, model, most_runs, progress)
-    if recording is None:
-        stopped = search.recorded(reproduction, whole=False)
-        search.past = next(iter(stopped.header.starts), 0)
-        broke = stopped.first_break()
-        smallest = None if broke is None else search.run(broke, by_first=True)
-        if broke is None or smallest is not None:
-            return smallest
-        recording = search.recorded(reproduction, whole=True)
-    search.past = next(iter(recording.header.starts), 0)
-    found = decisive(recording)
+    stopped = search.recorded(reproduction, whole=False)
+    search.past = next(iter(stopped.header.starts), 0)
+    broke = stopped.first_break()
+    if broke is None:
+        return None
+    minimised = search.run(broke, by_first=True)
+    if minimised is not None:
+        return minimised
+    whole = search.recorded(reproduction, whole=True)  # what broke first does not decide
+    found = decisive(whole)
     if found is None:
         return None
-    first = recording.first_break() is found.broke
-    smallest = search.run(found.broke, by_first=first, harmless=found.harmless is True)
-    return smallest or search.run(found.broke, by_first=False)
+    first = whole.first_break() is found.broke
+    minimised = search.run(found.broke, by_first=first, harmless=found.harmless is True)
+    return minimised or search.run(found.broke, by_first=False)
 
 
 class _RunsSpentError(Exception):
@@ -133,7 +139,7 @@ class _RunsSpentError(Exception):
 class _Search:
     def __init__(
         self,
-        reproduction: Prompted | Columned,
+        reproduction: Ragged | Columned,
         model: nn.Module,
         most_runs: int,
         progress: Progress | None,
@@ -147,7 +153,7 @@ class _Search:
         self.tokens = reproduction.tokens
         self.before = sum(map(len, self.tokens))
 
-    def run(self, broke: Record, *, by_first: bool, harmless: bool = False) -> Smallest | None:
+    def run(self, broke: Record, *, by_first: bool, harmless: bool = False) -> Minimised | None:
         """The smallest input that breaks as `broke`, which did in the whole one, harmlessly or not.
 
         `by_first`: it was the first to break there, so that runs stop at the first break. None where it turns out that
@@ -181,7 +187,7 @@ class _Search:
             broke = found.broke
         assert broke.broke is not None
         tokens, text = self.kept.tokens(self.tokens), self.reproduction.text
-        return Smallest(
+        smallest = Smallest(
             tokens=tokens,
             texts=None if text is None else tuple("".join(map(text, row)) for row in tokens),
             before=self.before,
@@ -191,6 +197,7 @@ class _Search:
             kind=broke.broke.kind,
             label=broke.label,
         )
+        return Minimised(smallest, self.fewer(self.kept))
 
     # Runs
 

@@ -2,15 +2,17 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.stream import stored_weight
@@ -19,6 +21,9 @@ from stabilitykit.records.scaling import Scaling
 from stabilitykit.scaling.apply import scaled, tensors_by_name, with_settings
 from stabilitykit.scaling.blueprint import Blueprint
 from stabilitykit.scaling.subjects import blueprint_of
+
+_COPIED_FOR: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+"""The dtype of a copy: one without weights has nothing else that would tell."""
 
 
 class Reproduction(Protocol):
@@ -56,11 +61,15 @@ class Reproduction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A model that is there, and `call`, which runs it or a copy of it in another dtype."""
+    """A model that is there, and `call`, which runs it or a copy of it in another dtype.
+
+    `casts`: it is the run that casts to `dtype`, by autocasting or in code of its own; the weights stay as they are.
+    """
 
     given: nn.Module
     call: Callable[[nn.Module], Any]
     dtype: str
+    casts: bool = False
     reference: nn.Module | None = None
     grad: bool = False
     source: str | None = None
@@ -69,9 +78,13 @@ class Given:
     text: Callable[[int], str] | None = None
 
     def in_dtype(self, dtype: str) -> str:
+        if self.casts:
+            return f"torch.{dtype} where the run casts to torch.{self.dtype}, as in torch.autocast(..., dtype=...)"
         return f"model.to(torch.{dtype})"
 
     def model(self, dtype: str) -> nn.Module:
+        if self.casts:
+            dtype = dtype_of(self.given)
         if self.reference is not None and dtype != dtype_of(self.given):
             return copied(self.reference, dtype)
         return copied(self.given, dtype)
@@ -86,6 +99,12 @@ class Kept:
     def __init__(self, reproduction: Reproduction) -> None:
         self.of = reproduction
         self._models: dict[str, nn.Module] = {}
+
+    def on(self, reproduction: Reproduction) -> "Kept":
+        """The same models, for one that runs them on something else."""
+        made = Kept(reproduction)
+        made._models = self._models
+        return made
 
     def model(self, dtype: str) -> nn.Module:
         """In `dtype`, as it is."""
@@ -112,12 +131,12 @@ def called(model: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[s
     """Calls `method` of a copy of `model` with copies of the arguments: floating ones in the copy's dtype, where they
     have the model's. A streamer is left out, which would print each run.
     """
-    own = getattr(torch, dtype_of(model))
+    own = getattr(torch, dtype_of(model, (args, kwargs)))
     kept = tree_map_only(Tensor, lambda one: one.detach().clone(), (list(args), dict(kwargs)))
     kept[1].pop("streamer", None)
 
     def fresh(other: nn.Module) -> Any:
-        target = getattr(torch, dtype_of(other))
+        target = own if other is model else getattr(torch, dtype_of(other))
         try:
             made = copy.deepcopy(kept, {id(model): other})
         except RuntimeError as error:
@@ -152,17 +171,34 @@ def _recast_inside(value: Any, own: torch.dtype, target: torch.dtype, depth: int
                 _recast_inside(item, own, target, depth - 1)
 
 
-def dtype_of(model: nn.Module) -> str:
-    """The dtype of most of a model's floating parameters and buffers; float32 where there are none.
+def dtype_of(model: nn.Module, arguments: Any = ()) -> str:
+    """The dtype of most of a model's floating parameters and buffers. Where there are none it is the one that the model
+    was copied for, or that of its `arguments`, or float32.
 
-    Of float8 and narrower ones, in which nothing is computed, there is no word.
+    Of float8 and narrower ones, in which nothing is computed, there is no word. Raises MisuseError for parameters that
+    only a first run makes.
     """
-    sizes: dict[torch.dtype, int] = {}
-    for one in (*model.parameters(), *model.buffers()):
-        if one.is_floating_point() and one.element_size() > 1:
-            sizes[one.dtype] = sizes.get(one.dtype, 0) + one.numel()
+    lazy = next((name for name, one in model.named_parameters() if is_lazy(one)), None)
+    if lazy is not None:
+        raise MisuseError(
+            f"{lazy} of {type(model).__name__} has no numbers yet, because a lazy module makes them in its first run. "
+            "Run the model once before it is diagnosed."
+        )
+    held = _sizes((*model.parameters(), *model.buffers()))
+    if not held and model in _COPIED_FOR:
+        return _COPIED_FOR[model]
+    sizes = held or _sizes(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
     most = max(sizes, key=lambda one: sizes[one], default=torch.float32)
     return str(most).removeprefix("torch.")
+
+
+def _sizes(tensors: Iterable[Tensor]) -> dict[torch.dtype, int]:
+    """Elements by dtype, of the floating ones in which something is computed."""
+    sizes: dict[torch.dtype, int] = {}
+    for one in tensors:
+        if one.is_floating_point() and one.element_size() > 1:
+            sizes[one.dtype] = sizes.get(one.dtype, 0) + one.numel()
+    return sizes
 
 
 def copied(model: nn.Module, dtype: str) -> nn.Module:
@@ -177,6 +213,7 @@ def copied(model: nn.Module, dtype: str) -> nn.Module:
             "that nothing changes in it. Write a file with make(dtype), which builds the model anew: stabilitykit "
             "diagnose FILE.py:make"
         ) from error
+    _COPIED_FOR[made] = dtype
     if dtype_of(made) == dtype:
         return made
     own = dict(_computed(made)) if hasattr(getattr(model, "config", None), "to_dict") else {}

@@ -15,9 +15,10 @@ from stabilitykit.remedies.seen import Seen, add_overflowing
 from stabilitykit.run.dry_run import with_stored_dtypes
 from stabilitykit.trials.answers import Answers, Change, answers
 from stabilitykit.trials.recast import Recast
-from stabilitykit.trials.reproduction import Kept, Reproduction
+from stabilitykit.trials.reproduction import Kept, Reproduction, dtype_of
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_OVERFLOWS = ("overflow", "reduction")
 
 
 def without_layers(site: str) -> str:
@@ -32,7 +33,8 @@ class Situation:
 
     `low` are the records of that run, `found` what became of its decisive break, and `part` the part of the model that
     broke; None where nothing did. `wide` are the records of a float32 run of the same, with stored dtypes, and
-    `overflowing` those of what the dtype cannot hold, by site, of all steps the largest.
+    `overflowing` those of what the dtype cannot hold, by site, of all steps the largest. `asks`: the code itself asks
+    for narrower formats than float32.
     """
 
     reproduction: Reproduction
@@ -43,6 +45,7 @@ class Situation:
     found: Outcome | None
     part: Part | None
     overflowing: Mapping[str, Record]
+    asks: bool
 
     @property
     def broke(self) -> Record | None:
@@ -59,19 +62,30 @@ class Situation:
         return None if broke is None or broke.broke is None else broke.broke.kind
 
     @property
+    def casts(self) -> bool:
+        """Whether it is the run that casts to the failing dtype, such as autocasting, and the weights have another."""
+        return dtype_of(self.model) != self.reproduction.dtype
+
+    @property
     def place(self) -> Place | None:
         return None if self.broke is None else place_in(self.low, self.broke)
 
     @property
     def seen(self) -> Seen:
-        """For remedies of a repair. What broke is among what overflows, also where float32 does not show it."""
-        largest = max(self.overflowing.values(), key=lambda one: one.amax or 0.0, default=None)
+        """For remedies of a repair. What broke is among what overflows, also where float32 does not show it, and so is
+        the sum with a mask that does.
+        """
+        overflowing = dict(self.overflowing)
+        if self.kind == "masked-row":
+            own = self.rounded()
+            overflowing |= {one.site: one for one in self.low if one.site in own}
+        largest = max(overflowing.values(), key=lambda one: one.amax or 0.0, default=None)
         return Seen(
             model=self.model,
             low=self.low,
             peak=0.0 if largest is None else largest.amax or 0.0,
             site="" if largest is None else largest.site,
-            overflowing=self.overflowing,
+            overflowing=overflowing,
         )
 
     def alike(self) -> list[str]:
@@ -81,6 +95,28 @@ class Situation:
             return []
         pattern = without_layers(broke.site)
         return list(dict.fromkeys([broke.site, *(s for s in self.overflowing if without_layers(s) == pattern)]))
+
+    def to_softmax(self) -> list[str]:
+        """Of scores that broke, what attention makes of them until their softmax, in every layer where they do."""
+        if self.part != "scores" or self.place is None:
+            return []
+        modules = {one.partition("/")[0] for one in self.alike()}
+        own = [one for one in self.place.after if one.module == self.place.record.module]
+        end = next((place for place, one in enumerate(own) if one.operator == "softmax"), 0)
+        patterns = {without_layers(one.site) for one in own[:end]}
+        sites = [one.site for one in self.low if one.module in modules and without_layers(one.site) in patterns]
+        return list(dict.fromkeys(sites))
+
+    def rounded(self) -> list[str]:
+        """From the site whose rounding made the zero or the infinity at which it broke, what carries that there."""
+        first = None if self.broke is None or self.broke.broke is None else self.broke.broke.rounded_site
+        if first is None or first == "constant" or self.broke is None:
+            return []
+        step = [one for one in self.low if one.step == self.broke.step and one.order < self.broke.order]
+        start = next((place for place, one in enumerate(step) if one.site == first), None)
+        if start is None:
+            return [first]
+        return [first, *(one.site for one in step[start + 1 :] if one.zero and one.dtype == self.broke.dtype)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +147,7 @@ def recorded(
             formats=formats,
             watch=watch,
             stop_at_break=stop_at_break,
+            backward=reproduction.grad,
             fused_softmax=False,
             token_text=reproduction.text,
         ) as recording:
@@ -121,13 +158,16 @@ def recorded(
     return Recorded(kept[0], made)
 
 
-def look(models: Kept, low: Recording, wide: Recording) -> Situation:
-    """What the records of both runs say."""
+def look(models: Kept, low: Recording, wide: Recorded) -> Situation:
+    """What both runs say."""
     found = decisive(low)
     dtype = models.of.dtype
     overflowing: dict[str, Record] = {}
-    stored = with_stored_dtypes(wide, low)
+    stored = with_stored_dtypes(wide.recording, low)
     add_overflowing(overflowing, stored, dtype)
+    broke = None if found is None else found.broke
+    if broke is not None and broke.dtype == dtype and broke.broke is not None and broke.broke.kind in _OVERFLOWS:
+        overflowing.setdefault(broke.site, broke)  # float32 has none of the casts to the dtype
     return Situation(
         reproduction=models.of,
         models=models,
@@ -135,6 +175,7 @@ def look(models: Kept, low: Recording, wide: Recording) -> Situation:
         low=low,
         wide=stored,
         found=found,
-        part=None if found is None else part_of(low, found.broke),
+        part=None if broke is None else part_of(low, broke),
         overflowing=overflowing,
+        asks=bool(wide.answers.recast),
     )

@@ -48,7 +48,8 @@ class Ran:
     """What a step came to: its loss, each weight's gradient divided by the loss scale, in float32, and whether it was 0
     only after it had been divided in its own dtype; the norm of all; whether every weight is finite afterwards.
 
-    `then`: what was raised.
+    `moved` is how far the optimiser moved that weight which it moved farthest, beyond what rounding can have added;
+    None where one is not finite. `then`: what was raised.
     """
 
     loss: float | None = None
@@ -56,6 +57,7 @@ class Ran:
     vanished: int = 0
     norm: float | None = None
     weights: bool = False
+    moved: float | None = None
     then: str = ""
     recording: Recording | None = None
 
@@ -88,7 +90,8 @@ def built(step: Step) -> Made:
     made: Any = step.make(getattr(torch, step.dtype))
     what = "a make(dtype) for training has to return (model, kwargs, loss, optimizer)"
     if not isinstance(made, tuple | list) or len(made) != 4:
-        raise MisuseError(f"{what}; it returned {type(made).__name__}.")
+        came = f"{len(made)} values" if isinstance(made, tuple) else type(made).__name__
+        raise MisuseError(f"{what}; it returned {came}.")
     model, kwargs, loss, optimizer = made
     checks = (nn.Module, Mapping, Callable, torch.optim.Optimizer)
     for one, kind in zip(made, checks, strict=True):
@@ -140,17 +143,28 @@ def _run(
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     for held in named.values():
         assert held.grad is not None
-        before = held.grad != 0
+        some = held.grad != 0
         held.grad.div_(step.loss_scale)
-        ran.vanished += int((before & (held.grad == 0)).sum())
+        ran.vanished += int((some & (held.grad == 0)).sum())
     if clip is not None and step.clipping == "after unscaling":
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     if clip is not None and step.clipping == "in float32":
         nn.utils.clip_grads_with_norm_(model.parameters(), clip, torch.tensor(ran.norm))
     if clip is not None:
         ran.gradients = {name: _kept(held.grad) for name, held in named.items()}
+    before = {name: held.detach().clone() for name, held in named.items()}
     optimizer.step()
     ran.weights = all(bool(held.isfinite().all()) for held in model.parameters())
+    if ran.weights:
+        ran.moved = max((_moved(before[name], held) for name, held in named.items()), default=0.0)
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """The largest difference, without what a number of 16 bits is rounded by when a move is added to it."""
+    away = (after.detach().double() - before.double()).abs()
+    if before.element_size() < 4:
+        away -= before.double().abs() * torch.finfo(before.dtype).eps / 2
+    return float(away.max().clamp(min=0)) if away.numel() else 0.0
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:

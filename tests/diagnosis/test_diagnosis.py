@@ -55,6 +55,26 @@ def test_a_break_is_told_from_its_operands_to_its_error() -> None:
     assert (found["finite"], found["cause"], found["tokens"]) == (False, "range", [2, 7, 9])
 
 
+def test_what_the_reference_run_has_is_that_of_the_same_step() -> None:
+    recording = Recording(HEADER, [replace(BROKEN[2], step=1)])
+    watched = (("layers.0", 2, 3.0), ("layers.0", 2, 68123.0))
+    both = [made(0, "layers.0"), replace(made(1, "layers.0"), step=1)]
+    reference = Recording(replace(HEADER, dtype="float32", watched=watched), both)
+    assert document(recording, reference)["first_break"]["reference_value"] == 68123.0
+    only_the_first = Recording(replace(HEADER, dtype="float32", watched=watched[:1]), both[:1])
+    assert document(recording, only_the_first)["first_break"]["reference_value"] is None
+
+
+def test_a_harm_that_was_measured_is_told_instead_of_what_records_suggest() -> None:
+    broken = made(0, "layers.0/mul.0", positive_inf=1, lost_positions=1, lost_channels=1, broke=broke())
+    recording = Recording(
+        HEADER, [broken, made(1, "layers.0/div.0", operator="div", absorbs=True), made(2, "layers.0")]
+    )
+    assert "is finite, and wrong" in verdict(recording)
+    assert "wrong" not in verdict(recording, harmful=False)
+    assert "wrong" in verdict(recording, harmful=True)
+
+
 def test_a_healthy_run_says_how_much_headroom_is_left() -> None:
     recording = Recording(HEADER, [made(0, "layers.0", amax=16376.0, label="residual after MLP")])
     assert verdict(recording) == (

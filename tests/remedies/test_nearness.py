@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.remedies.nearness import Probabilities, nearness
+from stabilitykit.run.divergence import Distribution, divergence
 
 
 def pair(noise: float, scale: float = 5.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,15 @@ def test_a_shift_of_all_logits_is_no_divergence() -> None:
     found = nearness(theirs + 200.0, Probabilities.of(theirs))
     assert float(found.kl.abs().max()) < 1e-9
     assert found.error == pytest.approx(200.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-8])
+def test_of_rows_that_are_all_but_equal_rounding_leaves_no_negative_divergence(noise: float) -> None:
+    """Here the sums come to less than 0, by 1e-26 in the one and 1e-16 in the other."""
+    ours, theirs = pair(noise)
+    for kl in (nearness(ours, Probabilities.of(theirs)).kl, divergence(ours, Distribution.of(theirs)).kl):
+        assert float(kl.min()) >= 0.0
+        torch.testing.assert_close(kl, in_float64(ours, theirs).clamp(min=0), rtol=0, atol=1e-14)
 
 
 def test_positions_that_are_not_finite_are_left_out() -> None:

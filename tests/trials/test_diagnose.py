@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -113,6 +114,8 @@ def test_generate_is_diagnosed_as_it_is_called() -> None:
     assert torch.equal(torch.get_rng_state(), draws)
     assert "sampling raises" in found.verdict or "probability tensor" in str(found.findings["error"])
     assert found["rescale"].cured
+    drawn = found["rescale"].distance, found["float32"].distance
+    assert [one and one.rows for one in drawn] == [3, 3]  # a call for each token, none cut off by another draw
 
 
 def test_with_a_reference_the_original_weights_are_what_it_is_compared_with() -> None:
@@ -223,3 +226,63 @@ def test_misuse_is_refused() -> None:
     model.extra = model.weight * 2
     with pytest.raises(MisuseError, match="cannot be copied"):
         sk.diagnose(model, torch.ones(1, 2))
+
+
+class Code(nn.Module):
+    """A few lines without a weight."""
+
+    epsilon: float
+
+    def __init__(self, lines: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lines(x)
+
+
+@pytest.mark.parametrize("given", [torch.float32, HALF])
+def test_a_model_without_weights_runs_in_the_dtype_that_is_asked_for(given: torch.dtype) -> None:
+    x = torch.tensor([[300.0, 2.0], [1.0, 3.0]], dtype=given)
+    found = sk.diagnose(Code(lambda x: x * x / 4), x, dtype="float16" if given != HALF else None)
+    assert (found.dtype, found.finite) == ("float16", False)
+    assert "300 · 300 = 90,000" in found.verdict
+    assert found["float32"].cured
+    assert found["float32 operator"].cured
+    assert found.left_out["rescale"] == "The model has no weights to scale."
+    assert not any("already" in note for note in found.notes)
+
+
+def test_a_model_whose_weights_are_still_to_be_made_is_refused() -> None:
+    with pytest.raises(MisuseError, match=r"0\.weight of Sequential has no numbers yet.*Run the model once"):
+        sk.diagnose(nn.Sequential(nn.LazyLinear(2)), torch.ones(1, 3))
+
+
+def test_the_larger_eps_that_only_the_code_holds_is_not_set_on_modules() -> None:
+    in_code = sk.diagnose(Code(lambda x: x / (x.std(-1, keepdim=True) + 1e-8)), torch.zeros(1, 2, 4, dtype=HALF))
+    assert in_code["larger eps"].command.startswith("# in the model's code: 6.1e-05")
+    norm = Code(lambda x: x)
+    norm.epsilon = 1e-8
+    norm.lines = lambda x: x / (x.std(-1, keepdim=True) + norm.epsilon)
+    x = torch.zeros(1, 2, 4, dtype=HALF)
+    exec(sk.diagnose(norm, x)["larger eps"].command, {"model": norm})  # as it is to be pasted
+    assert norm(x).isfinite().all()
+
+
+def test_diagnose_does_not_send_to_itself() -> None:
+    found = sk.diagnose(Code(lambda x: (x * 1000).exp()), torch.full((1, 2, 4), 2.0))  # past float64, too
+    assert "A candidate, not tried" in found.verdict
+    assert "sk.diagnose" not in found.verdict
+
+
+def test_the_value_in_float32_is_that_of_the_call_that_broke() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data.copy_(torch.eye(2) * 300)
+
+    def twice(model: nn.Module) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        model(torch.ones(1, 3, 2, dtype=dtype))
+        out: Tensor = model(torch.full((1, 3, 2), 400.0, dtype=dtype))
+        return out
+
+    assert "The float32 run has 120,000 there." in diagnose_run(model, twice).verdict

@@ -194,6 +194,25 @@ def test_what_is_made_is_the_same_each_time_and_the_callers_random_numbers_go_on
     assert opened.notes == ()
 
 
+SAMPLED = (
+    LLAMA
+    + """
+def make(dtype):
+    model = llama(dtype)
+    return model.generate, {"input_ids": torch.tensor([[1, 2, 7]]), "max_new_tokens": 4, "do_sample": True}
+"""
+)
+
+
+def test_a_run_that_samples_is_the_same_each_time(tmp_path: Path) -> None:
+    opened = FromFile.load(written(tmp_path, SAMPLED), "float32")
+    torch.manual_seed(1)
+    first = opened.run(opened.model("float32"))
+    torch.manual_seed(2)
+    second = opened.run(opened.model("float32"))
+    assert torch.equal(first, second)
+
+
 def test_a_file_that_ignores_the_dtype_is_told_so(tmp_path: Path) -> None:
     body = """
     def make(dtype):
@@ -203,8 +222,10 @@ def test_a_file_that_ignores_the_dtype_is_told_so(tmp_path: Path) -> None:
     assert found.finite
     assert (
         found.notes[0]
-        == "make(torch.float16) returned a model in float32: it does not follow the dtype that it is given"
+        == "what make(torch.float16) returned is a model in float32: it does not follow the dtype it is given"
     )
+    assert found.advice.startswith("What was to run in float16 ran in float32, so nothing is known of float16.")
+    assert "tokens" not in found.advice  # its outputs are none
 
 
 def test_a_file_whose_weights_are_others_each_time_is_told_so(tmp_path: Path) -> None:
@@ -272,6 +293,11 @@ WRONG: dict[str, tuple[str, str]] = {
     "no function": ("make = 3", r"must define make\(dtype\); its make is int\. It defines no function\.$"),
     "one value": ("def make(dtype):\n    return nn.Linear(2, 2)", RETURNS + r"it returned Linear\."),
     "three": ("def make(dtype):\n    return 1, 2, 3", RETURNS + r"it returned 3 values\."),
+    "a step": (
+        "def make(dtype):\n    return 1, 2, 3, 4",
+        RETURNS + r"it returned 4 values\. For a training step add --backward\.",
+    ),
+    "lazy": ("def make(dtype):\n    return nn.LazyLinear(2), {}", r"weight of LazyLinear has no numbers yet"),
     "no model": ("def make(dtype):\n    return len, {}", RETURNS + "its first value is builtin_function_or_method"),
     "no dict": ("def make(dtype):\n    return nn.Linear(2, 2), torch.ones(2)", RETURNS + "its second value is Tensor"),
 }

@@ -148,4 +148,45 @@ def test_a_gradient_is_no_harm_to_what_is_returned() -> None:
 
     found = diagnose_run(model, run, grad=True)
     assert found.harm is None
-    assert "it is a gradient that is not" in found.advice
+    assert not found.finite
+    assert "It is a gradient that is not finite" in found.advice
+
+
+class TwoOutputs(nn.Module):
+    """Of two outputs an overflow makes only the second one worse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.weight / 3, 1000 / (x * self.weight * 100)
+
+
+def test_the_harm_is_that_of_the_outputs_that_are_worse() -> None:
+    x = torch.tensor([[[100.0, 2, 3, 4, 5, 6, 7, 8], [900.0, 800, 700, 900, 900, 900, 900, 900]]])
+    found = sk.diagnose(TwoOutputs().half(), x.half().clamp(min=100))
+    harm = harm_of(found)
+    assert harm.harmful
+    assert {number for number, *_ in harm.rows} == {1}
+    assert harm.plain.rows == 2  # of the second output alone
+    assert harm.without is not None
+    assert harm.without.rows == 2
+
+
+def test_an_overflow_without_harm_is_not_called_wrong_and_nothing_is_advised() -> None:
+    """What is divided by an infinity, beside numbers a million times as large."""
+    model = Code(lambda m, x: x * m.weight + x / (x * x * 300))
+    found = sk.diagnose(model.half(), ROWS)
+    assert not harm_of(found).harmful
+    assert "does no harm" in found.advice
+    assert "wrong" not in found.verdict
+    assert "Use a format" not in found.verdict
+
+
+def test_what_was_tried_for_the_harm_keeps_its_command_and_its_memory() -> None:
+    found = sk.diagnose(Code(norm).half(), ROWS)
+    islands = found["float32 islands"]
+    assert islands.cured
+    assert "/mul.0" in islands.command
+    assert islands.memory > 0

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import matmul
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import record
-from stabilitykit.records.trials import Smallest
+from stabilitykit.records.trials import Diagnosis, Smallest
+from stabilitykit.report.blocks import Prose
+from stabilitykit.report.parts import trials
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.source import Source
 from stabilitykit.trials.columns import Columns, given_call
-from stabilitykit.trials.minimise import Columned, has_tokens, minimise
+from stabilitykit.trials.minimise import has_tokens, minimise
 from stabilitykit.trials.prompts import Prompted, prompted
 
 HIDDEN, HEAD = 16, 8
@@ -83,7 +86,7 @@ def smallest_of(model: Any, ids: Sequence[Sequence[int]], **given: Any) -> Small
     assert has_tokens(reproduction)
     found = minimise(reproduction)
     assert found is not None
-    return found
+    return found.smallest
 
 
 def without_each(row: Sequence[int]) -> list[list[int]]:
@@ -200,12 +203,26 @@ def test_tokens_after_a_cache_are_left_out_and_the_cache_stays() -> None:
     assert all(map(torch.equal, before, (layer.keys for layer in cache.layers)))
 
 
-def test_diagnose_says_the_smallest_input() -> None:
+def told(found: Diagnosis) -> str:
+    """All that is printed of it, as prose."""
+    return " ".join(one.text for one in trials.blocks(found) if isinstance(one, Prose))
+
+
+def test_diagnose_says_the_smallest_input_and_that_it_is_what_was_diagnosed() -> None:
     model = llama()
     found = sk.diagnose(model, input_ids=torch.tensor([[FILL, 2, SELF, 3]]), minimise=True)
     assert found.smallest is not None
-    assert found.smallest.tokens == ((SELF,),)
-    assert sk.diagnose(model, input_ids=torch.tensor([[FILL, 2, 3]]), minimise=True).smallest is None
+    assert (found.smallest.tokens, found.diagnosed) == (((SELF,),), "smallest")
+    assert "This is about the smallest input found that fails alike, 1 token of 4, not about the whole one." in told(
+        found
+    )
+    alone = sk.diagnose(model, input_ids=torch.tensor([[SELF]]))
+    assert alone.diagnosed == "whole"
+    assert [replace(one, cures_whole=None) for one in found.trials] == list(alone.trials)
+    assert (found.verdict, found.findings, found.plain) == (alone.verdict, alone.findings, alone.plain)
+    unbroken = sk.diagnose(model, input_ids=torch.tensor([[FILL, 2, 3]]), minimise=True)
+    assert (unbroken.smallest, unbroken.diagnosed) == (None, "whole")
+    assert "nothing breaks, so that no token was left out" in unbroken.notes
     with pytest.raises(MisuseError, match="Only an input with tokens"):
         sk.diagnose(nn.Linear(2, 2).half(), torch.full((1, 2), 60_000.0).half(), minimise=True)
 
@@ -215,11 +232,15 @@ def test_it_stops_after_so_many_runs_and_says_that_it_did() -> None:
     text = [*[FILL] * 20, KEY, *[FILL] * 18, QUERY]
     reproduction = given_call(model, "__call__", (torch.tensor([text]),), {}, dtype="float16")
     assert has_tokens(reproduction)
-    found = minimise(reproduction, most_runs=9)
-    assert found is not None
+    minimised = minimise(reproduction, most_runs=9)
+    assert minimised is not None
+    found = minimised.smallest
     assert not found.minimal
     assert found.runs <= 10  # the last one confirms what is kept
     assert breaks_by_hand(model, found.tokens)
+    diagnosed = sk.diagnose(model, torch.tensor([text]), minimise=True)
+    assert "may get smaller" not in told(diagnosed)
+    assert "may get smaller" in told(replace(diagnosed, smallest=found))
 
 
 class Squares(nn.Module):
@@ -237,22 +258,60 @@ class Squares(nn.Module):
         return torch.tanh(first * first) + second * second
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_harmless_overflow_that_comes_first_is_not_the_one_to_keep(recorded: bool) -> None:
+def test_a_harmless_overflow_that_comes_first_is_not_the_one_to_keep() -> None:
     model = Squares().half()
-    reproduction = given_call(model, "__call__", (torch.tensor([[1, 3, 2, 5, 4]]),), {}, dtype="float16")
-    assert has_tokens(reproduction)
-    assert isinstance(reproduction, Columned)
-    recording = None
-    if recorded:
-        with torch.inference_mode(), record(model) as recording:
-            reproduction.run(model)
-    found = minimise(reproduction, recording=recording)
-    assert found is not None
+    found = smallest_of(model, [[1, 3, 2, 5, 4]])
     assert (found.tokens, found.site) == (((5,),), "/mul.1")
-    harmless = minimise(given_call(model, "__call__", (torch.tensor([[1, 3, 2]]),), {}, dtype="float16"))  # type: ignore[arg-type]
-    assert harmless is not None
+    harmless = smallest_of(model, [[1, 3, 2]])
     assert (harmless.tokens, harmless.site) == (((3,),), "/mul.0")
+
+
+def test_where_an_overflow_is_harmless_the_whole_input_is_diagnosed() -> None:
+    found = sk.diagnose(Squares().half(), torch.tensor([[1, 3, 2]]), minimise=True)
+    assert found.is_well
+    assert found.smallest is not None
+    assert (found.smallest.tokens, found.diagnosed) == (((3,),), "whole")
+    assert found.plain is not None
+    assert found.plain.rows == 1  # of the numbers of three tokens
+    assert "all else here is about the whole input" in told(found)
+
+
+class TwoFaults(nn.Module):
+    """The square of token 3 overflows, and of token 5 the double, which comes later; both fit once they are divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 2).requires_grad_(False)
+        self.embedding.weight.fill_(0.1)
+        self.embedding.weight[3, 0], self.embedding.weight[5, 1] = 300.0, 60_000.0
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.embedding(input_ids)
+        first, second = hidden[..., 0], hidden[..., 1]
+        return (first * first) / 8 + (second + second) / 8
+
+
+def test_what_cures_the_smallest_input_is_tried_on_the_whole_one() -> None:
+    """Of two faults the first alone is in the smallest input, and what cures that one leaves the other."""
+    model = TwoFaults().half()
+    one_fault, both = torch.tensor([[1, 3, 2, 4]]), torch.tensor([[1, 3, 2, 5]])
+    found = sk.diagnose(model, one_fault, minimise=True)
+    assert found.smallest is not None
+    assert found.smallest.tokens == ((3,),)
+    best = found.cures[0]
+    assert [one.name for one in found.trials if one.cures_whole is not None] == [best.name]  # no more has to be tried
+    assert best.cures_whole
+    assert f"On the whole input {best.name} helps, too." in found.advice
+    found = sk.diagnose(model, both, minimise=True)
+    assert found.smallest is not None
+    assert found.smallest.tokens == ((3,),)
+    assert found["float32 operator"].cured
+    assert found["float32 operator"].cures_whole is False
+    assert not sk.diagnose(model, both)["float32 operator"].finite
+    (good,) = (one.name for one in found.trials if one.cures_whole)
+    assert good in ("float32", "bfloat16")
+    assert f"On the whole input {good} helps, too." in found.advice
+    assert "float32 operator) does not cure the whole one" in found.advice
 
 
 class Doubling(nn.Module):
@@ -319,15 +378,17 @@ def gemma_prompts(rows: Sequence[Sequence[int]], large: int) -> tuple[Gemma, Pro
 
 def test_of_a_batch_of_prompts_only_the_row_that_breaks_is_kept() -> None:
     _, batch = gemma_prompts([[2, 5, 6, 7, 8], [2, 9], [2, 5, 40, 6], [2, 3, 4]], large=40)
-    found = minimise(batch)
-    assert found is not None
+    minimised = minimise(batch)
+    assert minimised is not None
+    found = minimised.smallest
     assert (found.tokens, found.texts, found.before) == (((40,),), ("[40]",), 14)
 
 
 def test_where_padding_breaks_a_shorter_row_is_kept_beside_a_longer_one() -> None:
     model, batch = gemma_prompts([[2, 5, 6, 7, 8], [2, 9, 5], [2, 5, 41, 6, 7]], large=0)
-    found = minimise(batch)
-    assert found is not None
+    minimised = minimise(batch)
+    assert minimised is not None
+    found = minimised.smallest
     assert sorted(map(len, found.tokens)) == [1, 2]
     assert found.minimal
     assert not bool((model.half().embed_tokens(torch.tensor([[0]]))).isfinite().all())
@@ -345,8 +406,9 @@ def test_the_real_gemma_without_bos_breaks_at_a_few_tokens_alike(checkpoint_270m
     first = recording.first_break()
     assert first is not None
     assert first.broke is not None
-    found = minimise(whole, model=model)
-    assert found is not None
+    minimised = minimise(whole, model=model)
+    assert minimised is not None
+    found = minimised.smallest
     assert found.minimal
     assert (found.kind, found.label) == (first.broke.kind, first.label)
     (row,) = found.tokens

@@ -1,6 +1,7 @@
 """What is tried against a training step that fails is what cures it when it is done by hand."""
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,6 +133,42 @@ def test_an_eps_that_float16_rounds_to_zero() -> None:
     assert all(bool(held.isfinite().all()) for held in model.parameters()) == found["larger eps"].cured
     assert found["master weights"].cured
     assert "although every gradient is" in found.advice
+
+
+def test_a_step_that_fails_twice_over_is_cured_by_two_changes_at_once() -> None:
+    """Gradients overflow, and with a loss scale at which they do not, Adam divides by 0: neither change does alone."""
+
+    def make(dtype: torch.dtype) -> Made:
+        return llama(dtype, torch.optim.Adam)
+
+    found = diagnose_training(make, loss_scale=2.0**19)
+    scale = found["smaller loss scale"].loss_scale
+    assert found["smaller loss scale"].failures == {"weights"}
+    assert found["larger eps"].failures == {"gradients"}
+    pair = next(trial for trial in found.trials if trial.together == ("smaller loss scale", "larger eps"))
+    eps = float(pair.command.rpartition("eps=")[2].rstrip(")"))
+    assert pair.name == f"loss scale {scale:,.0f} and eps 1e-{round(-math.log10(eps))}"
+    assert f"init_scale={scale}" in pair.command.replace(f"2.0**{round(math.log2(scale))}", str(scale))
+    assert "Both are needed: loss scale" in found.advice
+    assert pair in found.pairs
+
+    def moved(dtype: torch.dtype, eps: float) -> float:
+        torch.manual_seed(0)
+        model, kwargs, loss, optimizer = llama(dtype, torch.optim.Adam, eps=eps)
+        before = [held.detach().double() for held in model.parameters()]
+        (loss(model(**kwargs)) * scale).backward()
+        for held in model.parameters():
+            assert held.grad is not None
+            held.grad.div_(scale)
+        optimizer.step()
+        return max(
+            float((after.detach().double() - old).abs().max())
+            for old, after in zip(before, model.parameters(), strict=True)
+        )
+
+    usual = moved(torch.float32, 1e-8)
+    assert moved(torch.float16, 1e-7) > 1000 * usual  # finite, and thrown away all the same
+    assert moved(torch.float16, eps) < 3 * usual
 
 
 class Steep(nn.Module):

@@ -14,7 +14,8 @@ of the largest number always count as close.
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from truth.by_hand.arithmetic import (
     float32_scores,
     saturating_cast,
 )
-from truth.by_hand.dtypes import NARROW, in_dtype
+from truth.by_hand.dtypes import NARROW, in_dtype, low
 from truth.by_hand.ran import Ran, errors, lost_rows, ran, reachable
 from truth.by_hand.surroundings import (
     attention,
@@ -61,6 +62,13 @@ from truth.row import Planted, Row
 NEAR, FAR, SMALL = 3.0, 10.0, 2.0**-9  # float16 rounds to 2^-11
 BFLOAT16 = 8.0  # its rounding is so many times as coarse
 
+
+def _both(first: Change, second: Change, planted: Planted, stack: ExitStack) -> Any:
+    """Two changes of the weights, one after the other; None where the first does not apply."""
+    model = first(planted, stack)
+    return None if model is None else second(replace(planted, model=model), stack)
+
+
 CHANGES: dict[str, tuple[Change, ...]] = {
     "float32": (in_dtype(torch.float32, NARROW),),
     "bfloat16": (in_dtype(torch.bfloat16),),
@@ -78,7 +86,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "float32 norms": (float32_norms,),
     "float32 scores": (float32_scores,),
     "float32 logits": (float32_logits,),
-    "float32 operator": (float32_operator,),
+    "float32 operator": (float32_operator, partial(float32_operator, elsewhere=True)),
     "float32 islands": (float32_islands,),
     "larger eps": tuple(larger_eps(10.0**-power) for power in (6, 5, 4, 3)),
     "mask at half the minimum": (half_minimum,),
@@ -89,7 +97,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "sdpa attention": (attention("sdpa"),),
     "eager attention": (attention("eager"),),
     "plain cache": (plain_cache,),
-    "merged in float32": (merged,),
+    "merged in float32": (merged, *(partial(_both, merged, up_and_down(k)) for k in POWERS)),
     "zero-filled cache": (zero_filled_cache,),
     "clamp": (clamp,),
     "greedy": (settings(do_sample=False),),
@@ -187,7 +195,7 @@ def by_hand(row: Row, only: Iterable[str] = ()) -> ByHand:
                 tried[name] = own
             if own.cured:
                 break
-    own = judged(plain)
+    own = judged(plain, bits=8 if low(planted) == torch.bfloat16 else 11)
     return ByHand(
         plain.finite,
         plain.error,

@@ -15,6 +15,7 @@ _COLUMNS: Sequence[tuple[Column, Callable[[TrainingTrial], Any]]] = [
     (Column("cures it"), lambda one: one.cured),
     (Column("finite gradients"), lambda one: one.gradients),
     (Column("finite weights"), lambda one: one.weights),
+    (Column("farthest move", format=number), lambda one: None if one.move is None else float(f"{one.move:.2g}")),
     (Column("loss scale", format=number), lambda one: one.loss_scale),
     (Column("mean error", format=short), lambda one: one.distance and one.distance.error_mean),
     (Column("largest error", format=short), lambda one: one.distance and one.distance.error_max),
@@ -42,7 +43,8 @@ def blocks(diagnosis: TrainingDiagnosis) -> list[Block]:
             tried,
             _COLUMNS,
             note="Errors are those of the weights' gradients, divided by the loss scale, in parts of the largest "
-            "magnitude of float32's. Underflows: elements that are 0, and not in float32.",
+            "magnitude of float32's. Underflows: elements that are 0, and not in float32. Farthest move: of a "
+            "weight, in parts of float32's.",
             alarming=lambda one: not one.cured,
         )
     )

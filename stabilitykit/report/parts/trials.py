@@ -16,9 +16,9 @@ def blocks(diagnosis: Diagnosis) -> list[Block]:
     if diagnosis.advice:
         made.append(Prose(diagnosis.advice, tone="good" if diagnosis.is_well or diagnosis.cures else "bad"))
     if diagnosis.smallest is not None:
-        made.append(Prose(_smallest(diagnosis.smallest)))
+        made.append(Prose(_smallest(diagnosis.smallest, diagnosis.diagnosed == "smallest")))
     if diagnosis.trials:
-        made += _trials(diagnosis.trials)
+        made += _trials(diagnosis.trials, "the smallest" if diagnosis.diagnosed == "smallest" else "this")
     if diagnosis.rounding:
         made.append(_rounding(diagnosis))
     return made + not_tried(diagnosis.left_out)
@@ -54,7 +54,7 @@ _WHAT: Sequence[tuple[Column, Callable[[Trial], Any]]] = [
 ]
 
 
-def _trials(trials: Sequence[Trial]) -> list[Block]:
+def _trials(trials: Sequence[Trial], which: str) -> list[Block]:
     known = [column for column in _COLUMNS if any(column[1](one) is not None for one in trials)]
     is_kl = any(one.distance is not None and one.distance.kl_mean is not None for one in trials)
     if is_kl:  # it says the same better
@@ -62,7 +62,7 @@ def _trials(trials: Sequence[Trial]) -> list[Block]:
     kl = "KL: from float32's next-token distribution, in nats a row. " if is_kl else ""
     measured = table(
         "trials",
-        "Tried on this input, what cures it first",
+        f"Tried on {which} input, what cures it first",
         trials,
         known,
         note=f"{kl}Error: the largest difference in a row, in parts of the largest magnitude that float32 returned. A "
@@ -78,15 +78,18 @@ def _trials(trials: Sequence[Trial]) -> list[Block]:
     return [measured, said]
 
 
-def _smallest(found: Smallest) -> str:
-    after = sum(map(len, found.tokens))
+def _smallest(found: Smallest, is_diagnosed: bool) -> str:
     shown = found.texts or [str(list(row)) for row in found.tokens]
     what = " / ".join(quoted(text) for text in shown)
     minimal = ", and without any one of them the break is another or gone" if found.minimal else ""
-    return (
-        f"The smallest input found that fails alike has {counted(after, 'token')} of {found.before:,}{minimal}: "
-        f"{what}. {found.runs:,} runs were made."
-    )
+    size = f"{counted(found.after, 'token')} of {found.before:,}{minimal}"
+    runs = f"{counted(found.runs, 'run')} {'was' if found.runs == 1 else 'were'} made"
+    if not found.minimal:
+        runs += ", and with more of them it may get smaller"
+    told = f"The smallest input found that fails alike has {size}: {what}. {runs}."
+    if found.is_smaller and not is_diagnosed:
+        told += " What breaks does it no harm, so all else here is about the whole input."
+    return told
 
 
 def _rounding(diagnosis: Diagnosis) -> Block:

@@ -34,6 +34,7 @@ def casts(situation: Situation) -> Iterator[Candidate | LeftOut]:
     where, limit = broke.module or "the model", torch.finfo(target).max
     yield Candidate(
         name=SATURATING,
+        lossy=True,
         summary=f"Clamps to ±{number(limit)} before the cast to {broke.dtype}; what exceeds it is lost.",
         command=f"# in {where}: x.clamp(-{limit:g}, {limit:g}).to(torch.{broke.dtype})",
         around=there.saturated,
@@ -52,6 +53,7 @@ def _rescaled(situation: Situation, there: "_Casts") -> Candidate | LeftOut:
     where = there.pattern or "the model"
     return Candidate(
         name=RESCALED,
+        lossy=True,
         summary=f"Multiplies by 2^-{k} what is cast to {dtype}, and by 2^{k} what is read back: keys and values keep "
         "their precision.",
         command=f"# in {where}: (x * 2.0**-{k}).to(torch.{dtype}), and .to(x.dtype) * 2.0**{k} where it is read",

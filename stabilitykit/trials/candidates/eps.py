@@ -32,13 +32,25 @@ def larger_eps(situation: Situation) -> Iterator[Candidate]:
     if low not in ("float16", "bfloat16"):
         return
     eps = number_format(low).smallest_normal if low == "float16" else 1e-6
+    names = list(dict.fromkeys(name for module in situation.model.modules() for name in _small(module, eps)))
+    least = f", the least normal number of {low}" if low == "float16" else ""
     yield Candidate(
         name=NAME,
-        summary=f"Every eps below {number(eps)} becomes {number(eps)}, the least normal number of {low}.",
-        command=f"for module in model.modules():\n    for name in ('eps', 'variance_epsilon'):\n"
-        f"        if hasattr(module, name): setattr(module, name, {eps:.3g})",
+        lossy=True,
+        summary=f"Every eps below {number(eps)} becomes {number(eps)}{least}.",
+        command=f"for module in model.modules():\n    for name in {names}:\n"
+        f"        if hasattr(module, name): setattr(module, name, {eps:.3g})"
+        if names
+        else f"# in the model's code: {eps:.3g} in the place of every smaller eps",
         around=partial(_around, eps, getattr(torch, low)),
     )
+
+
+def _small(module: nn.Module, eps: float) -> Iterator[str]:
+    """The names under which a module holds a smaller one."""
+    for name, value in vars(module).items():
+        if isinstance(value, float) and "eps" in name and 0 < value < eps:
+            yield name
 
 
 @contextmanager
@@ -52,9 +64,8 @@ def _around(eps: float, dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, float) and "eps" in name and 0 < value < eps:
-                    stack.enter_context(attribute(module, name, eps))
+            for name in list(_small(module, eps)):
+                stack.enter_context(attribute(module, name, eps))
         stack.enter_context(OperatorMode(run))
         yield
 

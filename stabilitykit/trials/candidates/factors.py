@@ -158,11 +158,22 @@ class _Factors:
         own = self.attended("value")
         if self.attention is None or own is None or is_norm(own.path):
             return
-        if self.situation.part == "cache" and self.broke.broke and own.path not in self.broke.broke.operand_sites:
-            return  # keys, or what is neither
+        if self.situation.part == "cache" and not self.caches(own):
+            return
         output = self.projections.output(self.attention)
         if output is not None:
             yield from self.pair(_VALUE_AND_OUTPUT, own, output, self.halvings(own), reads=True)
+
+    def caches(self, value: Written) -> bool:
+        """Whether it is values that broke in a cache, and no keys: what was cast is theirs, or keys are smaller."""
+        broke = self.broke.broke
+        if broke is None or value.path in broke.operand_sites:
+            return broke is not None
+        largest = {one.site: one.amax or 0.0 for one in self.situation.low if one.step == self.broke.step}
+        key = self.attended("key")
+        keys = [size for site, size in largest.items() if key is not None and site.startswith(key.path)]
+        lost = abs(broke.value or 0.0)
+        return bool(keys) and 2.0**_ROTATED * max(keys) < lost <= largest.get(value.path, 0.0)
 
     def before_norm(self) -> Iterator[Candidate]:
         """What a projection writes, and the eps of the norm that reads it."""

@@ -37,6 +37,7 @@ def half_minimum(situation: Situation) -> Iterator[Candidate]:
     wide = torch.float64 if situation.reproduction.dtype == "float32" else torch.float32
     yield Candidate(
         name=NAME,
+        lossy=True,
         summary="Hides keys with half of the dtype's minimum instead of the minimum or minus infinity: what is added "
         "to it stays finite, and a row without any key attends to all alike.",
         command="attention_mask = attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min / 2)"

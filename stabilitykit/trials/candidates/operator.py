@@ -29,19 +29,20 @@ def wider_operator(situation: Situation) -> Iterator[Candidate]:
     low = situation.reproduction.dtype
     if low not in ("float16", "bfloat16") or broke.dtype != low:
         return
-    sites = situation.alike()
-    rounded = broke.broke.rounded_site
     hides = kind == "masked-row"
-    if hides and rounded is None:  # a softmax without any key has no value in any format
+    if hides and broke.broke.rounded_site is None:  # a softmax without any key has no value in any format
         return
-    if rounded is not None and rounded != "constant":
-        sites.append(rounded)
+    own, rounded, scores = situation.alike(), situation.rounded(), situation.to_softmax()
+    what = f"{broke.operator} in float32, in the {counted(len(own), 'place')} where it leaves {low}'s range"
+    if rounded:
+        what = f"{broke.operator} and what it is given, from {rounded[0]} on, in float32"
+    elif scores:
+        what = f"scores in float32 until their softmax, in the {counted(len(own), 'layer')} where they overflow"
     yield Candidate(
         name=_NAMES.get("mask" if hides else situation.part or "", OPERATOR),
-        summary=f"Computes {broke.operator} in float32, in the {counted(len(sites), 'place')} where it leaves {low}'s "
-        f"range, and rounds to {low} what is made of it.",
+        summary=f"Computes {what}, and rounds to {low} what is made of it.",
         command=f"# in {broke.module or 'the model'}: {broke.operator}(operand.float()), and .to(torch.{low}) of what "
         "is made of its result",
-        around=in_float32_at(situation.low, sites),
+        around=in_float32_at(situation.low, dict.fromkeys([*own, *rounded, *scores]), low),
         extra=2 * broke.elements,  # one tensor at a time
     )

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.trials.answers import answers
 from stabilitykit.trials.attributes import attribute
+from stabilitykit.trials.batches import joined
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import counted
@@ -100,7 +102,7 @@ def _around(model: Any) -> Iterator[None]:
         rows = [
             forward(**{name: _cut(name, one, row, keep) for name, one in given.items()}) for row in range(len(keep))
         ]
-        return _joined(rows, keep)
+        return joined(rows, partial(_batch, keep))
 
     names = list(inspect.signature(forward).parameters)
     with attribute(model, "forward", alone):
@@ -116,25 +118,13 @@ def _cut(name: str, one: Any, row: int, keep: Tensor) -> Any:
     return mine[:, keep[row].to(one.device)] if is_of_tokens else mine
 
 
-def _joined(rows: Sequence[Any], keep: Tensor) -> Any:
-    """The outputs of rows as one of the batch; caches are left out."""
-    first = rows[0]
-    if isinstance(first, Tensor):
-        return _batch(list(rows), keep)
-    if isinstance(first, Mapping):
-        made = {name: _joined([one[name] for one in rows], keep) for name in first}
-        return type(first)(**made) if hasattr(first, "to_tuple") else made
-    if isinstance(first, tuple | list):
-        return type(first)(_joined(parts, keep) for parts in zip(*rows, strict=True))
-    return None
-
-
-def _batch(rows: list[Tensor], keep: Tensor) -> Tensor:
+def _batch(keep: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Their own tokens' places in the batch, and 0 at padding."""
     first = rows[0]
     if first.ndim == 0:
-        return torch.stack(rows).mean()
+        return torch.stack(list(rows)).mean()
     if first.ndim < 2 or any(one.shape[1] != int(kept.sum()) for one, kept in zip(rows, keep, strict=True)):
-        return torch.cat(rows)
+        return torch.cat(list(rows))
     made = first.new_zeros((len(rows), keep.shape[1], *first.shape[2:]))
     for row, (one, kept) in enumerate(zip(rows, keep.to(first.device), strict=True)):
         made[row, kept] = one[0]

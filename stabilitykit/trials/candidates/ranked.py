@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from stabilitykit.diagnosis.parts import Part
 from stabilitykit.remedies.clamp import clamp
 from stabilitykit.remedies.expert_outputs import expert_outputs
-from stabilitykit.remedies.float32_islands import float32_islands
+from stabilitykit.remedies.float32_islands import keeping_in_float32
 from stabilitykit.remedies.float32_norms import float32_norms
 from stabilitykit.remedies.float32_residual import float32_residual
 from stabilitykit.remedies.query_scale import query_scale
@@ -13,39 +13,56 @@ from stabilitykit.remedies.remedy import LeftOut, Remedy
 from stabilitykit.remedies.seen import Seen
 from stabilitykit.trials.candidate import Candidate, of_remedy
 from stabilitykit.trials.situation import Situation
+from stabilitykit.words import listed
 
 _DONE_BY = {
     "scale on queries": "# in attention: (query * scale) @ key.T instead of (query @ key.T) * scale",
     "routing weights in experts": "# in the experts: down_proj(hidden * weight) instead of down_proj(hidden) * weight",
     "float32 norms": "# in these norms: x.float() before the squares, .to(dtype) of what they return",
     "float32 residual": "# keep hidden_states in torch.float32 between layers, and cast what norms return",
-    "float32 islands": "# compute what overflows in float32; stabilitykit repair --json lists the sites",
     "clamp": "# hidden_states.clamp(-65504, 65504) after each sum",
 }
 
+_REPAIR_LISTS = "# compute what overflows in float32; stabilitykit repair --json lists the sites"
+_SHOWN = 8  # sites
+
 _STREAM: frozenset[Part] = frozenset({"residual", "sum"})  # what is added up from layer to layer, or added to that
-_FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part] | None], ...] = (
+_FIT: tuple[tuple[Callable[[Seen], Remedy | LeftOut], frozenset[Part]], ...] = (
     (query_scale, frozenset({"scores"})),
     (expert_outputs, frozenset({"expert"})),
-    (float32_residual, _STREAM),
+    (float32_residual, _STREAM | {"norm"}),
     (float32_norms, frozenset({"norm"})),
     (clamp, _STREAM),
-    (float32_islands, None),
 )
-"""The remedies, and the parts of a model that each of them is for, None for all."""
+"""The remedies, and the parts of a model that each of them is for."""
 
 
 def ranked(situation: Situation) -> Iterator[Candidate | LeftOut]:
     """Where something overflows float16."""
-    if situation.reproduction.dtype != "float16" or not situation.overflowing:
-        return
     seen = situation.seen
-    tokens = max((one.positions or 1 for one in situation.low), default=1)
+    if situation.reproduction.dtype != "float16" or not seen.overflowing:
+        return
     for offer, parts in _FIT:
-        if parts is not None and situation.part not in parts:
+        if situation.part not in parts:
             continue
+        if offer in (float32_residual, clamp) and situation.casts:
+            continue  # what is autocast is added up in float32
         made = offer(seen)
         if isinstance(made, LeftOut):
             yield made
         else:
-            yield of_remedy(made, _DONE_BY[made.name], tokens)
+            yield of_remedy(made, _DONE_BY[made.name], _tokens(situation))
+    yield islands(situation)
+
+
+def islands(situation: Situation) -> Candidate:
+    """All that overflows in float32."""
+    seen = situation.seen
+    sites = listed(list(seen.overflowing), _SHOWN) or "no operator"
+    named = situation.reproduction.source is not None
+    command = _REPAIR_LISTS if named else f"# keep in torch.float32 what is made at {sites}"
+    return of_remedy(keeping_in_float32(seen, situation.reproduction.dtype), command, _tokens(situation))
+
+
+def _tokens(situation: Situation) -> int:
+    return max((one.positions or 1 for one in situation.low), default=1)

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from stabilitykit.scaling.program import UnsolvableError
 from stabilitykit.scaling.subjects import blueprint_of
 from stabilitykit.trials.answers import outputs_of
 from stabilitykit.trials.candidate import Candidate
+from stabilitykit.trials.recast import Recast
+from stabilitykit.trials.reproduction import copied, dtype_of
 from stabilitykit.trials.situation import Situation
 from stabilitykit.words import counted
 
@@ -37,16 +40,22 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
             kept.extend(tensor for tensor, _ in outputs_of(module, output))
 
         handle = model.register_forward_hook(hook)
+        in_its_own = Recast(getattr(torch, dtype_of(model))) if situation.asks else nullcontext()
         try:
-            result = reproduction.run(model)
+            with in_its_own:
+                result = reproduction.run(model)
         finally:
             handle.remove()
         return kept or [tensor for tensor, _ in outputs_of(model, result)]
 
     wide = situation.models.model("float32")
+    if not any(one.is_floating_point() for one in wide.parameters()):
+        yield LeftOut(NAME, "The model has no weights to scale.")
+        return
     try:
         with torch.inference_mode():
-            traced = look(wide, situation.models.model("bfloat16"), [run], blueprint_of(wide))
+            low = copied(wide, "bfloat16") if situation.casts else situation.models.model("bfloat16")
+            traced = look(wide, low, [run], blueprint_of(wide))
             solution = traced.solve(margin=_MARGIN)
     except UnsolvableError:
         yield LeftOut(NAME, _NONE)

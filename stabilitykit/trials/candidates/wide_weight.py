@@ -34,10 +34,11 @@ def wide_weight(situation: Situation) -> Iterator[Candidate]:
     low = situation.reproduction.dtype
     yield Candidate(
         name=NAME,
-        summary=f"Keeps {listed([site_path(path) for path in paths], 3)} in float32, and rounds what "
+        summary=f"Keeps {listed([site_path(path) or 'the model' for path in paths], 3)} in float32, and rounds what "
         f"{'it returns' if len(paths) == 1 else 'they return'} to {low}.",
         command="\n".join(
-            f"model.get_submodule({path!r}).float()  # before the cast; and cast what it is given" for path in paths
+            f"model{f'.get_submodule({path!r})' if path else ''}.float()  # before the cast; and cast what it is given"
+            for path in paths
         ),
         around=partial(_around, held),
         extra=sum(one.numel() * 2 for tensors in held.values() for one in tensors.values()),

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.models.operators import OperatorMode, Traits
+from stabilitykit.recorder.inputs import inside
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.situation import Situation
-from stabilitykit.trials.tensors import tensors_inside
 
 NAME = "zero-filled cache"
 _CACHES = ("past", "cache")
@@ -46,7 +46,7 @@ def _around(model: nn.Module) -> Iterator[None]:
         given = [one for name, one in kwargs.items() if any(part in name for part in _CACHES)]
         given += [one for one in args if "cache" in type(one).__name__.lower()]
         with torch.no_grad():
-            for tensor in tensors_inside(given):
+            for _, tensor in (held for one in given for held in inside(one)):
                 if tensor.is_floating_point() and tensor.element_size() > 1:
                     tensor.nan_to_num_(0.0, 0.0, 0.0)
 

@@ -21,7 +21,8 @@ _NAMES = {
     "linalg_vector_norm": "norm", "rsub": "sub",
 }  # fmt: skip
 _MOVES = frozenset(
-    "cat clone stack roll flip repeat gather index index_select expand view _unsafe_view dropout".split()
+    "cat clone stack roll flip repeat gather index index_select expand view _unsafe_view dropout "
+    "upsample_nearest2d".split()
 )
 _CHOICES = frozenset("where masked_fill full new_full fill clamp triu tril constant_pad_nd".split())
 
@@ -75,7 +76,7 @@ class _Stored(_Counting):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         key = self.key(named(func))
         output = func(*args, **(kwargs or {}))
-        self.dtypes[key] = getattr(output, "dtype", None)
+        self.dtypes[key] = next((one.dtype for one in tree_leaves(output) if isinstance(one, Tensor)), None)
         if _broke(key, (args, kwargs or {}), output):
             self.broke.append(key)
         return output
@@ -93,7 +94,8 @@ class Wide(_Counting):
     """Runs the operators that `chosen` picks in float32, and stores what is made of their results as a plain run does.
 
     `chosen` is asked with the operator's key, what it is given and what it made. `where_it_fits`: what does not fit
-    into 16 bits stays in float32. Operators that write in place cannot be run so.
+    into 16 bits stays in float32. `skips_casts`: so does what would not fit into what code casts it to, only because
+    it is float32. Operators that write in place cannot be run so.
     """
 
     def __init__(
@@ -103,10 +105,12 @@ class Wide(_Counting):
         dtype: torch.dtype,
         chosen: Callable[[Key, Any, Any], bool],
         where_it_fits: bool,
+        skips_casts: bool,
     ) -> None:
         self.stored = _plain(planted).dtypes
         super().__init__(planted.model, stack)
         self.dtype, self.chosen, self.where_it_fits = dtype, chosen, where_it_fits
+        self.skips_casts = skips_casts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -127,7 +131,7 @@ class Wide(_Counting):
         if not wide:
             return output
         if name == "cast":
-            kept = self.where_it_fits and lost(output) and not lost(args)
+            kept = self.skips_casts and lost(output) and not lost(args)
             return _marked(args[0].clone()) if kept else output
         if name in _MOVES or any(one.alias_info is not None for one in func._schema.returns):
             return _marked(output)
@@ -156,13 +160,35 @@ def _marked(output: Any) -> Any:
 
 
 def _with(
-    planted: Planted, stack: ExitStack, chosen: Callable[[Key, Any, Any], bool], where_it_fits: bool = False
+    planted: Planted,
+    stack: ExitStack,
+    chosen: Callable[[Key, Any, Any], bool],
+    where_it_fits: bool = False,
+    skips_casts: bool = False,
 ) -> Any:
     dtype = low(planted)
     if dtype is None or planted.grad:  # under autograd the operators of both directions are seen
         return None
-    stack.enter_context(Wide(planted, stack, dtype, chosen, where_it_fits))
+    for module in planted.model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            _takes_float32(module, dtype, stack)
+    stack.enter_context(Wide(planted, stack, dtype, chosen, where_it_fits, skips_casts or where_it_fits))
     return planted.model
+
+
+def _takes_float32(convolution: nn.Module, dtype: torch.dtype, stack: ExitStack) -> None:
+    """Torch raises at an input and a weight of two dtypes before any mode sees the operator."""
+
+    def widen(module: nn.Module, args: Any) -> None:
+        if args[0].dtype == torch.float32:
+            module.float()
+
+    def narrow(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        module.to(dtype)
+        return output.to(dtype)
+
+    stack.callback(convolution.register_forward_pre_hook(widen).remove)
+    stack.callback(convolution.register_forward_hook(narrow).remove)
 
 
 def _broke(key: Key, given: Any, output: Any) -> bool:
@@ -174,20 +200,23 @@ def float32_islands(planted: Planted, stack: ExitStack) -> Any:
     return _with(planted, stack, _broke, where_it_fits=True)
 
 
-def float32_operator(planted: Planted, stack: ExitStack) -> Any:
+def float32_operator(planted: Planted, stack: ExitStack, *, elsewhere: bool = False) -> Any:
     """The first such operator, by its name and number, in every call of the model; and that whose rounding made the
-    zero or the infinity that it is given. All else is stored as before.
+    zero or the infinity that it is given. All else is stored as before. `elsewhere`: others of that name, too, which
+    lose something later.
     """
     expected = planted.expected
     if expected is None:
         return None
     broke = [key[1:] for key in _plain(planted).broke if not expected.operators or key[1] in expected.operators]
+    same = {one for one in broke if one[0] == broke[0][0]} if elsewhere else set(broke[:1])
 
     def chosen(key: Key, given: Any, output: Any) -> bool:
         site = f"{key[1]}.{key[2] - 1}"
-        return broke[:1] == [key[1:]] or any(fnmatchcase(site, one.rpartition("/")[2]) for one in expected.rounded)
+        again = elsewhere and key[1:2] == broke[0][:1] and _broke(key, given, output)
+        return again or key[1:] in same or any(fnmatchcase(site, one.rpartition("/")[2]) for one in expected.rounded)
 
-    return _with(planted, stack, chosen)
+    return _with(planted, stack, chosen, skips_casts=elsewhere)
 
 
 ATTENTION = ("q_proj", "q", "query", "c_attn")

@@ -24,8 +24,7 @@ def rounded(bits: int, way: Callable[[Tensor], Tensor]) -> Change:
         for one in (*planted.model.parameters(), *planted.model.buffers()):
             if one.is_floating_point() and bits < 11:
                 one.data = to_bits(one.data, bits, torch.round)
-        if not planted.grad:
-            stack.enter_context(Instead(torch.float32, NARROW, made))
+        stack.enter_context(Instead(torch.float32, NARROW, made))
         return model
 
     def made(func: Any, output: Any, asked: torch.dtype | None) -> Any:
