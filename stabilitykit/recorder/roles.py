@@ -2,22 +2,13 @@
 
 from functools import cache
 
+from stabilitykit.diagnosis.projections import NORMS, PROJECTIONS
 from stabilitykit.models.operators import CONTRACTIONS
 from stabilitykit.recorder.masks import Call
 from stabilitykit.recorder.origins import Origin, Role
 
 _PROJECTIONS: dict[str, Role] = {
-    "q_proj": "query",
-    "q_norm": "query",
-    "query_norm": "query",
-    "query": "query",
-    "k_proj": "key",
-    "k_norm": "key",
-    "key_norm": "key",
-    "key": "key",
-    "v_proj": "value",
-    "v_norm": "value",
-    "value": "value",
+    name: role for names in (PROJECTIONS, NORMS) for role, own in names.items() for name in own
 }
 
 

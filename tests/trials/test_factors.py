@@ -48,14 +48,14 @@ def times(linear: Any, factor: float, *, bias: bool = True) -> None:
         linear.bias.data *= factor
 
 
-def cures(model: Any, name: str, change: Change, *, carried: bool = True) -> Diagnosis:
+def cures(model: Any, name: str, change: Change, *, carried: bool = True, near: float = 0.02) -> Diagnosis:
     """`model` fails, and the trial of this name cures it as `change` does, which is made by hand."""
     expected = in_float32(run, model)
     assert far(output(run, model), expected) > 0.05  # T5 clamps, and is wrong; others are NaN
     by_hand = copy.deepcopy(model)
     change(by_hand)
     wanted = far(output(run, by_hand), expected)
-    assert wanted < 0.02
+    assert wanted < near
     found = diagnose_run(model, run)
     trial = found[name]
     assert trial.cured
@@ -225,6 +225,19 @@ def test_without_a_scale_nothing_takes_the_factor_of_scores() -> None:
         answer(model, one.path, run, {AT: 300.0}, channel)
     found = diagnose_run(model.half(), run)
     assert "has no scale of its own" in found.left_out["query and key factors"]
+
+
+def test_scores_that_become_minus_infinity_do_not_keep_keys_from_the_factor() -> None:
+    query, key = (f"{T5.replace('1', '0', 1)}.{part}" for part in ("q", "k"))
+    model = made("t5")
+    answer(model, query, run, {AT: VALUE})
+    answer(model, key, run, {0: -1.0, 1: 0.5})  # of one pair the score is -80,000, of another, which wins, 40,000
+
+    def change(model: Any) -> None:
+        times(model.get_submodule(query), 2.0**-K)
+        times(model.get_submodule(key), 2.0**K)
+
+    cures(model.half(), "query and key factors", change, near=0.1)
 
 
 def test_each_layer_that_overflows_has_its_own_power() -> None:

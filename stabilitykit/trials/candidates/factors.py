@@ -106,17 +106,21 @@ class _Factors:
             return
         else:
             last = Written(down)
-        yield from self.pair(_UP_AND_DOWN, up, last, self.halvings(up), reads=True)
+        yield from self.pair(_UP_AND_DOWN, up, last, self.halvings(), reads=True)
 
     def query_and_key(self, part: Attended, other: Attended) -> Iterator[Candidate | LeftOut]:
         own, partner = self.attended(part), self.attended(other)
         if own is None or partner is None:
             return
         halvings = self.halvings(own)
-        if self.scores() or not self.holds(partner, halvings):
-            yield from self.query_and_scale(part)
-        else:
-            yield from self.pair(_QUERY_AND_KEY, own, partner, halvings, reads=False)
+        holds = self.holds(partner, halvings)
+        if self.scores() or not holds:
+            scaled = list(self.query_and_scale(part))
+            if not holds or any(isinstance(one, Candidate) for one in scaled):
+                yield from scaled
+                return
+        # scores that still overflow may do no harm: those that become -inf are zero after softmax
+        yield from self.pair(_QUERY_AND_KEY, own, partner, halvings, reads=False)
 
     def query_and_scale(self, part: Attended) -> Iterator[Candidate | LeftOut]:
         """With the scale of the scores, where the attention keeps it: scores become smaller too."""
