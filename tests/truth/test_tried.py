@@ -12,16 +12,20 @@ def _by_key(rows: tuple[Row, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", rows, ids=[row.key for row in rows])
 
 
+MISSED = {
+    "7-qwen3-detour_after_the_embedding": "the residual stream is float32 from the first layer on, not before it",
+}
+"""Rows of which a cure is known to be missing, and why."""
+
+
 @pytest.mark.table
 @_by_key(TABLE)
-def test_what_cures_by_hand_is_tried_and_nothing_that_failed_is_advised(row: Row) -> None:
-    """What is advised was not tried in vain, and nothing of the caller's changes. A cure that is missing is told."""
+def test_what_cures_by_hand_is_tried_and_shown_to_cure_and_nothing_that_failed_is_advised(row: Row) -> None:
     one = tried(row)
-    assert not one.advised, one
-    assert not one.touched, one
-    assert not one.raised, one
-    if one.faults:
-        pytest.xfail("; ".join(one.faults))
+    if row.key in MISSED and one.faults:
+        assert all(fault.startswith("not tried") for fault in one.faults)
+        pytest.xfail(MISSED[row.key])
+    assert not one.faults, one
 
 
 @pytest.mark.table

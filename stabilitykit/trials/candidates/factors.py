@@ -250,7 +250,8 @@ class _Factors:
         broke = self.broke.broke
         known = 0.0 if broke is None or broke.value is None or not math.isfinite(broke.value) else abs(broke.value)
         here, found = _numbers(self.broke.site), dict[_Numbers, int]()
-        channels = self.channels(own.path) if own is not None and own.sizes and own.path == self.module else {}
+        is_output = own is not None and own.path == self.module and own.weight == "weight"  # experts return a sum
+        channels = self.channels(own.path) if own is not None and own.sizes and is_output else {}
         for site in self.situation.alike():
             numbers = _numbers(site)
             record = self.situation.overflowing.get(site, self.broke)
