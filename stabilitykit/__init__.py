@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stabilitykit.diagnosis import verdict as verdict
     from stabilitykit.formats import FORMATS as FORMATS
     from stabilitykit.formats import NumberFormat as NumberFormat
+    from stabilitykit.gate.check import check as check
     from stabilitykit.models.gemma import build as build
     from stabilitykit.models.gemma import generate as generate
     from stabilitykit.models.gemma import load as load
@@ -54,6 +55,7 @@ _HOMES = {
     "bound": "bounds.examine",
     "build": "models.gemma",
     "chain": "diagnosis",
+    "check": "gate.check",
     "describe": "recorder",
     "diagnose": "trials.diagnose",
     "diagnose_training": "trials.training",

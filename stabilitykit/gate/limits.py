@@ -1,7 +1,8 @@
 """What was measured, held against the limits: a violation for each that does not hold."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from stabilitykit.diagnosis.weights import element
 from stabilitykit.errors import MisuseError
@@ -42,7 +43,9 @@ def _weight(counts: WeightCounts, dtype: str) -> Violation:
     role = "" if counts.role is None else f" It is a {counts.role} of quantised weights."
     parts = []
     if counts.nonfinite:
-        parts.append(f"{counts.nonfinite:,} of {counts.elements:,} elements are NaN or infinite in the checkpoint itself")
+        parts.append(
+            f"{counts.nonfinite:,} of {counts.elements:,} elements are NaN or infinite in the checkpoint itself"
+        )
     if counts.overflow:
         parts.append(f"{counts.overflow:,} of {counts.elements:,} exceed the {dtype} maximum, {number(form.largest)}")
     return Violation(
@@ -136,8 +139,6 @@ def merged(violations: Sequence[Violation]) -> list[Violation]:
 
 
 def _together(group: Sequence[Violation]) -> Violation:
-    from dataclasses import replace
-
     prompts = tuple(dict.fromkeys(name for one in group for name in one.prompts))
     others = "" if len(prompts) < 2 else f" So it is in {listed(prompts[1:], _NAMED)}."
     return replace(group[0], prompts=prompts, text=group[0].text + others)
@@ -162,7 +163,3 @@ def least_by_site(found: Iterable[SiteHeadroom]) -> tuple[SiteHeadroom, ...]:
         if one.site not in kept or one.headroom < kept[one.site].headroom:
             kept[one.site] = one
     return tuple(sorted(kept.values(), key=lambda one: one.headroom))
-
-
-def named(prompts: Mapping[str, str]) -> str:
-    return listed(list(prompts), _NAMED)
