@@ -94,7 +94,7 @@ def check(
             baseline of another dtype.
         CheckpointError: for a checkpoint that cannot be read.
 
-    >>> tiny = "random:gemma3-270m?layers=1&hidden_size=32&feed_forward=64&heads=2&head_dim=16&vocabulary=512&context=64"
+    >>> tiny = "random:gemma3-270m?layers=1&hidden_size=32&feed_forward=64&heads=2&head_dim=16&context=64"
     >>> check(tiny).holds, check(tiny, rescale=65536.0).holds
     (True, False)
     >>> check(tiny, rescale=65536.0).violations[0].site
@@ -169,7 +169,10 @@ def _run(
         violations += of_baseline(sites, baseline, limits.tolerance)
         gone = missing(gate, baseline)
         gate = replace(
-            gate, differences=differences(gate, baseline), remarks=(*gate.remarks, *([gone] if gone else []))
+            gate,
+            compared=True,
+            differences=differences(gate, baseline),
+            remarks=(*gate.remarks, *([gone] if gone else [])),
         )
     return replace(gate, violations=tuple(merged(violations)))
 
@@ -240,7 +243,8 @@ def _open(
     name = str(checkpoint) if isinstance(checkpoint, str | Path) else ""
     if name.startswith(PREFIX) and asked and all(isinstance(one, Tensors) for one in asked):
         return _whole(name.removeprefix(PREFIX), how)
-    source = open_source(checkpoint, _ANY, progress=progress, **{**how, "chat": False, "system": None})  # type: ignore[typeddict-item]
+    plain: SourceOptions = {**how, "chat": False, "system": None}
+    source = open_source(checkpoint, _ANY, progress=progress, **plain)
     return _Opened(
         tensors=source.tensors, bytes=source.bytes, blocks=source.blocks, subject_in=source.subject_in, read=source.read
     )

@@ -42,7 +42,8 @@ def read_prompts(places: Sequence[Path]) -> list[Text | Tensors]:
     """What the files hold, those in a folder in the order of their names; other files in a folder are passed over.
 
     A chat is a JSON list of messages, {"messages": [...]} or {"prompt": "..."}; of .jsonl each line is one of the last
-    two. Pickled tensors are read with `weights_only=True`. Raises MisuseError, with the file, for what is none of these.
+    two. Pickled tensors are read with `weights_only=True`. Raises MisuseError, with the file, for what is none of
+    these.
     """
     found: list[Text | Tensors] = []
     for path in (file for place in places for file in _files(place)):

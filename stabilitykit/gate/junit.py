@@ -55,7 +55,7 @@ def _cases(gate: Gate) -> Iterator[tuple[str, list[Violation]]]:
                 f"{prompt.name}: {limit}",
                 [one for one in gate.violations if one.limit == limit and prompt.name in one.prompts],
             )
-    if gate.ran and any(one.limit == "baseline" for one in gate.violations) or gate.differences:
+    if gate.compared:
         yield "baseline", [one for one in gate.violations if one.limit == "baseline"]
 
 

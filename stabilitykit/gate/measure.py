@@ -19,7 +19,7 @@ from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import record
-from stabilitykit.records import Record, Recording
+from stabilitykit.records import Recording
 from stabilitykit.records.gate import CheckedPrompt, SiteHeadroom, Violation
 from stabilitykit.remedies.nearness import Probabilities, nearness
 from stabilitykit.remedies.samples import answer
@@ -59,7 +59,7 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
     """
     kind = preferred_matmul(dtype, subject.device.type)
     recordings: dict[int, Recording] = {}  # by length
-    every = False
+    every, shortest = False, None
     with _judged(ask.name):
         if ask.tokens is None:
             _check_numbers(ask)
@@ -73,24 +73,30 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
                     "shorten it."
                 )
             found = every_length(
-                subject, ask.tokens, matmul=kind, seen=recordings.__setitem__, progress=_named(ask.name, progress)
+                subject,
+                ask.tokens,
+                edges=not isinstance(subject.module, Gemma),  # which is causal, as its own tests show
+                matmul=kind,
+                seen=recordings.__setitem__,
+                progress=_named(ask.name, progress),
             )
             every = all(check.agrees for check in found.checks)
+            shortest = found.first_broken if every else None
     if not any(len(one) for one in recordings.values()):
         raise MisuseError(f"{ask.name}: nothing that the model computes could be recorded, so nothing can be said.")
     sites = least_by_site(site for one in recordings.values() for site in _sites(one, ask.name, dtype))
     broken = [(length, one) for length, one in sorted(recordings.items()) if one.first_break() is not None]
-    least = next((one for one in sites), None)
+    least = next(iter(sites), None)
     prompt = CheckedPrompt(
         name=ask.name,
         sha256=sha256_of(ask.inputs),
         tokens=_count(ask),
         every_length=every,
-        first_broken=found.first_broken if every else None,
+        first_broken=shortest,
         headroom=None if least is None else least.headroom,
         site=None if least is None else least.site,
     )
-    return Measured(prompt=prompt, sites=sites, broke=tuple(_violations(broken, ask.name, prompt.first_broken)))
+    return Measured(prompt=prompt, sites=sites, broke=tuple(_violations(broken, ask.name, shortest)))
 
 
 def compared(prompt: CheckedPrompt, ask: Ask, low: Subject, wide: Subject, dtype: str) -> CheckedPrompt:
@@ -164,28 +170,27 @@ def _count(ask: Ask) -> int | None:
 
 
 def _sites(recording: Recording, prompt: str, dtype: str) -> list[SiteHeadroom]:
+    """Of every tensor that is stored in the dtype; one of which a mask hides everything has none."""
     form = number_format(dtype)
     found = []
     for one in stored(recording):
-        value = one.amax or 0.0
-        headroom = form.headroom(value)
-        if one.broke is not None:
-            made = one.broke.value
-            known = one.broke.kind == "overflow" and made is not None and math.isfinite(made)
-            value, headroom = (
-                (abs(made), form.headroom(abs(made))) if known and made is not None else (value, -math.inf)
-            )
-        elif one.amax is None and not one.elements - one.masked:
+        broke = one.broke
+        if broke is None and one.masked == one.elements:
             continue
-        found.append(_site(one, prompt, value, headroom))
+        position, token = one.amax_position, one.amax_token_text
+        amax = one.amax or 0.0
+        headroom = form.headroom(amax)
+        if broke is not None:
+            position, token, headroom = broke.position, recording.header.text_of(broke.token), -math.inf
+            if broke.kind == "overflow" and broke.value is not None and math.isfinite(broke.value):
+                amax = abs(broke.value)
+                headroom = form.headroom(amax)
+        site = SiteHeadroom(
+            site=one.site, label=one.label, layer=one.layer, amax=amax, headroom=headroom, prompt=prompt,
+            position=position, token=token,
+        )  # fmt: skip
+        found.append(site)
     return found
-
-
-def _site(one: Record, prompt: str, amax: float, headroom: float) -> SiteHeadroom:
-    return SiteHeadroom(
-        site=one.site, label=one.label, layer=one.layer, amax=amax, headroom=headroom, prompt=prompt,
-        position=one.amax_position, token=one.amax_token_text,
-    )  # fmt: skip
 
 
 def _violations(broken: list[tuple[int, Recording]], prompt: str, shortest: int | None) -> list[Violation]:

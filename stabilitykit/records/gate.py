@@ -102,8 +102,9 @@ class Gate(Provenance):
     """What `stabilitykit check` found: it holds where there is no violation.
 
     `weights` is what storing the checkpoint in `dtype` does to it. Where that violates, or where only weights were
-    asked for, `ran` is False and nothing else is filled. `headroom` is ordered from the least to the most. `differences`
-    are those from the baseline's versions.
+    asked for, `ran` is False and nothing else is filled. `headroom` is ordered from the least to the most.
+    `compared`: with a baseline, from whose versions `differences` are those. `remarks` say what the result does not
+    cover.
     """
 
     derived = ("holds",)
@@ -115,6 +116,7 @@ class Gate(Provenance):
     ran: bool = True
     prompts: tuple[CheckedPrompt, ...] = ()
     headroom: tuple[SiteHeadroom, ...] = ()
+    compared: bool = False
     differences: tuple[Difference, ...] = ()
     remarks: tuple[str, ...] = ()
     schema: int = 1

@@ -41,6 +41,7 @@ def every_length(
     tokens: Sequence[int],
     *,
     checks: Iterable[int] = (),
+    edges: bool = True,
     level: Level = "operators",
     matmul: str = "native",
     case: Mapping[str, Any] | None = None,
@@ -49,11 +50,11 @@ def every_length(
 ) -> LengthMap:
     """What `model` does with the first 1, 2, ... and all of `tokens`: one row, no padding.
 
-    `checks` are lengths to run again directly, beside those on either side of each change; out of range they are
-    left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them in
-    a span, spread evenly. `seen` is called with each pass's length and recording. The kit's own model makes the logits
-    of a pass's last position, transformers' those of all. What is said of lengths that did not run holds for a causal
-    model; of another one a check does not agree.
+    `checks` are lengths to run again directly, and with `edges` those on either side of each change; out of range they
+    are left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them
+    in a span, spread evenly. `seen` is called with each pass's length and recording. The kit's own model makes the
+    logits of a pass's last position, transformers' those of all. What is said of lengths that did not run holds for a
+    causal model; of another one a check does not agree.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
     passes = _Passes(subject, tokens, level, matmul, dict(case or {}), seen, progress)
@@ -73,8 +74,8 @@ def every_length(
         spans = [*_split(spans[0], passes.lost_logits(spans[0].last), passes), *spans[1:]]
     spans = _run_near_ones(spans, shared, limit, passes)
 
-    edges = {length for span in spans if not span.direct for length in (span.first, span.last)}
-    wanted = sorted({n for n in (*checks, *edges) if 1 <= n <= len(tokens)} - set(shared))
+    sides = {length for span in spans if not span.direct for length in (span.first, span.last)} if edges else set()
+    wanted = sorted({n for n in (*checks, *sides) if 1 <= n <= len(tokens)} - set(shared))
     peaks = tuple(peak for length, recording in shared.items() for peak in _peaks(recording, length))
     found = LengthMap(shared[len(tokens)].header, tuple(spans), peaks)
     checked = tuple(_check(found, length, passes.run(length), limit) for length in wanted)
@@ -138,9 +139,9 @@ class _Passes:
     def lost_logits(self, length: int) -> list[int]:
         """The lengths up to `length` whose own logits are not finite although all before them is.
 
-        A run of the kit's own model makes the logits of its last position only. |logit| is at most the norm of the hidden state times
-        that of the head's longest row, partial sums included (Cauchy and Schwarz); only positions for which that
-        does not settle it are computed.
+        A run of the kit's own model makes the logits of its last position only. |logit| is at most the norm of the
+        hidden state times that of the head's longest row, partial sums included (Cauchy and Schwarz); only positions
+        for which that does not settle it are computed.
         """
         model = self.subject.module
         if length not in self.hidden or not isinstance(model, Gemma):
