@@ -140,7 +140,7 @@ def merged(violations: Sequence[Violation]) -> list[Violation]:
 
 def _together(group: Sequence[Violation]) -> Violation:
     prompts = tuple(dict.fromkeys(name for one in group for name in one.prompts))
-    others = "" if len(prompts) < 2 else f" So it is in {listed(prompts[1:], _NAMED)}."
+    others = "" if len(prompts) < 2 else f" The same in {listed(prompts[1:], _NAMED)}."
     return replace(group[0], prompts=prompts, text=group[0].text + others)
 
 

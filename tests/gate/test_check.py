@@ -233,7 +233,7 @@ def test_what_cannot_be_run_is_not_judged(tmp_path: Path) -> None:
         sk.check(TINY, prompts=[tmp_path / "long.txt"])
     for limits in ({"min_headroom": math.nan}, {"max_kl": -1.0}, {"tolerance": math.inf}, {"dtype": "float3"}):
         with pytest.raises(MisuseError):
-            sk.check(TINY, **limits)  # type: ignore[arg-type]
+            sk.check(TINY, **limits)
 
 
 # Baselines
