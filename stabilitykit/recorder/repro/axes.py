@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stabilitykit.models.operators import traits
+from stabilitykit.recorder.attention import FUSED_ATTENTION
 from stabilitykit.recorder.repro.operation import Operation, Slot
 
 
@@ -32,7 +33,10 @@ _PRODUCTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {  # by schema: d
 
 
 def axes_of(operation: Operation) -> list[Axis] | None:
-    """The axes of a pointwise operator, a selection or a matrix product; None for others, or where shapes tell none."""
+    """The axes of a pointwise operator, a selection, a matrix product or fused attention.
+
+    None for others, or where shapes tell none.
+    """
     name = operation.func._schema.name.partition("::")[2].rstrip("_")
     slots = [*operation.args, *operation.kwargs.values()]
     if any(isinstance(one, list) and any(isinstance(inner, Slot) for inner in one) for one in slots):
@@ -41,6 +45,8 @@ def axes_of(operation: Operation) -> list[Axis] | None:
         return _of_pointwise(operation)
     if name == "linear":
         return _of_linear(operation)
+    if operation.operator == FUSED_ATTENTION:
+        return _of_attention(operation)
     return _of_product(operation, *_PRODUCTS[name]) if name in _PRODUCTS else None
 
 
@@ -110,6 +116,33 @@ def _of_linear(operation: Operation) -> list[Axis] | None:
     if held.shape[0] > 1:
         axes.append(Axis(((weight, 0), *((name, 0) for name in bias)), operation.index[-1]))
     return [*axes, Axis(((x, given.ndim - 1), (weight, 1)))]
+
+
+def _of_attention(operation: Operation) -> list[Axis] | None:
+    """Rows, heads, queries [B, H, L, E] and the keys [B, H, S, E] that a query's result combines."""
+    tensors, index = operation.tensors, operation.index
+    if list(tensors)[:3] != ["query", "key", "value"] or any(tensors[n].ndim != 4 for n in ("query", "key", "value")):
+        return None
+    query, key = tensors["query"], tensors["key"]
+    masks = [name for name in tensors if name not in ("query", "key", "value")]
+    names = [argument.name for argument in operation.func._schema.arguments]
+    given = dict(zip(names, operation.args, strict=False)) | operation.kwargs
+    if given.get("is_causal") or any(tensors[name].ndim > 4 for name in masks):
+        parts = [(0, "qkv"), (1, "qkv")]  # a query's place says which keys it sees
+    else:
+        parts = [(0, "qkv"), (1, "qkv"), (2, "q"), (2, "kv")]
+    found = []
+    for dim, of in parts:
+        size = (query if "q" in of else key).shape[dim]
+        places = [(name, dim) for name in ("query", "key", "value") if name[0] in of]
+        if size < 2 or any(tensors[name].shape[dim] != size for name, _ in places):
+            continue  # several heads of queries may share one of keys
+        back = 1 if of == "kv" else 4 - dim
+        places += [
+            (n, tensors[n].ndim - back) for n in masks if tensors[n].ndim >= back and tensors[n].shape[-back] > 1
+        ]
+        found.append(Axis(tuple(places), None if of == "kv" else index[dim]))
+    return found
 
 
 def _of_lookup(operation: Operation) -> Operation | None:

@@ -12,7 +12,10 @@ from stabilitykit.recorder.repro.operation import Holds, Operation
 
 _TRIES = 512  # of one axis: a sum of which every term is needed is not tried term by term where it has many
 
-_SIZES = frozenset("normalized_shape size output_size N C HxW".split())
+_CHECKED = frozenset("_softmax _log_softmax native_layer_norm convolution cat stack addmv addbmm addr dist".split())
+"""Operators that raise where what they are given does not fit together, beside the public ones of a single tensor."""
+
+_SIZES = frozenset({"normalized_shape"})
 """Arguments that repeat the size of an operand, by their names in operators' schemas."""
 
 
@@ -21,7 +24,8 @@ def cut(operation: Operation, holds: Holds) -> Operation:
 
     First all is left out that does not go into the element that is looked at, where shapes tell what that is. Then each
     axis is cut by halves, quarters and so on down to single places, as long as `holds`. Of operators whose axes are not
-    known every dimension is tried, alone and together with others of its size.
+    known every dimension is tried, alone and together with others of its size, unless the operator's kernel trusts
+    that what it is given fits together: then all is kept.
     """
     one = at_element(operation)
     if one is not None and does(one, holds):
@@ -30,6 +34,8 @@ def cut(operation: Operation, holds: Holds) -> Operation:
     if known is not None:
         for axis in known:
             operation = _shrunk(operation, axis, holds)
+        return operation
+    if not _is_checked(operation):
         return operation
     for name in operation.tensors:
         for dim in range(operation.tensors[name].ndim):
@@ -44,6 +50,12 @@ def does(operation: Operation, holds: Holds) -> bool:
         return holds(operation)
     except (RuntimeError, TypeError, IndexError, ValueError):
         return False
+
+
+def _is_checked(operation: Operation) -> bool:
+    """Whether the operator raises where its arguments do not fit; others may read past the end of a tensor."""
+    name = operation.func._schema.name.partition("::")[2]
+    return name in _CHECKED or (len(operation.tensors) == 1 and not name.startswith(("_", "native_")))
 
 
 def _guesses(operation: Operation, name: str, dim: int) -> Iterator[Axis]:
