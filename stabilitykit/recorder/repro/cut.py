@@ -23,7 +23,8 @@ def cut(operation: Operation, holds: Holds) -> Operation:
     """`operation` with the fewest operands found for which `holds`, which is asked of nothing that raises.
 
     First all is left out that does not go into the element that is looked at, where shapes tell what that is. Then each
-    axis is cut by halves, quarters and so on down to single places, as long as `holds`. Of operators whose axes are not
+    axis is cut by halves, quarters and so on down to single places, as long as `holds`; of a product's terms the
+    largest are kept, as few as hold. Of operators whose axes are not
     known every dimension is tried, alone and together with others of its size, unless the operator's kernel trusts
     that what it is given fits together: then all is kept.
     """
@@ -33,7 +34,8 @@ def cut(operation: Operation, holds: Holds) -> Operation:
     known = axes_of(operation)
     if known is not None:
         for axis in known:
-            operation = _shrunk(operation, axis, holds)
+            largest = _largest_terms(operation, axis, holds)
+            operation = _shrunk(operation, axis, holds) if largest is None else largest
         return operation
     if not _is_checked(operation):
         return operation
@@ -76,6 +78,32 @@ def _guesses(operation: Operation, name: str, dim: int) -> Iterator[Axis]:
         if places not in seen:
             seen.add(places)
             yield Axis(places)
+
+
+def _largest_terms(operation: Operation, axis: Axis, holds: Holds) -> Operation | None:
+    """With the largest of the terms that are summed along the axis, of the sum's own sign; None where none of them
+    hold, and where two operands do not make one element.
+    """
+    if axis.at is not None or len(axis.places) != 2:
+        return None
+    left, right = (operation.tensors[name].flatten().double() for name, _ in axis.places)
+    if len(left) != len(right) or len(left) != operation.tensors[axis.places[0][0]].shape[axis.places[0][1]]:
+        return None
+    terms = left * right
+    order = (terms * terms.sum().sign()).argsort(descending=True).tolist()
+
+    def first(most: int) -> Operation:
+        return _with(operation, axis, sorted(order[:most]))
+
+    low, high = 0, 1
+    while not does(first(high), holds):
+        if high == len(order):
+            return None
+        low, high = high, min(2 * high, len(order))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if does(first(middle), holds) else (middle, high)
+    return first(high)
 
 
 def _shrunk(operation: Operation, axis: Axis, holds: Holds) -> Operation:
