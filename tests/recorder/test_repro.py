@@ -43,9 +43,9 @@ def recorded(model: nn.Module, *given: Any, **how: Any) -> Recording:
     return recording
 
 
-def tiny_stressed(name: str) -> Recording:
+def tiny_stressed(name: str, gamma: float = 2.0**14) -> Recording:
     small = "layers=2&hidden_size=32&feed_forward=64&heads=2&kv_heads=1&head_dim=16&vocabulary=512&context=64"
-    model = stressed(open_checkpoint(f"random:{name}?{small}"), 2.0**16, dtype="float16")
+    model = stressed(open_checkpoint(f"random:{name}?{small}"), gamma, dtype="float16")
     return recorded(model, torch.tensor([[2, 7, 11, 13]]))
 
 
@@ -90,7 +90,7 @@ def softmax_of_nothing(x: Tensor) -> Tensor:
 CASES: dict[str, tuple[Callable[[], Recording], str]] = {
     "gemma": (lambda: tiny_stressed("gemma-2b"), "overflow"),
     "gemma2": (lambda: tiny_stressed("gemma2-2b"), "overflow"),
-    "gemma3": (lambda: tiny_stressed("gemma3-270m"), "overflow"),
+    "gemma3": (lambda: tiny_stressed("gemma3-270m", 2.0**16), "overflow"),
     "T5's clamp": (clamped, "overflow"),
     "sanitised": (of(sanitised, LONG * 100, noise(16, 500, seed=1) * 300), "overflow"),
     "product": (of(torch.matmul, LONG * 40, noise(500, 9, seed=1) * 100), "overflow"),

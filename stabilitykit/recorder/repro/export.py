@@ -46,6 +46,7 @@ class Export:
                 tensors |= script.named(absorbing, absorbing=True)
             with new_folder(folder) as beside:
                 save_file(tensors, beside / script.FILE)
+                (beside / script.FILE).chmod(0o644)  # as what is written beside it
                 printed = script.runs(source, str(beside / NAME))
                 (beside / NAME).write_text(script.docstring(told, printed) + source, encoding="utf-8")
         return folder / NAME
