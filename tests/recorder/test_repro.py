@@ -241,6 +241,14 @@ def test_what_cannot_be_run_alone_is_said(tmp_path: Path) -> None:
         "stabilitykit_tests::eightfold, is not one of torch's own": lambda: recorded(Calls(eightfold), ROWS),
         "level 'modules' sees no operators": lambda: recorded(Calls(lambda x: x * 8.0), ROWS, level="modules"),
         "random numbers": lambda: recorded(Calls(lambda x: torch.normal(x, 6e4)), ROWS[0] + 6e4),
+        "holds no complex128": lambda: recorded(
+            Calls(lambda x: x * 1e200), torch.tensor([1e200 + 1j], dtype=torch.complex128)
+        ),
+        "The run computed matrix products as float16-accumulate:8": lambda: recorded(
+            Calls(torch.matmul, torch.tensor([[300.0], [-300.0]]).repeat_interleave(150, 0).half()),
+            torch.full((4, 300), 3.0).half(),
+            matmul="float16-accumulate:8",
+        ),
         r"take 80\.1 MiB, and of a recording 64 MiB": lambda: recorded(
             Calls(lambda x: x.prod(-1)), torch.full((1, 42_000_000), 2.0).half()
         ),

@@ -87,9 +87,7 @@ def _cut(recording: Recording, found: Outcome, whole: Operation) -> Operation:
     if number is None:
         matmul = recording.header.matmul
         more = (
-            ""
-            if matmul == "native"
-            else f" In the run products were computed as {matmul}, which torch itself does not."
+            "" if matmul == "native" else f" The run computed matrix products as {matmul}, which torch alone does not."
         )
         raise MisuseError(f"What broke first, in {where(first)}, does not break where its operator runs alone.{more}")
     whole = whole.giving(number)
@@ -121,5 +119,7 @@ def _told(recording: Recording, found: Outcome, *, redact: bool) -> list[str]:
 
 def _cut_words(least: Operation) -> str:
     elements = sum(tensor.numel() for tensor in least.tensors.values())
-    few = f"{elements:,} of the {counted(least.elements, 'element')} that it was given"
+    if elements == least.elements:
+        return f"Below, that operator of torch's runs alone on what it was given, {counted(elements, 'element')}."
+    few = f"{elements:,} of the {least.elements:,} elements that it was given"
     return f"Below, that operator of torch's runs alone on {few}: as few as were found to break it in the same way."

@@ -159,6 +159,8 @@ def obstacle(call: Call) -> str | None:
         return f"its operator, {call.name}, draws random numbers"
     if not all(_is_plain(leaf) for leaf in _leaves((*call.args, *call.kwargs.values()))):
         return f"an argument of its operator, {call.name}, is neither a plain tensor nor a number"
+    if any(operand.tensor.dtype is torch.complex128 for operand in call.operands):
+        return "a file of safetensors holds no complex128"
     return None
 
 
@@ -174,7 +176,11 @@ _LITERALS = (int, float, complex, bool, str, type(None), torch.dtype, torch.devi
 
 def _is_plain(leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
-        return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_nested
+        return (
+            type(leaf) in (Tensor, nn.Parameter)
+            and leaf.layout is torch.strided
+            and not (leaf.is_nested or leaf.is_quantized)
+        )
     return isinstance(leaf, _LITERALS)
 
 
