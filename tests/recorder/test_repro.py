@@ -21,7 +21,6 @@ from stabilitykit.records import Recording
 from stabilitykit.scaling.stressed import stressed
 
 HALF = torch.float16
-SECRET = "Ruth"
 
 
 class Calls(nn.Module):
@@ -94,6 +93,7 @@ CASES: dict[str, tuple[Callable[[], Recording], str]] = {
     "T5's clamp": (clamped, "overflow"),
     "sanitised": (of(sanitised, LONG * 100, noise(16, 500, seed=1) * 300), "overflow"),
     "product": (of(torch.matmul, LONG * 40, noise(500, 9, seed=1) * 100), "overflow"),
+    "negative product": (of(lambda x, w: torch.matmul(-x, w), LONG * 40, noise(500, 9, seed=1) * 100), "overflow"),
     "one element": (of(lambda x: x * 8.0, ROWS), "overflow"),
     "in place": (of(written_in_place, ROWS / 100), "overflow"),
     "cast": (of(lambda x: (x.float() * 9).half(), ROWS), "overflow"),
@@ -175,12 +175,18 @@ def test_one_element_of_the_culprits_row_and_token_is_left(scripts: dict[str, Pa
         assert expected is None or math.isclose(float(operand), expected, rel_tol=1e-3)
 
 
-def test_of_a_product_no_term_can_be_left_out(scripts: dict[str, Path]) -> None:
-    operands = load_file(scripts["product"].parent / "operands.safetensors")
+@pytest.mark.parametrize("name", ["product", "negative product"])
+def test_of_a_product_no_term_can_be_left_out(name: str, scripts: dict[str, Path]) -> None:
+    """And what is left has the sign that the whole sum has."""
+    broke = CASES[name][0]().at("/matmul.0").broke
+    assert broke is not None
+    assert broke.value is not None
+    operands = load_file(scripts[name].parent / "operands.safetensors")
     left, right = operands["self"], operands["mat2"]
     assert left.shape[0] == right.shape[1] == 1
     terms = (left[0].double() * right[:, 0].double()).tolist()
-    assert 1 < len(terms) < 100
+    assert 1 < len(terms) < 50
+    assert math.copysign(sum(terms), broke.value) == sum(terms)
     assert abs(sum(terms)) > 65519
     assert all(abs(sum(terms) - term) < 65521 for term in terms)
 
@@ -281,27 +287,30 @@ def test_a_gradient_is_said_not_to_be_kept(tmp_path: Path) -> None:
         recording.export_repro(tmp_path / "new")
 
 
+class Eightfold(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 8.0
+
+
 def test_redacted_there_is_no_word_of_the_users(tmp_path: Path) -> None:
-    """Not the module's name, the token's text, the checkpoint's path, nor the code that ran outside the model."""
-    model: Any = nn.ModuleDict({SECRET: nn.Embedding(4, 8)})
-    model.embed_tokens = model[SECRET].half().requires_grad_(False)
-    model.source = f"/home/{SECRET}/checkpoint"
-
-    def forward(input_ids: Tensor) -> Tensor:
-        held: Tensor = model[SECRET](input_ids) * 6e5
-        return held
-
-    model.forward = forward
+    """Not the module's name, the token's text, nor the checkpoint's path; without redaction each of them is there."""
+    model: Any = nn.Sequential()
+    model.add_module("embed_tokens", nn.Embedding(4, 8))
+    model.add_module("of_ruth", Eightfold())
+    model.source = "/home/anna/checkpoint"
+    model.embed_tokens.weight = nn.Parameter(torch.arange(4.0)[:, None] * torch.full((8,), 3000.0), requires_grad=False)
+    model.half()
+    with torch.inference_mode(), sk.record(model, keep_operands=True, token_text=lambda _: "Zoe") as recording:
+        model(torch.tensor([[1, 3]]))
+    written = {}
     for redact in (False, True):
-        with (
-            torch.inference_mode(),
-            sk.record(model, keep_operands=True, token_text=lambda token: f"{SECRET} {token}") as recording,
-        ):
-            model(input_ids=torch.tensor([[1, 3]]))
         script = recording.export_repro(tmp_path / str(redact), redact=redact)
-        text = script.read_text() + (script.parent / "operands.safetensors").read_bytes().decode(errors="replace")
-        assert (SECRET in text) != redact
-        assert str(tmp_path) not in text
+        file = (script.parent / "operands.safetensors").read_bytes().decode(errors="replace")
+        written[redact] = script.read_text() + file
+        assert str(tmp_path) not in written[redact]
+    for word in ("of_ruth", "Zoe", "anna"):
+        assert word in written[False]
+        assert word not in written[True]
 
 
 def test_text_that_would_end_the_docstring_does_not(tmp_path: Path) -> None:

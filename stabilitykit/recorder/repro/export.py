@@ -83,15 +83,15 @@ def _cut(recording: Recording, found: Outcome, whole: Operation) -> Operation:
     assert first.broke is not None
     if does(whole, saturates):
         return cut(whole, saturates)
-    number = result_of(whole)
-    if number is None:
+    lost = result_of(whole)
+    if lost is None:
         matmul = recording.header.matmul
         more = (
             "" if matmul == "native" else f" The run computed matrix products as {matmul}, which torch alone does not."
         )
         raise MisuseError(f"What broke first, in {where(first)}, does not break where its operator runs alone.{more}")
-    whole = whole.giving(number)
-    alike = breaks_as(first.broke.kind)
+    number, value = lost
+    whole, alike = whole.giving(number), breaks_as(first.broke.kind, value)
     return cut(whole, alike if does(whole, alike) else breaks_somehow)
 
 

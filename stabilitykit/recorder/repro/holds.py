@@ -1,6 +1,5 @@
 """Whether an operator, run alone, does what it did in the model: breaks in the same way, or absorbs what broke."""
 
-import torch
 from torch import Tensor
 
 from stabilitykit.formats import FLOAT32, FORMATS, NumberFormat
@@ -11,13 +10,14 @@ from stabilitykit.recorder.tensors import NAMES, aside, measurable
 from stabilitykit.records import BreakKind
 
 
-def breaks_as(kind: BreakKind) -> Holds:
-    """Holds where an element of the result breaks in this way: not finite, and judged as in a recording."""
+def breaks_as(kind: BreakKind, value: float) -> Holds:
+    """Holds where an element of the result becomes `value`, NaN or an infinity, and is judged as in a recording."""
 
     def holds(operation: Operation) -> bool:
         with aside():
             output = operation.outputs()[operation.result]
-            return any(_kind(operation, output, lost) == kind for lost in _lost(output))
+            lost = _is(measurable(output), value)
+            return bool(lost.any()) and _kind(operation, output, lost) == kind
 
     return holds
 
@@ -47,12 +47,12 @@ def absorbs(operation: Operation) -> bool:
         return lost and bool(_finite(output).all())
 
 
-def result_of(operation: Operation) -> int | None:
-    """Which result is the one that was looked at: of its shape, and not finite there; None for none."""
+def result_of(operation: Operation) -> tuple[int, float] | None:
+    """Which result is the one that was looked at, of its shape and not finite there, and what it is; None for none."""
     for number, output in enumerate(operation.outputs()):
         values = measurable(output)
         if values.shape == operation.shape and not bool(values[operation.index].isfinite()):
-            return number
+            return number, float(values[operation.index])
     return None
 
 
@@ -60,11 +60,8 @@ def _finite(tensor: Tensor) -> Tensor:
     return measurable(tensor).isfinite()
 
 
-def _lost(output: Tensor) -> list[Tensor]:
-    """Where the result is NaN, inf and -inf, each that there is; a mask's -inf may stand beside what broke."""
-    values = measurable(output)
-    found = [values.isnan(), values == torch.inf, values == -torch.inf]
-    return [where for where in found if bool(where.any())]
+def _is(values: Tensor, value: float) -> Tensor:
+    return values.isnan() if value != value else values == value
 
 
 def _kind(operation: Operation, output: Tensor, lost: Tensor) -> BreakKind | None:
