@@ -180,9 +180,9 @@ def cures(found: Sequence[Tried]) -> Section:
         "What it cures by hand, diagnose has to try and to show cured; what failed must not be advised.",
         blocks=[
             Prose(
-                f"Of {len(found)} faults and controls, {curable} are cured by some change by hand. **In {uncured} a "
-                f"cure was not tried, or not shown to cure; in {in_vain} something is advised that was tried in vain**; in "
-                f"{untrue} a change is said to cure and does not."
+                f"Of {len(found)} faults and controls, {curable} are cured by some change by hand. "
+                f"**In {uncured} a cure was not tried, or not shown to cure; in {in_vain} something is advised that was "
+                f"tried in vain**; in {untrue} a change is said to cure and does not."
             ),
             Table(
                 name="by-change",
