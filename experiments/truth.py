@@ -181,8 +181,8 @@ def cures(found: Sequence[Tried]) -> Section:
         blocks=[
             Prose(
                 f"Of {len(found)} faults and controls, {curable} are cured by some change by hand. "
-                f"**In {uncured} a cure was not tried, or not shown to cure; in {in_vain} something is advised that was "
-                f"tried in vain**; in {untrue} a change is said to cure and does not."
+                f"**In {uncured} a cure was not tried, or not shown to cure; in {in_vain} something is advised that "
+                f"was tried in vain**; in {untrue} a change is said to cure and does not."
             ),
             Table(
                 name="by-change",
