@@ -289,5 +289,5 @@ def test_the_value_in_float32_is_that_of_the_call_that_broke() -> None:
 
 
 def test_a_call_that_raises_before_anything_is_computed_is_misuse() -> None:
-    with pytest.raises(MisuseError, match="before anything is computed.* unexpected keyword argument 'inputs'"):
+    with pytest.raises(MisuseError, match=r"before anything is computed.* unexpected keyword argument 'inputs'"):
         sk.diagnose(torch.nn.Linear(4, 4), inputs=torch.ones(1, 4))
