@@ -37,7 +37,7 @@ def reproduce(
     redact: Annotated[
         bool,
         typer.Option(
-            "--redact", help="Keep the prompt, its tokens and all names out of the output and the bug report."
+            "--redact", help="Keep the prompt and its tokens out of the output, and all names out of the bug report."
         ),
     ] = False,
     as_json: options.Json = False,
