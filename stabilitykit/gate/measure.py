@@ -1,7 +1,8 @@
 """One prompt, run in the dtype: what leaves the range, every site's headroom, and how far it is from float32."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,20 +131,18 @@ def _recorded(subject: Subject, kind: str) -> Any:
     return record(subject.module, formats=(), stop_at_break=True, matmul=kind, token_text=subject.piece)
 
 
-class _judged:  # noqa: N801
+@contextmanager
+def _judged(name: str) -> Iterator[None]:
     """Inside the block whatever is raised becomes a MisuseError: of a run that ends in an error nothing can be said."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, StabilityKitError):
-            said = str(error).strip().partition("\n")[0][:300]
-            raise MisuseError(
-                f"{self._name} could not be judged, because its run ended in {type(error).__name__}: {said}"
-            ) from error
+    try:
+        yield
+    except StabilityKitError:
+        raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0][:300]
+        raise MisuseError(
+            f"{name} could not be judged, because its run ended in {type(error).__name__}: {said}"
+        ) from error
 
 
 def _check_numbers(ask: Ask) -> None:

@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folders import save
 from gate.models import TINY, breaking_gemma, gemma, ids, spoilt
 from safetensors.torch import load_file, save_file
+from scaled.runs import noise
+from scaled.table import ENTRIES
 
 import stabilitykit as sk
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.gate import check as module
 from stabilitykit.gate.baseline import baseline_of
+from stabilitykit.gate.limits import of_weights
 from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
+from stabilitykit.recorder.weights import check_weights
 
 Run = Callable[..., Any]
 
@@ -166,6 +171,35 @@ def test_transformers_models_are_judged_at_every_length_too(tmp_path: Path) -> N
     assert own.violations[0].layer == theirs.violations[0].layer
     assert own.violations[0].value == theirs.violations[0].value
     assert sk.check(f"hf:{folder}", prompts=[text], dtype="bfloat16").holds
+
+
+def test_a_model_that_looks_ahead_is_judged_at_its_own_length_alone(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "gemma")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
+    text = tmp_path / "a.txt"
+    text.write_text("The capital of France is")
+    found = sk.check(f"hf:{folder}", prompts=[text])
+    assert found.holds
+    assert not found.prompts[0].every_length
+    assert found.remarks == ("a.txt was judged at its own length alone: shorter ones may differ",)
+
+
+def test_a_model_that_reads_no_text_is_checked_on_tensors(tmp_path: Path) -> None:
+    folder = save(ENTRIES["ViT"].model(), tmp_path / "vit", tokenizer=False)
+    save_file({"pixel_values": noise(1, 3, 32, 32)}, tmp_path / "image.safetensors")
+    found = sk.check(f"hf:{folder}", prompts=[tmp_path / "image.safetensors"])
+    assert [one.limit for one in found.violations] == ["range"]
+    assert found.violations[0].layer == 0
+    assert sk.check(f"hf:{folder}", prompts=[tmp_path / "image.safetensors"], dtype="bfloat16").holds
+
+
+def test_a_quantised_block_whose_scale_is_not_finite_is_named() -> None:
+    weight = torch.ones(4, 64)
+    weight[1, 32:] = math.inf  # all that share the scale
+    stored = check_weights([("up_proj.weight", weight)], ["float16"], blocks={"up_proj.weight": 32})["float16"]
+    (violation,) = of_weights(stored)
+    assert "up_proj.weight[1, 32] is inf, in block 3 of 32 elements that share a scale: 32 of 256" in violation.text
 
 
 def test_a_repaired_folder_holds(stabilitykit: Run, tmp_path: Path) -> None:
