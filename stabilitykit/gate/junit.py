@@ -60,7 +60,8 @@ def _cases(gate: Gate) -> Iterator[tuple[str, list[Violation]]]:
 
 
 def _judged(gate: Gate) -> list[LimitName]:
-    limits, found = gate.limits, []
+    limits = gate.limits
+    found: list[LimitName] = []
     violated = {one.limit for one in gate.violations}
     if limits.keeps_range or "range" in violated:
         found.append("range")
@@ -68,4 +69,4 @@ def _judged(gate: Gate) -> list[LimitName]:
         found.append("headroom")
     if limits.max_kl is not None:
         found += ["output", "kl"]
-    return found  # type: ignore[return-value]
+    return found

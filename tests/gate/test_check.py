@@ -285,6 +285,7 @@ def test_a_loss_of_headroom_fails_and_what_changed_is_told(tmp_path: Path, promp
     assert [one.what for one in found.differences] == ["weights"]
     lost = {one.site: kept.headroom[one.site] - (one.value or 0.0) for one in found.violations if one.site}
     assert lost["layers.1"] == pytest.approx(2.0, abs=0.1)  # bits
+    assert not sk.check(after, prompts=[prompt], baseline=kept, tolerance=1.8).holds
     assert sk.check(after, prompts=[prompt], baseline=kept, tolerance=2.2).holds
     back = sk.check(before, prompts=[prompt], baseline=baseline_of(sk.check(after, prompts=[prompt])))
     assert {one.site for one in back.violations} == {"norm"}  # whose gain γ divides

@@ -56,6 +56,17 @@ def test_a_violation_fails_the_case_of_its_prompt_with_site_and_numbers(prompt: 
     assert "65,504" in failure.message
 
 
+def test_only_the_prompt_that_violates_fails(prompt: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a")
+    prompts = [prompt, tmp_path / "short.txt"]
+    low, high = sorted(one.headroom or 0.0 for one in sk.check(TINY, prompts=prompts).prompts)
+    assert low < high
+    found = sk.check(TINY, prompts=prompts, min_headroom=(low + high) / 2)
+    (worst,) = (one.name for one in found.prompts if one.headroom == low)
+    failed = [name for name, results in cases(found).items() if results]
+    assert failed == [f"{worst}: headroom"]
+
+
 def test_weights_that_fail_leave_the_prompts_skipped(tmp_path: Path) -> None:
     found = sk.check(spoilt(gemma(tmp_path / "gemma"), "model.norm.weight", float("inf")))
     made = cases(found)
