@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = "gemma3-270m"
 LARGE = "gemma-7b"
-PARTS = ("recording", "growth", "products", "peers", "start", "report", "context", "large")
+PARTS = ("recording", "growth", "products", "peers", "start", "check", "report", "context", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +294,19 @@ def start_rows() -> Iterator[Row]:
     yield Row(what="tokenizer", measured=tokenizer, unit="s", target=0.5, stretch=0.2)
     times = [said(["stabilitykit", "--help"]).seconds for _ in range(7)]
     yield Row(what="stabilitykit --help", measured=statistics.median(times), unit="s", target=0.4, stretch=0.2)
+
+
+def check_rows() -> Iterator[Row]:
+    """In the dtype in which every prompt runs to its end."""
+    times = [said(["stabilitykit", "check", CHECKPOINT, "--dtype", "bfloat16"]).seconds for _ in range(3)]
+    yield Row(
+        what="stabilitykit check",
+        measured=statistics.median(times),
+        unit="s",
+        target=60,
+        stretch=20,
+        detail="bfloat16, three texts of 512 tokens",
+    )
 
 
 def report_rows() -> Iterator[Row]:
@@ -631,6 +644,7 @@ def parts(names: Sequence[str], rounds: int, large: Path) -> Iterator[tuple[str,
         "products": lambda: product_rows(tokens, rounds),
         "peers": lambda: peer_rows(tokens, rounds),
         "start": start_rows,
+        "check": check_rows,
         "report": report_rows,
         "context": context_rows,
         "large": lambda: large_rows(large),

@@ -103,6 +103,8 @@ def check(
     parse_dtype(dtype)
     limits = Limits(min_headroom=min_headroom, max_kl=max_kl, tolerance=tolerance)
     check_limits(limits)
+    if how.get("system") is not None and not how.get("chat"):
+        raise MisuseError("A system text is part of the turn template; add chat=True.")
     if baseline is not None and not isinstance(baseline, Baseline):
         baseline = read_baseline(Path(baseline))
     if baseline is not None and baseline.dtype != dtype:
@@ -205,7 +207,8 @@ def _remarks(ran: Sequence[Any]) -> list[str]:
 def _ask(one: Text | Tensors, opened: _Opened, how: SourceOptions) -> Ask:
     if isinstance(one, Tensors):
         return Ask(name=one.name, given=one.given)
-    asked = replace(one.asked, chat=True, system=how.get("system")) if how.get("chat") else one.asked
+    is_plain = how.get("chat") and not one.asked.chat  # a chat of a file's has its own system text
+    asked = replace(one.asked, chat=True, system=how.get("system")) if is_plain else one.asked
     return Ask(name=one.name, tokens=tuple(opened.read(asked)))
 
 

@@ -237,6 +237,17 @@ def test_prompts_are_texts_chats_and_tensors(tmp_path: Path) -> None:
     assert "d.safetensors, e.npz and f.pt" in found.remarks[0]
 
 
+def test_a_chat_keeps_its_own_system_text(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    (tmp_path / "a.json").write_text(json.dumps(turns))
+    (tmp_path / "b.txt").write_text("Hi")
+    plain, wrapped = (sk.check(TINY, prompts=[tmp_path], chat=chat).prompts for chat in (False, True))
+    assert plain[0].sha256 == wrapped[0].sha256
+    assert plain[1].sha256 != wrapped[1].sha256
+    with pytest.raises(MisuseError, match="chat=True"):
+        sk.check(TINY, prompts=[tmp_path], system="Be brief.")
+
+
 class Code:
     def __reduce__(self) -> Any:
         return print, ("this must not run",)
