@@ -28,6 +28,7 @@ FLOORS = [
     {"bounds", "searches", "sweeps"},
     {"remedies"},
     {"trials"},
+    {"guards"},
     {"cli"},
 ]
 
