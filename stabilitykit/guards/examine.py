@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,31 +16,38 @@ from stabilitykit.records import Break, Record, Recording
 _MOST_ALONE = 8  # rows of one step that are repeated one by one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The decisive break of one row, in a recording of that row or of its whole batch; its `position` and `token`."""
+    """The decisive break of one row, in a repetition of that row or of its whole batch; its `position` and `token`."""
 
-    recording: Recording
     found: Outcome
+    broke: Break
+    links: tuple[Link, ...]
+    text: str
     position: int | None
     token: int | None
+    token_text: str | None
 
     @property
     def record(self) -> Record:
         return self.found.broke
 
-    @property
-    def broke(self) -> Break:
-        assert self.found.broke.broke is not None
-        return self.found.broke.broke
-
-    @property
-    def links(self) -> tuple[Link, ...]:
-        return chain(self.recording)
-
-    @property
-    def text(self) -> str:
-        return verdict(self.recording, advise=False)
+    @classmethod
+    def of(cls, recording: Recording) -> "Finding | None":
+        """That of the row which the recording names first; None where nothing broke."""
+        found = decisive(recording)
+        if found is None or found.broke.broke is None:
+            return None
+        broke = found.broke.broke
+        return cls(
+            found=found,
+            broke=broke,
+            links=chain(recording),
+            text=verdict(recording, advise=False),
+            position=broke.position,
+            token=broke.token,
+            token_text=recording.header.text_of(broke.token),
+        )
 
 
 def examine(
@@ -61,36 +68,31 @@ def examine(
     whole = _recorded(step, model, None, token_text, redact=redact) if together else None
     if isinstance(whole, str):
         return dict.fromkeys(rows, whole)
-    found = None if whole is None else decisive(whole)
-    if whole is not None and found is not None and found.broke.broke is not None:
-        broke = found.broke.broke
+    found = None if whole is None else Finding.of(whole)
+    if whole is not None and found is not None:
+        broke = found.broke
         if len(broke.positions) == 1 or len(broke.rows) == 1 or step.rows == 1:
             of = broke.rows or ((broke.row,) if broke.row is not None else (0,) if step.rows == 1 else ())
-            named |= {row: _of_row(whole, found, step, row) for row in rows if row in of}
+            named |= {row: _of_row(whole, found, row) for row in rows if row in of}
     left = [row for row in rows if row not in named]
     for row in left[:_MOST_ALONE]:
         alone = _recorded(step, model, [row], token_text, redact=redact)
         if isinstance(alone, str):
             named[row] = alone
             continue
-        found = decisive(alone)
-        if found is None or found.broke.broke is None:
-            named[row] = "nothing broke when the step was repeated for this row alone"
-        else:
-            named[row] = Finding(alone, found, found.broke.broke.position, found.broke.broke.token)
+        named[row] = Finding.of(alone) or "nothing broke when the step was repeated for this row alone"
     for row in left[_MOST_ALONE:]:
         named[row] = f"{_MOST_ALONE} other rows of this step were repeated, and no more"
     return named
 
 
-def _of_row(recording: Recording, found: Outcome, step: Step, row: int) -> Finding:
-    broke = found.broke.broke
-    assert broke is not None
-    token = broke.token
-    if row != broke.row and broke.position is not None and recording.header.tokens is not None:
-        ids = recording.header.tokens[row]
-        token = ids[broke.position] if broke.position < len(ids) else None
-    return Finding(recording, found, broke.position, token)
+def _of_row(recording: Recording, found: Finding, row: int) -> Finding:
+    """That of another row which broke at the same position of the same tensor."""
+    header, position = recording.header, found.position
+    if row == found.broke.row or position is None or header.tokens is None:
+        return found
+    token = header.tokens[row][position] if position < len(header.tokens[row]) else None
+    return replace(found, token=token, token_text=header.text_of(token))
 
 
 def _recorded(

@@ -35,12 +35,18 @@ class Chosen:
         """Of rows that no model's output had broken before."""
         sequences = self.sequences
         found = of_scores(kinds, self.ids, self.step)
-        return [replace(one, site=self._whose(one.row)) for one in found if one.row not in sequences.known]
+        return [self._named(one) for one in found if one.row not in sequences.known]
 
-    def _whose(self, row: int) -> str | None:
+    def _named(self, broke: RowBreak) -> RowBreak:
+        with aside():
+            ids, scores = self.ids[broke.row : broke.row + 1], self.raw[broke.row : broke.row + 1].clone()
+            if bool(lost(scores)[0]):
+                return replace(broke, unexamined="the model's own step was not looked at, because of `every`")
+            return replace(broke, site=self._whose(ids, scores), unexamined="the model's own scores were finite")
+
+    def _whose(self, ids: Tensor, scores: Tensor) -> str | None:
         """The class of the first processor after which no token can be chosen, each asked again about this row."""
         with aside():
-            ids, scores = self.ids[row : row + 1], self.raw[row : row + 1].clone()
             for processor in self.processors:
                 try:
                     scores = processor(ids, scores)

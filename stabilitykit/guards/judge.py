@@ -245,7 +245,7 @@ class Judge:
             bare,
             position=finding.position,
             token=None if self._settings.redact else finding.token,
-            token_text=finding.recording.header.text_of(finding.token),
+            token_text=finding.token_text,
             harmless=finding.found.harmless if bare.absorbed else None,
             kind=finding.broke.kind,
             site=record.site,
