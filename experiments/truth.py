@@ -7,6 +7,7 @@
 Every fault is planted in a tiny model, and what is expected of a diagnosis follows from how it was planted, or from
 an independent run in float64: see tests/truth. At the level of operators an answer is exact if every column that can
 be known agrees and nothing misleading is said; at those of modules and layers it is enough that nothing false is.
+Every fault of the table is then diagnosed by experiment, and what was tried is held to what cures it by hand.
 """
 
 # ruff: noqa: E402  the path to the faults comes before what is imported from there
@@ -24,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,7 @@ from truth.generated import generate
 from truth.row import ROOTS, Row
 from truth.score import LEVELS, SCORES, Judgement, judge
 from truth.table import CONTROLS, TABLE
+from truth.tried import Tried, tried
 
 from stabilitykit.files import write_text
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
@@ -163,6 +165,50 @@ def section(found: Sequence[tuple[str, Judgement]], seed: int) -> list[Section]:
     ]
 
 
+def cures(found: Sequence[Tried]) -> Section:
+    """What was tried of each fault, against what cures it where every change was made by hand."""
+    names = sorted({name for one in found for name in one.cured})
+    by_name = {name: [one for one in found if name in one.cured] for name in names}
+    missed = [one for one in found if one.faults]
+    curable = sum(bool(one.cured) for one in found)
+    uncured = sum(bool(one.untried or one.unshown) for one in found)
+    in_vain, untrue = (sum(bool(getattr(one, name)) for one in found) for name in ("advised", "false"))
+    return Section(
+        key="tried",
+        title="What was tried, and what cures",
+        opening="Each remedy was applied by hand to every fault of the table, without the code that is judged here. "
+        "What it cures by hand, diagnose has to try and to show cured; what failed must not be advised.",
+        blocks=[
+            Prose(
+                f"Of {len(found)} faults and controls, {curable} are cured by some change by hand. "
+                f"**In {uncured} a cure was not tried, or not shown to cure; in {in_vain} something is advised that "
+                f"was tried in vain**; in {untrue} a change is said to cure and does not."
+            ),
+            Table(
+                name="by-change",
+                title="By change",
+                columns=[Column(name) for name in ("change", "cures by hand", "tried", "shown to cure")],
+                rows=[
+                    [
+                        name,
+                        len(own),
+                        sum(name not in one.untried for one in own),
+                        sum(name not in (*one.untried, *one.unshown) for one in own),
+                    ]
+                    for name, own in by_name.items()
+                ],
+            ),
+            Table(
+                name="missed-cures",
+                title="Every miss",
+                columns=[Column("fault"), Column("what"), Column("cured by hand")],
+                rows=[[one.key, "; ".join(one.faults), ", ".join(one.cured)] for one in missed],
+                note="None." if not missed else "",
+            ),
+        ],
+    )
+
+
 def draw(figure: "matplotlib.figure.Figure", found: Sequence[Judgement], families: Sequence[str]) -> Sequence[Hover]:
     parts = [
         Part(
@@ -194,6 +240,18 @@ def run(seed: int) -> list[tuple[str, Judgement]]:
     return found
 
 
+def try_all() -> list[Tried]:
+    rows = (*TABLE, *CONTROLS)
+    found: list[Tried] = []
+    for one in rows:
+        found.append(tried(one))
+        if found[-1].faults:
+            print(f"{one.key}: {'; '.join(found[-1].faults)}", file=sys.stderr, flush=True)
+        if len(found) % 100 == 0:
+            print(f"tried on {len(found):,} of {len(rows):,}", file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, help="of the faults that are drawn; default: a fresh one")
@@ -206,25 +264,32 @@ def main() -> None:
         saved = json.loads(kept.read_text(encoding="utf-8"))
         seed = saved["seed"]
         found = [(one.pop("part"), Judgement(**one | {"why": tuple(one["why"])})) for one in saved["judgements"]]
+        attempts = [Tried(**{name: _tuple(value) for name, value in one.items()}) for one in saved["tried"]]
     else:
         seed = secrets.randbelow(2**32) if given.seed is None else given.seed
         print(f"seed {seed}", flush=True)
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         warnings.simplefilter("ignore")
-        found = run(seed)
+        found, attempts = run(seed), try_all()
         out.mkdir(parents=True, exist_ok=True)
         machine = {
             "processor": platform.machine(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        whole = {"seed": seed, "machine": machine, "judgements": [{"part": p} | asdict(o) for p, o in found]}
+        kept_of = [asdict(replace(one, said="", trials={})) for one in attempts]
+        judgements = [{"part": p} | asdict(o) for p, o in found]
+        whole = {"seed": seed, "machine": machine, "judgements": judgements, "tried": kept_of}
         write_text(kept, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    page = write_report("Is the diagnosis right?", section(found, seed), out)
+    page = write_report("Is the diagnosis right?", [*section(found, seed), cures(attempts)], out)
     planted = [o for part, o in found if o.level == "operators" and part != "controls"]
     print(f"{share(planted, 'exact')} exact at level operators, seed {seed}.")
     print(page)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

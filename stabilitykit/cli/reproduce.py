@@ -1,12 +1,17 @@
 """`stabilitykit reproduce`: make the failure happen, for real, and show how it came about."""
 
 from dataclasses import replace
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import stabilitykit.cli.options as options
 from stabilitykit.errors import MisuseError
+from stabilitykit.files import check_new
+
+if TYPE_CHECKING:
+    from stabilitykit.records import Recording
 
 
 def reproduce(
@@ -22,6 +27,19 @@ def reproduce(
     prompt: Annotated[str, typer.Option(help="Text of the prompt to run.")] = "The capital of France is",
     device: options.Device = "cpu",
     rescale: options.Rescale = 1.0,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder for a bug report: the operator that broke first, alone, its operands cut to those that "
+            "break it, and a script of plain torch that runs it."
+        ),
+    ] = None,
+    redact: Annotated[
+        bool,
+        typer.Option(
+            "--redact", help="Keep the prompt and its tokens out of the output, and all names out of the bug report."
+        ),
+    ] = False,
     as_json: options.Json = False,
     raise_: Annotated[bool, typer.Option("--raise", help="Raise the error itself, with its traceback.")] = False,
 ) -> None:
@@ -51,23 +69,48 @@ def reproduce(
     from stabilitykit.run.source import checkpoint_of
 
     parse_device(device)
+    if export is not None:
+        check_new(export)
     with screen.progress_bar() as progress:
-        setup = Setup(checkpoint=checkpoint, prompt=prompt, device=device, rescale=rescale, progress=progress)
+        setup = Setup(
+            checkpoint=checkpoint,
+            prompt=prompt,
+            device=device,
+            rescale=rescale,
+            keep_operands=export is not None,
+            redact=redact,
+            progress=progress,
+        )
         if not checkpoint.startswith(PREFIX):
             setup = replace(setup, checkpoint=checkpoint_of(checkpoint, progress))
         run = chosen.run(setup)
+    script, refused = (None, None) if export is None else _exported(run.recording, export, redact=redact)
     if raise_ and run.error is not None:
         raise run.error
     why = cause(run.recording)
     reproduced = run.error is not None and why is not None and why.name == chosen.expected
     if as_json:
-        screen.print_json({"scenario": chosen.name, "reproduced": reproduced, **document(run.recording)})
+        written = {} if export is None else {"script": None if script is None else str(script)}
+        screen.print_json({"scenario": chosen.name, "reproduced": reproduced, **written, **document(run.recording)})
     else:
         _print(chosen.name, chosen.summary, run.error, reproduced)
         screen.print_verdict(run.recording, None)
         screen.print_chain(run.recording)
+        if script is not None:
+            screen.output.print()
+            screen.output.print(f"Written: {script}. To run it: python {script}", soft_wrap=True, markup=False)
+    if refused is not None:
+        raise refused
     if not reproduced:
         raise typer.Exit(1)
+
+
+def _exported(recording: "Recording", folder: Path, *, redact: bool) -> tuple[Path | None, MisuseError | None]:
+    """The script that was written, or why there is none, which is said after the verdict."""
+    try:
+        return recording.export_repro(folder, redact=redact), None
+    except MisuseError as refused:
+        return None, refused
 
 
 def _print(name: str, summary: str, error: RuntimeError | None, reproduced: bool) -> None:

@@ -14,6 +14,7 @@ from stabilitykit.recorder.kernels.layout import Edges, Field
 from stabilitykit.recorder.labels import Family, label
 from stabilitykit.recorder.origins import Mask, Origin, Role
 from stabilitykit.recorder.places.streams import Step, Stream
+from stabilitykit.recorder.repro.keep import Kept
 from stabilitykit.recorder.rounding import Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
 from stabilitykit.recorder.statistics import Row, Statistics, decode, joined
@@ -51,7 +52,8 @@ class Entry:
     what was found in those so far. `broke_on` are the origins of the break's operands, `came_from` is
     the one it came from, `rounded` an operand that rounding had spoilt. `doubt`: whether what a mask hides is hidden
     shows later. `of_mask`: a mask's -inf made the break. `of_weight`: a parameter's gradient. `repeats` is the number
-    of an entry which this one is again, if it has the same statistics.
+    of an entry which this one is again, if it has the same statistics. `operands` are those of what broke here, or
+    absorbed what had, if they are kept.
     """
 
     step: Step
@@ -79,6 +81,7 @@ class Entry:
     role: Role | None = None
     doubt: Doubt | None = None
     repeats: int | None = None
+    operands: Kept | None = None
 
     def take(self, row: Row, part: Part | None) -> None:
         """What was counted of the tensor, or of one more part of it."""
@@ -148,6 +151,7 @@ class Entry:
         if doubt.broke is not None and self.broke is None:
             self.broke, self.broke_on = doubt.broke.broke, doubt.broke.broke_on
             self.came_from, self.rounded = doubt.broke.came_from, doubt.broke.rounded
+            self.operands = doubt.broke.operands
 
     def _stream(self, axes: Axes) -> Stream | None:
         return self.step.streams[axes.slot] if axes.positioned and axes.slot < len(self.step.streams) else None

@@ -14,6 +14,7 @@ from stabilitykit.recorder.kernels.layout import Field, edges
 from stabilitykit.recorder.masks import Call
 from stabilitykit.recorder.origins import Origin, Origins
 from stabilitykit.recorder.pending import Row
+from stabilitykit.recorder.repro.keep import Keeper, first_not_finite
 from stabilitykit.recorder.statistics import tally, tally_by_position
 from stabilitykit.recorder.tensors import NAMES, aside
 
@@ -68,7 +69,7 @@ class Observation:
         operands = self.call.operands if self.call.func is not None else ()
         return any(operand.origin.lost and operand.origin.kind == "computed" for operand in operands)
 
-    def absorb(self) -> bool:
+    def absorb(self, keeper: Keeper | None = None) -> bool:
         """The tensor is finite: notes whether an operand was not, in the elements that were read. No break."""
         with aside():
             for operand in self.call.operands:
@@ -76,10 +77,16 @@ class Observation:
                     finite = operand.tensor.isfinite()
                     masked = operand.hides()
                     self.entry.absorbs |= not bool((finite if masked is None else finite | masked.where).all())
+            if keeper is not None and self.entry.absorbs and self.entry.operands is None:
+                shape = self.values.shape
+                self.entry.operands = keeper.keep(self.call, first_not_finite(self.call, shape), shape)
         return False
 
-    def judge(self, origins: Origins) -> Origin | None:
-        """Why elements were lost here, for the record. Returns the origin of an operand that had the damage."""
+    def judge(self, origins: Origins, keeper: Keeper | None = None) -> Origin | None:
+        """Why elements were lost here, for the record. Returns the origin of an operand that had the damage.
+
+        A `keeper` copies the operands of what broke.
+        """
         assert self.lost is not None
         with aside():
             stored = FORMATS.get(self.entry.form.dtype, FLOAT32)
@@ -94,6 +101,9 @@ class Observation:
         if isinstance(found, Passed):
             return found.origin
         found.broke = replace(found.broke, outside=found.broke.outside or self.outside)
+        if keeper is not None and self.entry.broke is None:  # of parts the first one that broke
+            with aside():
+                self.entry.operands = keeper.keep(self.call, found.broke.index, self.values.shape)
         self.entry.take_break(found, self.axes, self.part)
         return None
 

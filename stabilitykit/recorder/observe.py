@@ -26,6 +26,7 @@ from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.places.folded import axes_for
 from stabilitykit.recorder.places.labels import Labels
 from stabilitykit.recorder.places.track import Tracker
+from stabilitykit.recorder.repro.keep import Keeper
 from stabilitykit.recorder.roles import role_of
 from stabilitykit.recorder.rounding import Calls, Rounded
 from stabilitykit.recorder.softmax import SoftmaxTally
@@ -57,6 +58,7 @@ class Options:
     watch: Sequence[tuple[str, int]]
     statistics: Sequence[Statistic]
     backward: bool = False
+    keep_operands: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class Observer:
     in the making, in order of execution, `forms` what tensors of the same labels share. `judgements` wait for a device
     that the pass must not wait for; `broken`: something broke. `before` are entries that come before the one of that
     number: constants that turned out to be what broke it. `calls` made the last small tensors. `watched` are the
-    elements that were asked for.
+    elements that were asked for. `keeper` copies the operands of what breaks, if that was asked for.
     """
 
     options: Options
@@ -83,6 +85,7 @@ class Observer:
     before: dict[int, list[Entry]] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
     watched: list[tuple[str, int, Tensor]] = field(default_factory=list)
+    keeper: Keeper | None = None
 
     def begin(self) -> None:
         """Before a step."""
@@ -178,6 +181,8 @@ class Observer:
             broke = break_at("overflow", past, seen.axes, form)
             value = float(given[broke.index])
             found = Finding(replace(broke, operands=(value,), value=value), (seen.call.operands[-1].origin,))
+            if self.keeper is not None:
+                seen.entry.operands = self.keeper.keep(seen.call, broke.index, seen.values.shape)
         found.origin = seen.call.operands[-1].origin
         seen.entry.take_break(found, seen.axes, None)
         seen.entry.absorbs = self.broken = True
@@ -205,7 +210,7 @@ class Observer:
                 if frame.module is None:
                     seen.outside = code_outside()
                 seen.take(row)
-                passed = seen.judge(self.origins)
+                passed = seen.judge(self.origins, self.keeper)
                 if passed is not None:
                     origin.trail = passed.trail
                 elif frame.module is None and call.name == "softmax":  # of scores that a processor made anew
@@ -292,7 +297,7 @@ class Observer:
                 if bool(lost.any()) and not seen.reads_damage():
                     alone = replace(seen, hidden=None, lost=lost)
                     alone.entry = replace(seen.entry)
-                    if alone.judge(self.origins) is None and alone.entry.broke is not None:
+                    if alone.judge(self.origins, self.keeper) is None and alone.entry.broke is not None:
                         doubt.broke, doubt.lost = alone.entry, lost
             seen.entry.doubt = doubt
         if call.name == "add" and mask.overflowed is None and is_here(values) and not values.is_meta:
@@ -406,9 +411,9 @@ class Observer:
         if not seen.take(row):
             if not seen.origin.lost and seen.reads_damage():
                 if is_here(seen.values):
-                    seen.absorb()
+                    seen.absorb(self.keeper)
                 else:
-                    self.judgements.append(seen.absorb)
+                    self.judgements.append(lambda: seen.absorb(self.keeper))
         elif is_here(seen.values):
             self.broken |= self._judge(seen)
         else:  # which waits for the device, and that the pass must not
@@ -416,7 +421,7 @@ class Observer:
 
     def _judge(self, seen: Observation) -> bool:
         """Whether something broke: here, or in a constant that this tensor was made of."""
-        passed = seen.judge(self.origins)
+        passed = seen.judge(self.origins, self.keeper)
         if passed is None:
             self.first = self.first or seen.entry
             return True

@@ -36,6 +36,8 @@ from stabilitykit.recorder.labels import Family, family_of
 from stabilitykit.recorder.names import OUTSIDE
 from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
+from stabilitykit.recorder.repro.export import Export
+from stabilitykit.recorder.repro.keep import Kept
 from stabilitykit.recorder.session import Session
 from stabilitykit.recorder.unseen import StopAtBreak
 from stabilitykit.records import Header, Level, Record, Recording
@@ -58,6 +60,7 @@ def record(
     watch: Sequence[tuple[str, int]] = (),
     token_text: Callable[[int], str] | None = None,
     redact: bool = False,
+    keep_operands: bool = False,
     case: Mapping[str, Any] | None = None,
 ) -> Iterator[Recording]:
     """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
@@ -79,7 +82,9 @@ def record(
 
     `watch` names single elements, by site and row-major index, whose values the header keeps as `watched`.
     `token_text` gives a token id's text; a model with a `tokenizer` that has `piece` needs none. `redact` keeps
-    tokens out of the recording. `case` goes into the header as it is.
+    tokens out of the recording. `keep_operands` copies the operands of what breaks when it is judged, and of what
+    absorbs it, 64 MiB at most, for the recording's `export_repro`; they are no part of its file. `case` goes into the
+    header as it is.
 
     Each call of `model`, or of a module in it that holds the layers, is a step; what runs between two of them, such as
     a sampler, belongs to the first and has sites that begin with "outside". Rows and positions are followed from what
@@ -110,6 +115,7 @@ def record(
         fused_softmax=fused_softmax,
         stop_at_break=stop_at_break,
         backward=backward,
+        keep_operands=keep_operands,
         keep=keep,
         against=against or {},
         watch=watch,
@@ -236,7 +242,10 @@ def _finish(
     if session.gradients is not None and session.gradients.loss_scale is not None:
         header = recording.header = replace(header, case={"loss_scale": session.gradients.loss_scale} | header.case)
     family = family_of(model)
-    recording.records = lambda: _records(observer, header, family, shows_tokens=not redact)
+    operands: dict[int, Kept] = {}
+    recording.records = lambda: _records(observer, header, family, operands, shows_tokens=not redact)
+    if session.options.keep_operands:
+        recording.repro = Export(operands)
     session.names.origins.forget()
     session.names.frames.clear()
     observer.calls.forget()
@@ -253,7 +262,10 @@ def _complete(whole: Sequence[Sequence[int | None]] | None) -> tuple[tuple[int, 
     return rows if all(len(row) == len(of) for row, of in zip(rows, whole, strict=True)) else None
 
 
-def _records(observer: Observer, header: Header, family: Family | None, *, shows_tokens: bool) -> list[Record]:
+def _records(
+    observer: Observer, header: Header, family: Family | None, operands: dict[int, Kept], *, shows_tokens: bool
+) -> list[Record]:
+    """The records; `operands` gets those that were kept, by the record's order."""
     entries = observer.entries
 
     def site_of(origin: Origin) -> str:
@@ -273,7 +285,8 @@ def _records(observer: Observer, header: Header, family: Family | None, *, shows
         for entry in whole
         if entry.repeats is not None and entry.statistics == entries[entry.repeats].statistics
     }
-    kept = (entry for entry in whole if id(entry) not in again)
+    kept = [entry for entry in whole if id(entry) not in again]
+    operands |= {order: entry.operands for order, entry in enumerate(kept) if entry.operands is not None}
     return [
         entry.record(order, header, family=family, shows_tokens=shows_tokens, site_of=site_of)
         for order, entry in enumerate(kept)

@@ -26,6 +26,7 @@ from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.pending import Pending, Row
 from stabilitykit.recorder.places.steps import Steps, tensors_of
 from stabilitykit.recorder.places.track import Tracker
+from stabilitykit.recorder.repro.keep import Keeper
 from stabilitykit.recorder.tensors import aside, floating, floating_of_call, has_elements, is_here, region
 from stabilitykit.recorder.unseen import StopAtBreak, Unseen
 from stabilitykit.records import OriginKind
@@ -53,6 +54,7 @@ class Session:
             places=self.places,
             pending=self.pending,
             custom=CustomStatistics(options.statistics, self.pending),
+            keeper=Keeper() if options.keep_operands else None,
         )
         self.nodes = Nodes(model, self.observer, self.names) if options.backward else None
         self.gradients: Gradients | None = None

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -69,16 +69,30 @@ class Header(Provenance):
         return self.starts[step] if 0 <= step < len(self.starts) else None
 
 
+class Repro(Protocol):
+    """What a recorder keeps beside the records, to write the operator that broke alone."""
+
+    def write(self, recording: "Recording", folder: Path, *, redact: bool) -> Path: ...
+
+
 class Recording:
     """A header and its records, in order of execution.
 
-    `records` may be a function that makes them, which is called when they are first asked for.
+    `records` may be a function that makes them, which is called when they are first asked for. `repro` is what
+    `export_repro` writes from; None where operands were not kept.
     """
 
-    __slots__ = ("_records", "header")
+    __slots__ = ("_records", "header", "repro")
 
-    def __init__(self, header: Header, records: list[Record] | Callable[[], list[Record]] | None = None) -> None:
+    def __init__(
+        self,
+        header: Header,
+        records: list[Record] | Callable[[], list[Record]] | None = None,
+        *,
+        repro: Repro | None = None,
+    ) -> None:
         self.header = header
+        self.repro = repro
         self._records = [] if records is None else records
 
     @property
@@ -121,6 +135,27 @@ class Recording:
         types = schema(self.header.formats, self.header.statistics)
         table = pa.Table.from_pylist([record.row() for record in self.records], schema=types)
         write_table(Path(path), table, dataclasses.asdict(self.header))
+
+    def export_repro(self, folder: str | Path, *, redact: bool = False) -> Path:
+        """Writes the operator that broke first, alone, into `folder`, new or empty: a bug report to be run.
+
+        `operands.safetensors` holds the smallest operands found that still make the break, and `repro.py`, of at most
+        60 lines, runs that one operator of torch's on them and prints what it gives; what it printed here is in its
+        docstring. The break is the one that `verdict` is about: those before it, if any, end without loss. Where its
+        damage was absorbed the operator that made finite numbers of it is run too. The script needs torch and
+        safetensors alone. `redact` keeps all text out: prompts, tokens, names of modules, of files and of code.
+
+        Returns the script's path. Raises MisuseError where there is nothing to write: nothing broke, operands were
+        not kept (`record(..., keep_operands=True)` keeps them; a file holds none) or take too much memory, which
+        operator it was is not known, or it does not break alone; and where the folder holds something already, or
+        cannot be written.
+        """
+        if self.repro is None:
+            raise MisuseError(
+                "The operands of what broke were not kept: record(model, keep_operands=True) keeps them, for as long "
+                "as the recording is in memory; a file has none."
+            )
+        return self.repro.write(self, Path(folder), redact=redact)
 
     @classmethod
     def load(cls, path: str | Path) -> "Recording":

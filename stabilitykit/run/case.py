@@ -67,6 +67,7 @@ class Options(TypedDict, total=False):
     fused_softmax: bool
     watch: Sequence[tuple[str, int]]
     redact: bool
+    keep_operands: bool
 
 
 def run_case(

@@ -47,7 +47,11 @@ def find_stored_dtypes(recording: Recording, subject: Subject, rows: int, length
     none.
     """
     if recording.header.dtype == "float16":
-        return Recording(recording.header, lambda: [replace(one, stored_dtype=one.dtype) for one in recording])
+        return Recording(
+            recording.header,
+            lambda: [replace(one, stored_dtype=one.dtype) for one in recording],
+            repro=recording.repro,
+        )
     dry = dry_run(subject, rows, length, level=recording.header.level)
     return recording if dry is None else with_stored_dtypes(recording, dry)
 
@@ -79,6 +83,7 @@ def with_stored_dtypes(recording: Recording, low: Recording) -> Recording:
     return Recording(
         recording.header,
         [replace(made, stored_dtype=told(key, made)) for key, made in _numbered(recording)],
+        repro=recording.repro,
     )
 
 

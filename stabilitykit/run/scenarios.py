@@ -1,7 +1,8 @@
 """Failures on demand: float16's, and those that look like it. Each runs for real and raises torch's own error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from stabilitykit.diagnosis.cause import CauseName
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.tokenizer import Tokenizer
-from stabilitykit.models.subject import Sampling
+from stabilitykit.models.subject import Sampling, Subject
 from stabilitykit.run.case import Progress, Run, run_case, stage
 from stabilitykit.run.source import open_source
 from stabilitykit.scaling.stressed import stressed
@@ -22,14 +23,27 @@ PROMPT = "The capital of France is"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What a scenario starts from: a checkpoint, or the name of a model that transformers runs, as `hf:FOLDER`.
-    `rescale` multiplies the scenario's own.
+    `rescale` multiplies the scenario's own. `keep_operands` and `redact` are what `record` makes of them.
     """
 
     checkpoint: Checkpoint | str
     prompt: str = PROMPT
     device: str = "cpu"
     rescale: float = 1.0
+    keep_operands: bool = False
+    redact: bool = False
     progress: Progress | None = None
+
+    def run(self, model: Gemma | Subject, tokens: Sequence[int] | None = None, **how: Any) -> Run:
+        """A case of `run_case`, with the prompt's own tokens unless given."""
+        return run_case(
+            model,
+            self.tokens() if tokens is None else tokens,
+            progress=self.progress,
+            keep_operands=self.keep_operands,
+            redact=self.redact,
+            **how,
+        )
 
     @property
     def own(self) -> Checkpoint:
@@ -60,8 +74,8 @@ def _float16_overflow(setup: Setup) -> Run:
     if isinstance(setup.checkpoint, str):
         source = open_source(setup.checkpoint, setup.prompt, device=setup.device, rescale=setup.rescale)
         subject = source.subject_in("float16", stage("float16: preparing weights", setup.progress))
-        return run_case(subject, source.tokens, progress=setup.progress)
-    return run_case(setup.model("float16"), setup.tokens(), progress=setup.progress)
+        return setup.run(subject, source.tokens)
+    return setup.run(setup.model("float16"))
 
 
 def _int8_without_scalers(setup: Setup) -> Run:
@@ -109,25 +123,20 @@ def _loaded_loosely(setup: Setup, state: dict[str, Tensor]) -> Run:
     model.vocabulary = setup.own.vocabulary
     missing = [name for name in keys.missing_keys if name != "lm_head.weight"]
     loading = {"missing": missing, "unexpected": list(keys.unexpected_keys)}
-    return run_case(model, setup.tokens(), facts={"loading": loading}, progress=setup.progress)
+    return setup.run(model, facts={"loading": loading})
 
 
 def _top_k_zero(setup: Setup) -> Run:
-    return run_case(setup.model("float32"), setup.tokens(), sampling=Sampling(top_k=0), progress=setup.progress)
+    return setup.run(setup.model("float32"), sampling=Sampling(top_k=0))
 
 
 def _top_p_negative(setup: Setup) -> Run:
-    return run_case(setup.model("float32"), setup.tokens(), sampling=Sampling(top_p=-0.1), progress=setup.progress)
+    return setup.run(setup.model("float32"), sampling=Sampling(top_p=-0.1))
 
 
 def _tiny_temperature(setup: Setup) -> Run:
     """With the residual stream scaled down, so that float16 holds everything before the sampler."""
-    return run_case(
-        setup.model("float16", rescale=0.25),
-        setup.tokens(),
-        sampling=Sampling(temperature=1e-4),
-        progress=setup.progress,
-    )
+    return setup.run(setup.model("float16", rescale=0.25), sampling=Sampling(temperature=1e-4))
 
 
 def _masked_row(setup: Setup) -> Run:
@@ -138,7 +147,7 @@ def _masked_row(setup: Setup) -> Run:
     query, key = torch.arange(length)[:, None], torch.arange(length)
     seen = (key <= query) & (key >= padding)
     mask = torch.zeros(1, 1, length, length).masked_fill(~seen, -torch.inf).to(model.device)
-    return run_case(model, tokens, left_padding=padding, mask=mask, progress=setup.progress)
+    return setup.run(model, tokens, left_padding=padding, mask=mask)
 
 
 SCENARIOS: dict[str, Scenario] = {

@@ -68,8 +68,8 @@ def diagnose(
         as they are: copies are run.
 
     Raises:
-        MisuseError: for what is not a module or a method of one, for a model that cannot be copied, and with
-            `minimise` for arguments without token ids.
+        MisuseError: for what is not a module or a method of one, for a model that cannot be copied, for a call that
+            raises before anything is computed, and with `minimise` for arguments without token ids.
     """
     owner = getattr(model, "__self__", model)
     if not isinstance(owner, nn.Module):
@@ -218,6 +218,11 @@ class _Diagnosing:
         watch = [(one.site, one.broke_at) for one in plain.recording if one.broke_at is not None]
         self.tell(f"recording in {self.wide}", 0, 1)
         wide = self.widest(watch)
+        if wide.answers.error is not None and not [*plain.recording, *wide.recording]:
+            raise MisuseError(
+                f"The run raises in {self.wide} as well, before anything is computed, so there is nothing to diagnose: "
+                f"{wide.answers.error}. Check how the model is called."
+            )
         low = compare(plain.answers, wide.answers)
         trying = Attempts(self.models, self.wide, wide.answers)
         attempts = [

@@ -286,3 +286,8 @@ def test_the_value_in_float32_is_that_of_the_call_that_broke() -> None:
         return out
 
     assert "The float32 run has 120,000 there." in diagnose_run(model, twice).verdict
+
+
+def test_a_call_that_raises_before_anything_is_computed_is_misuse() -> None:
+    with pytest.raises(MisuseError, match=r"before anything is computed.* unexpected keyword argument 'inputs'"):
+        sk.diagnose(torch.nn.Linear(4, 4), inputs=torch.ones(1, 4))

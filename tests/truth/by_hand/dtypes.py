@@ -89,6 +89,6 @@ def converted(planted: Planted, dtype: torch.dtype, stack: ExitStack) -> Any:
 
     stack.callback(model.register_forward_pre_hook(cast, with_kwargs=True).remove)
     autocast: Any = torch.autocast
-    torch.autocast = lambda kind, *_: nullcontext() if dtype == torch.float32 else autocast(kind, dtype)  # type: ignore[assignment, misc]
+    torch.autocast = lambda kind, *_, **__: nullcontext() if dtype == torch.float32 else autocast(kind, dtype)  # type: ignore[assignment, misc]
     stack.callback(setattr, torch, "autocast", autocast)
     return model
