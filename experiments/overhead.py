@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stabilitykit as sk
 from stabilitykit.checkpoints.config import RELEASED, GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
+from stabilitykit.guards.watch import Watch
 from stabilitykit.models.gemma import Gemma, KVCache
 from stabilitykit.models.matmul import matmul
 from stabilitykit.records import Recording
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = "gemma3-270m"
 LARGE = "gemma-7b"
-PARTS = ("recording", "growth", "products", "peers", "start", "check", "report", "context", "large")
+PARTS = ("recording", "growth", "products", "peers", "guarding", "start", "check", "report", "context", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +260,63 @@ def peer_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
                 unit="× bare",
                 bar=True,
             )
+
+
+def guarding_rows(model: Gemma, tokens: list[int], rounds: int) -> Iterator[Row]:
+    """A decode step after 64 tokens, and a prefill, under a guard and without one."""
+
+    def after(cache: KVCache) -> None:
+        model(torch.tensor([tokens[:64]]), cache=cache, last_only=True)
+
+    @torch.no_grad()
+    def decode(cache: KVCache, watch: Watch | None) -> float:
+        """The median of a round's steps: they take turns in one process by rounds, and rounds by the step."""
+        new = torch.tensor([[tokens[64]]])
+        with sk.guard(model, watch=watch) if watch is not None else nullcontext():
+            began = time.perf_counter()
+            model(new, cache=cache, last_only=True)
+            return time.perf_counter() - began
+
+    @torch.no_grad()
+    def prefill(watch: Watch | None) -> float:
+        with sk.guard(model, watch=watch) if watch is not None else nullcontext():
+            began = time.perf_counter()
+            model(torch.tensor([tokens[:512]]), last_only=True)
+            return time.perf_counter() - began
+
+    ways: tuple[Watch | None, ...] = (None, "logits", "residual")
+    caches = {way: KVCache(model.config, batch=1, length=2048, dtype=model.dtype) for way in ways}
+    with torch.no_grad():
+        for cache in caches.values():
+            after(cache)
+    steps: dict[Watch | None, list[float]] = {way: [] for way in ways}
+    for turn in range(50 * rounds):
+        for way in (*ways[turn % 3 :], *ways[: turn % 3]):
+            steps[way].append(decode(caches[way], way))
+    bare = statistics.median(steps[None])
+    targets: dict[Watch, tuple[float, float]] = {"logits": (1.01, 1.003), "residual": (1.03, 1.01)}
+    for watch, (target, stretch) in targets.items():
+        yield Row(
+            what=f"a decode step, guarded, watch={watch!r}",
+            measured=statistics.median(steps[watch]) / bare,
+            unit="× bare",
+            target=target,
+            stretch=stretch,
+            detail=f"bare {bare * 1e3:.1f} ms, medians of {len(steps[watch]):,} steps",
+        )
+    passes: dict[Watch | None, list[float]] = {None: [], "residual": []}
+    for turn in range(2 * rounds):
+        for way in (None, "residual") if turn % 2 else ("residual", None):
+            passes[way].append(prefill(way))
+    bare = statistics.median(passes[None])
+    yield Row(
+        what="prefill of 512 tokens, guarded, watch='residual'",
+        measured=statistics.median(passes["residual"]) / bare,
+        unit="× bare",
+        target=1.01,
+        stretch=1.003,
+        detail=f"bare {bare:.2f} s",
+    )
 
 
 @contextmanager
@@ -643,6 +701,7 @@ def parts(names: Sequence[str], rounds: int, large: Path) -> Iterator[tuple[str,
         "growth": lambda: growth_rows(model, tokens, max(1, rounds // 2)),
         "products": lambda: product_rows(tokens, rounds),
         "peers": lambda: peer_rows(tokens, rounds),
+        "guarding": lambda: guarding_rows(model, tokens, rounds),
         "start": start_rows,
         "check": check_rows,
         "report": report_rows,

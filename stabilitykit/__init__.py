@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from stabilitykit.formats import FORMATS as FORMATS
     from stabilitykit.formats import NumberFormat as NumberFormat
     from stabilitykit.gate.check import check as check
+    from stabilitykit.guards.breaks import NumericalBreak as NumericalBreak
+    from stabilitykit.guards.guard import guard as guard
+    from stabilitykit.guards.processor import StabilityGuard as StabilityGuard
     from stabilitykit.models.gemma import build as build
     from stabilitykit.models.gemma import generate as generate
     from stabilitykit.models.gemma import load as load
@@ -48,8 +51,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "FORMATS": "formats",
     "NumberFormat": "formats",
+    "NumericalBreak": "guards.breaks",
     "Recording": "records",
     "Sampling": "models.subject",
+    "StabilityGuard": "guards.processor",
     "Statistic": "recorder",
     "Where": "recorder",
     "bound": "bounds.examine",
@@ -61,6 +66,7 @@ _HOMES = {
     "diagnose_training": "trials.training",
     "forecast": "run.forecast",
     "generate": "models.gemma",
+    "guard": "guards.guard",
     "load": "models.gemma",
     "open_checkpoint": "checkpoints",
     "open_model": "run.open",

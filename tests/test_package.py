@@ -28,7 +28,7 @@ FLOORS = [
     {"bounds", "searches", "sweeps"},
     {"remedies"},
     {"trials"},
-    {"gate"},
+    {"gate", "guards"},
     {"cli"},
 ]
 

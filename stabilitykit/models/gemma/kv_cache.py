@@ -1,5 +1,8 @@
 """Keys and values of the tokens already seen."""
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,3 +58,17 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Count `tokens` more as held, once every layer has written them."""
         self._held += tokens
+
+    def copied(
+        self, *, rows: Sequence[int] | None = None, held: int | None = None, dtype: torch.dtype | None = None
+    ) -> "KVCache":
+        """A copy of some rows, or all, as it was when it held `held` tokens; in `dtype`, or its own.
+
+        What was written after them is still there, and counts as not yet written.
+        """
+        made = copy.copy(self)
+        chosen = slice(None) if rows is None else list(rows)
+        made._keys = [keys[chosen].to(dtype or keys.dtype, copy=True) for keys in self._keys]
+        made._values = [values[chosen].to(dtype or values.dtype, copy=True) for values in self._values]
+        made._held = self._held if held is None else held
+        return made

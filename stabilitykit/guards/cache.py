@@ -1,0 +1,166 @@
+"""A key/value cache as it was before a step, without a copy until one is asked for.
+
+A step of transformers' dynamic caches makes new tensors, so that what was there before can be had from a length, or
+from a reference where a window dropped the oldest token. A static cache is written in place: what it held before is
+what it holds now, up to its old length.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stabilitykit.models.gemma import KVCache
+
+_GROWS = ("DynamicLayer",)
+_SLIDES = ("DynamicSlidingWindowLayer",)
+_WRITTEN = ("StaticLayer", "StaticSlidingWindowLayer")
+
+
+class CannotRepeat(Exception):  # noqa: N818  no error: a step that cannot be run again, said in a break
+    """Why a step cannot be repeated."""
+
+
+class Before(Protocol):
+    """A cache before a step."""
+
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
+        """A copy for a repetition, of these rows or all, in `dtype` or its own. Raises CannotRepeat."""
+        ...
+
+
+def before(cache: Any, new: int) -> Before:
+    """`cache` as it is now, before a step of `new` tokens. Nothing waits for a device."""
+    if cache is None:
+        return _None()
+    if isinstance(cache, KVCache):
+        return _Own(cache)
+    if isinstance(cache, tuple | list):
+        return _Tensors(cache)
+    if hasattr(cache, "self_attention_cache"):
+        return _Both(cache, new)
+    if isinstance(getattr(cache, "layers", None), list):
+        return _Layers(cache, new)
+    return _Unknown(type(cache).__name__)
+
+
+def _rows_of(tensor: Tensor, rows: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
+    chosen = tensor.detach() if rows is None else tensor.detach()[list(rows)]
+    return chosen.to(dtype or tensor.dtype, copy=True)
+
+
+class _None:
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> None:
+        return None
+
+
+class _Unknown:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
+        raise CannotRepeat(f"what a {self._name} held before the step is not known")
+
+
+class _Own:
+    """The kit's."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache, self._held = cache, cache.get_seq_length()
+
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        return self._cache.copied(rows=rows, held=self._held, dtype=dtype)
+
+
+class _Tensors:
+    """Keys and values in tuples, which a step does not write to."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
+        return _copied(self._cache, rows, dtype)
+
+
+def _copied(held: Any, rows: Sequence[int] | None, dtype: torch.dtype | None) -> Any:
+    if isinstance(held, Tensor):
+        return _rows_of(held, rows, dtype)
+    return type(held)(_copied(one, rows, dtype) for one in held) if isinstance(held, tuple | list) else held
+
+
+class _Layers:
+    """transformers' Cache, a list of layers."""
+
+    def __init__(self, cache: Any, new: int) -> None:
+        self._cache = cache
+        self._layers = [_Layer(layer, new) for layer in cache.layers]
+
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
+        made = copy.copy(self._cache)
+        made.layers = [layer.copy(rows, dtype) for layer in self._layers]
+        return made
+
+
+class _Both:
+    """An encoder's and a decoder's."""
+
+    def __init__(self, cache: Any, new: int) -> None:
+        self._cache = cache
+        self._own, self._cross = _Layers(cache.self_attention_cache, new), _Layers(cache.cross_attention_cache, 0)
+        self._updated = dict(cache.is_updated)
+
+    def copy(self, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
+        made = copy.copy(self._cache)
+        made.self_attention_cache, made.cross_attention_cache = (
+            self._own.copy(rows, dtype),
+            self._cross.copy(rows, dtype),
+        )
+        made.is_updated = dict(self._updated)
+        return made
+
+
+class _Layer:
+    """One layer of a Cache."""
+
+    def __init__(self, layer: Any, new: int) -> None:
+        self._layer, self._name = layer, type(layer).__name__
+        self._state = dict(vars(layer)) if hasattr(layer, "__dict__") else {}
+        self._length = 0
+        keys = self._state.get("keys")
+        if self._name in _GROWS and isinstance(keys, Tensor):
+            self._length = keys.shape[-2] if keys.ndim == 4 else 0
+            del self._state["keys"], self._state["values"]  # a reference would keep the old tensors alive
+        elif self._name in _WRITTEN:
+            held = self._state.get("cumulative_length")
+            if isinstance(held, Tensor):
+                self._state["cumulative_length"] = held.clone()
+        count = self._state.get("cumulative_length_int", 0)
+        self._dropped = bool(count) and count + new > self._state.get("max_cache_len", 0)
+
+    def copy(self, rows: Sequence[int] | None, dtype: torch.dtype | None) -> Any:
+        if self._name not in (*_GROWS, *_SLIDES, *_WRITTEN):
+            raise CannotRepeat(f"what a {self._name} held before the step is not known")
+        if self._dropped:
+            raise CannotRepeat(f"a {self._name} is written in place, and its window dropped what the step had read")
+        made = copy.copy(self._layer)
+        vars(made).update(self._state)
+        if not self._state.get("is_initialized"):
+            made.keys = made.values = None
+            made.is_initialized = False
+            if self._name in _WRITTEN:
+                made.cumulative_length = self._state["cumulative_length"].clone()
+            return made
+        for name in ("keys", "values"):
+            held = self._state.get(name)
+            if self._name in _GROWS:
+                held = getattr(self._layer, name)[..., : self._length, :]
+            if held is not None and held.ndim == 4:
+                held = _rows_of(held, rows, dtype)
+            setattr(made, name, held)
+        if dtype is not None:
+            made.dtype = dtype
+        if self._name in _WRITTEN:
+            made.cumulative_length = self._state["cumulative_length"].clone()
+        return made
