@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stabilitykit.diagnosis import verdict as verdict
     from stabilitykit.formats import FORMATS as FORMATS
     from stabilitykit.formats import NumberFormat as NumberFormat
+    from stabilitykit.gate.check import check as check
     from stabilitykit.guards.breaks import NumericalBreak as NumericalBreak
     from stabilitykit.guards.guard import guard as guard
     from stabilitykit.guards.processor import StabilityGuard as StabilityGuard
@@ -59,6 +60,7 @@ _HOMES = {
     "bound": "bounds.examine",
     "build": "models.gemma",
     "chain": "diagnosis",
+    "check": "gate.check",
     "describe": "recorder",
     "diagnose": "trials.diagnose",
     "diagnose_training": "trials.training",

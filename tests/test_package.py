@@ -28,7 +28,7 @@ FLOORS = [
     {"bounds", "searches", "sweeps"},
     {"remedies"},
     {"trials"},
-    {"guards"},
+    {"gate", "guards"},
     {"cli"},
 ]
 
@@ -189,6 +189,8 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "unpacked")
+        (entries,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "[pytest11]\nstabilitykit = stabilitykit.gate.pytest_plugin" in archive.read(entries).decode()
     assert "stabilitykit/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"stabilitykit"}
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}

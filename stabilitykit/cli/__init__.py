@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stabilitykit.cli.bound import bound
+from stabilitykit.cli.check import check
 from stabilitykit.cli.diagnose import diagnose
 from stabilitykit.cli.forecast import forecast
 from stabilitykit.cli.profile import profile
@@ -31,6 +32,7 @@ app.command()(bound)
 app.command()(search)
 app.command()(repair)
 app.command()(verify)
+app.command()(check)
 app.command()(reproduce)
 app.command()(sweep)
 app.command()(report)

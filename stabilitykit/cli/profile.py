@@ -75,7 +75,8 @@ def profile(
 ) -> None:
     """Run PROMPT in each dtype and say where, and why, numbers leave its range.
 
-    Every tensor of each forward pass and of the sampling after it is recorded. Exits 0 whatever was found.
+    Every tensor of each forward pass and of the sampling after it is recorded. Exits 0 whatever was found:
+    `stabilitykit check` is the one to fail a pipeline with.
     """
     if not (0 <= temperature < math.inf):
         raise MisuseError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}.")

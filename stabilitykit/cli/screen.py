@@ -17,13 +17,14 @@ from stabilitykit.diagnosis.forecast import Forecast
 from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Recording
 from stabilitykit.records.bounds import SiteBound
+from stabilitykit.records.gate import Gate
 from stabilitykit.records.remedies import Ranking
 from stabilitykit.records.repaired_folder import FolderCheck
 from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Plan
 from stabilitykit.records.training import TrainingDiagnosis
 from stabilitykit.records.trials import Diagnosis
-from stabilitykit.report.parts import by_layer, training, trials
+from stabilitykit.report.parts import by_layer, gate, training, trials
 from stabilitykit.report.parts.by_layer import LEGEND
 from stabilitykit.report.parts.cases import cases
 from stabilitykit.report.sections import bounds, forecast, remedies, search
@@ -158,6 +159,14 @@ def print_proof(found: Mapping[str, float], assumptions: Sequence[str]) -> None:
 def print_check(check: FolderCheck) -> None:
     """What a repaired folder was compared with, and how it runs in float16."""
     print_blocks(remedies.of_check(check), output)
+
+
+def print_gate(found: Gate) -> None:
+    """What was checked, each violated limit, and whether it holds."""
+    for note in (found.checkpoint, *(f"{note}." for note in found.notes)):
+        print_note(str(note))
+    output.print()
+    print_blocks(gate.blocks(found), output, whole="the JSON document (--json)")
 
 
 def print_diagnosis(found: Diagnosis | TrainingDiagnosis) -> None:

@@ -39,6 +39,11 @@ def _of_line(place: str, line: str) -> Asked:
         said = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise MisuseError(f"{place} is not JSON: {error}. {_FORM}") from None
+    return of_object(place, said)
+
+
+def of_object(place: str, said: Any) -> Asked:
+    """The prompt, or the chat, of one JSON object. Raises MisuseError, with the `place` of it, for another form."""
     if not isinstance(said, Mapping) or ("prompt" in said) == ("messages" in said):
         raise MisuseError(f"{place} needs either a prompt or messages. {_FORM}")
     if "prompt" in said:

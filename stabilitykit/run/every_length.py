@@ -19,6 +19,7 @@ from stabilitykit.models import matmul as products
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.model import soft_cap
 from stabilitykit.models.gemma.subject import GemmaSubject
+from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import record
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.lengths import Check, LengthMap, Peak, Span
@@ -36,23 +37,29 @@ _CHUNK = 64  # positions of logits at a time
 
 
 def every_length(
-    model: Gemma,
+    model: Gemma | Subject,
     tokens: Sequence[int],
     *,
     checks: Iterable[int] = (),
+    edges: bool = True,
     level: Level = "operators",
     matmul: str = "native",
     case: Mapping[str, Any] | None = None,
+    seen: Callable[[int, Recording], None] | None = None,
     progress: Progress | None = None,
 ) -> LengthMap:
-    """What `model` does with the first 1, 2, ... and all of `tokens`: one row, no padding, last-position logits.
+    """What `model` does with the first 1, 2, ... and all of `tokens`: one row, no padding.
 
-    `checks` are lengths to run again directly, beside those on either side of each change; out of range they are
-    left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them in
-    a span, spread evenly.
+    `checks` are lengths to run again directly, and with `edges` those on either side of each change; out of range they
+    are left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them
+    in a span, spread evenly. `seen` is called with each pass's length and recording. The kit's own model makes the
+    logits of a pass's last position, transformers' those of all. What is said of lengths that did not run holds for a
+    causal model; of another one a check does not agree.
     """
-    passes = _Passes(model, tokens, level, matmul, dict(case or {}), progress)
-    limit = number_format(str(model.dtype))
+    subject = GemmaSubject(model) if isinstance(model, Gemma) else model
+    passes = _Passes(subject, tokens, level, matmul, dict(case or {}), seen, progress)
+    weight = next(one for one in subject.module.parameters() if one.is_floating_point())
+    limit = number_format(str(weight.dtype))
     spans: list[Span] = []
     shared: dict[int, Recording] = {}
     top = len(tokens)
@@ -67,8 +74,8 @@ def every_length(
         spans = [*_split(spans[0], passes.lost_logits(spans[0].last), passes), *spans[1:]]
     spans = _run_near_ones(spans, shared, limit, passes)
 
-    edges = {length for span in spans if not span.direct for length in (span.first, span.last)}
-    wanted = sorted({n for n in (*checks, *edges) if 1 <= n <= len(tokens)} - set(shared))
+    sides = {length for span in spans if not span.direct for length in (span.first, span.last)} if edges else set()
+    wanted = sorted({n for n in (*checks, *sides) if 1 <= n <= len(tokens)} - set(shared))
     peaks = tuple(peak for length, recording in shared.items() for peak in _peaks(recording, length))
     found = LengthMap(shared[len(tokens)].header, tuple(spans), peaks)
     checked = tuple(_check(found, length, passes.run(length), limit) for length in wanted)
@@ -79,11 +86,12 @@ def every_length(
 class _Passes:
     """Recorded forward passes of prefixes, and the hidden states [1, L, E] of the last from which come the logits."""
 
-    model: Gemma
+    subject: Subject
     tokens: Sequence[int]
     level: Level
     matmul: str
     case: dict[str, Any]
+    seen: Callable[[int, Recording], None] | None
     progress: Progress | None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
@@ -93,28 +101,33 @@ class _Passes:
         def keep(module: Any, args: Any, output: Tensor) -> None:
             self.hidden = {length: output}
 
-        total = len(self.model.layers)
-        handles = [self.model.norm.register_forward_hook(keep)]
-        for done, layer in enumerate(self.model.layers, start=1):
-            handles.append(layer.register_forward_hook(self._announce(length, done, total)))
+        module, layers = self.subject.module, self.subject.layers
+        handles = [module.norm.register_forward_hook(keep)] if isinstance(module, Gemma) else []
+        for done, layer in enumerate(layers, start=1):
+            handles.append(layer.register_forward_hook(self._announce(length, done, len(layers))))
         try:
             with (
                 torch.inference_mode(),
                 record(
-                    self.model,
+                    module,
                     level=self.level,
                     formats=(),
                     position_peaks=True,
                     stop_at_break=True,
                     matmul=self.matmul,
+                    token_text=self.subject.piece,
                     case=self.case,
                 ) as recording,
             ):
-                self.model(torch.tensor([self.tokens[:length]], device=self.model.device), last_only=True)
+                ids = torch.tensor([self.tokens[:length]], device=self.subject.device)
+                module(ids, **({"last_only": True} if isinstance(module, Gemma) else {"use_cache": False}))
         finally:
             for handle in handles:
                 handle.remove()
-        return find_stored_dtypes(recording, GemmaSubject(self.model), 1, length)
+        found = find_stored_dtypes(recording, self.subject, 1, length)
+        if self.seen is not None:
+            self.seen(length, found)
+        return found
 
     def _announce(self, length: int, done: int, total: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -126,13 +139,14 @@ class _Passes:
     def lost_logits(self, length: int) -> list[int]:
         """The lengths up to `length` whose own logits are not finite although all before them is.
 
-        A run makes the logits of its last position only. |logit| is at most the norm of the hidden state times
-        that of the head's longest row, partial sums included (Cauchy and Schwarz); only positions for which that
-        does not settle it are computed.
+        A run of the kit's own model makes the logits of its last position only. |logit| is at most the norm of the
+        hidden state times that of the head's longest row, partial sums included (Cauchy and Schwarz); only positions
+        for which that does not settle it are computed.
         """
-        if length not in self.hidden:
+        model = self.subject.module
+        if length not in self.hidden or not isinstance(model, Gemma):
             return []
-        head, cap = self.model.lm_head, self.model.config.logit_softcap
+        head, cap = model.lm_head, model.config.logit_softcap
         with torch.inference_mode(), products.matmul(self.matmul):
             hidden = self.hidden[length][0]
             rows = range(0, head.out_features, 4096)  # not all of them in float64 at once
