@@ -263,60 +263,46 @@ def peer_rows(tokens: list[int], rounds: int) -> Iterator[Row]:
 
 
 def guarding_rows(model: Gemma, tokens: list[int], rounds: int) -> Iterator[Row]:
-    """A decode step after 64 tokens, and a prefill, under a guard and without one."""
-
-    def after(cache: KVCache) -> None:
-        model(torch.tensor([tokens[:64]]), cache=cache, last_only=True)
-
-    @torch.no_grad()
-    def decode(cache: KVCache, watch: Watch | None) -> float:
-        """The median of a round's steps: they take turns in one process by rounds, and rounds by the step."""
-        new = torch.tensor([[tokens[64]]])
-        with sk.guard(model, watch=watch) if watch is not None else nullcontext():
-            began = time.perf_counter()
-            model(new, cache=cache, last_only=True)
-            return time.perf_counter() - began
-
-    @torch.no_grad()
-    def prefill(watch: Watch | None) -> float:
-        with sk.guard(model, watch=watch) if watch is not None else nullcontext():
-            began = time.perf_counter()
-            model(torch.tensor([tokens[:512]]), last_only=True)
-            return time.perf_counter() - began
-
+    """Decode steps after 64 tokens, and a prefill, under a guard and without one, which take turns call by call."""
     ways: tuple[Watch | None, ...] = (None, "logits", "residual")
-    caches = {way: KVCache(model.config, batch=1, length=2048, dtype=model.dtype) for way in ways}
-    with torch.no_grad():
-        for cache in caches.values():
-            after(cache)
-    steps: dict[Watch | None, list[float]] = {way: [] for way in ways}
-    for turn in range(50 * rounds):
-        for way in (*ways[turn % 3 :], *ways[: turn % 3]):
-            steps[way].append(decode(caches[way], way))
-    bare = statistics.median(steps[None])
-    targets: dict[Watch, tuple[float, float]] = {"logits": (1.01, 1.003), "residual": (1.03, 1.01)}
-    for watch, (target, stretch) in targets.items():
+
+    @torch.no_grad()
+    def called(watch: Watch | None, ids: torch.Tensor, cache: KVCache | None) -> float:
+        with sk.guard(model, watch=watch) if watch is not None else nullcontext():
+            began = time.perf_counter()
+            model(ids, cache=cache, last_only=True)
+            return time.perf_counter() - began
+
+    def turns(chosen: Sequence[Watch | None], ids: torch.Tensor, count: int, room: int) -> dict[Watch | None, float]:
+        """The median of each; every call of one way has the others' before and after it."""
+        caches: dict[Watch | None, KVCache | None] = dict.fromkeys(chosen)
+        for way in chosen if room else ():
+            caches[way] = KVCache(model.config, batch=1, length=room, dtype=model.dtype)
+            called(None, torch.tensor([tokens[:64]]), caches[way])
+        times: dict[Watch | None, list[float]] = {way: [] for way in chosen}
+        for turn in range(count):
+            at = turn % len(chosen)
+            for way in (*chosen[at:], *chosen[:at]):
+                times[way].append(called(way, ids, caches[way]))
+        return {way: statistics.median(spent) for way, spent in times.items()}
+
+    count = 50 * rounds
+    steps = turns(ways, torch.tensor([[tokens[64]]]), count, 64 + count)
+    passes = turns((None, "residual"), torch.tensor([tokens[:512]]), 2 * rounds, 0)
+    wanted: tuple[tuple[str, Watch, Mapping[Watch | None, float], float, float], ...] = (
+        ("a decode step", "logits", steps, 1.01, 1.003),
+        ("a decode step", "residual", steps, 1.03, 1.01),
+        ("prefill of 512 tokens", "residual", passes, 1.01, 1.003),
+    )
+    for what, watch, times, target, stretch in wanted:
         yield Row(
-            what=f"a decode step, guarded, watch={watch!r}",
-            measured=statistics.median(steps[watch]) / bare,
+            what=f"{what}, guarded, watch={watch}",
+            measured=times[watch] / times[None],
             unit="× bare",
             target=target,
             stretch=stretch,
-            detail=f"bare {bare * 1e3:.1f} ms, medians of {len(steps[watch]):,} steps",
+            detail=f"bare {times[None] * 1e3:,.0f} ms, medians of {count if times is steps else 2 * rounds}",
         )
-    passes: dict[Watch | None, list[float]] = {None: [], "residual": []}
-    for turn in range(2 * rounds):
-        for way in (None, "residual") if turn % 2 else ("residual", None):
-            passes[way].append(prefill(way))
-    bare = statistics.median(passes[None])
-    yield Row(
-        what="prefill of 512 tokens, guarded, watch='residual'",
-        measured=statistics.median(passes["residual"]) / bare,
-        unit="× bare",
-        target=1.01,
-        stretch=1.003,
-        detail=f"bare {bare:.2f} s",
-    )
 
 
 @contextmanager

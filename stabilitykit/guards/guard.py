@@ -2,8 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -165,11 +164,13 @@ class Guard:
         thread = self._thread
         if thread.off or thread.running is not None:
             return
-        with self._failing("what a step was given"):
+        try:
             step = Step.of(path, module, args, kwargs)
             sequences = self._sequences.of(step.cache, step.rows)
             look = sequences.steps % self._every == 0 or step.new > 1
             thread.running = _Running(step, sequences, Watched() if look else None)
+        except Exception as error:
+            tell_failure("what a step was given", error)
 
     def _look(
         self, part: Part, site: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -179,8 +180,10 @@ class Guard:
             return
         tensor = output[0] if isinstance(output, tuple) and output else output
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1:
-            with self._failing(f"the output of {site}"):
+            try:
                 running.watched.look(part, site, tensor, running.step.real)
+            except Exception as error:
+                tell_failure(f"the output of {site}", error)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         thread = self._thread
@@ -247,14 +250,6 @@ class Guard:
             sink.stepped(headroom)
         self._judge.absorbed(found, looked)
         self._judge.broken(found, looked)
-
-    @contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
-        """What raises in the block is logged, and ends no pass."""
-        try:
-            yield
-        except Exception as error:
-            tell_failure(what, error)
 
 
 def guard(

@@ -76,10 +76,8 @@ class Judge:
         sequences = found.sequences
         if not looked or looked[-1].part != "logits":
             return
-        inside = np.zeros(sequences.rows, bool)
-        for one in looked[:-1]:
-            inside |= ~np.isfinite(one.largest)
-        rows = {int(row) for row in np.flatnonzero(inside & np.isfinite(looked[-1].largest))}
+        finite = np.isfinite([one.largest for one in looked])
+        rows = {int(row) for row in np.flatnonzero(~finite.all(0) & finite[-1])}
         rows -= sequences.known | sequences.widened | sequences.absorbed
         if rows:
             sequences.absorbed |= rows
@@ -89,18 +87,19 @@ class Judge:
     def headroom(self, found: Outcome, looked: Sequence[Looked]) -> float | None:
         """The least of the step, in bits, over rows that are finite; warns once a site where it is under the limit."""
         sequences, limit = found.sequences, self._settings.headroom
-        left = [row for row in range(sequences.rows) if row not in sequences.known | sequences.widened]
+        amax = np.array([one.largest for one in looked])
+        amax[~np.isfinite(amax)] = 0.0
+        if sequences.known or sequences.wide:
+            amax[:, sorted(sequences.known | sequences.widened)] = 0.0
         least = math.inf
-        for one in looked:
-            amax = one.largest[left]
-            amax = np.where(np.isfinite(amax), amax, 0.0)
-            if one.dtype not in FORMATS or not amax.size:
+        for one, largest, row in zip(looked, amax.max(1).tolist(), amax.argmax(1).tolist(), strict=True):
+            if one.dtype not in FORMATS:
                 continue
-            bits = FORMATS[one.dtype].headroom(float(amax.max()))
+            bits = FORMATS[one.dtype].headroom(largest)
             least = min(least, bits)
             if limit is not None and bits < limit and one.site not in sequences.low:
                 sequences.low.add(one.site)
-                tell_headroom(one.site, one.dtype, left[int(amax.argmax())], bits, limit)
+                tell_headroom(one.site, one.dtype, row, bits, limit)
         return None if math.isinf(least) else least
 
     def of_scores(self, breaks: Sequence[RowBreak], sequences: Sequences) -> None:

@@ -106,6 +106,7 @@ def test_a_retried_row_goes_on_as_float32_would_have(theirs: Make, ids: Tensor, 
     with sk.guard(model, "retry", wide=wide if given else None) as guard:
         found = run(model, ids, max_new_tokens=9)
         assert hooks(guard._wide.of(model)) == 0
+    assert guard._wide._model is (wide if given else None)  # what was made is freed with the guard
     assert torch.equal(found[1:2], expected)
     assert torch.equal(found[[0, 2]], alone) or len(guard.breaks) > 1
     assert (guard.breaks[0].row, guard.breaks[0].did, guard.breaks[0].why) == (1, "retried", None)

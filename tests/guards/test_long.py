@@ -1,5 +1,6 @@
 """Many guarded steps: memory stays flat, every logit keeps its bits, and no hook is left."""
 
+import ctypes
 import gc
 import os
 import weakref
@@ -18,7 +19,9 @@ Make = Callable[..., Any]
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds."""
+    """Bytes of memory that the process holds, without what is free and could be given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
