@@ -25,7 +25,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.table)])
 def test_memory_is_flat_and_logits_keep_their_bits(theirs: Make, steps: int) -> None:
     """Sequences of 50 tokens, one after the other, every fourth of which breaks in the middle."""
     model = theirs()
