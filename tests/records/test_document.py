@@ -76,7 +76,8 @@ def test_what_is_written_is_read_back(name: str, data: st.DataObject) -> None:
 
 def test_the_types_are_found() -> None:
     assert {"Bounds", "Search", "Ranking", "Plan", "Header", "Span", "Memory", "Shortage", "Failure"} <= HELD.keys()
-    assert FILES.keys() == {"Bounds", "Search", "Ranking", "Plan", "Header", "Diagnosis", "TrainingDiagnosis"}
+    found = {"Bounds", "Search", "Ranking", "Plan", "Header", "Diagnosis", "TrainingDiagnosis", "Gate", "Baseline"}
+    assert FILES.keys() == found
 
 
 @dataclasses.dataclass(frozen=True)
