@@ -1,6 +1,7 @@
 """What overflowed and ended on the way: harmless, or harmful and by how much, against the same computed by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from truth.decoders import linear
 from truth.others import whisper_norm
 
 import stabilitykit as sk
+from stabilitykit.diagnosis.trials import advice
 from stabilitykit.records.trials import Diagnosis, Harm
 from stabilitykit.trials.diagnose import diagnose_run
 
@@ -190,3 +192,13 @@ def test_what_was_tried_for_the_harm_keeps_its_command_and_its_memory() -> None:
     assert islands.cured
     assert "/mul.0" in islands.command
     assert islands.memory > 0
+
+
+def test_harm_below_rounding_is_told_with_its_numbers() -> None:
+    found = sk.diagnose(Code(lambda m, x: x * m.weight + x / (x * x * 300)).half(), ROWS)
+    assert found.harm is not None
+    near, nearer = (replace(found.harm.plain, error_max=far, kl_mean=None) for far in (1e-3, 1e-4))
+    worse = replace(found, plain=near, harm=replace(found.harm, plain=near, without=nearer))
+    assert "less harm than rounding does: what is returned is 0.1% of the largest value" in advice(worse)
+    same = replace(found, plain=near, harm=replace(found.harm, plain=near, without=near))
+    assert "no harm that can be measured" in advice(same)
