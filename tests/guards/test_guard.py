@@ -279,7 +279,9 @@ def test_padding_that_is_lost_is_no_break(theirs: Make) -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     with sk.guard(model, "warn") as guard:
         lost = model(tokens, attention_mask=mask).logits
-    assert guard.breaks == [] or not lost[0, -1].isfinite().all()
+    is_lost = not bool(lost[0, 1:].isfinite().all())  # where NaN of a hidden value reaches the tokens all the same
+    assert {one.row for one in guard.breaks} == ({0} if is_lost else set())
+    assert not lost[0, 0].isfinite().all()
 
 
 def test_redacted_breaks_hold_no_token(theirs: Make, ids: Tensor) -> None:
