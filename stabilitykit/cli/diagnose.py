@@ -81,6 +81,7 @@ def diagnose(
     """
     from stabilitykit.cli import screen
     from stabilitykit.records.document import to_document
+    from stabilitykit.records.training import LOSS_SCALE
 
     if not (0 <= temperature < math.inf):
         raise MisuseError(f"--temperature must be 0 (greedy) or a positive number, got {temperature}.")
@@ -99,7 +100,7 @@ def diagnose(
                 dtype,
                 matmul=matmul,
                 minimise=minimise,
-                training=(65536.0 if loss_scale is None else loss_scale, clip) if backward else None,
+                training=(LOSS_SCALE if loss_scale is None else loss_scale, clip) if backward else None,
                 progress=progress,
             )
         else:

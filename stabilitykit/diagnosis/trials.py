@@ -3,11 +3,10 @@
 from stabilitykit.diagnosis.outcome import decisive
 from stabilitykit.diagnosis.places import where
 from stabilitykit.records import Recording
-from stabilitykit.records.trials import Diagnosis, Distance, Harm, Trial
+from stabilitykit.records.trials import Diagnosis, Distance, Trial
 from stabilitykit.words import counted, listed, number
 
 _SHOWN = 3  # names in a row
-_CLOSER = 2.0  # times: what rounding elsewhere may change by chance
 _ANOTHER = 0.5  # of the largest value: what differs by so much is another number
 _SAME, _UNKNOWN = "no difference", "not to be compared"
 _ON_A_STEP = (
@@ -90,17 +89,9 @@ def _well(diagnosis: Diagnosis) -> str:
             return f"{diagnosis.dtype} is finite, and wrong: {far}, though nothing overflowed."
         return f"{diagnosis.dtype} is finite, and {far}."
     without = "" if harm.without is None else f"; without the overflow it would be {_from(harm.without, diagnosis)}"
-    little = "less harm than rounding does" if _is_worse(harm) else "no harm that can be measured"
+    is_worse = harm.without is not None and harm.plain.is_farther(harm.without)
+    little = "less harm than rounding does" if is_worse else "no harm that can be measured"
     return f"What overflows in {harm.site} does {little}: what is returned is {far}{without}."
-
-
-def _is_worse(harm: Harm) -> bool:
-    """Whether the run without the overflow is much closer, if both are close."""
-    ours, without = harm.plain, harm.without
-    if without is None:
-        return False
-    measures = ((ours.error_max, without.error_max), (ours.kl_mean, without.kl_mean))
-    return any(a is not None and b is not None and a > _CLOSER * b for a, b in measures)
 
 
 def _rounding(diagnosis: Diagnosis) -> str:

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 Failure = Literal["gradients", "other gradients", "weights", "far"]
 
+LOSS_SCALE = 65536.0
+"""What a loss is multiplied by, unless it is said: GradScaler's first."""
+
 _OTHER = 0.5  # of float32's largest
 _FAR = 2.0  # times float32's farthest move
 

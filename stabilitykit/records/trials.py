@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+CLOSER = 2.0  # times: what rounding elsewhere may change by chance
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
@@ -23,6 +25,15 @@ class Distance:
     kl_mean: float | None = None
     kl_max: float | None = None
     top1: float | None = None
+
+    def is_farther(self, other: "Distance") -> bool:
+        """Whether on average, or at most, this is more than `CLOSER` times as far; what either has not counts not."""
+        measures = (
+            (self.error_max, other.error_max),
+            (self.error_mean, other.error_mean),
+            (self.kl_mean, other.kl_mean),
+        )
+        return any(a is not None and b is not None and a > CLOSER * b for a, b in measures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

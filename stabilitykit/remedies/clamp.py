@@ -48,6 +48,7 @@ CLAMP = Remedy(
     summary="Clamps every sum of the residual stream to ±65,504, as published patches do; what exceeds it is lost.",
     around=_around,
     exportable=False,
+    lossy=True,
 )
 
 

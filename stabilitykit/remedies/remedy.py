@@ -17,7 +17,8 @@ class Remedy:
 
     `scaling` multiplies weights and settings before they are rounded to it. `around` is entered while the model runs,
     and leaves no trace. `extra` is how many bytes a pass of so many tokens takes in addition to a plain one's.
-    `exportable`: the weights and the config carry all of it, so that a folder can.
+    `exportable`: the weights and the config carry all of it, so that a folder can. `lossy`: it puts other numbers in
+    the place of what is lost.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Remedy:
     around: Around = lambda model: nullcontext()
     extra: Callable[[int], int] = lambda tokens: 0
     exportable: bool = True
+    lossy: bool = False
 
     def __add__(self, other: "Remedy") -> "Remedy":
         """Both at once: this one's scaling, and both around the run in the other's dtype.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from stabilitykit.records.scaling import UNCHANGED, Scaling
-from stabilitykit.remedies.clamp import CLAMP
 from stabilitykit.remedies.remedy import Around, LeftOut, Remedy
 from stabilitykit.trials.altered import Altered
 from stabilitykit.trials.situation import Situation
@@ -53,7 +52,7 @@ def of_remedy(remedy: Remedy, command: str, tokens: int) -> Candidate:
         dtype=remedy.dtype,
         scaling=remedy.scaling,
         around=remedy.around,
-        lossy=remedy.name == CLAMP.name,
+        lossy=remedy.lossy,
         carried=remedy.exportable,
         extra=remedy.extra(tokens),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabilitykit.records.trials import Distance
+from stabilitykit.records.trials import CLOSER, Distance
 from stabilitykit.remedies.nearness import Probabilities, nearness
 from stabilitykit.trials.answers import Answers, Output
 
@@ -39,22 +39,16 @@ class Compared:
             top1=sum(same) / len(same) if same else None,
         )
 
-    def farther_than(self, other: "Compared", times: float) -> set[Row]:
-        """The rows of outputs in which this is on average, or at most, so many times as far as another run is.
+    def farther_than(self, other: "Compared") -> set[Row]:
+        """The rows of outputs in which this is on average, or at most, more than `CLOSER` times as far as another run.
 
         What another run has lost, or has not at all, is none of them.
         """
         found: set[Row] = set()
         for number in {number for number, _ in self.error}:
             rows = {row for row in self.error if row[0] == number}
-            ours, theirs = self.distance(rows), other.distance(rows)
-            measures = [
-                (ours.error_max, theirs.error_max),
-                (ours.error_mean, theirs.error_mean),
-                (ours.kl_mean, theirs.kl_mean),
-            ]
-            if any(a is not None and b is not None and a > times * b for a, b in measures):
-                found |= {row for row in rows if self.error[row] > times * other.error.get(row, 0.0)} or rows
+            if self.distance(rows).is_farther(other.distance(rows)):
+                found |= {row for row in rows if self.error[row] > CLOSER * other.error.get(row, 0.0)} or rows
         return found
 
     def lost(self) -> set[Row]:

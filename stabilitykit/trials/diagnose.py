@@ -25,7 +25,7 @@ from stabilitykit.trials.candidate import Candidate
 from stabilitykit.trials.candidates import CANDIDATES
 from stabilitykit.trials.columns import given_call
 from stabilitykit.trials.compare import Compared, Row, compare
-from stabilitykit.trials.harm import CLOSER, harm, harmed, without_overflow
+from stabilitykit.trials.harm import harm, harmed, without_overflow
 from stabilitykit.trials.minimise import has_tokens
 from stabilitykit.trials.minimise import minimise as smallest_of
 from stabilitykit.trials.recast import Recast
@@ -398,7 +398,7 @@ def _judged(
     wanted = one.compared.distance(one.compared.error.keys() - never) if differs else distance
     is_close = distance.rows > 0 and wanted.compared == wanted.rows and (wanted.error_max or 0.0) <= tolerance
     if within is not None and candidate.dtype in (None, dtype):
-        is_close = is_close and not one.compared.farther_than(within, CLOSER)
+        is_close = is_close and not one.compared.farther_than(within)
     return Trial(
         name=candidate.name,
         summary=candidate.summary,

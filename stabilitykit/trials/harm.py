@@ -10,7 +10,6 @@ from stabilitykit.trials.candidates.ranked import islands
 from stabilitykit.trials.compare import Compared, Row
 from stabilitykit.trials.situation import Situation
 
-CLOSER = 2.0  # times: what rounding elsewhere may change by chance
 _WORST = 8  # rows
 _LEAST, _LEAST_KL = 2.0**-9, 1e-4  # in parts of the largest number, and in nats: what rounding alone comes to
 
@@ -45,7 +44,7 @@ def harmed(situation: Situation, low: Compared, without: Compared | None, tolera
     if situation.found is None or situation.found.harmless:
         return set()
     if without is not None:
-        farther = low.farther_than(without, CLOSER)
+        farther = low.farther_than(without)
         return {row for row in farther if low.error[row] > _LEAST or low.kl.get(row, 0.0) > _LEAST_KL}
     return {row for row, error in low.error.items() if error > tolerance}
 

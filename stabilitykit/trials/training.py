@@ -12,7 +12,7 @@ from stabilitykit.diagnosis.training import advice
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording
-from stabilitykit.records.training import TrainingDiagnosis, TrainingTrial
+from stabilitykit.records.training import LOSS_SCALE, TrainingDiagnosis, TrainingTrial
 from stabilitykit.trials.reproduction import same_draws
 from stabilitykit.trials.step import Make, Step, built, run
 from stabilitykit.trials.step_changes import Seen, tried
@@ -27,7 +27,7 @@ def diagnose_training(
     make: Make,
     *,
     dtype: str = "float16",
-    loss_scale: float = 65536.0,
+    loss_scale: float = LOSS_SCALE,
     clip: float | None = None,
     seed: int = 0,
     source: str | None = None,

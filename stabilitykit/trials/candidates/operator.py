@@ -18,13 +18,7 @@ _GIVEN = ("weight", "input", "constant")  # kinds of breaks that were there befo
 def wider_operator(situation: Situation) -> Iterator[Candidate]:
     """For whatever an operator of the model made in 16 bits."""
     broke, kind = situation.broke, situation.kind
-    if (
-        broke is None
-        or broke.operator is None
-        or broke.broke is None
-        or kind in _GIVEN
-        or broke.site.startswith("backward/")
-    ):
+    if broke is None or broke.operator is None or broke.broke is None or kind in _GIVEN or broke.is_gradient:
         return
     low = situation.reproduction.dtype
     if low not in ("float16", "bfloat16") or broke.dtype != low:
