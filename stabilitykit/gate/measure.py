@@ -19,6 +19,7 @@ from stabilitykit.gate.limits import least_by_site
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers.model import run_on
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.records.gate import CheckedPrompt, SiteHeadroom, Violation
@@ -53,7 +54,7 @@ class Measured:
 
 
 def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = None) -> Measured:
-    """Runs `ask` up to the first break: a row of tokens at every length, tensors as they are.
+    """Runs `ask` up to the first break: a row of tokens at every length of a causal model, what else as it is.
 
     Raises MisuseError for what the model cannot be called with, that is longer than its context, or that ends in an
     error: nothing can be said of it then.
@@ -64,15 +65,12 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
     with _judged(ask.name):
         if ask.tokens is None:
             _check_numbers(ask)
-            with torch.inference_mode(), _recorded(subject, kind) as recording:
-                answer(subject.module, ask.given)
-            recordings[0] = recording
-        else:
-            if len(ask.tokens) > subject.context:
-                raise MisuseError(
-                    f"{ask.name} has {len(ask.tokens):,} tokens, and the model's context holds {subject.context:,}; "
-                    "shorten it."
-                )
+        elif len(ask.tokens) > subject.context:
+            raise MisuseError(
+                f"{ask.name} has {len(ask.tokens):,} tokens, and the model's context holds {subject.context:,}; "
+                "shorten it."
+            )
+        if ask.tokens is not None and subject.is_causal:
             found = every_length(
                 subject,
                 ask.tokens,
@@ -83,6 +81,13 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
             )
             every = all(check.agrees for check in found.checks)
             shortest = found.first_broken if every else None
+        else:
+            with torch.inference_mode(), _recorded(subject, kind) as recording:
+                if ask.tokens is None:
+                    answer(subject.module, ask.given)
+                else:
+                    run_on(subject.module, subject.arguments(torch.tensor([list(ask.tokens)], device=subject.device)))
+            recordings[0] = recording
     if not any(len(one) for one in recordings.values()):
         raise MisuseError(f"{ask.name}: nothing that the model computes could be recorded, so nothing can be said.")
     sites = least_by_site(site for one in recordings.values() for site in _sites(one, ask.name, dtype))

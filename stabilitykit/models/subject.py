@@ -41,6 +41,8 @@ class Continuation:
 
 class Subject(Examined, Protocol):
     """A model to record. `module` is what is recorded, `layers` are its decoder layers, `context` counts tokens.
+    `generates`: it continues a text token by token; one that does not reads it once, and its output is judged.
+    `is_causal`: no token sees a later one, so that one run of a text holds those of all that it begins with.
 
     `source`, `sha256` and `notes` say where it comes from, as in a Checkpoint; `module` has them too, for a recorder to
     read. `facts` say what was chosen about it.
@@ -58,9 +60,19 @@ class Subject(Examined, Protocol):
     def pad(self) -> int: ...
     @property
     def facts(self) -> dict[str, Any]: ...
+    @property
+    def generates(self) -> bool: ...
+    @property
+    def is_causal(self) -> bool: ...
 
     def piece(self, token: int) -> str:
         """A token as a table shows it."""
+        ...
+
+    def arguments(self, ids: Tensor, padding: Tensor | None = None) -> dict[str, Any]:
+        """What `module`, or a blank one, is called with to read token ids [B, T] in one pass, by name; `padding` [B, T]
+        is True where a real token stands.
+        """
         ...
 
     def blank(self, dtype: torch.dtype) -> nn.Module | None:
@@ -68,5 +80,8 @@ class Subject(Examined, Protocol):
         ...
 
     def decode(self, ids: Tensor, how: Continuation, saw: Saw) -> list[list[int]]:
-        """The new token ids of each row; raises MisuseError for what this model cannot do."""
+        """The new token ids of each row, none where the model only reads, which `saw` then sees nothing of.
+
+        Raises MisuseError for what this model cannot do.
+        """
         ...

@@ -43,19 +43,24 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What a float32 run made of the same tokens: tensors by site, and logits [L, V] of every position."""
+    """What a float32 run made of the same tokens: tensors by site, and logits [L, V] of every position, None of a model
+    that continues no text.
+    """
 
     tensors: dict[str, Tensor]
-    logits: Tensor
+    logits: Tensor | None
 
 
-def run_reference(model: Gemma, tokens: Sequence[int], *, left_padding: int = 0) -> Reference:
+def run_reference(model: Gemma | Subject, tokens: Sequence[int], *, left_padding: int = 0) -> Reference:
     """One pass whose tensors are kept for others to be compared with; as much memory as the modules' outputs take."""
-    ids, padding = _padded(GemmaSubject(model), tokens, left_padding)
+    subject = GemmaSubject(model) if isinstance(model, Gemma) else model
+    ids, padding = _padded(subject, tokens, left_padding)
     tensors: dict[str, Tensor] = {}
-    with torch.inference_mode(), record(model, formats=(), keep=tensors):
-        logits = model(ids, padding=padding)
-    return Reference(tensors=tensors, logits=logits[0])
+    with torch.inference_mode(), record(subject.module, formats=(), keep=tensors):
+        output = subject.module(**subject.arguments(ids, padding))
+    if not subject.generates:
+        return Reference(tensors=tensors, logits=None)
+    return Reference(tensors=tensors, logits=(output if isinstance(output, Tensor) else output.logits)[0])
 
 
 class Options(TypedDict, total=False):
@@ -88,13 +93,13 @@ def run_case(
 ) -> Run:
     """Continues `tokens`, after `left_padding` pad tokens, by `new_tokens`; recorded throughout.
 
-    Each new token is a forward pass and a draw; the first pass whose last logits are not finite is the last. `mask`
-    replaces the model's own, as in its `forward`. `every_logit` makes and records the logits of all positions; with a
-    `reference` they are compared with its. `weights` goes into the header. `facts` join what the header's `case` says,
-    and so does `next_text`, the token that greedy decoding takes at the last step, unless redacted. Where that token's
-    own logit is not finite it was not chosen by the model: `greedy_text` is the token then, `greedy_logit` what its
-    logit is, "nan", "inf" or, if all are, "-inf". Records say in which dtype a run in float16 stores them. `matmul` is
-    how 16-bit matrix products are computed.
+    Each new token is a forward pass and a draw; the first pass whose last logits are not finite is the last. A model
+    that continues no text reads it in one pass. `mask` replaces the model's own, as in its `forward`. `every_logit`
+    makes and records the logits of all positions; with a `reference` they are compared with its. `weights` goes into
+    the header. `facts` join what the header's `case` says, and so does `next_text`, the token that greedy decoding
+    takes at the last step, unless redacted. Where that token's own logit is not finite it was not chosen by the model:
+    `greedy_text` is the token then, `greedy_logit` what its logit is, "nan", "inf" or, if all are, "-inf". Records say
+    in which dtype a run in float16 stores them. `matmul` is how 16-bit matrix products are computed.
 
     Raises MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other
     raised.
@@ -139,19 +144,27 @@ def run_case(
         if not seen:
             raise
         error = raised
-    (logits,) = seen[0]
+    recording.header = replace(recording.header, weights=weights)
+    if seen:
+        _tell_logits(recording, seen[0][0], subject, reference, redact=bool(options.get("redact")))
+    return Run(recording=find_stored_dtypes(recording, subject, *ids.shape), error=error)
+
+
+def _tell_logits(
+    recording: Recording, logits: Tensor, subject: Subject, reference: Reference | None, *, redact: bool
+) -> None:
+    """Into the header goes what the last step's logits [L, V] come to."""
     token = int(logits[-1].argmax())
     text, logit = subject.piece(token), float(logits[-1, token])
-    told = {} if options.get("redact") else {"next_text": text}
+    told = {} if redact else {"next_text": text}
     if not math.isfinite(logit):
         told |= {"greedy_text": text, "greedy_logit": str(logit)}
+    theirs = None if reference is None else reference.logits
     recording.header = replace(
         recording.header,
-        weights=weights,
-        logits_error=None if reference is None else logits_error(logits, reference.logits),
+        logits_error=None if theirs is None else logits_error(logits, theirs),
         case={**recording.header.case, **told},
     )
-    return Run(recording=find_stored_dtypes(recording, subject, *ids.shape), error=error)
 
 
 def _check_length(subject: Subject, tokens: int, left_padding: int, new_tokens: int) -> None:

@@ -36,7 +36,7 @@ def _dry_run(subject: Subject, rows: int, length: int, level: Level) -> Recordin
     if blank is None:
         return None
     with torch.inference_mode(), record(blank, level=level, formats=()) as dry:
-        blank(torch.zeros(rows, length, dtype=torch.long, device="meta"))
+        blank(**subject.arguments(torch.zeros(rows, length, dtype=torch.long, device="meta")))
     return dry
 
 

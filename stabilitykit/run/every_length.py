@@ -120,7 +120,7 @@ class _Passes:
                 ) as recording,
             ):
                 ids = torch.tensor([self.tokens[:length]], device=self.subject.device)
-                module(ids, **({"last_only": True} if isinstance(module, Gemma) else {"use_cache": False}))
+                module(**self.subject.arguments(ids), **self._once(module))
         finally:
             for handle in handles:
                 handle.remove()
@@ -128,6 +128,12 @@ class _Passes:
         if self.seen is not None:
             self.seen(length, found)
         return found
+
+    def _once(self, module: Any) -> dict[str, bool]:
+        """Nothing is made but what one pass needs: of logits the last, of caches none."""
+        if isinstance(module, Gemma):
+            return {"last_only": True}
+        return {"use_cache": False} if self.subject.generates else {}
 
     def _announce(self, length: int, done: int, total: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:

@@ -75,9 +75,16 @@ class Prompted:
                 f"The prompt does not fit the model's context of {subject.context:,} tokens: it has {width:,}. Shorten "
                 "it."
             )
-        rows = [[subject.pad] * (width - len(row)) + list(row) for row in self.tokens]
+        starts = [width - len(row) if subject.generates else 0 for row in self.tokens]  # what goes on ends in its text
+        rows = [
+            [subject.pad] * at + list(row) + [subject.pad] * (width - len(row) - at)
+            for at, row in zip(starts, self.tokens, strict=True)
+        ]
         ids = torch.tensor(rows, device=subject.device)
-        real = torch.tensor([[at >= width - len(row) for at in range(width)] for row in self.tokens], device=ids.device)
+        real = torch.tensor(
+            [[at <= n < at + len(row) for n in range(width)] for at, row in zip(starts, self.tokens, strict=True)],
+            device=ids.device,
+        )
         padding = None if bool(real.all()) else real
         if self.new_tokens == 1 and isinstance(subject, HuggingFaceModel):
             return self._prefill(subject, ids, padding)
@@ -89,17 +96,19 @@ class Prompted:
         )
         return subject.decode(ids, how, lambda logits: False)
 
-    def _prefill(self, subject: HuggingFaceModel, ids: Tensor, padding: Tensor | None) -> Tensor:
-        """One pass, as `generate` begins, but with the logits of all positions; and a draw from the last."""
-        takes = inspect.signature(subject.causal.forward).parameters
-        given: dict[str, Any] = {"input_ids": ids}
-        if padding is not None:
-            given["attention_mask"] = padding.long()
-            if "position_ids" in takes:
-                given["position_ids"] = (padding.long().cumsum(-1) - 1).clamp(min=0)
-        if "logits_to_keep" in takes and not self._fits(ids, subject.module):
+    def _prefill(self, subject: HuggingFaceModel, ids: Tensor, padding: Tensor | None) -> Any:
+        """One pass, as `generate` begins, but with the logits of all positions, and a draw from the last; of a model
+        that only reads what it returns.
+        """
+        given = subject.arguments(ids, padding)
+        if "logits_to_keep" in inspect.signature(subject.causal.forward).parameters and not self._fits(
+            ids, subject.module
+        ):
             given["logits_to_keep"] = 1
-        logits = subject.module(**given).logits
+        output = subject.module(**given)
+        if not subject.generates:
+            return output
+        logits = output.logits
         how = self.sampling
         generator = None if how.seed is None else torch.Generator(logits.device).manual_seed(how.seed)
         drawn: Tensor = Sampler()(

@@ -100,8 +100,29 @@ def test_text_and_tokens(folder: Path) -> None:
     assert turn.count("<start_of_turn>") == 2
     assert turn[0] == "<bos>"
     assert [tokenizer.piece(token) for token in tokenizer.chat("x", system="y", bos=False)] == turn[1:]
-    with pytest.raises(MisuseError, match=r"makes its own masks"):
-        hf.open_model(str(folder)).decode(torch.tensor([ids]), Continuation(every_logit=True), lambda logits: False)
+    model = hf.open_model(str(folder))
+    for how, why in (
+        (Continuation(mask=torch.zeros(1, 1, len(ids), len(ids))), "make their own masks"),
+        (Continuation(every_logit=True, new_tokens=2), "no place for the logits of all positions"),
+    ):
+        with pytest.raises(MisuseError, match=why):
+            model.decode(torch.tensor([ids]), how, lambda logits: False)
+
+
+def test_every_logit_is_that_of_one_pass_and_the_draw_is_from_the_last(folder: Path) -> None:
+    model, seen = hf.open_model(str(folder)), list[torch.Tensor]()
+    ids = torch.tensor([hf.open_tokenizer(str(folder)).encode("Hi a")])
+    how = Continuation(every_logit=True, sampling=Sampling(temperature=None))
+
+    def saw(logits: torch.Tensor) -> bool:
+        seen.append(logits)
+        return False
+
+    with torch.inference_mode():
+        drawn = model.decode(ids, how, saw)
+        expected = model.module(ids).logits
+    assert torch.equal(seen[0], expected)
+    assert drawn == [[int(expected[0, -1].argmax())]]
 
 
 def test_control_tokens_in_a_turn_are_text_unless_they_are_meant(folder: Path) -> None:

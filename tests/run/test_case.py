@@ -132,6 +132,7 @@ def test_a_run_is_compared_with_its_reference(checkpoint: Checkpoint, dtype: str
         with matmul(kind):
             ours = model(ids)[0]
     reference = run_reference(reference_model, TOKENS)
+    assert reference.logits is not None
     assert torch.equal(reference.logits, theirs)
     run = run_case(model, TOKENS, matmul=kind, reference=reference)
     header = run.recording.header

@@ -50,6 +50,17 @@ class GemmaSubject:
     def facts(self) -> dict[str, Any]:
         return {"rounding": self.module.rounding, "rescale": self.module.rescale}
 
+    @property
+    def generates(self) -> bool:
+        return True
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def arguments(self, ids: Tensor, padding: Tensor | None = None) -> dict[str, Any]:
+        return {"tokens_BT": ids, "padding": padding}
+
     def piece(self, token: int) -> str:
         tokenizer = self.module.tokenizer
         return f"<row {token}>" if tokenizer is None else tokenizer.piece(token)

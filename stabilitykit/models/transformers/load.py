@@ -54,9 +54,9 @@ def open_model(
 ) -> HuggingFaceModel:
     """The model in the folder `name`, or of that name on the hub if it lies in the local cache, ready to run.
 
-    It is the causal language model, or with `whole` the class that config.json names, whatever it reads and returns,
-    with the folder's tokenizer if there is one. `settings` replace what config.json says: the nested dictionary that a
-    config's `to_dict` makes.
+    It is the causal language model, where the folder holds one; of other folders, and with `whole`, the class that
+    config.json names, whatever it reads and returns, with the folder's tokenizer if there is one. `settings` replace
+    what config.json says: the nested dictionary that a config's `to_dict` makes.
 
     `attention` is transformers' choice unless given. `adapter` is the folder of a LoRA or another adapter that peft
     reads. Weights that are quantised stay so and compute in `dtype`. With `stream` each matrix is read by every call
@@ -89,6 +89,7 @@ def open_model(
                 f"Streamed weights are cast as they are read, but those of {name} are quantised, and become what they "
                 "are while the library loads them. Leave out --stream."
             )
+        whole = whole or not _continues(transformers, config)
         kind = named_class(transformers, config, trust_remote_code) if whole else transformers.AutoModelForCausalLM
         if stream:
             model, loading = _streamed(kind, folder, config, target, place, how)
@@ -122,6 +123,16 @@ def open_model(
         notes=tuple(notes),
         facts=facts,
     )
+
+
+def _continues(transformers: Any, config: Any) -> bool:
+    """Whether a folder holds a language model that continues texts, and not an encoder or a model without its head."""
+    own = getattr(config, "auto_map", None)  # by door, the class in code that the folder brings
+    if own:
+        return "AutoModelForCausalLM" in own
+    named = getattr(transformers, next(iter(getattr(config, "architectures", None) or ()), ""), None)
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return known if named is None else known and bool(named.can_generate())
 
 
 def named_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:

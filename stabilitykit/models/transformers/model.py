@@ -1,6 +1,7 @@
 """A model of transformers' as a run wants it."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabilitykit.errors import CheckpointError, MisuseError, SamplingError
+from stabilitykit.models.gemma.sampler import Sampler
 from stabilitykit.models.subject import Continuation, Saw
 from stabilitykit.models.transformers.tokenizer import HuggingFaceTokenizer
 
@@ -58,6 +60,33 @@ class HuggingFaceModel:
     def pad(self) -> int:
         return 0 if self.tokenizer is None else self.tokenizer.pad
 
+    @cached_property
+    def generates(self) -> bool:
+        """Whether it continues a text; an encoder reads one, and what it returns is judged."""
+        can = getattr(self.causal, "can_generate", None)
+        return can is not None and bool(can())
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.causal.config, "is_encoder_decoder", False))
+
+    @property
+    def is_causal(self) -> bool:
+        return self.generates and not self.is_encoder_decoder
+
+    def arguments(self, ids: Tensor, padding: Tensor | None = None) -> dict[str, Any]:
+        """A model with an encoder and a decoder is given the ids to encode, and decodes its start token."""
+        takes = inspect.signature(self.causal.forward).parameters
+        given: dict[str, Any] = {"input_ids": ids}
+        if padding is not None:
+            given["attention_mask"] = padding.long()
+            if "position_ids" in takes and self.generates:
+                given["position_ids"] = (padding.long().cumsum(-1) - 1).clamp(min=0)
+        if self.is_encoder_decoder and "decoder_input_ids" in takes:
+            start = getattr(self.causal.config, "decoder_start_token_id", None)
+            given["decoder_input_ids"] = ids.new_full((len(ids), 1), self.pad if start is None else start)
+        return given
+
     def piece(self, token: int) -> str:
         return f"<row {token}>" if self.tokenizer is None else self.tokenizer.piece(token)
 
@@ -73,26 +102,14 @@ class HuggingFaceModel:
         """transformers' own `generate`, with `saw` looking at each step's logits; torch's generators stay as they were.
 
         Logits are those of the last position. Where they are not finite, sampling raises torch's RuntimeError on a CPU
-        and SamplingError elsewhere, before the device asserts; greedy decoding ends after that token. Raises
-        MisuseError for a mask of one's own and for `every_logit`, which `generate` has no place for.
+        and SamplingError elsewhere, before the device asserts; greedy decoding ends after that token. `every_logit`
+        takes one pass and a draw instead of `generate`, and so does a model that only reads, without the draw. Raises
+        MisuseError for a mask of one's own, and for more tokens than that one pass makes.
         """
-        sampling = how.sampling
-        if how.mask is not None or how.every_logit:
-            raise MisuseError(
-                "transformers' generate() makes its own masks and only the last logits; leave out mask and every_logit."
-            )
-        drawn = bool(sampling.temperature)
-        if drawn and not (0 < sampling.top_p <= 1 and sampling.top_k >= 0):
-            raise MisuseError(
-                "transformers needs a top_p above 0 and at most 1, and a top_k of at least 0 (0 keeps every token); "
-                f"got {sampling.top_p} and {sampling.top_k}."
-            )
-        rows = self.causal.get_input_embeddings().weight.shape[0]
-        if int(ids.max()) >= rows:
-            raise CheckpointError(
-                f"{self.source}: the tokenizer gave the id {int(ids.max()):,}, but the embedding has {rows:,} rows. Is "
-                "it another checkpoint's tokenizer?"
-            )
+        self._check(ids, how)
+        if not self.generates or how.every_logit:
+            return self._read(ids, how, saw)
+        sampling, drawn = how.sampling, bool(how.sampling.temperature)
         from transformers import GenerationConfig, StoppingCriteriaList
 
         told = self.causal.generation_config
@@ -128,5 +145,60 @@ class HuggingFaceModel:
                 )
         finally:
             handle.remove()
-        new: list[list[int]] = made[:, ids.shape[1] :].tolist()
+        new: list[list[int]] = made[:, 1 if self.is_encoder_decoder else ids.shape[1] :].tolist()
         return new
+
+    def _check(self, ids: Tensor, how: Continuation) -> None:
+        sampling = how.sampling
+        if how.mask is not None:
+            raise MisuseError("transformers' models make their own masks; leave out mask.")
+        if how.every_logit and how.new_tokens > 1:
+            raise MisuseError(
+                "transformers' generate() has no place for the logits of all positions; leave out every_logit."
+            )
+        if how.new_tokens > 1 and not self.generates:
+            raise MisuseError(
+                f"{type(self.causal).__name__} reads a text and writes none, so nothing can be generated; it runs "
+                "once, and what it returns is judged. Leave out --generate (in Python, new_tokens)."
+            )
+        if sampling.temperature and not (0 < sampling.top_p <= 1 and sampling.top_k >= 0):
+            raise MisuseError(
+                "transformers needs a top_p above 0 and at most 1, and a top_k of at least 0 (0 keeps every token); "
+                f"got {sampling.top_p} and {sampling.top_k}."
+            )
+        rows = self.causal.get_input_embeddings().weight.shape[0]
+        if int(ids.max()) >= rows:
+            raise CheckpointError(
+                f"{self.source}: the tokenizer gave the id {int(ids.max()):,}, but the embedding has {rows:,} rows. Is "
+                "it another checkpoint's tokenizer?"
+            )
+
+    def _read(self, ids: Tensor, how: Continuation, saw: Saw) -> list[list[int]]:
+        """One pass with the logits of all positions, and a draw from the last where a text is continued."""
+        output = run_on(self.module, self.arguments(ids, how.padding))
+        if not self.generates:
+            return [[] for _ in ids]
+        ended = saw(output.logits)
+        last, sampling = output.logits[:, -1].float(), how.sampling
+        if ended and sampling.temperature and last.device.type != "cpu":
+            raise SamplingError("probability tensor contains either `inf`, `nan` or element < 0")
+        generator = None if sampling.seed is None else torch.Generator(last.device).manual_seed(sampling.seed)
+        drawn: Tensor = Sampler()(
+            last,
+            temperature=sampling.temperature or None,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            generator=generator,
+        )
+        return [[token] for token in drawn.tolist()]
+
+
+def run_on(module: nn.Module, given: Mapping[str, Any]) -> Any:
+    """One forward pass. Raises MisuseError for arguments that the model cannot be called with."""
+    try:
+        return module(**given)
+    except (TypeError, ValueError, AttributeError) as error:  # an argument too many, or too few
+        raise MisuseError(
+            f"{type(module).__name__} cannot be called with {', '.join(given)}: {error}. Give it what its forward "
+            "takes, in a file of tensors by name (.safetensors, .npz or .pt)."
+        ) from error
