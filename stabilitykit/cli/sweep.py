@@ -77,13 +77,16 @@ def _print_plan(experiment: Path, overrides: Sequence[str], as_json: bool) -> No
     """The cases that would run, and what each would cost."""
     from stabilitykit.checkpoints.config import GemmaConfig
     from stabilitykit.cli import screen
+    from stabilitykit.models.transformers.backend import PREFIX
     from stabilitykit.sweeps.cost import cost
     from stabilitykit.sweeps.run import plan
 
     with screen.progress_bar() as progress:
         planned = plan(experiment, overrides=overrides, progress=progress)
-    config = GemmaConfig(**planned.config)
-    costs = [cost(case, config) for case in planned.cases]
+    costs: list[Cost | None] = [None] * len(planned.cases)
+    if not planned.checkpoint.startswith(PREFIX):  # of what transformers runs nothing is known beforehand
+        config = GemmaConfig(**planned.config)
+        costs = [cost(case, config) for case in planned.cases]
     if as_json:
         screen.print_json({"cases": [_planned(*pair) for pair in zip(planned.cases, costs, strict=True)]})
     else:

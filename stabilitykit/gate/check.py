@@ -33,8 +33,9 @@ from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.gate import Baseline, Gate, Limits
 from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.prompts import around
 from stabilitykit.run.source import SourceOptions, SubjectIn, checkpoint_of, counting, open_source
-from stabilitykit.run.windows import KINDS, beginning, texts
+from stabilitykit.run.windows import KINDS, texts
 from stabilitykit.words import listed
 
 _ANY = "a"  # a source is opened for a prompt; the prompts that are checked come later
@@ -217,7 +218,7 @@ def _default(subject: Subject, *, bos: bool) -> list[Ask]:
     tokenizer = tokenizer_of(subject)
     if tokenizer is None:
         raise MisuseError("This model came without a tokenizer, so it can only be checked on --prompts of tensors.")
-    begin = len(beginning(tokenizer))
+    begin = len(around(tokenizer)[0])
     windows = texts(subject.context, tokenizer).choosing
     return [
         Ask(name=kind, tokens=window if bos else window[begin:]) for kind, window in zip(KINDS, windows, strict=True)

@@ -1,8 +1,8 @@
 """Every length of a text from a few forward passes, and the proof that they say what direct runs say.
 
-One pass at the longest length decides every length that holds the position it breaks at. What it says of shorter
-ones is void from the break on, because attention carries NaN to earlier positions: the prefix that ends just before
-the culprit runs next, until one is finite throughout. That one holds all lengths that are left.
+Of a causal model one pass at the longest length decides every length that holds the position it breaks at. What it
+says of shorter ones is void from the break on, because attention carries NaN to earlier positions: the prefix that ends
+just before the culprit runs next, until one is finite throughout. That one holds all lengths that are left.
 """
 
 import math
@@ -53,8 +53,8 @@ def every_length(
     `checks` are lengths to run again directly, and with `edges` those on either side of each change; out of range they
     are left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them
     in a span, spread evenly. `seen` is called with each pass's length and recording. The kit's own model makes the
-    logits of a pass's last position, transformers' those of all. What is said of lengths that did not run holds for a
-    causal model; of another one a check does not agree.
+    logits of a pass's last position, transformers' those of all. Where a token sees later ones, as in an encoder, a
+    pass says nothing of shorter lengths, and each is run directly.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
     passes = _Passes(subject, tokens, level, matmul, dict(case or {}), seen, progress)
@@ -63,6 +63,12 @@ def every_length(
     spans: list[Span] = []
     shared: dict[int, Recording] = {}
     top = len(tokens)
+    if not subject.is_causal:
+        for length in range(1, top + 1):
+            shared[length] = passes.run(length)
+            spans.append(Span.of(shared[length], first=length, last=length, run=length, direct=True))
+        peaks = tuple(peak for length, recording in shared.items() for peak in _peaks(recording, length))
+        return LengthMap(shared[top].header, tuple(spans), peaks)
     while top:
         recording = shared[top] = passes.run(top)
         first = recording.first_break()

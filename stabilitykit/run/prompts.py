@@ -81,14 +81,15 @@ def parse_prompt(name: str, folder: Path) -> Prompt:
 
 
 def tokens(prompt: Prompt, tokenizer: Reads, *, bos: bool, length: int | None) -> list[int]:
-    """The first `length` token ids of the prompt, `<bos>` among them if asked for; all of them for None.
+    """The first `length` token ids of the prompt, `<bos>` among them if asked for; all of them for None, with what some
+    tokenizers put after a text.
 
     The text is tokenised whole, so a shorter prompt is always a prefix of a longer one. Raises MisuseError for a length
     below 1, for a text with fewer tokens, and for one to repeat that is not a single token.
     """
     if length is not None and length < 1:
         raise MisuseError(f"A length is at least 1 token; {length} is not.")
-    begin = tokenizer.encode("", bos=bos)
+    begin, end = around(tokenizer) if bos else ((), ())
     ids = list(_encoded(tokenizer, prompt.text))
     if prompt.repeats:
         if len(ids) != 1:
@@ -99,7 +100,7 @@ def tokens(prompt: Prompt, tokenizer: Reads, *, bos: bool, length: int | None) -
             )
         if length is not None:
             ids *= length
-    ids = begin + ids
+    ids = [*begin, *ids, *(end if length is None else ())]
     if length is not None and length > len(ids):
         raise MisuseError(
             f"A text is cut to a length, never drawn out: {prompt.name!r:.60} has {len(ids):,} "
@@ -108,6 +109,13 @@ def tokens(prompt: Prompt, tokenizer: Reads, *, bos: bool, length: int | None) -
             "any number)."
         )
     return ids[:length]
+
+
+def around(tokenizer: Reads) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that a tokenizer puts before a text, such as `<bos>`, and after it; none for some."""
+    text, plain = tokenizer.encode("a", bos=True), tokenizer.encode("a", bos=False)
+    starts = [start for start in range(len(text)) if text[start : start + len(plain)] == plain]
+    return (tuple(text[: starts[0]]), tuple(text[starts[0] + len(plain) :])) if starts else ((), ())
 
 
 @lru_cache(maxsize=16)  # an experiment asks for the same few texts in every dtype, length and with and without <bos>

@@ -11,7 +11,7 @@ from torch import Tensor
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.hub import local_folder
 from stabilitykit.choices import Attention, RoundingName
-from stabilitykit.errors import MisuseError
+from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
@@ -96,6 +96,18 @@ def checkpoint_of(checkpoint: str | Path | Checkpoint, progress: Progress | None
         return checkpoint
     place = local_path(checkpoint) if str(checkpoint).startswith(PREFIX) else checkpoint
     return open_checkpoint(place, progress=stage("reading weights", progress))
+
+
+def kits_own(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint | None:
+    """The checkpoint for the kit's own model; None where `hf:` names one that only transformers runs: of a family other
+    than Gemma 1 to 3, or with a tokenizer or a head that no released Gemma has.
+    """
+    try:
+        return checkpoint_of(checkpoint, progress)
+    except CheckpointError:
+        if isinstance(checkpoint, Checkpoint) or not str(checkpoint).startswith(PREFIX):
+            raise
+        return None
 
 
 def local_path(checkpoint: str | Path) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.run.prompts import Reads, parse_prompt, tokens
+from stabilitykit.run.prompts import Reads, around, parse_prompt, tokens
 
 KINDS = ("prose", "code", "scripts")
 WINDOW = 512  # tokens at most, what a text begins with among them
@@ -36,7 +36,7 @@ def texts(
 
     Raises MisuseError for fewer than a token of each kind, a file that cannot be read, or that has no text.
     """
-    begin = beginning(tokenizer)
+    begin, _ = around(tokenizer)
     length = min(WINDOW, context)
     own = length - len(begin)  # tokens of the text in a window
     lengths = [length] * HELD_OUT if held_out is None else _lengths(held_out // len(KINDS), length, len(begin) + 1)
@@ -61,13 +61,6 @@ def texts(
             )
         choosing.append(found)
     return Texts(choosing=tuple(choosing), held_out=tuple(held))
-
-
-def beginning(tokenizer: Reads) -> tuple[int, ...]:
-    """The tokens that a tokenizer puts before a text, such as `<bos>`; none for some."""
-    text, plain = tokenizer.encode("a", bos=True), tokenizer.encode("a", bos=False)
-    starts = [start for start in range(len(text)) if text[start : start + len(plain)] == plain]
-    return tuple(text[: starts[0]]) if starts else ()
 
 
 def _lengths(total: int, longest: int, least: int) -> list[int]:

@@ -2,36 +2,32 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from stabilitykit.checkpoints import Checkpoint
-from stabilitykit.checkpoints.config import GemmaConfig, released
+from stabilitykit.checkpoints.config import released
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import Examined, provenance_of
 from stabilitykit.records.sweep import Case, CaseKind, Plan
-from stabilitykit.run.prompts import parse_prompt
+from stabilitykit.run.prompts import Reads, parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
 from stabilitykit.sweeps.axes import is_range, longest
 from stabilitykit.sweeps.file import Experiment
+from stabilitykit.sweeps.model import KitModel, SweptModel
 
 
-def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -> Plan:
-    """Every case of the experiment on this checkpoint.
+def make_plan(experiment: Experiment, model: SweptModel, *, command: str) -> Plan:
+    """Every case of the experiment on this model.
 
     Runs come first, each text's float32 run before those that are compared with it; then ranges of lengths, one dtype
     after the other, so that a model is built once.
 
     Raises MisuseError with the line at fault for a prompt that does not exist or is too short, a length beyond the
-    model's context, and a device that is not there.
+    model's context, a setting that this model has not, and a device that is not there.
     """
     place = str(parse_device(experiment.device))
-    cases = {
-        case.id: case for case in (*_grids(experiment, checkpoint, place), *_others(experiment, checkpoint, place))
-    }
+    cases = {case.id: case for case in (*_grids(experiment, model, place), *_others(experiment, model, place))}
     kinds, dtypes = list(get_args(CaseKind)), list(DTYPES)
 
     def turn(case: Case) -> tuple[int, int]:
@@ -41,12 +37,12 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
         name=experiment.path.stem,
         title=experiment.title,
         source=experiment.source,
-        config=asdict(checkpoint.config),
+        config=dict(model.config),
         cases=tuple(sorted(cases.values(), key=turn)),
         sections=experiment.sections,
         own_sections=dict(experiment.own_sections),
         format=experiment.format,
-        **provenance_of(checkpoint, command, place),
+        **provenance_of(model, command, place),
     )
 
 
@@ -65,27 +61,30 @@ def plan_without_cases(
     )
 
 
-def case_tokens(case: Case, tokenizer: Tokenizer, folder: Path) -> list[int]:
+def case_tokens(case: Case, tokenizer: Reads, folder: Path) -> list[int]:
     """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `parse_prompt` does."""
     prompt = parse_prompt(case.settings["prompt"], folder)
     return prompt_tokens(prompt, tokenizer, bos=case.settings["bos"], length=longest(case.settings["length"]))
 
 
-def _grids(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case]:
-    tokenizer = Tokenizer(checkpoint.vocabulary)
+def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case]:
+    tokenizer = model.tokenizer
     folder = experiment.path.parent
     for number, settings in _products(experiment, "grid"):
+        refused = model.refused(settings)
+        if refused is not None:
+            experiment.fail(refused, refused.partition(" ")[0], "grid", number)
         try:
             prompt = parse_prompt(settings["prompt"], folder)
         except MisuseError as error:
             experiment.fail(str(error), "prompt", "grid", number)
         wanted = longest(settings["length"])
-        _check_context(wanted or 1, checkpoint.config, experiment, "grid", number)
+        _check_context(wanted or 1, model.context, experiment, "grid", number)
         try:
             count = len(prompt_tokens(prompt, tokenizer, bos=settings["bos"], length=wanted))
         except MisuseError as error:
             experiment.fail(str(error), "prompt" if wanted is None else "length", "grid", number)
-        _check_context(count, checkpoint.config, experiment, "grid", number)
+        _check_context(count, model.context, experiment, "grid", number)
         settings |= {"text_sha256": prompt.sha256, "tokens": count, "device": device}
         if is_range(settings["length"]):
             checks = sorted(n for n in set(experiment.checks) if n <= count)
@@ -94,12 +93,15 @@ def _grids(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Itera
             yield Case(kind="run", settings=settings)
 
 
-def _others(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case]:
+def _others(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case]:
     kinds: tuple[CaseKind, ...] = ("memory", "shortage", "footprint")
     for kind in kinds:
         for number, settings in _products(experiment, kind):
-            config = checkpoint.config if kind != "footprint" else released(settings["model"])
-            _check_context(settings["length"], config, experiment, kind, number)
+            if kind != "footprint" and not isinstance(model, KitModel):
+                what = f"[[{kind}]] is of the kit's own model, Gemma 1 to 3, and transformers runs {model.source}"
+                experiment.fail(f"{what}; leave the table out", "", kind, number)
+            context = model.context if kind != "footprint" else released(settings["model"]).context
+            _check_context(settings["length"], context, experiment, kind, number)
             yield Case(kind=kind, settings={"device": device} | settings)
 
 
@@ -109,7 +111,7 @@ def _products(experiment: Experiment, table: str) -> Iterator[tuple[int, dict[st
             yield number, dict(zip(axes, values, strict=True))
 
 
-def _check_context(length: int, config: GemmaConfig, experiment: Experiment, table: str, number: int) -> None:
-    if length > config.context:
-        what = f"A prompt fits the model's context of {config.context:,} tokens; the length {length:,} does not"
+def _check_context(length: int, context: int, experiment: Experiment, table: str, number: int) -> None:
+    if length > context:
+        what = f"A prompt fits the model's context of {context:,} tokens; the length {length:,} does not"
         experiment.fail(what, "length", table, number)

@@ -8,8 +8,8 @@ from stabilitykit.records.sweep import Case, Plan, Results
 from stabilitykit.report.make import make_report
 from stabilitykit.report.sections import SECTIONS
 from stabilitykit.run.case import Progress
-from stabilitykit.run.source import checkpoint_of
 from stabilitykit.sweeps.file import read_experiment
+from stabilitykit.sweeps.model import open_swept
 from stabilitykit.sweeps.plan import make_plan
 from stabilitykit.sweeps.sweep import sweep as run_cases
 
@@ -27,7 +27,7 @@ def plan(
 ) -> Plan:
     """Every case of an experiment, checked; arguments and errors are those of `sweep`."""
     read = read_experiment(Path(experiment), overrides, sections=tuple(SECTIONS))
-    return make_plan(read, checkpoint_of(read.checkpoint, progress), command=command or "")
+    return make_plan(read, open_swept(read.checkpoint, progress), command=command or "")
 
 
 def sweep(

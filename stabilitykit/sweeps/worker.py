@@ -17,18 +17,15 @@ from typing import Any
 
 import torch
 
-from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.config import released
-from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.footprint import footprint
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
-from stabilitykit.models.subject import Sampling
+from stabilitykit.models.subject import Sampling, Subject
 from stabilitykit.records.sweep import Case, Failure, Footprint, Results, Shortage
-from stabilitykit.run.case import Reference, run_case, run_reference
+from stabilitykit.run.case import Reference, run_case, run_reference, stage
 from stabilitykit.run.every_length import every_length
 from stabilitykit.run.prefill import measure, starve
-from stabilitykit.scaling.stressed import stressed
+from stabilitykit.sweeps.model import SweptModel, open_swept
 from stabilitykit.sweeps.plan import case_tokens
 
 Report = Callable[[str, int, int], None]
@@ -40,10 +37,9 @@ class Runner:
 
     results: Results
     texts: Path
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    model: SweptModel
     # Of those in float32 and of the others, the last one each: a reference, and what is compared with it.
-    _models: dict[bool, tuple[str, Gemma]] = field(default_factory=dict)
+    _models: dict[bool, tuple[str, Subject]] = field(default_factory=dict)
     _reference: tuple[str, Reference] | None = None
 
     def run(self, case: Case, report: Report) -> None:
@@ -58,7 +54,7 @@ class Runner:
 
     def _run(self, case: Case, report: Report) -> None:
         settings = case.settings
-        tokens = case_tokens(case, self.tokenizer, self.texts)
+        tokens = case_tokens(case, self.model.tokenizer, self.texts)
         reference = None
         if settings["dtype"] != "float32" and settings["level"] != "layers" and self._has_reference(case):
             reference = self._reference_for(case, tokens, report)
@@ -79,7 +75,7 @@ class Runner:
     def _lengths(self, case: Case, report: Report) -> None:
         found = every_length(
             self._model(case, report),
-            case_tokens(case, self.tokenizer, self.texts),
+            case_tokens(case, self.model.tokenizer, self.texts),
             checks=case.settings["checks"],
             level=case.settings["level"],
             matmul=_matmul(case),
@@ -120,22 +116,16 @@ class Runner:
             self._reference = key, run_reference(self._model(wide, report), tokens)
         return self._reference[1]
 
-    def _model(self, case: Case, report: Report) -> Gemma:
+    def _model(self, case: Case, report: Report) -> Subject:
         settings = case.settings
         key = json.dumps([settings[name] for name in ("dtype", "rescale", "rounding", "device")])
         wide = settings["dtype"] == "float32"
         if wide not in self._models or self._models[wide][0] != key:
             self._models.pop(wide, None)
-            model = stressed(
-                self.checkpoint,
-                settings["rescale"],
-                dtype=settings["dtype"],
-                device=settings["device"],
-                rounding=settings["rounding"],
-                progress=lambda done, total: report(f"{settings['dtype']}: preparing weights", done, total),
+            self._models[wide] = (
+                key,
+                self.model.open(settings, stage(f"{settings['dtype']}: preparing weights", report)),
             )
-            model.tokenizer = self.tokenizer  # the same as its own, which would take half a second to make
-            self._models[wide] = key, model
         return self._models[wide][1]
 
 
@@ -178,8 +168,7 @@ def main(folder: Path, texts: Path) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     results = Results.open(folder)
-    checkpoint = open_checkpoint(results.plan.checkpoint)
-    runner = Runner(results, texts, checkpoint, Tokenizer(checkpoint.vocabulary))
+    runner = Runner(results, texts, open_swept(results.plan.checkpoint))
     cases = {case.id: case for case in results.plan.cases}
     answer(ready=True)
     while True:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from stabilitykit.checkpoints import open_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.files import write_bytes
 from stabilitykit.records.sweep import Results
 from stabilitykit.sweeps.file import read_experiment
+from stabilitykit.sweeps.model import open_swept
 from stabilitykit.sweeps.plan import make_plan
 from stabilitykit.sweeps.sweep import sweep
 from stabilitykit.sweeps.worker import failure_of
@@ -75,7 +75,7 @@ def planned(folder: Path, experiment: str = EXPERIMENT) -> Results:
     path = folder.with_suffix(".toml")
     path.write_text(experiment)
     read = read_experiment(path)
-    return Results.create(folder, make_plan(read, open_checkpoint(read.checkpoint), command="stabilitykit sweep"))
+    return Results.create(folder, make_plan(read, open_swept(read.checkpoint), command="stabilitykit sweep"))
 
 
 def records(results: Results) -> dict[str, bytes]:

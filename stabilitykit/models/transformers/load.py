@@ -38,6 +38,9 @@ _DOORS = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
 )  # fmt: skip
 
+# What configs call the length of a text.
+_CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+
 
 def open_model(
     name: str,
@@ -182,7 +185,7 @@ def _notes(
     config: Any, tokenizer: HuggingFaceTokenizer | None, loading: Mapping[str, Any], dtype: torch.dtype, whole: bool
 ) -> list[str]:
     """What a reader has to know about the model, and could not guess."""
-    notes = [f"run by transformers {version('transformers')}"]
+    notes = [*run_by()]
     if whole:
         pass
     elif getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
@@ -198,6 +201,18 @@ def _notes(
     if str(config.model_type).startswith("gemma") and tokenizer is not None and not tokenizer.begins:
         notes.append("the folder's tokenizer puts no <bos> before a text, where a released Gemma's does")
     return notes
+
+
+def run_by() -> tuple[str, ...]:
+    """The note on which transformers runs a model."""
+    return (f"run by transformers {version('transformers')}",)
+
+
+def context_of(raw: Mapping[str, Any]) -> int:
+    """The tokens that a model has room for, by its config.json; of one with no such limit a number beyond any text."""
+    text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
+    found = next((text[key] for key in _CONTEXTS if isinstance(text.get(key), int)), None)
+    return 1 << 62 if found is None else int(found)
 
 
 def stored_tensors(name: str) -> Iterator[tuple[str, Tensor]]:
