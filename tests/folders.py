@@ -5,7 +5,7 @@ from typing import Any
 
 import transformers
 from scaled.runs import VOCABULARY
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 
@@ -18,6 +18,7 @@ def save(model: Any, folder: Path, *, tokenizer: bool = True) -> Path:
         ids = {piece: index for index, piece in enumerate((*_SPECIAL, *characters))}
         made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        made.decoder = decoders.Fuse()
         kind: Any = transformers.PreTrainedTokenizerFast
         kind(
             tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"

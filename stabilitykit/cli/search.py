@@ -43,18 +43,19 @@ def search(
     Scans the vocabulary: each token alone, after <bos> and inside a text. Then the worst tokens are put together, one
     more at a time, until a prompt overflows. Each prompt said to overflow was really run. Exits 0 whatever was found.
     """
+    from stabilitykit.checkpoints import Checkpoint
     from stabilitykit.cli import screen
     from stabilitykit.cli.report import check_report, conclude
     from stabilitykit.files import check_new
     from stabilitykit.models.devices import parse_device
-    from stabilitykit.run.source import checkpoint_of
+    from stabilitykit.run.source import opened_by
     from stabilitykit.searches import search as run
 
     parse_device(device)
     if out is not None:
         check_new(out)
     with screen.progress_bar() as progress:
-        opened = checkpoint_of(checkpoint, progress)
+        opened = opened_by(checkpoint, progress)
         check_report(report, opened)
         found = run(
             opened,
@@ -76,7 +77,7 @@ def search(
         title=f"Tokens and prompts that bring {Path(opened.source).name} nearest to overflow in {dtype}",
         section="search",
         as_json=as_json,
-        config=asdict(opened.config),
+        config=asdict(opened.config) if isinstance(opened, Checkpoint) else opened.config,
         show=lambda: screen.print_search(found),
         out=("Prompts", out),
     )

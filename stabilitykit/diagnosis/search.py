@@ -92,8 +92,10 @@ def how_measured(search: Search) -> str:
             f" The first pass ran in {fast}; the worst {checked:,} of each context were computed again in float32, "
             f"which moved them by at most {moved:.2f} bits."
         )
+    logits = "The logits are not part of that; they are for the tokens and prompts shown, which the recorder confirmed."
+    if search.checkpoint.startswith("hf:"):  # every token was looked at by the recorder
+        logits = "Logits are part of that. In a model that looks ahead, the value is the largest of the whole prompt."
     return (
         f"For {part} {search.vocabulary:,} tokens: the largest value at the token's own position, over all tensors "
-        f"that a {search.dtype} run stores in {search.dtype}, as float32 computes it.{sieve} The logits are not part "
-        "of that; they are for the tokens and prompts shown, which the recorder confirmed."
+        f"that a {search.dtype} run stores in {search.dtype}, as float32 computes it.{sieve} {logits}"
     )

@@ -98,16 +98,22 @@ def checkpoint_of(checkpoint: str | Path | Checkpoint, progress: Progress | None
     return open_checkpoint(place, progress=stage("reading weights", progress))
 
 
-def kits_own(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint | None:
-    """The checkpoint for the kit's own model; None where `hf:` names one that only transformers runs: of a family other
-    than Gemma 1 to 3, or with a tokenizer or a head that no released Gemma has.
+def opened_by(
+    checkpoint: str | Path | Checkpoint | hf.HuggingFaceFolder, progress: Progress | None = None
+) -> Checkpoint | hf.HuggingFaceFolder:
+    """The checkpoint for the kit's own model; the folder where `hf:` names one that only transformers runs: of a family
+    other than Gemma 1 to 3, or with a tokenizer or a head that no released Gemma has.
+
+    Raises as `open_checkpoint` and `hf.open_folder` do.
     """
+    if isinstance(checkpoint, hf.HuggingFaceFolder):
+        return checkpoint
     try:
         return checkpoint_of(checkpoint, progress)
     except CheckpointError:
         if isinstance(checkpoint, Checkpoint) or not str(checkpoint).startswith(PREFIX):
             raise
-        return None
+        return hf.open_folder(str(checkpoint).removeprefix(PREFIX), stage("reading weights", progress))
 
 
 def local_path(checkpoint: str | Path) -> Path:

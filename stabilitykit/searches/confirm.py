@@ -10,6 +10,8 @@ from stabilitykit.formats import number_format
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import preferred_matmul
+from stabilitykit.models.subject import Subject
+from stabilitykit.models.transformers.model import run_on
 from stabilitykit.recorder import record
 from stabilitykit.records import Record
 from stabilitykit.records.search import Find
@@ -20,10 +22,14 @@ from stabilitykit.searches.stored import Place
 
 
 class PromptRecorder:
-    """Runs prompts through `wide`, a model in float32, with the recorder, logits of every position included."""
+    """Runs prompts through `wide`, a model in float32, with the recorder, logits of every position included.
 
-    def __init__(self, wide: Gemma) -> None:
-        self._wide = wide
+    `end` are the tokens that the tokenizer puts after a text, where it begins with what comes before one, `begin`.
+    """
+
+    def __init__(self, wide: Gemma | Subject, begin: Sequence[int] = (), end: Sequence[int] = ()) -> None:
+        self._begin, self._end = tuple(begin), tuple(end)
+        self._wide = GemmaSubject(wide) if isinstance(wide, Gemma) else wide
         self._stored: dict[int, frozenset[str]] = {}  # by prompt length, the sites that a float16 run stores in 16 bits
 
     def peaks(self, tokens: Sequence[int]) -> list[Peak]:
@@ -34,13 +40,13 @@ class PromptRecorder:
     def peaks_of(self, prompts: Sequence[Sequence[int]]) -> list[list[Peak]]:
         """The same for each of several prompts of one length, which run as one batch."""
         rows, length = len(prompts), len(prompts[0])
-        with torch.inference_mode(), record(self._wide, formats=(), position_peaks=True) as recording:
-            self._wide(torch.tensor(prompts, device=self._wide.device))
+        with torch.inference_mode(), record(self._wide.module, formats=(), position_peaks=True) as recording:
+            run_on(self._wide.module, self._wide.arguments(torch.tensor(prompts, device=self._wide.device)))
         first = recording.first_break()
         if first is not None:
             return [[Peak(math.inf, _place(first))] * length] if rows == 1 else [self.peaks(one) for one in prompts]
         if length not in self._stored:
-            told = find_stored_dtypes(recording, GemmaSubject(self._wide), rows, length)
+            told = find_stored_dtypes(recording, self._wide, rows, length)
             self._stored[length] = frozenset(made.site for made in told if made.stored_dtype == "float16")
         stored = [
             (made.position_amax or (), _place(made))
@@ -49,23 +55,36 @@ class PromptRecorder:
         ]  # the length leaves out the cosines and sines that all rows share
         return [[_largest(stored, row * length + position) for position in range(length)] for row in range(rows)]
 
+    def after(self, candidates: Sequence[int], context: Sequence[int]) -> list[Peak]:
+        """The peak of each of `candidates` as the next token after `context`: at its own position in a causal model, in
+        the whole prompt of another one, where a token changes what all others make.
+        """
+        rows = self.peaks_of([self.closed((*context, token)) for token in candidates])
+        if self._wide.is_causal:
+            return [row[len(context)] for row in rows]
+        return [max(row, key=lambda peak: peak.value) for row in rows]
+
+    def closed(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """`tokens` as the tokenizer would end them."""
+        begins = bool(self._begin) and tuple(tokens[: len(self._begin)]) == self._begin
+        return (*tokens, *(self._end if begins else ()))
+
 
 def _largest(stored: Iterable[tuple[Sequence[float], Place]], index: int) -> Peak:
     value, place = max(((amax[index], place) for amax, place in stored), key=lambda pair: pair[0])
     return Peak(value, place)
 
 
-def confirm(wide: PromptRecorder, low: Gemma, tokens: Sequence[int], *, bos: bool, text: str | None) -> Find:
+def confirm(wide: PromptRecorder, low: Subject, tokens: Sequence[int], *, bos: bool, text: str | None) -> Find:
     """The largest value of `tokens` in float32, and whether `low`, the same model in the dtype, stays finite."""
     peaks = wide.peaks(tokens)
     position, peak = max(enumerate(peaks), key=lambda pair: pair[1].value)
-    dtype = str(low.dtype).removeprefix("torch.")
+    dtype = dtype_of(low)
     ran = run_case(low, list(tokens), matmul=preferred_matmul(dtype, low.device.type)).recording
     first = ran.first_break()
-    tokenizer = low.tokenizer
     return Find(
         tokens=tuple(tokens),
-        pieces=tuple(str(token) if tokenizer is None else tokenizer.piece(token) for token in tokens),
+        pieces=tuple(map(low.piece, tokens)),
         bos=bos,
         text=text,
         file=None,
@@ -81,6 +100,12 @@ def confirm(wide: PromptRecorder, low: Gemma, tokens: Sequence[int], *, bos: boo
         broken_position=None if first is None or first.broke is None else first.broke.position,
         sentence=verdict(ran),
     )
+
+
+def dtype_of(subject: Subject) -> str:
+    """That of its weights."""
+    weight = next(one for one in subject.module.parameters() if one.is_floating_point())
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def finite(value: float) -> float | None:

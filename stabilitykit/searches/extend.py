@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from stabilitykit.searches.scan import Count, Peak, Scanner
+from stabilitykit.searches.scan import Count, Peak
+from stabilitykit.searches.searched import Scans
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Grown:
 
 
 def extend(
-    scanner: Scanner,
+    scanner: Scans,
     starts: Sequence[Grown],
     candidates: Sequence[int],
     *,

@@ -7,25 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from stabilitykit.checkpoints import Checkpoint
 from stabilitykit.choices import LowDtype, check_choice
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.models.devices import parse_device
-from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import provenance_of
+from stabilitykit.models.transformers import HuggingFaceFolder
 from stabilitykit.records.search import Find, Search, Step
 from stabilitykit.run.case import Progress
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
-from stabilitykit.run.source import checkpoint_of
-from stabilitykit.searches.confirm import PromptRecorder, confirm, finite, headroom
+from stabilitykit.run.source import opened_by
+from stabilitykit.searches.confirm import confirm, finite, headroom
 from stabilitykit.searches.extend import Grown, extend
 from stabilitykit.searches.kinds import kind_of
-from stabilitykit.searches.scan import Count, Peak, Scanner
+from stabilitykit.searches.scan import Count, Peak
+from stabilitykit.searches.searched import Searched, searched
 from stabilitykit.searches.text import text_of
 from stabilitykit.searches.vocabulary import Scanned, VocabularyScanner
 
@@ -47,12 +45,11 @@ class _Options:
     limit: int | None
     beam: int
     length: int
-    sieve: str | None
     device: str
 
 
 def search(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint: str | Path | Checkpoint | HuggingFaceFolder,
     *,
     dtype: LowDtype = "float16",
     bos: bool | None = None,
@@ -70,14 +67,17 @@ def search(
     one more at a time, until a prompt overflows. Every prompt that is said to overflow was run in `dtype`.
 
     Args:
-        checkpoint: what `open_checkpoint` takes or returned; `hf:NAME` for a folder in the local Hugging Face cache.
+        checkpoint: what `open_checkpoint` takes or returned; `hf:FOLDER` or `hf:NAME` for whatever transformers loads
+            and reads texts. What the kit's own model does not run is searched more slowly: each candidate is a row of
+            tokens of its own.
         dtype: to search for overflows in: float16 or bfloat16.
-        bos: True for prompts with <bos> only, False for those without; None for both, or without only where <bos>
-            alone overflows.
+        bos: True for prompts with <bos> only, or whatever else the tokenizer puts around a text; False for those
+            without; None for both, or without only where <bos> alone overflows.
         limit: scan the first so many entries of the vocabulary; None for all.
         beam: prompts kept and extended at each length.
         length: of the longest prompt, in tokens, <bos> not counted.
-        sieve: the dtype of the first look at every token; None for the fastest that is good enough.
+        sieve: the dtype of the first look at every token, of the kit's own model; None for the fastest that is good
+            enough.
         device: cpu, cuda or mps.
         command: the command line to name in the result, if there was one.
         progress: called with (what is being done, how much of it is done, out of how much).
@@ -88,7 +88,7 @@ def search(
 
     Raises:
         MisuseError: for an unknown dtype or device, a limit, beam or length below 1, a length beyond the context.
-        CheckpointError: for a checkpoint that is damaged, or is no Gemma 1, 2 or 3.
+        CheckpointError: for a checkpoint that is damaged, or that transformers cannot load.
 
     >>> tiny = "random:gemma2-2b?layers=2&hidden_size=32&feed_forward=64&heads=4&head_dim=8&vocabulary=512&context=32"
     >>> found = search(tiny, bos=False, limit=300, length=1)
@@ -99,31 +99,36 @@ def search(
     """
     began = time.monotonic()
     check_choice("dtype", dtype, get_args(LowDtype))
-    opened = checkpoint_of(checkpoint, progress)
+    for name, value in (("limit", limit), ("beam", beam), ("length", length)):
+        if value is not None and value < 1:
+            raise MisuseError(f"{name} must be at least 1, got {value}.")
+    opened = opened_by(checkpoint, progress)
     options = _Options(
         dtype=dtype,
         bos=bos,
         limit=limit,
         beam=beam,
         length=length,
-        sieve=sieve,
         device=str(parse_device(device)),
     )
-    _check(opened, options)
-    run = _Run(opened, options, progress)
+    models = searched(opened, dtype, sieve, options.device, progress)
+    if bos is None and not models.begin:
+        bos = False  # the tokenizer puts nothing before a text
+    _check(models, options)
+    run = _Run(models, options, progress)
     alone = run.bos_alone()
-    scanned = {name: run.scan(name) for name in _contexts(bos)}
+    scans = {name: run.scan(name) for name in _contexts(bos)}
     steps: list[Step] = []
     finds: list[Find] = []
     for with_bos in _choices(bos, alone):
-        more, found = run.grow(with_bos, scanned)
+        more, found = run.grow(with_bos, scans)
         steps += more
         finds += found
     return Search(
         dtype=dtype,
-        vocabulary=opened.config.vocabulary,
+        vocabulary=len(models.vocabulary.pieces),
         bos=alone,
-        scans=tuple(one.scan for one in scanned.values()),
+        scans=tuple(one.scan for one in scans.values()),
         steps=tuple(steps),
         finds=tuple(replace(find, file=f"{number}.txt") for number, find in enumerate(finds, start=1)),
         seconds=time.monotonic() - began,
@@ -141,12 +146,13 @@ def _choices(bos: bool | None, alone: Find | None) -> list[bool]:
     return [False] if alone is not None and alone.breaks else [False, True]
 
 
-def _check(checkpoint: Checkpoint, options: _Options) -> None:
-    for name in ("limit", "beam", "length"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise MisuseError(f"{name} must be at least 1, got {value}.")
-    longest = checkpoint.config.context - 1
+def _check(models: Searched, options: _Options) -> None:
+    if options.bos and not models.begin:
+        raise MisuseError(
+            f"{models.low.source}: its tokenizer puts nothing before a text, so that there is no prompt with <bos>; "
+            "leave out --bos."
+        )
+    longest = models.context - max(1, len(models.recorder.closed(models.begin)))
     if options.length > longest:
         raise MisuseError(
             f"length must be at most {longest:,}, so that prompts fit the model's context; got {options.length:,}."
@@ -156,49 +162,37 @@ def _check(checkpoint: Checkpoint, options: _Options) -> None:
 class _Run:
     """The models of one search, and its steps."""
 
-    def __init__(self, checkpoint: Checkpoint, options: _Options, progress: Progress | None) -> None:
+    def __init__(self, models: Searched, options: _Options, progress: Progress | None) -> None:
         self.options = options
         self.progress = progress
-        self.vocabulary = checkpoint.vocabulary
+        self.models = models
+        self.vocabulary, self.tokenizer = models.vocabulary, models.tokenizer
         self.form = number_format(options.dtype)
-
-        def built(dtype: str) -> Gemma:
-            def announce(done: int, total: int) -> None:
-                if progress is not None:
-                    progress(f"{dtype}: preparing weights", done, total)
-
-            return build(checkpoint, dtype=dtype, device=options.device, progress=announce)
-
-        sieve = options.sieve or fastest(options.device)
-        self.low = built(options.dtype)
-        self.wide = Scanner(built("float32"))
-        self.recorder = PromptRecorder(self.wide.model)
-        if sieve == "float32":
-            self.sieve = self.wide
-        else:
-            self.sieve = Scanner(self.low if sieve == options.dtype else built(sieve))
-        self.tokenizer: Tokenizer = self.wide.model.tokenizer or Tokenizer(checkpoint.vocabulary)
-        self.scanner = VocabularyScanner(self.sieve, self.wide, self.vocabulary, self.tokenizer, options.dtype)
+        self.scanner = VocabularyScanner(
+            models.sieve, models.wide, models.recorder, self.vocabulary, self.tokenizer, models.begin, options.dtype
+        )
         size = len(self.vocabulary.pieces)
         self.limit = size if options.limit is None else min(size, options.limit)
         prose = parse_prompt("prose", Path())
-        text = prompt_tokens(prose, self.tokenizer, bos=False, length=min(CONTEXT, checkpoint.config.context - 1))
-        self.contexts = {ALONE: [], AFTER_BOS: [self.vocabulary.bos], INSIDE: text}
+        text = prompt_tokens(prose, self.tokenizer, bos=False, length=min(CONTEXT, models.context - 1))
+        self.contexts = {ALONE: [], AFTER_BOS: list(models.begin), INSIDE: text}
 
     def bos_alone(self) -> Find | None:
         """What `<bos>` comes to by itself, and so in every prompt that begins with it."""
-        if self.options.bos is False:
+        if self.options.bos is False or not self.models.begin:
             return None
-        return confirm(self.recorder, self.low, [self.vocabulary.bos], bos=True, text=None)
+        return confirm(
+            self.models.recorder, self.models.low, self.models.recorder.closed(self.models.begin), bos=True, text=None
+        )
 
     def scan(self, name: str) -> Scanned:
         return self.scanner.scan(name, self.contexts[name], self.limit, self.progress)
 
     def grow(self, bos: bool, scanned: dict[str, Scanned]) -> tuple[list[Step], list[Find]]:
         """The prompts that break at the least length at which one does; else the nearest of any length."""
-        before = [self.vocabulary.bos] if bos else []
+        before = list(self.models.begin) if bos else []
         alone = scanned[AFTER_BOS if bos else ALONE]
-        held = self.recorder.peaks(before) if before else []
+        held = self.models.recorder.peaks(before) if before else []
 
         def is_prompt(tokens: Sequence[int]) -> bool:
             return text_of(self.tokenizer, tokens[len(before) :]) is not None
@@ -213,7 +207,7 @@ class _Run:
         kept: list[Grown] = []
         without_gain = 0
         for level in extend(
-            self.wide,
+            self.models.wide,
             starts,
             candidates,
             beam=self.options.beam,
@@ -247,7 +241,9 @@ class _Run:
 
     def _confirm(self, one: Grown, bos: bool, before: int) -> Find:
         text = text_of(self.tokenizer, one.tokens[before:])
-        return confirm(self.recorder, self.low, one.tokens, bos=bos, text=text)
+        return confirm(
+            self.models.recorder, self.models.low, self.models.recorder.closed(one.tokens), bos=bos, text=text
+        )
 
     def _by_turns(self, scanned: Iterable[Scanned], amount: int) -> list[int]:
         """Tokens that are text by themselves: by turns the worst of each context of every kind, and in every site.
@@ -281,14 +277,6 @@ class _Run:
                 self.progress(f"prompts of {length} tokens", done, total)
 
         return count
-
-
-def fastest(device: str) -> str:
-    """bfloat16 where the device multiplies it faster than float32, else float32."""
-    if device.startswith("cpu"):
-        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch has no public name for it
-        return "bfloat16" if has_bfloat16() else "float32"
-    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def _falling(peaks: Sequence[Peak]) -> Callable[[int], float]:

@@ -39,6 +39,10 @@ class Scanner:
         self._peaks = RowPeaks(model, stored_places(model))
         self._rows = _ROWS if model.device.type == "cpu" else _ROWS_ON_A_DEVICE
 
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
     def scan(self, candidates: Sequence[int], context: Sequence[int] = (), progress: Count | None = None) -> list[Peak]:
         """The peak of each of `candidates` when it follows `context`, in their order."""
         cache = SharedContext(self.model, context) if context else None

@@ -10,13 +10,13 @@ from itertools import islice
 
 from stabilitykit.checkpoints.checkpoint import Vocabulary
 from stabilitykit.formats import number_format
-from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.records.search import KINDS, KindPeaks, Scan, TokenPeak
 from stabilitykit.run.case import Progress, stage
 from stabilitykit.searches.confirm import PromptRecorder, finite, headroom
 from stabilitykit.searches.kinds import kind_of
-from stabilitykit.searches.scan import Peak, Scanner
-from stabilitykit.searches.text import text_of
+from stabilitykit.searches.scan import Peak
+from stabilitykit.searches.searched import Scans
+from stabilitykit.searches.text import ReadsBack, text_of
 
 CHECKED = 512  # tokens of each scan that are computed in float32 too
 SHOWN = 20  # tokens that are text, and as many that are not, each confirmed by a recorded run
@@ -34,9 +34,18 @@ class Scanned:
 class VocabularyScanner:
     """`sieve` and `wide` run the same model, in a fast dtype and in float32; they may be one. Headroom is `dtype`'s."""
 
-    def __init__(self, sieve: Scanner, wide: Scanner, vocabulary: Vocabulary, tokenizer: Tokenizer, dtype: str) -> None:
-        self._sieve, self._wide, self._recorder = sieve, wide, PromptRecorder(wide.model)
-        self._vocabulary, self._tokenizer = vocabulary, tokenizer
+    def __init__(
+        self,
+        sieve: Scans,
+        wide: Scans,
+        recorder: PromptRecorder,
+        vocabulary: Vocabulary,
+        tokenizer: ReadsBack,
+        begin: Sequence[int],
+        dtype: str,
+    ) -> None:
+        self._sieve, self._wide, self._recorder = sieve, wide, recorder
+        self._vocabulary, self._tokenizer, self._begin = vocabulary, tokenizer, begin
         self._dtype = dtype
 
     def scan(self, name: str, context: Sequence[int], limit: int, progress: Progress | None) -> Scanned:
@@ -52,15 +61,14 @@ class VocabularyScanner:
             for token, again in zip(order, checked, strict=True):
                 peaks[token] = again
             order.sort(key=lambda token: -peaks[token].value)
-        plain = [token for token in context if token != self._vocabulary.bos]
+        plain = [token for token in context if token not in self._begin]
         is_text = {token: text_of(self._tokenizer, [*plain, token]) is not None for token in order}
         worst = list(islice((token for token in order if is_text[token]), SHOWN))
         by_ids = list(islice((token for token in order if not is_text[token]), SHOWN))
         confirmed: dict[int, Peak] = {}
         for tokens in (worst, by_ids):
             if tokens:
-                recorded = self._recorder.peaks_of([[*context, token] for token in tokens])
-                confirmed |= {token: found[-1] for token, found in zip(tokens, recorded, strict=True)}
+                confirmed |= dict(zip(tokens, self._recorder.after(tokens, context), strict=True))
         kinds = [kind_of(self._vocabulary, token) for token in range(limit)]
 
         def confirmed_peaks(tokens: Iterable[int]) -> tuple[TokenPeak, ...]:
@@ -73,7 +81,7 @@ class VocabularyScanner:
             context=tuple(context),
             context_text=self._tokenizer.decode(plain),
             scanned=limit,
-            dtype=str(self._sieve.model.dtype).removeprefix("torch."),
+            dtype=self._sieve.dtype,
             checked=len(order),
             moved=moved,
             bins=tuple(sorted(Counter(math.floor(10 * bits) for bits in headrooms if bits is not None).items())),

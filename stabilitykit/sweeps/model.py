@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stabilitykit.checkpoints import Checkpoint
-from stabilitykit.checkpoints.cache import cache_folder
-from stabilitykit.checkpoints.hub import local_folder
-from stabilitykit.checkpoints.huggingface import files_sha256, read_config, weight_files
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import Examined
 from stabilitykit.models.subject import Subject
-from stabilitykit.models.transformers.backend import PREFIX
-from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.case import Progress
 from stabilitykit.run.prompts import Reads
-from stabilitykit.run.source import kits_own
+from stabilitykit.run.source import opened_by
 from stabilitykit.scaling.stressed import StressedFolder, stressed
 
 
@@ -89,34 +85,34 @@ class KitModel:
 
 @dataclass(frozen=True)
 class FolderModel:
-    """A model that transformers runs, from the folder or the name behind `hf:`."""
+    """A model that transformers runs."""
 
-    name: str
-    sha256: str
-    config: Mapping[str, Any]
-    tokenizer: Reads
-    notes: tuple[str, ...] = ()
+    folder: hf.HuggingFaceFolder
     _stressed: dict[float, StressedFolder] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, name: str, progress: Progress | None = None) -> "FolderModel":
-        """Reads what a plan needs, and no weight. Raises as `hf.open_tokenizer` does."""
-        folder = local_folder(name)
-        return cls(
-            name=name,
-            sha256=files_sha256(weight_files(folder), cache_folder(), stage("reading weights", progress)),
-            config=read_config(folder),
-            tokenizer=hf.open_tokenizer(name),
-            notes=hf.run_by(),
-        )
 
     @property
     def source(self) -> str:
-        return f"{PREFIX}{self.name}"
+        return self.folder.source
+
+    @property
+    def sha256(self) -> str:
+        return self.folder.sha256
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.folder.notes
+
+    @property
+    def tokenizer(self) -> Reads:
+        return self.folder.tokenizer
 
     @property
     def context(self) -> int:
-        return hf.context_of(self.config)
+        return self.folder.context
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.folder.config
 
     def refused(self, settings: Mapping[str, Any]) -> str | None:
         if settings.get("rounding", "transformers") != "transformers":
@@ -126,14 +122,14 @@ class FolderModel:
     def open(self, settings: Mapping[str, Any], progress: Callable[[int, int], None]) -> Subject:
         gamma, how = settings["rescale"], {"dtype": settings["dtype"], "device": settings["device"]}
         if gamma == 1:
-            return hf.open_model(self.name, progress=progress, **how)
+            return hf.open_model(self.folder.name, progress=progress, **how)
         if gamma not in self._stressed:
             self._stressed.clear()  # it holds the model in float32
-            self._stressed[gamma] = StressedFolder.of(self.name, gamma)
+            self._stressed[gamma] = StressedFolder.of(self.folder.name, gamma)
         return self._stressed[gamma].open(**how)
 
 
 def open_swept(checkpoint: str | Path, progress: Progress | None = None) -> SweptModel:
-    """The model that a sweep's `checkpoint` names. Raises as `open_checkpoint` and `hf.open_tokenizer` do."""
-    own = kits_own(checkpoint, progress)
-    return KitModel(own) if own is not None else FolderModel.of(str(checkpoint).removeprefix(PREFIX), progress)
+    """The model that a sweep's `checkpoint` names. Raises as `opened_by` does."""
+    opened = opened_by(checkpoint, progress)
+    return KitModel(opened) if isinstance(opened, Checkpoint) else FolderModel(opened)

@@ -14,7 +14,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.transformers import open_tokenizer
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.sweeps.file import read_experiment
-from stabilitykit.sweeps.model import FolderModel, open_swept
+from stabilitykit.sweeps.model import open_swept
 from stabilitykit.sweeps.plan import make_plan
 from stabilitykit.sweeps.worker import Runner
 
@@ -140,5 +140,5 @@ def test_ids_of_cases_do_not_depend_on_who_runs_the_model(llama: Path, tmp_path:
     assert case.id.endswith("-58139684cb")
     path = tmp_path / "experiment.toml"
     path.write_text(GRID.format(folder=llama))
-    plan = make_plan(read_experiment(path), FolderModel.of(str(llama)), command="")
+    plan = make_plan(read_experiment(path), open_swept(f"hf:{llama}"), command="")
     assert set(plan.cases[0].settings) == set(case.settings)

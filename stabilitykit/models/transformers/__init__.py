@@ -1,13 +1,13 @@
 """Models as transformers builds them, from a folder on disk (extra: hf)."""
 
-from stabilitykit.models.transformers.load import (
-    context_of as context_of,
+from stabilitykit.models.transformers.folder import (
+    HuggingFaceFolder as HuggingFaceFolder,
+)
+from stabilitykit.models.transformers.folder import (
+    open_folder as open_folder,
 )
 from stabilitykit.models.transformers.load import (
     open_model as open_model,
-)
-from stabilitykit.models.transformers.load import (
-    run_by as run_by,
 )
 from stabilitykit.models.transformers.load import (
     stored_bytes as stored_bytes,

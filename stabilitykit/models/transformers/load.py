@@ -38,9 +38,6 @@ _DOORS = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel",
 )  # fmt: skip
 
-# What configs call the length of a text.
-_CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
-
 
 def open_model(
     name: str,
@@ -206,13 +203,6 @@ def _notes(
 def run_by() -> tuple[str, ...]:
     """The note on which transformers runs a model."""
     return (f"run by transformers {version('transformers')}",)
-
-
-def context_of(raw: Mapping[str, Any]) -> int:
-    """The tokens that a model has room for, by its config.json; of one with no such limit a number beyond any text."""
-    text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
-    found = next((text[key] for key in _CONTEXTS if isinstance(text.get(key), int)), None)
-    return 1 << 62 if found is None else int(found)
 
 
 def stored_tensors(name: str) -> Iterator[tuple[str, Tensor]]:

@@ -85,6 +85,10 @@ class HuggingFaceTokenizer:
                 ids += self.encode(_replaced(part, marks), bos=False)
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens have none."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     def piece(self, token: int) -> str:
         text = self.tokenizer.convert_ids_to_tokens(token)
         if text is None:
