@@ -6,13 +6,15 @@ what it holds now, up to its old length.
 """
 
 import copy
+import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from stabilitykit.models.gemma import KVCache
+from stabilitykit.recorder.places.streams import cached
 
 _GROWS = ("DynamicLayer",)
 _SLIDES = ("DynamicSlidingWindowLayer",)
@@ -49,6 +51,62 @@ def before(cache: Any, new: int) -> Before:
 def _rows_of(tensor: Tensor, rows: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
     chosen = tensor.detach() if rows is None else tensor.detach()[list(rows)]
     return chosen.to(dtype or tensor.dtype, copy=True)
+
+
+def length_of(cache: Any) -> int | Tensor | None:
+    """How many tokens `cache` holds; a tensor on its device where nobody knows without waiting, None of other caches."""
+    count = getattr(cache, "get_seq_length", None)
+    try:
+        held = None if count is None else count()
+    except Exception:  # a cache of states has no length
+        return None
+    return held if isinstance(held, int | Tensor) else None
+
+
+def is_empty(cache: Any) -> bool | None:
+    """Whether `cache` holds no token; None where that is not known without waiting for a device."""
+    held = length_of(cache)
+    if isinstance(held, Tensor):
+        counts = (getattr(layer, "cumulative_length_int", None) for layer in getattr(cache, "layers", ()))
+        held = next((count for count in counts if count is not None), None)
+    return None if held is None else held == 0
+
+
+class Left:
+    """What a cache held when a step ended, by which it is seen whether anybody but a step has changed it since.
+
+    Beam search moves its rows, assisted generation cuts its end off, a server empties it or gives a row to another
+    request. Tensors made in inference mode do not tell what is written into them, only whether they are others.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._tensors = [] if getattr(cache, "offloading", False) else [_Left(one) for one in cached(cache)]
+
+    def change(self, cache: Any) -> Literal["none", "cut", "moved"]:
+        """Since then: none, its end was cut off, or anything else."""
+        now = list(cached(cache)) if self._tensors else []
+        if len(now) != len(self._tensors):
+            return "moved"
+        changes = {left.change(one) for left, one in zip(self._tensors, now, strict=True)}
+        return "moved" if "moved" in changes else "cut" if changes - {"none"} else "none"
+
+
+class _Left:
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._at, self._shape = weakref.ref(tensor), tensor.data_ptr(), tensor.shape
+        self._version = _version(tensor)
+
+    def change(self, tensor: Tensor) -> Literal["none", "cut", "moved"]:
+        if _version(tensor) != self._version:
+            return "moved"
+        if self._tensor() is tensor:
+            return "none"
+        same = tensor.data_ptr() == self._at and tensor.shape[:-2] == self._shape[:-2]
+        return "cut" if same and tensor.shape[-2] < self._shape[-2] else "moved"
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class _None:
