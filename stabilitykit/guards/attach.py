@@ -1,5 +1,8 @@
 """Hooks and attributes of a model, put there until they are removed; copies of the model can be freed of them too."""
 
+from collections.abc import Callable
+from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,6 +16,21 @@ _TABLES = (
     "_forward_pre_hooks_with_kwargs",
 )
 _NONE = object()
+
+
+class Instead:
+    """`call` where a module's own method `name` was; a copy of the module has its own method again."""
+
+    def __init__(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
+        self._module, self._name, self._call = module, name, call
+        update_wrapper(self, call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module))
+        return self if copied is None else MethodType(getattr(type(copied), self._name), copied)
 
 
 class Attached:
@@ -32,6 +50,10 @@ class Attached:
         """In front of the class's own, or of one that this very module has and gets back."""
         self._attributes.append((module, name, vars(module).get(name, _NONE)))
         vars(module)[name] = value
+
+    def method(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
+        """`call` in front of a method."""
+        self.attribute(module, name, Instead(module, name, call))
 
     def remove(self) -> None:
         for handle in self._handles:

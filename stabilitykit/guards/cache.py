@@ -8,7 +8,7 @@ what it holds now, up to its old length.
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def _rows_of(tensor: Tensor, rows: Sequence[int] | None, dtype: torch.dtype | No
 
 
 def length_of(cache: Any) -> int | Tensor | None:
-    """How many tokens `cache` holds; a tensor on its device where nobody knows without waiting, None of other caches."""
+    """How many tokens `cache` holds; a tensor where nobody knows without waiting for a device."""
     count = getattr(cache, "get_seq_length", None)
     try:
         held = None if count is None else count()
@@ -81,28 +81,28 @@ class Left:
 
     def __init__(self, cache: Any) -> None:
         self._tensors = [] if getattr(cache, "offloading", False) else [_Left(one) for one in cached(cache)]
+        self._length = length_of(cache)
 
-    def change(self, cache: Any) -> Literal["none", "cut", "moved"]:
-        """Since then: none, its end was cut off, or anything else."""
+    def changed(self, cache: Any) -> bool:
         now = list(cached(cache)) if self._tensors else []
-        if len(now) != len(self._tensors):
-            return "moved"
-        changes = {left.change(one) for left, one in zip(self._tensors, now, strict=True)}
-        return "moved" if "moved" in changes else "cut" if changes - {"none"} else "none"
+        return len(now) != len(self._tensors) or any(
+            left.changed(one) for left, one in zip(self._tensors, now, strict=True)
+        )
+
+    def cut(self, cache: Any) -> int | None:
+        """How many tokens fewer `cache` holds; None where that is not known, and where it holds more."""
+        now = length_of(cache)
+        if not isinstance(now, int) or not isinstance(self._length, int) or now > self._length:
+            return None
+        return self._length - now
 
 
 class _Left:
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._at, self._shape = weakref.ref(tensor), tensor.data_ptr(), tensor.shape
-        self._version = _version(tensor)
+        self._tensor, self._version = weakref.ref(tensor), _version(tensor)
 
-    def change(self, tensor: Tensor) -> Literal["none", "cut", "moved"]:
-        if _version(tensor) != self._version:
-            return "moved"
-        if self._tensor() is tensor:
-            return "none"
-        same = tensor.data_ptr() == self._at and tensor.shape[:-2] == self._shape[:-2]
-        return "cut" if same and tensor.shape[-2] < self._shape[-2] else "moved"
+    def changed(self, tensor: Tensor) -> bool:
+        return self._tensor() is not tensor or _version(tensor) != self._version
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -124,10 +124,10 @@ def in_generate(attached: Attached, model: nn.Module, guard: Listener) -> None:
     """
     for path, module in list(model.named_modules()):
         if callable(getattr(type(module), _LISTS, None)):
-            attached.attribute(module, _LISTS, _around(getattr(module, _LISTS), guard))
-            attached.attribute(module, "generate", _within(module.generate, guard))
+            attached.method(module, _LISTS, _around(getattr(module, _LISTS), guard))
+            attached.method(module, "generate", _within(module.generate, guard))
             if callable(getattr(type(module), _COMPILES, None)):
-                attached.attribute(module, _COMPILES, _compiled(path, module, getattr(module, _COMPILES), guard))
+                attached.method(module, _COMPILES, _compiled(path, module, getattr(module, _COMPILES), guard))
 
 
 def _within(generate: Any, guard: Listener) -> Any:

@@ -48,7 +48,7 @@ class _Thread(threading.local):
     running: _Running | None = None
     last: Sequences | None = None
     chosen: Chosen | None = None
-    beams: int = 1
+    beams: int = 0
     off: bool = False
 
 
@@ -211,7 +211,7 @@ class Guard:
         try:
             yield
         finally:
-            thread.beams = 1
+            thread.beams = 0
 
     def beams(self, count: int) -> None:
         self._thread.beams = count
@@ -257,9 +257,9 @@ class Guard:
         thread, module = self._thread, uncompiled(module)
         if thread.off or (thread.running is not None and thread.running.step.module is not module):
             return
-        thread.running = thread.last = None  # whatever was interrupted
         if id(module) not in self._own:
             return  # of a copy of the model, to which the hooks came along
+        thread.running = thread.last = None  # whatever was interrupted
         try:
             step = Step.of(path, module, args, kwargs)
             sequences = self._sequences.of(step.cache, step.rows, step.new, thread.beams)

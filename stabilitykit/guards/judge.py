@@ -45,7 +45,7 @@ class Outcome:
     output: Any
     logits: Tensor | None
     wide: list[tuple[WideRows, Step]]
-    beams: int = 1
+    beams: int = 0
     changed: bool = False
 
     @property
@@ -157,7 +157,7 @@ class Judge:
             self.raised = error
             raise
         if said not in WAYS:
-            LOGGER.error("on_break returned %r; it is taken for 'warn', one of: %s", said, ", ".join(WAYS))
+            LOGGER.error("on_break returned %r, none of %s; it is taken for 'warn'", said, ", ".join(WAYS))
             return "warn"
         return said
 
@@ -228,7 +228,7 @@ class Judge:
             found.logits, found.changed = put(found.logits, rows, logits), True
             found.sequences.wide.append(group)
         name = str(wide.dtype).removeprefix("torch.")
-        return dict.fromkeys(lost, f"{name} fails too: the weights, the input or the cache are to blame")
+        return dict.fromkeys(lost, f"{name} fails too: its logits are not finite either")
 
     def _named(self, found: Outcome, rows: Sequence[int], seen: Seen) -> tuple[list[RowBreak], Findings]:
         """A break for each row, with what its repetition found."""

@@ -54,12 +54,11 @@ class StabilityGuard:
         model.generate(**inputs, logits_processor=[StabilityGuard(eos=tokenizer.eos_token_id)])
 
     A row with NaN or +inf in its scores, or with no token left, is listed in `breaks`. "stop" ends it alone: `eos` is
-    its only choice from there on, which stands for no score of the model. `position` counts the ids that `generate` has,
-    which do not hold a prompt of embeddings. "raise" raises NumericalBreak, before
+    its only choice from there on, which stands for no score of the model. "raise" raises NumericalBreak, before
     `torch.multinomial` can end a CUDA context. "warn" logs it and leaves the scores as they are. A callable is given
     the breaks of a step, and returns one of the three or None for "warn". Scores of sound rows keep their bits. It
-    waits for the device once a step. One belongs to one call of `generate` at a time, without beams, in which rows change
-    places.
+    waits for the device once a step. `position` counts the ids that `generate` has, which do not hold a prompt of
+    embeddings. One belongs to one call of `generate` at a time, without beams, which change the places of rows.
 
     Raises MisuseError for an unknown `on_break`, "retry", which needs the model, and "stop" without `eos`.
     """

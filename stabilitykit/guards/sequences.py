@@ -5,16 +5,19 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from stabilitykit.guards.cache import Left, is_empty, length_of
 from stabilitykit.guards.wide import WideRows
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequences:
-    """The rows of one batch. They ran `steps` and were `fed` so many tokens each. `known` broke and were reported, `ended` are those of them that were stopped.
+    """The rows of one batch, which ran `steps` and were `fed` so many tokens each.
 
-    `wide` are in a wider dtype, `absorbed` and `low` are rows and sites that were reported for that. `parted`: rows
-    were in a wider dtype, and their own cache could not follow a change of the batch's.
+    `known` broke and were reported, `ended` are those of them that were stopped. `wide` are in a wider dtype,
+    `absorbed` and `low` are rows and sites that were reported for that. `parted`: rows were in a wider dtype, and their
+    own cache could not follow a change of the batch's.
     """
 
     rows: int
@@ -28,10 +31,14 @@ class Sequences:
 
     parted: bool = False
 
-    def without_wide(self) -> "Sequences":
-        """The same rows, of a cache that no longer fits those of the wide ones."""
-        self.parted |= bool(self.wide)
-        self.wide = []
+    def cut(self, tokens: int) -> "Sequences":
+        """The same rows, of whose cache so many tokens at the end were cut off."""
+        for group in tuple(self.wide):
+            try:
+                group.cache.crop(-tokens)
+            except Exception:  # a cache that cannot be
+                self.wide.remove(group)
+                self.parted = True
         return self
 
     def moved(self, rows: int, beams: int) -> "Sequences":
@@ -58,21 +65,20 @@ class ByCache:
 
     def of(self, cache: Any, rows: int, new: int, beams: int) -> Sequences:
         """Those of `cache` before a step of `new` tokens; new ones where it is empty, unknown, or was changed by
-        another hand than a step's, so that its rows may be others.
+        another hand than a step's, so that its rows may be others. Under `generate` they are not, without beams, of
+        which there are 0 outside of it.
         """
         with self._lock:
             kept = self._of.get(id(cache)) if self._held.get(id(cache)) is cache else None
-        if kept is None or is_empty(cache):
+        if kept is None or is_empty(cache) or (new > 1 and _was_emptied(cache)):
             return Sequences(rows)
         found, left = kept
-        change = left.change(cache)
-        if found.rows == rows and change == "none" and (new == 1 or not _may_be_reset(cache)):
+        if not left.changed(cache) and found.rows == rows:
             return found
-        if found.rows == rows and change == "cut":
-            return found.without_wide()
-        if new > 1:
-            return Sequences(rows)
-        return found.moved(rows, beams)
+        cut = left.cut(cache)
+        if beams == 1 and cut is not None and found.rows == rows:
+            return found.cut(cut)
+        return Sequences(rows) if new > 1 else found.moved(rows, beams)
 
     def keep(self, cache: Any, sequences: Sequences) -> None:
         """Until `cache` is gone."""
@@ -91,7 +97,7 @@ class ByCache:
             self._held.clear()
 
 
-def _may_be_reset(cache: Any) -> bool:
-    """Whether a cache was made in inference mode and is written in place, and it has no token: that is waited for."""
+def _was_emptied(cache: Any) -> bool:
+    """Whether a cache that is written in place, in inference mode, has no token: that is waited for."""
     held = length_of(cache)
-    return isinstance(held, Tensor) and held.is_inference() and is_empty(cache) is None and int(held) == 0
+    return isinstance(held, Tensor) and held.is_inference() and int(held) == 0

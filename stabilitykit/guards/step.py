@@ -47,7 +47,8 @@ class Step:
         """Before the call is made."""
         pairs = list(named(module, args, kwargs))
         given = dict(pairs)
-        ids, masks = _first(given, _DECODED), ("decoder_attention_mask",)
+        masks: Sequence[str] = ("decoder_attention_mask",)
+        ids = _first(given, _DECODED)
         if ids is None and _decodes_its_labels(module, given):
             ids = given["labels"]
         elif ids is None:

@@ -121,8 +121,8 @@ def no_use(finding: Finding | str | None, step: Step, model: WideModel, *, parte
     kind, text = finding.broke.kind, finding.text
     if kind == "input" and finding.broke.origin_kind == "cache" and parted:
         return (
-            "the batch's cache was cut off, or its rows moved, since a row was retried, which that row's own cache could "
-            "not follow; the batch's is not finite"
+            "the batch's cache was cut off, or its rows moved, since a row was retried, which that row's own could not "
+            "follow; the batch's is not finite"
         )
     if kind == "input":
         what = "cache" if finding.broke.origin_kind == "cache" else "input"
