@@ -8,6 +8,7 @@ what it holds now, up to its old length.
 import copy
 import weakref
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -80,11 +81,11 @@ class Left:
     """
 
     def __init__(self, cache: Any) -> None:
-        self._tensors = [] if getattr(cache, "offloading", False) else [_Left(one) for one in cached(cache)]
+        self._tensors = [_Left(one) for one in _first(cache)]
         self._length = length_of(cache)
 
     def changed(self, cache: Any) -> bool:
-        now = list(cached(cache)) if self._tensors else []
+        now = _first(cache)
         return len(now) != len(self._tensors) or any(
             left.changed(one) for left, one in zip(self._tensors, now, strict=True)
         )
@@ -95,6 +96,11 @@ class Left:
         if not isinstance(now, int) or not isinstance(self._length, int) or now > self._length:
             return None
         return self._length - now
+
+
+def _first(cache: Any) -> list[Tensor]:
+    """The first layer's keys and values, which tell for all; none of a cache whose layers come and go by themselves."""
+    return [] if getattr(cache, "offloading", False) else list(islice(cached(cache), 2))
 
 
 class _Left:
