@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 PYTEST ?= $(BIN)/python -m pytest
 TABLES ?= 0
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile  # WORKERS= for one process
 
 .PHONY: install demo test test-all test-fast coverage lint wheel clean
 
@@ -21,13 +22,13 @@ demo: install
 	$(BIN)/stabilitykit sweep experiments/float16_break.toml --out reports/demo
 
 test: .venv/.installed-dev
-	$(PYTEST) --table-seed $(TABLES)
+	$(PYTEST) $(WORKERS) --table-seed $(TABLES)
 
 test-all: .venv/.installed-dev
-	$(PYTEST) --all
+	$(PYTEST) $(WORKERS) --all
 
 test-fast: .venv/.installed-dev
-	$(PYTEST) -m "not weights and not slow" --table-seed $(TABLES)
+	$(PYTEST) $(WORKERS) -m "not weights and not slow" --table-seed $(TABLES)
 
 coverage: .venv/.installed-dev
 	$(BIN)/python -m coverage run -m pytest -m "not weights and not slow" --table-seed $(TABLES)

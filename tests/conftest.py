@@ -1,6 +1,7 @@
 """The real Gemma 3 270M and SmolLM2 135M, once per session, and which tests run.
 
     pytest                                every test, but of each table a fifth, which --table-seed chooses
+    pytest -n auto --dist loadfile        the same in a process for each core: what `make test` does
     pytest --all                          every case of every table; tests named by :: run whole in any case
     pytest -m "not weights and not slow"  what takes about a minute
 
@@ -12,6 +13,7 @@ test that asks for the 270M, which is skipped where the `demo` extra is missing,
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,11 @@ from stabilitykit.checkpoints.bundled import bundled_gguf
 
 if find_spec("triton") and not torch.cuda.is_available():  # Triton looks at this when it is imported, much later
     os.environ["TRITON_INTERPRET"] = "1"  # its kernels then run on CPU tensors, slowly
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of what the tests start
 
 # the same examples in every run of one commit; `pytest --hypothesis-profile=default` looks for new ones
 settings.register_profile("repeatable", derandomize=True)
@@ -55,8 +62,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("all") and not any("::" in argument for argument in config.args):
         kept = chosen(cases, config.getoption("table_seed"))
     config.stash[_part] = len(kept), len(cases)
+    if (output := getattr(config, "workeroutput", None)) is not None:  # only the workers of pytest-xdist collect
+        output["part"] = config.stash[_part]
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in cases - kept])
     items[:] = [item for item in items if item.nodeid not in cases - kept]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if part := getattr(node, "workeroutput", {}).get("part"):  # a worker that crashed has none
+        node.config.stash[_part] = tuple(part)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
