@@ -19,15 +19,17 @@ from stabilitykit.gate.limits import least_by_site
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul, preferred_matmul
 from stabilitykit.models.subject import Subject
-from stabilitykit.models.transformers.model import run_on
 from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.records.gate import CheckedPrompt, SiteHeadroom, Violation
 from stabilitykit.remedies.nearness import Probabilities, nearness
-from stabilitykit.remedies.samples import answer
+from stabilitykit.remedies.samples import Answer, answer
 from stabilitykit.run.case import Progress
+from stabilitykit.run.causal import looks_back
 from stabilitykit.run.every_length import every_length
 from stabilitykit.words import counted
+
+_FEW = 16  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +55,13 @@ class Measured:
     broke: tuple[Violation, ...]
 
 
-def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = None) -> Measured:
-    """Runs `ask` up to the first break: a row of tokens at every length of a causal model, what else as it is.
+def measure(
+    subject: Subject, ask: Ask, dtype: str, progress: Progress | None = None, *, redact: bool = False
+) -> Measured:
+    """Runs `ask` up to the first break: tokens of a model that looks back alone at every length, all else as it is.
 
-    Raises MisuseError for what the model cannot be called with, that is longer than its context, or that ends in an
-    error: nothing can be said of it then.
+    `redact` keeps tokens out of what is found. Raises MisuseError for what the model cannot be called with, that is
+    longer than its context, or that ends in an error: nothing can be said of it then.
     """
     kind = preferred_matmul(dtype, subject.device.type)
     recordings: dict[int, Recording] = {}  # by length
@@ -70,23 +74,22 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
                 f"{ask.name} has {len(ask.tokens):,} tokens, and the model's context holds {subject.context:,}; "
                 "shorten it."
             )
-        if ask.tokens is not None and subject.is_causal:
+        _check_ids(ask, subject)
+        if ask.tokens is not None and looks_back(subject, ask.tokens):
             found = every_length(
                 subject,
                 ask.tokens,
                 edges=not isinstance(subject.module, Gemma),  # which is causal, as its own tests show
                 matmul=kind,
+                redact=redact,
                 seen=recordings.__setitem__,
                 progress=_named(ask.name, progress),
             )
             every = all(check.agrees for check in found.checks)
             shortest = found.first_broken if every else None
         else:
-            with torch.inference_mode(), _recorded(subject, kind) as recording:
-                if ask.tokens is None:
-                    answer(subject.module, ask.given)
-                else:
-                    run_on(subject.module, subject.arguments(torch.tensor([list(ask.tokens)], device=subject.device)))
+            with torch.inference_mode(), _recorded(subject, kind, redact=redact) as recording:
+                _answer(subject, ask)
             recordings[0] = recording
     if not any(len(one) for one in recordings.values()):
         raise MisuseError(f"{ask.name}: nothing that the model computes could be recorded, so nothing can be said.")
@@ -114,9 +117,12 @@ def compared(prompt: CheckedPrompt, ask: Ask, low: Subject, wide: Subject, dtype
     with _judged(ask.name):
         for subject, name in ((low, dtype), (wide, "float32")):
             with torch.inference_mode(), matmul(preferred_matmul(name, subject.device.type)):
-                found = answer(subject.module, ask.inputs)
+                found = _answer(subject, ask)
             if not found.logits:
-                raise MisuseError(f"{ask.name}: the model returns no logits, and a KL divergence is one of logits.")
+                raise MisuseError(
+                    f"{ask.name}: the model returns no logits, and a KL divergence is one of logits; leave out "
+                    "--max-kl. --min-headroom goes with any model."
+                )
             logits.append(found.values.reshape(-1, found.values.shape[-1]))
         ours, theirs = logits
         if not bool(theirs.isfinite().all()):
@@ -132,8 +138,15 @@ def compared(prompt: CheckedPrompt, ask: Ask, low: Subject, wide: Subject, dtype
     )
 
 
-def _recorded(subject: Subject, kind: str) -> Any:
-    return record(subject.module, formats=(), stop_at_break=True, matmul=kind, token_text=subject.piece)
+def _recorded(subject: Subject, kind: str, *, redact: bool) -> Any:
+    return record(subject.module, formats=(), stop_at_break=True, matmul=kind, token_text=subject.piece, redact=redact)
+
+
+def _answer(subject: Subject, ask: Ask) -> Answer:
+    try:
+        return answer(subject.module, ask.inputs)
+    except MisuseError as error:
+        raise MisuseError(f"{ask.name} could not be run: {error}") from error
 
 
 @contextmanager
@@ -154,6 +167,22 @@ def _check_numbers(ask: Ask) -> None:
     for name, one in ask.given.items():
         if one.is_floating_point() and bool(one.isnan().any()):
             raise MisuseError(f"{ask.name}: {name} holds NaN to begin with, so that nothing can be said of the model.")
+
+
+def _check_ids(ask: Ask, subject: Subject) -> None:
+    """Raises MisuseError for a token that the embedding has no row of."""
+    ids, module = ask.inputs.get("input_ids"), subject.module
+    embedding = getattr(module, "get_input_embeddings", None)
+    table = module.embed_tokens if isinstance(module, Gemma) else embedding() if callable(embedding) else None
+    rows = getattr(getattr(table, "weight", None), "shape", (None,))[0]
+    if ids is None or rows is None or not ids.numel() or ids.is_floating_point():
+        return
+    for one in (int(ids.min()), int(ids.max())):
+        if not 0 <= one < rows:
+            raise MisuseError(
+                f"{ask.name}: input_ids holds {one:,}, and the model knows the tokens 0 to {rows - 1:,}. Does it come "
+                "from another model's tokenizer?"
+            )
 
 
 def _named(name: str, progress: Progress | None) -> Progress | None:

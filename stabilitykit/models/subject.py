@@ -42,7 +42,6 @@ class Continuation:
 class Subject(Examined, Protocol):
     """A model to record. `module` is what is recorded, `layers` are its decoder layers, `context` counts tokens.
     `generates`: it continues a text token by token; one that does not reads it once, and its output is judged.
-    `is_causal`: no token sees a later one, so that one run of a text holds those of all that it begins with.
 
     `source`, `sha256` and `notes` say where it comes from, as in a Checkpoint; `module` has them too, for a recorder to
     read. `facts` say what was chosen about it.
@@ -62,8 +61,6 @@ class Subject(Examined, Protocol):
     def facts(self) -> dict[str, Any]: ...
     @property
     def generates(self) -> bool: ...
-    @property
-    def is_causal(self) -> bool: ...
 
     def piece(self, token: int) -> str:
         """A token as a table shows it."""

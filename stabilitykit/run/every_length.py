@@ -5,13 +5,14 @@ says of shorter ones is void from the break on, because attention carries NaN to
 just before the culprit runs next, until one is finite throughout. That one holds all lengths that are left.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabilitykit.diagnosis.layers import stored
 from stabilitykit.formats import NumberFormat, number_format
@@ -24,6 +25,7 @@ from stabilitykit.recorder import record
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.lengths import Check, LengthMap, Peak, Span
 from stabilitykit.run.case import Progress
+from stabilitykit.run.causal import looks_back
 from stabilitykit.run.dry_run import find_stored_dtypes
 
 AGREEMENT = 4  # ulp
@@ -45,6 +47,7 @@ def every_length(
     level: Level = "operators",
     matmul: str = "native",
     case: Mapping[str, Any] | None = None,
+    redact: bool = False,
     seen: Callable[[int, Recording], None] | None = None,
     progress: Progress | None = None,
 ) -> LengthMap:
@@ -53,17 +56,17 @@ def every_length(
     `checks` are lengths to run again directly, and with `edges` those on either side of each change; out of range they
     are left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them
     in a span, spread evenly. `seen` is called with each pass's length and recording. The kit's own model makes the
-    logits of a pass's last position, transformers' those of all. Where a token sees later ones, as in an encoder, a
-    pass says nothing of shorter lengths, and each is run directly.
+    logits of a pass's last position, transformers' those of all. `redact` keeps tokens out of the recordings. Where a
+    token sees later ones, as in an encoder, a pass says nothing of shorter lengths, and each is run directly.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
-    passes = _Passes(subject, tokens, level, matmul, dict(case or {}), seen, progress)
+    passes = _Passes(subject, tokens, level, matmul, dict(case or {}), redact, seen, progress)
     weight = next(one for one in subject.module.parameters() if one.is_floating_point())
     limit = number_format(str(weight.dtype))
     spans: list[Span] = []
     shared: dict[int, Recording] = {}
     top = len(tokens)
-    if not subject.is_causal:
+    if not looks_back(subject, tokens):
         for length in range(1, top + 1):
             shared[length] = passes.run(length)
             spans.append(Span.of(shared[length], first=length, last=length, run=length, direct=True))
@@ -88,6 +91,14 @@ def every_length(
     return LengthMap(found.header, found.spans, found.peaks, checked)
 
 
+def _how(module: nn.Module) -> dict[str, bool]:
+    if isinstance(module, Gemma):
+        return {"last_only": True}
+    takes = inspect.signature(module.forward).parameters.values()  # a model that only embeds may keep no cache
+    caches = any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in takes)
+    return {"use_cache": False} if caches else {}
+
+
 @dataclass(slots=True)
 class _Passes:
     """Recorded forward passes of prefixes, and the hidden states [1, L, E] of the last from which come the logits."""
@@ -97,6 +108,7 @@ class _Passes:
     level: Level
     matmul: str
     case: dict[str, Any]
+    redact: bool
     seen: Callable[[int, Recording], None] | None
     progress: Progress | None
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -123,10 +135,11 @@ class _Passes:
                     matmul=self.matmul,
                     token_text=self.subject.piece,
                     case=self.case,
+                    redact=self.redact,
                 ) as recording,
             ):
                 ids = torch.tensor([self.tokens[:length]], device=self.subject.device)
-                module(**self.subject.arguments(ids), **self._once(module))
+                module(**self.subject.arguments(ids), **_how(module))
         finally:
             for handle in handles:
                 handle.remove()
@@ -134,12 +147,6 @@ class _Passes:
         if self.seen is not None:
             self.seen(length, found)
         return found
-
-    def _once(self, module: Any) -> dict[str, bool]:
-        """Nothing is made but what one pass needs: of logits the last, of caches none."""
-        if isinstance(module, Gemma):
-            return {"last_only": True}
-        return {"use_cache": False} if self.subject.generates else {}
 
     def _announce(self, length: int, done: int, total: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:

@@ -16,6 +16,7 @@ from stabilitykit.recorder import record
 from stabilitykit.records import Record
 from stabilitykit.records.search import Find
 from stabilitykit.run.case import run_case
+from stabilitykit.run.causal import looks_back
 from stabilitykit.run.dry_run import find_stored_dtypes
 from stabilitykit.searches.scan import Peak
 from stabilitykit.searches.stored import Place
@@ -29,6 +30,7 @@ class PromptRecorder:
 
     def __init__(self, wide: Gemma | Subject, begin: Sequence[int] = (), end: Sequence[int] = ()) -> None:
         self._begin, self._end = tuple(begin), tuple(end)
+        self._looks_back: bool | None = None  # not known yet
         self._wide = GemmaSubject(wide) if isinstance(wide, Gemma) else wide
         self._stored: dict[int, frozenset[str]] = {}  # by prompt length, the sites that a float16 run stores in 16 bits
 
@@ -59,8 +61,11 @@ class PromptRecorder:
         """The peak of each of `candidates` as the next token after `context`: at its own position in a causal model, in
         the whole prompt of another one, where a token changes what all others make.
         """
-        rows = self.peaks_of([self.closed((*context, token)) for token in candidates])
-        if self._wide.is_causal:
+        prompts = [self.closed((*context, token)) for token in candidates]
+        rows = self.peaks_of(prompts)
+        if self._looks_back is None and len(prompts[0]) > 1:
+            self._looks_back = looks_back(self._wide, prompts[0])
+        if self._looks_back or len(prompts[0]) == 1:
             return [row[len(context)] for row in rows]
         return [max(row, key=lambda peak: peak.value) for row in rows]
 

@@ -54,10 +54,6 @@ class GemmaSubject:
     def generates(self) -> bool:
         return True
 
-    @property
-    def is_causal(self) -> bool:
-        return True
-
     def arguments(self, ids: Tensor, padding: Tensor | None = None) -> dict[str, Any]:
         return {"tokens_BT": ids, "padding": padding}
 

@@ -7,6 +7,9 @@ from stabilitykit.models.transformers.folder import (
     open_folder as open_folder,
 )
 from stabilitykit.models.transformers.load import (
+    continues_text as continues_text,
+)
+from stabilitykit.models.transformers.load import (
     open_model as open_model,
 )
 from stabilitykit.models.transformers.load import (

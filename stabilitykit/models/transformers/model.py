@@ -70,10 +70,6 @@ class HuggingFaceModel:
     def is_encoder_decoder(self) -> bool:
         return bool(getattr(self.causal.config, "is_encoder_decoder", False))
 
-    @property
-    def is_causal(self) -> bool:
-        return self.generates and not self.is_encoder_decoder
-
     def arguments(self, ids: Tensor, padding: Tensor | None = None) -> dict[str, Any]:
         """A model with an encoder and a decoder is given the ids to encode, and decodes its start token."""
         takes = inspect.signature(self.causal.forward).parameters
