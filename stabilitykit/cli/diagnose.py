@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from stabilitykit.records.trials import Diagnosis
     from stabilitykit.run.batch import Asked
     from stabilitykit.run.case import Progress
+    from stabilitykit.run.inputs import Tensors
+    from stabilitykit.trials.prompts import Fed, Prompted
 
 
 def diagnose(
@@ -27,7 +29,12 @@ def diagnose(
         ),
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Text to run, or @FILE to read it from a UTF-8 file.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Text to run, or @FILE: a text in UTF-8, chats (.json, .jsonl) or, with hf:, the tensors that the "
+            "model takes (.safetensors, .npz, .pt).",
+            show_default=False,
+        ),
     ] = None,
     batch: Annotated[
         Path | None,
@@ -105,25 +112,36 @@ def diagnose(
             )
         else:
             from stabilitykit.models.subject import Sampling
+            from stabilitykit.run.inputs import Tensors
             from stabilitykit.trials.diagnose import of_reproduction
-            from stabilitykit.trials.prompts import prompted
+            from stabilitykit.trials.prompts import fed, prompted
 
-            opened = prompted(
-                what,
-                _asked(prompt, batch, chat),
-                dtype=dtype,
-                new_tokens=generate,
-                sampling=Sampling(temperature=temperature or None, seed=seed),
-                matmul=matmul,
-                progress=progress,
-                bos=not no_bos,
-                special_tokens=special_tokens,
-                rescale=rescale,
-                attention=attention,
-                adapter=adapter,
-                trust_remote_code=trust_remote_code,
-                device=device,
-            )
+            asked = _asked(prompt, batch, chat)
+            how: dict[str, Any] = {
+                "dtype": dtype,
+                "matmul": matmul,
+                "progress": progress,
+                "rescale": rescale,
+                "attention": attention,
+                "adapter": adapter,
+                "trust_remote_code": trust_remote_code,
+                "device": device,
+            }
+            opened: Prompted | Fed
+            if isinstance(asked, Tensors):
+                if generate > 1:
+                    raise MisuseError("Tensors are run in one pass, as they are; leave out --generate.")
+                opened = fed(what, asked, **how)
+            else:
+                opened = prompted(
+                    what,
+                    asked,
+                    new_tokens=generate,
+                    sampling=Sampling(temperature=temperature or None, seed=seed),
+                    bos=not no_bos,
+                    special_tokens=special_tokens,
+                    **how,
+                )
             found = of_reproduction(opened, minimise=minimise, command=options.command_line(), progress=progress)
     if as_json:
         screen.print_json(to_document(found))
@@ -131,14 +149,24 @@ def diagnose(
     screen.print_diagnosis(found)
 
 
-def _asked(prompt: str | None, batch: Path | None, chat: bool) -> "list[Asked]":
+def _asked(prompt: str | None, batch: Path | None, chat: bool) -> "list[Asked] | Tensors":
+    """Rows of text that run together, or the tensors of one call."""
     from dataclasses import replace
 
-    from stabilitykit.run.batch import Asked, read_batch
+    from stabilitykit.run.batch import read_batch
+    from stabilitykit.run.inputs import Tensors, Text, read_prompt
 
     if (prompt is None) == (batch is None):
         raise MisuseError("Give the input with either --prompt TEXT or --batch FILE.")
-    asked = read_batch(batch) if batch is not None else [Asked(text=options.prompt_text(str(prompt)))]
+    if batch is not None:
+        asked = read_batch(batch)
+    else:
+        found = read_prompt(str(prompt))
+        if isinstance(found[0], Tensors):
+            if chat:
+                raise MisuseError(f"{found[0].name} holds tensors, and a chat is made of text; leave out --chat.")
+            return found[0]
+        asked = [one.asked for one in found if isinstance(one, Text)]
     return [replace(one, chat=True) for one in asked] if chat else asked
 
 

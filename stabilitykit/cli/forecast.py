@@ -51,7 +51,7 @@ def forecast(
     with screen.progress_bar() as progress:
         found = run(
             checkpoint,
-            options.prompt_text(prompt),
+            options.one_prompt(prompt),
             formats=format_ or (),
             saturating=saturating,
             dtype=dtype,

@@ -3,11 +3,15 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stabilitykit.choices import Attention, RoundingName
+
+if TYPE_CHECKING:
+    from stabilitykit.run.batch import Asked
+    from stabilitykit.run.inputs import Tensors
 
 LocalCheckpoint = Annotated[
     str,
@@ -25,7 +29,14 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
-Prompt = Annotated[str, typer.Option(help="Text to run, or @FILE to read it from a UTF-8 file.", show_default=False)]
+Prompt = Annotated[
+    str,
+    typer.Option(
+        help="Text to run, or @FILE: a text in UTF-8, a chat (.json, a list of messages) or, with hf:, the tensors "
+        "that the model takes (.safetensors, .npz, .pt).",
+        show_default=False,
+    ),
+]
 NoBos = Annotated[bool, typer.Option("--no-bos", help="Start the prompt without <bos>.")]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Wrap the prompt in Gemma's turn template, or in that of an hf: tokenizer.")
@@ -79,8 +90,11 @@ def command_line() -> str:
     return shlex.join(["stabilitykit", *sys.argv[1:]])
 
 
-def prompt_text(prompt: str) -> str:
-    """What --prompt stands for. Raises MisuseError for an @FILE that cannot be read as UTF-8."""
-    from stabilitykit.run.prompts import read_text
+def one_prompt(prompt: str) -> "Asked | Tensors":
+    """What --prompt stands for: a text, or the one text, chat or set of tensors that @FILE holds.
 
-    return read_text(Path(prompt[1:])) if prompt.startswith("@") else prompt
+    Raises MisuseError for a file that cannot be read, and for one that holds several.
+    """
+    from stabilitykit.run.inputs import one_prompt as read
+
+    return read(prompt)

@@ -90,7 +90,7 @@ def profile(
     with screen.progress_bar() as progress:
         found = run(
             checkpoint,
-            options.prompt_text(prompt),
+            options.one_prompt(prompt),
             dtypes=dtype,
             new_tokens=generate,
             left_padding=left_padding,

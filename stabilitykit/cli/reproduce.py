@@ -24,7 +24,7 @@ def reproduce(
             "float16-overflow, hf:FOLDER or hf:NAME to run transformers' own code (extra: hf)."
         ),
     ] = "gemma3-270m",
-    prompt: Annotated[str, typer.Option(help="Text of the prompt to run.")] = "The capital of France is",
+    prompt: options.Prompt = "The capital of France is",
     device: options.Device = "cpu",
     rescale: options.Rescale = 1.0,
     export: Annotated[
@@ -60,21 +60,21 @@ def reproduce(
         for known in SCENARIOS.values():
             screen.output.print(f"{known.name:22} {known.summary}")
         return
-    if not prompt:
-        raise MisuseError("The prompt is empty; write at least one character.")
 
     from stabilitykit.diagnosis import cause, document
     from stabilitykit.models.devices import parse_device
     from stabilitykit.models.transformers.backend import PREFIX
+    from stabilitykit.run.batch import Asked
     from stabilitykit.run.source import checkpoint_of
 
     parse_device(device)
+    asked = options.one_prompt(prompt)
     if export is not None:
         check_new(export)
     with screen.progress_bar() as progress:
         setup = Setup(
             checkpoint=checkpoint,
-            prompt=prompt,
+            prompt=asked.text if isinstance(asked, Asked) and not asked.chat else asked,
             device=device,
             rescale=rescale,
             keep_operands=export is not None,
@@ -88,7 +88,8 @@ def reproduce(
     if raise_ and run.error is not None:
         raise run.error
     why = cause(run.recording)
-    reproduced = run.error is not None and why is not None and why.name == chosen.expected
+    happened = run.error is not None or not run.sampled  # of what draws no token nothing is raised
+    reproduced = happened and why is not None and why.name == chosen.expected
     if as_json:
         written = {} if export is None else {"script": None if script is None else str(script)}
         screen.print_json({"scenario": chosen.name, "reproduced": reproduced, **written, **document(run.recording)})

@@ -17,7 +17,10 @@ def print_source(recording: "Recording", pieces: Sequence[str], redact: bool) ->
 
     print_checkpoint(str(recording.header.checkpoint), recording.header.notes, end=False)
     amount = count(len(pieces), "token")
-    if redact:
+    given = recording.header.case.get("given")
+    if given:
+        screen.print_note(", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in given.items()))
+    elif redact:
         screen.print_note(f"{amount}, redacted.")
     else:
         shown = " ".join(map(quoted, pieces[:_SHOWN]))

@@ -12,7 +12,6 @@ from torch import Tensor
 from stabilitykit.checkpoints.huggingface import CONFIG
 from stabilitykit.errors import MisuseError
 from stabilitykit.gate.baseline import differences, missing, read_baseline
-from stabilitykit.gate.inputs import Tensors, Text, read_prompts
 from stabilitykit.gate.limits import (
     check_limits,
     least_by_site,
@@ -35,6 +34,7 @@ from stabilitykit.records.gate import Baseline, Gate, Limits
 from stabilitykit.remedies.samples import as_inputs
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.inputs import Tensors, Text, read_prompts
 from stabilitykit.run.prompts import around
 from stabilitykit.run.source import SourceOptions, SubjectIn, checkpoint_of, counting, open_source
 from stabilitykit.run.windows import KINDS, texts

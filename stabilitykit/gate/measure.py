@@ -14,7 +14,6 @@ from stabilitykit.diagnosis.layers import stored
 from stabilitykit.diagnosis.sentences import dependence, first_sentence
 from stabilitykit.errors import MisuseError, StabilityKitError
 from stabilitykit.formats import number_format
-from stabilitykit.gate.inputs import sha256_of
 from stabilitykit.gate.limits import least_by_site
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.matmul import matmul, preferred_matmul
@@ -27,6 +26,7 @@ from stabilitykit.remedies.samples import Answer, answer
 from stabilitykit.run.case import Progress
 from stabilitykit.run.causal import looks_back
 from stabilitykit.run.every_length import every_length
+from stabilitykit.run.inputs import sha256_of
 from stabilitykit.words import counted
 
 _FEW = 16  # tokens

@@ -14,10 +14,12 @@ from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.subject import Continuation, Sampling, Subject
+from stabilitykit.models.transformers.model import run_on
 from stabilitykit.recorder import record, unrecorded
 from stabilitykit.records import Level, Recording, StoredWeights
 from stabilitykit.run.divergence import logits_error
-from stabilitykit.run.dry_run import find_stored_dtypes
+from stabilitykit.run.dry_run import find_stored_dtypes, find_stored_on
+from stabilitykit.scaling.subjects import fitted
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
@@ -35,10 +37,11 @@ def stage(what: str, progress: Progress | None) -> Callable[[int, int], None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A recording and the exception that sampling raised, if any."""
+    """A recording and the exception that sampling raised, if any; `sampled` is False of a model that draws no token."""
 
     recording: Recording
     error: RuntimeError | None = None
+    sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +87,7 @@ def run_case(
     mask: Tensor | None = None,
     sampling: Sampling | None = None,
     every_logit: bool = False,
+    given: Mapping[str, Tensor] | None = None,
     matmul: str = "native",
     reference: Reference | None = None,
     weights: StoredWeights | None = None,
@@ -99,12 +103,15 @@ def run_case(
     the header. `facts` join what the header's `case` says, and so does `next_text`, the token that greedy decoding
     takes at the last step, unless redacted. Where that token's own logit is not finite it was not chosen by the model:
     `greedy_text` is the token then, `greedy_logit` what its logit is, "nan", "inf" or, if all are, "-inf". Records say
-    in which dtype a run in float16 stores them. `matmul` is how 16-bit matrix products are computed.
+    in which dtype a run in float16 stores them. `matmul` is how 16-bit matrix products are computed. `given` are
+    tensors by the names of the model's arguments: one pass is run on them, and nothing else is.
 
     Raises MisuseError for no tokens or more than the model's context; an error of the sampler is returned, any other
     raised.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
+    if given is not None:
+        return _run_given(subject, given, matmul=matmul, weights=weights, facts=facts, **options)
     _check_length(subject, len(tokens), left_padding, new_tokens)
     ids, padding = _padded(subject, tokens, left_padding)
     how = Continuation(
@@ -147,7 +154,29 @@ def run_case(
     recording.header = replace(recording.header, weights=weights)
     if seen:
         _tell_logits(recording, seen[0][0], subject, reference, redact=bool(options.get("redact")))
-    return Run(recording=find_stored_dtypes(recording, subject, *ids.shape), error=error)
+    found = find_stored_dtypes(recording, subject, *ids.shape)
+    return Run(recording=found, error=error, sampled=subject.generates)
+
+
+def _run_given(
+    subject: Subject,
+    given: Mapping[str, Tensor],
+    *,
+    matmul: str,
+    weights: StoredWeights | None,
+    facts: dict[str, Any] | None,
+    **options: Unpack[Options],
+) -> Run:
+    """One recorded pass on tensors by the names of the model's arguments, floating ones in its dtype."""
+    inputs = fitted(given, subject.module)
+    case = {**subject.facts, **(facts or {}), "given": {name: list(one.shape) for name, one in given.items()}}
+    with (
+        torch.inference_mode(),
+        record(subject.module, matmul=matmul, token_text=subject.piece, case=case, **options) as recording,
+    ):
+        run_on(subject.module, inputs)
+    recording.header = replace(recording.header, weights=weights)
+    return Run(recording=find_stored_on(recording, subject, inputs), sampled=False)
 
 
 def _tell_logits(
@@ -194,6 +223,7 @@ def run_dtypes(
     new_tokens: int = 1,
     left_padding: int = 0,
     sampling: Sampling | None = None,
+    given: Mapping[str, Tensor] | None = None,
     matmul: str | None = None,
     weights: Mapping[str, StoredWeights] | None = None,
     facts: dict[str, Any] | None = None,
@@ -223,6 +253,7 @@ def run_dtypes(
             new_tokens=new_tokens,
             left_padding=left_padding,
             sampling=sampling,
+            given=given,
             matmul=matmul or preferred_matmul(dtype, subject.device.type),
             weights=(weights or {}).get(dtype),
             facts=facts,

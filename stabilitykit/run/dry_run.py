@@ -1,12 +1,12 @@
 """Which tensors a model would store in low precision, found by running it without values."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabilitykit.models.subject import Subject
 from stabilitykit.recorder import record
@@ -54,6 +54,26 @@ def find_stored_dtypes(recording: Recording, subject: Subject, rows: int, length
         )
     dry = dry_run(subject, rows, length, level=recording.header.level)
     return recording if dry is None else with_stored_dtypes(recording, dry)
+
+
+def find_stored_on(recording: Recording, subject: Subject, given: Mapping[str, Tensor]) -> Recording:
+    """The same of a recording of one call with the arguments `given`, masks left out of the dry run: it is by their
+    values that models look at them. The recording stays as it is where a model looks at other values, too.
+    """
+    blank = subject.blank(torch.float16) if recording.header.dtype != "float16" else None
+    if blank is None:
+        return find_stored_dtypes(recording, subject, 1, 1) if recording.header.dtype == "float16" else recording
+    inputs = {
+        name: torch.empty_like(one, dtype=torch.float16 if one.is_floating_point() else None, device="meta")
+        for name, one in given.items()
+        if not name.endswith("mask")
+    }
+    try:
+        with torch.inference_mode(), record(blank, level=recording.header.level, formats=()) as dry:
+            blank(**inputs)
+    except (RuntimeError, NotImplementedError):
+        return recording
+    return with_stored_dtypes(recording, dry)
 
 
 def with_stored_dtypes(recording: Recording, low: Recording) -> Recording:

@@ -16,7 +16,9 @@ from stabilitykit.recorder import DEFAULT_FORMATS
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Recording
 from stabilitykit.records.document import to_document
+from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, run_case, stage
+from stabilitykit.run.inputs import Tensors
 from stabilitykit.run.source import SourceOptions, counting, open_source
 
 
@@ -69,7 +71,7 @@ class Forecasts:
 
 def forecast(
     checkpoint: str | Path | Gemma | Subject,
-    prompt: str,
+    prompt: str | Asked | Tensors,
     *,
     formats: Sequence[str] = (),
     saturating: bool = False,
@@ -85,7 +87,7 @@ def forecast(
 
     Args:
         checkpoint: as in `profile`; a model that is open is to run in `dtype`.
-        prompt: the text.
+        prompt: as in `profile`.
         formats: names in FORMATS; float16, bfloat16, float8_e4m3fn and float8_e5m2 unless given.
         saturating: casts to 8 bits clamp to the format's maximum instead of making NaN or infinity.
         dtype: of the run that the forecast is made from: float32, bfloat16 for half the memory, or float64.
@@ -114,6 +116,7 @@ def forecast(
     run = run_case(
         subject,
         source.tokens,
+        given=source.given,
         matmul=preferred_matmul(dtype, subject.device.type),
         formats=names,
         position_peaks=True,

@@ -15,7 +15,9 @@ from stabilitykit.models.matmul import check_matmul
 from stabilitykit.models.subject import Sampling, Subject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Level, Recording
+from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, Run, run_dtypes
+from stabilitykit.run.inputs import Tensors
 from stabilitykit.run.source import SourceOptions, counting, open_source
 
 
@@ -23,8 +25,8 @@ from stabilitykit.run.source import SourceOptions, counting, open_source
 class Profile:
     """What `profile` recorded: the same prompt in each dtype, in the order asked for.
 
-    `tokens` are the prompt's ids, `pieces` what they stand for, and `runs` hold a recording each, with the error that
-    sampling raised, if any.
+    `tokens` are the prompt's ids, none of tensors, `pieces` what they stand for, and `runs` hold a recording each, with
+    the error that sampling raised, if any.
     """
 
     tokens: tuple[int, ...]
@@ -64,7 +66,7 @@ class Profile:
 
 def profile(
     checkpoint: str | Path | Gemma | Subject,
-    prompt: str,
+    prompt: str | Asked | Tensors,
     *,
     dtypes: Sequence[str] | None = None,
     new_tokens: int = 1,
@@ -82,7 +84,7 @@ def profile(
     Args:
         checkpoint: what `open_model` takes: `gemma3-270m`, a folder, a file, `random:SIZE`, `hf:NAME`; or a model that
             `open_model` or `load` opened, which runs in its own dtype.
-        prompt: the text.
+        prompt: the text; or a chat, or tensors by the names of the model's arguments, as `one_prompt` reads a file.
         dtypes: of float16, bfloat16, float32 and float64; float16 unless given. float32 runs last, and tells what the
             elements that overflowed in the others should have been.
         new_tokens: tokens to generate, at least 1. Each is a forward pass and a draw; generation ends at the first
@@ -131,6 +133,8 @@ def profile(
     weights = check_weights(
         source.tensors, list(dict.fromkeys(chosen)), counting(progress, source.bytes), blocks=source.blocks
     )
+    if source.given is not None and (new_tokens > 1 or left_padding):
+        raise MisuseError("Tensors are run in one pass, as they are; leave out --generate and --left-padding.")
     runs = run_dtypes(
         source.subject_in,
         source.tokens,
@@ -140,6 +144,7 @@ def profile(
         sampling=sampling,
         level=level,
         fused_softmax=fused_softmax,
+        given=source.given,
         matmul=matmul,
         redact=redact,
         weights=weights,

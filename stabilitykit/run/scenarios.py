@@ -13,7 +13,9 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.subject import Sampling, Subject
+from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, Run, run_case, stage
+from stabilitykit.run.inputs import Tensors, row_of
 from stabilitykit.run.source import open_source
 from stabilitykit.scaling.stressed import stressed
 
@@ -27,7 +29,7 @@ class Setup:
     """
 
     checkpoint: Checkpoint | str
-    prompt: str = PROMPT
+    prompt: str | Asked | Tensors = PROMPT
     device: str = "cpu"
     rescale: float = 1.0
     keep_operands: bool = False
@@ -49,11 +51,25 @@ class Setup:
     def own(self) -> Checkpoint:
         """Raises MisuseError where it is transformers that is to run the model."""
         if isinstance(self.checkpoint, str):
-            raise MisuseError("Of hf: models float16-overflow is the one scenario; leave out hf: for the others.")
+            raise MisuseError(
+                f"This scenario changes how the kit's own Gemma loads, masks or samples, and transformers runs "
+                f"{self.checkpoint}. Of hf: models float16-overflow is the one scenario; for the others take a Gemma 1 "
+                "to 3 without hf:, such as gemma3-270m."
+            )
         return self.checkpoint
 
     def tokens(self) -> list[int]:
-        return Tokenizer(self.own.vocabulary).encode(self.prompt)
+        if isinstance(self.prompt, Tensors):
+            row = row_of(self.prompt.given)
+            if row is None:
+                raise MisuseError(f"{self.prompt.name}: the kit's own model reads one row of input_ids [1, T].")
+            return row
+        asked = Asked(text=self.prompt) if isinstance(self.prompt, str) else self.prompt
+        tokenizer = Tokenizer(self.own.vocabulary)
+        if not asked.chat:
+            return tokenizer.encode(asked.text)
+        generation = self.own.config.generation
+        return tokenizer.chat(asked.text, generation=generation, system=asked.system, earlier=asked.earlier)
 
     def model(self, dtype: str, rescale: float = 1.0) -> Gemma:
         announce = stage(f"{dtype}: preparing weights", self.progress)
@@ -74,7 +90,7 @@ def _float16_overflow(setup: Setup) -> Run:
     if isinstance(setup.checkpoint, str):
         source = open_source(setup.checkpoint, setup.prompt, device=setup.device, rescale=setup.rescale)
         subject = source.subject_in("float16", stage("float16: preparing weights", setup.progress))
-        return setup.run(subject, source.tokens)
+        return setup.run(subject, source.tokens, given=source.given)
     return setup.run(setup.model("float16"))
 
 

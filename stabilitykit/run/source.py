@@ -1,7 +1,7 @@
 """What a run needs of a checkpoint, whoever runs it: a prompt's tokens, a model in each dtype, the stored weights."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -24,10 +24,13 @@ from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.recorder.weights import role_of
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.inputs import Tensors, row_of
 from stabilitykit.run.open import check_options
 from stabilitykit.scaling.apply import scaled
 from stabilitykit.scaling.stress import stress_of_gemma
 from stabilitykit.scaling.stressed import StressedFolder
+
+_ANY = "a"  # a source is opened for a prompt, and a row of tokens comes in its place
 
 SubjectIn = Callable[[str, Callable[[int, int], None]], Subject]
 """The model in a dtype; the second argument is called with how much of it is done, and out of how much."""
@@ -60,6 +63,7 @@ class Source:
     weights as stored.
 
     `bytes` is their size, `blocks` as in a Checkpoint. `dtypes` are those to run in unless others are asked for.
+    `given` are tensors that one forward pass takes in place of tokens.
     """
 
     tokens: list[int]
@@ -70,6 +74,7 @@ class Source:
     bytes: int
     blocks: Mapping[str, int] = field(default_factory=dict)
     dtypes: tuple[str, ...] = ("float16",)
+    given: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +129,7 @@ def local_path(checkpoint: str | Path) -> Path:
 
 def open_source(
     checkpoint: str | Path | Gemma | Subject,
-    prompt: str,
+    prompt: str | Asked | Tensors,
     *,
     matmul: str | None = None,
     more_tokens: int = 0,
@@ -139,18 +144,70 @@ def open_source(
 
     Weights are streamed where `stream` says so, or where a run of `more_tokens` beyond the prompt would not fit.
     """
+    if isinstance(prompt, Tensors):
+        if chat or system is not None:
+            raise MisuseError(
+                f"{prompt.name} holds tensors, and a chat is made of text; leave out --chat and --system."
+            )
+        return _of_tensors(checkpoint, prompt, matmul=matmul, progress=progress, **how)
     if not prompt:
         raise MisuseError("The prompt is empty; write at least one character.")
-    asked = Asked(text=prompt, chat=chat, system=system)
-    text = _Prompt(asked=asked, bos=bos, special_tokens=special_tokens)
-    if system is not None and not chat:
+    asked = Asked(text=prompt) if isinstance(prompt, str) else prompt
+    if system is not None and not (chat or asked.chat):
         raise MisuseError("A system text is part of the turn template; add --chat (in Python, chat=True).")
+    if chat and not asked.chat:
+        asked = replace(asked, chat=True)
+    if system is not None:
+        asked = replace(asked, system=system)
+    text = _Prompt(asked=asked, bos=bos, special_tokens=special_tokens)
     if not isinstance(checkpoint, str | Path):
         if how:
             raise MisuseError(f"A model that is open keeps the {', '.join(how)} it was opened with; leave them out.")
         return _opened(GemmaSubject(checkpoint) if isinstance(checkpoint, Gemma) else checkpoint, text)
     parse_device(how.get("device", "cpu"))
     return _from_name(checkpoint, text, matmul, more_tokens, progress, **how)
+
+
+def _of_tensors(checkpoint: str | Path | Gemma | Subject, prompt: Tensors, **how: Any) -> Source:
+    """The model for one forward pass on tensors by name; a row of tokens alone is run as a prompt is."""
+    row = row_of(prompt.given)
+    theirs = isinstance(checkpoint, str | Path) and str(checkpoint).startswith(PREFIX)
+    theirs = theirs or isinstance(checkpoint, hf.HuggingFaceModel)
+    if row is None and not theirs:
+        raise MisuseError(
+            f"{prompt.name} holds {', '.join(prompt.given)}; the kit's own model reads one row of input_ids [1, T]. "
+            "For all that transformers' model takes put hf: before a Hugging Face folder."
+        )
+    if row is None and isinstance(checkpoint, str | Path):
+        return _whole(str(checkpoint).removeprefix(PREFIX), prompt, **how)
+    opened = open_source(checkpoint, _ANY, **how)
+    return replace(opened, tokens=row or [], given=None if row else prompt.given)
+
+
+def _whole(
+    name: str, prompt: Tensors, *, matmul: str | None, progress: Progress | None, **options: Unpack[ModelOptions]
+) -> Source:
+    """A model of transformers' as its config names it, which need not read text."""
+    if options.get("rescale", 1.0) != 1.0:
+        raise MisuseError("A model that is run on tensors runs as it is; leave out --stress.")
+    how: dict[str, Any] = {key: options.get(key) for key in ("attention", "adapter")}
+    how |= {"trust_remote_code": options.get("trust_remote_code", False), "stream": options.get("stream") or None}
+
+    def unread(asked: Asked) -> list[int]:
+        raise MisuseError(f"{name} is run on tensors here, and reads no text.")
+
+    device = options.get("device", "cpu")
+    return Source(
+        tokens=[],
+        read=unread,
+        piece=lambda token: f"<row {token}>",
+        subject_in=lambda dtype, announce: hf.open_model(
+            name, dtype=dtype, device=device, whole=True, progress=announce, **how
+        ),
+        tensors=hf.stored_tensors(name),
+        bytes=hf.stored_bytes(name),
+        given=prompt.given,
+    )
 
 
 def _from_name(

@@ -2,7 +2,7 @@
 
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,9 @@ from stabilitykit.models.subject import Continuation, Sampling, Subject
 from stabilitykit.models.transformers import HuggingFaceModel
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.inputs import Tensors
 from stabilitykit.run.source import Source, SourceOptions, open_source
+from stabilitykit.scaling.subjects import fitted
 
 _MOST = 1 << 27  # logits: half a gigabyte in float32
 _SAMPLING = Sampling()
@@ -124,6 +126,69 @@ class Prompted:
         """Whether the logits of all positions are few enough to be kept beside those of another run."""
         rows = max((one.shape[0] for one in model.parameters() if one.ndim == 2), default=0)
         return ids.numel() * rows <= _MOST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fed:
+    """One forward pass on tensors by the names of the model's arguments, floating ones in its dtype. `name` is the
+    checkpoint's, as the user gave it.
+    """
+
+    name: str
+    opened: Source
+    given: Mapping[str, Tensor]
+    dtype: str
+    device: str = "cpu"
+    kind: str | None = None  # how 16-bit products are summed
+    progress: Progress | None = field(default=None, compare=False)
+    grad: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        return self.name
+
+    @property
+    def matmul(self) -> str | None:
+        return self.kind or preferred_matmul(self.dtype, self.device)
+
+    @property
+    def text(self) -> Callable[[int], str]:
+        return self.opened.piece
+
+    def in_dtype(self, dtype: str) -> str:
+        return f"stabilitykit profile {shlex.quote(self.name)} --dtype {dtype} --prompt @..."
+
+    def model(self, dtype: str) -> nn.Module:
+        return self.opened.subject_in(dtype, stage(f"preparing weights in {dtype}", self.progress)).module
+
+    def run(self, model: nn.Module) -> Any:
+        return model(**fitted(self.given, model))
+
+
+def fed(
+    checkpoint: str,
+    given: Tensors,
+    *,
+    dtype: str = "float16",
+    matmul: str | None = None,
+    progress: Progress | None = None,
+    **how: Any,
+) -> "Fed | Prompted":
+    """Opens a checkpoint for these tensors, and for a prompt where they are a row of tokens alone; `how` are options of
+    `profile`. Raises as that does.
+    """
+    options: SourceOptions = {**how}  # type: ignore[typeddict-item]
+    opened = open_source(checkpoint, given, matmul=matmul, progress=progress, **options)
+    device = str(how.get("device", "cpu"))
+    if opened.given is None:
+        return Prompted(
+            name=checkpoint, opened=opened, tokens=(tuple(opened.tokens),), dtype=dtype, device=device, kind=matmul,
+            progress=progress,
+        )  # fmt: skip
+    return Fed(
+        name=checkpoint, opened=opened, given=opened.given, dtype=dtype, device=device, kind=matmul, progress=progress
+    )
 
 
 def prompted(

@@ -1,5 +1,6 @@
 """Every command on small folders of transformers': a Llama, a Gemma, and encoders without a head."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import pytest
 import torch
 import transformers
 from folders import save
+from safetensors.torch import save_file
 from scaled.runs import VOCABULARY
+
+from stabilitykit.models.transformers import open_tokenizer
 
 Run = Callable[..., Any]
 
@@ -89,3 +93,48 @@ def test_an_encoder_is_judged_by_what_it_returns_at_the_length_that_ran(
     refused = stabilitykit("profile", f"hf:{folders['bert']}", "--prompt", "Hello", "--generate", "2")
     assert refused.code == 2
     assert "BertModel reads a text and writes none" in refused.err
+
+
+def test_a_chat_a_batch_and_tensors_run_from_files(stabilitykit: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    """One reader serves each command: a row of tensors says what its text says, and more of them is one pass."""
+    llama, bert = f"hf:{folders['llama']}", f"hf:{folders['bert']}"
+    ids = open_tokenizer(str(folders["llama"])).encode("Hello")
+    save_file({"input_ids": torch.tensor([ids])}, tmp_path / "row.safetensors")
+    rows = {"input_ids": torch.tensor([ids, ids]), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    save_file(rows, tmp_path / "rows.safetensors")
+    (tmp_path / "batch.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": "Hello you"}\n')
+    (tmp_path / "one.jsonl").write_text('{"prompt": "Hello"}\n')
+    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "Hello"}]')
+    text = json.loads(stabilitykit("profile", llama, "--prompt", "Hello", "--json").out)
+    for name in ("row.safetensors", "one.jsonl"):
+        made = json.loads(stabilitykit("profile", llama, "--prompt", f"@{tmp_path / name}", "--json").out)
+        assert made == text
+    for checkpoint in (llama, bert):
+        for command in ("profile", "forecast", "diagnose"):
+            made = stabilitykit(command, checkpoint, "--prompt", f"@{tmp_path / 'rows.safetensors'}")
+            assert made.code == 0, said(made)
+    made = stabilitykit("profile", bert, "--prompt", f"@{tmp_path / 'rows.safetensors'}")
+    assert "attention_mask 2 × 5, input_ids 2 × 5" in said(made)
+    several = stabilitykit("profile", llama, "--prompt", f"@{tmp_path / 'batch.jsonl'}")
+    assert several.code == 2
+    assert "holds 2 prompts, and one is run here" in several.err
+    assert stabilitykit("diagnose", llama, "--prompt", f"@{tmp_path / 'batch.jsonl'}").code == 0
+    for command in ("profile", "forecast", "diagnose"):
+        refused = stabilitykit(command, llama, "--prompt", f"@{tmp_path / 'chat.json'}")
+        assert refused.code == 2
+        assert "has no chat template" in refused.err
+
+
+def test_an_encoder_that_overflows_is_reproduced_though_nothing_is_raised(stabilitykit: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bert()
+    with torch.no_grad():
+        model.encoder.layer[0].intermediate.dense.weight.mul_(50)
+        model.encoder.layer[0].output.dense.weight.mul_(4e5)  # below float16's maximum
+    folder = f"hf:{save(model, tmp_path / 'loud')}"
+    made = stabilitykit("reproduce", "--checkpoint", folder, "--prompt", "Hello")
+    assert (made.code, made.err) == (0, ""), said(made)
+    assert "Nothing was raised. Reproduced." in said(made)
+    refused = stabilitykit("reproduce", "top-k-zero", "--checkpoint", folder)
+    assert refused.code == 2
+    assert "take a Gemma 1 to 3 without hf:, such as gemma3-270m" in refused.err

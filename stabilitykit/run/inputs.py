@@ -1,4 +1,4 @@
-"""What a check runs: the kit's own texts, or a user's texts, chats and files of tensors."""
+"""What a user gives a model to run: texts, chats, several of them in one file, and files of tensors."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ _KNOWN = (*TEXTS, *CHATS, *TENSORS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A text to continue, or a chat; `name` is the file's, with the number of the line where it has several."""
+    """A text, or a chat; `name` is the file's, with the number of the line where it has several."""
 
     name: str
     asked: Asked
@@ -52,6 +52,46 @@ def read_prompts(places: Sequence[Path]) -> list[Text | Tensors]:
     files = list(dict.fromkeys(file for place in places for file in _files(place)))
     several = {name for name, times in Counter(path.name for path in files).items() if times > 1}
     return [one for path in files for one in _read(path, str(path) if path.name in several else path.name)]
+
+
+def read_prompt(written: str) -> list[Text | Tensors]:
+    """What --prompt stands for: the text itself, or what @FILE holds, as in `read_prompts`; a name that ends otherwise
+    is that of a text. Raises MisuseError for a file that cannot be read, and for an empty prompt.
+    """
+    if not written.startswith("@"):
+        return [Text(name="the prompt", asked=Asked(text=_some(written)))]
+    path = Path(written[1:])
+    if path.suffix in (*CHATS, *TENSORS):
+        return [*_read(path, path.name)]
+    return [Text(name=path.name, asked=Asked(text=_some(read_text(path))))]
+
+
+def one_prompt(written: str) -> Asked | Tensors:
+    """The same of what is to hold one prompt. Raises MisuseError for a file that holds several."""
+    found = read_prompt(written)
+    if len(found) > 1:
+        raise MisuseError(
+            f"{written[1:]} holds {len(found)} prompts, and one is run here. `diagnose --batch` runs them together, "
+            "and `check --prompts` one after the other."
+        )
+    (one,) = found
+    return one.asked if isinstance(one, Text) else one
+
+
+def _some(text: str) -> str:
+    if not text:
+        raise MisuseError("The prompt is empty; write at least one character.")
+    return text
+
+
+def row_of(given: Mapping[str, Tensor]) -> list[int] | None:
+    """The token ids where that is all that the tensors hold: one row [1, T], and a mask that hides nothing."""
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is None or ids.is_floating_point() or ids.ndim > 2 or (ids.ndim == 2 and len(ids) > 1) or not ids.numel():
+        return None
+    if not set(given) <= {"input_ids", "attention_mask"} or (mask is not None and not bool(mask.bool().all())):
+        return None
+    return [int(token) for token in ids.flatten()]
 
 
 def _read(path: Path, name: str) -> Sequence[Text | Tensors]:
