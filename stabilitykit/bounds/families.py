@@ -37,6 +37,8 @@ def open_decoder(folder: Path, *, progress: Progress | None = None) -> Decoder:
     tensors = {name: tensor for name, tensor in stored.items() if not name.startswith(_OUTSIDE)}
     try:
         recipe = recipe_of(text, tensors, folder)
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder}: config.json does not say how large the model is: {error!r}.") from error
     if raw.get("quantization_config") is not None:
@@ -57,8 +59,9 @@ def recipe_of(text: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pa
     if family not in _FAMILIES:
         raise CheckpointError(
             f"{folder}: no inequality is known for model_type {family!r}. Bounds exist for RMSNorm before every "
-            f"attention and gated MLP, in gemma, gemma2, gemma3_text, {listed(list(_FAMILIES))}; not for LayerNorm, "
-            "mixtures in place of an MLP, or recurrent layers."
+            "attention and gated MLP, in the families Gemma 1 to 3, Llama, Mistral, Qwen2, Qwen3 and the text part of "
+            f"Gemma 4 (model_type gemma, gemma2, gemma3_text, {listed(list(_FAMILIES))}); not for LayerNorm, mixtures "
+            "in place of an MLP, or recurrent layers. What prompts show of any model `stabilitykit check` says."
         )
     activation = str(text.get("hidden_activation") or text.get("hidden_act"))
     if activation not in _ACTIVATIONS:

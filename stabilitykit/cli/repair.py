@@ -37,7 +37,8 @@ def repair(
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
-            help="UTF-8 text file on which the repaired model must stay finite; repeatable. Not used for ranking.",
+            help="File on which the repaired model must stay finite: a text, chats (.json, .jsonl), tensors "
+            "(.safetensors, .npz, .pt), or a folder of them; repeatable. Not used for ranking.",
             show_default=False,
         ),
     ] = None,
@@ -45,8 +46,8 @@ def repair(
     inputs: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Safetensors file with what the model's forward takes, by name, for models that read no text; "
-            "repeatable. The first chooses the scaling, the others rank.",
+            help="File of what the model's forward takes, by name (.safetensors, .npz, .pt), for models that read no "
+            "text; repeatable. The first chooses the scaling, the others rank.",
             show_default=False,
         ),
     ] = None,

@@ -34,7 +34,7 @@ from stabilitykit.records.gate import Baseline, Gate, Limits
 from stabilitykit.remedies.samples import as_inputs
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
-from stabilitykit.run.inputs import Tensors, Text, read_prompts
+from stabilitykit.run.inputs import Tensors, Text, read_prompts, reader
 from stabilitykit.run.prompts import around
 from stabilitykit.run.source import SourceOptions, SubjectIn, checkpoint_of, counting, open_source
 from stabilitykit.run.windows import KINDS, texts
@@ -304,13 +304,7 @@ def _whole(name: str, how: SourceOptions, *, texts: bool) -> _Opened:
 def _reader(name: str, how: SourceOptions) -> Callable[[Asked], list[int]]:
     tokenizer = hf.open_tokenizer(name, trust_remote_code=how.get("trust_remote_code", False))
     kept = {"bos": how.get("bos", True), "special_tokens": how.get("special_tokens", False)}
-
-    def read(asked: Asked) -> list[int]:
-        if asked.chat:
-            return tokenizer.chat(asked.text, system=asked.system, earlier=asked.earlier, **kept)
-        return tokenizer.encode(asked.text, **kept)
-
-    return read
+    return reader(tokenizer.encode, tokenizer.chat, **kept)
 
 
 def checkpoint_name(subject: Gemma | Subject) -> str:

@@ -65,10 +65,11 @@ def repair(
         checkpoint: what `open_checkpoint` takes or returned, for the kit's own Gemma; `hf:FOLDER` or `hf:NAME` for
             whatever transformers runs.
         samples: the inputs that choose the scaling and those that rank; windows of the kit's own texts unless given.
-        prompts: more UTF-8 files whose text has to stay finite; they choose the scaling and rank nothing.
+        prompts: more files, or folders of them, whose texts, chats or tensors have to stay finite; they choose the
+            scaling and rank nothing.
         bos: `prompts` begin with <bos>.
-        inputs: safetensors files of tensors by the names of the model's arguments, in place of texts. The first
-            chooses, the others rank; one alone does both.
+        inputs: files of tensors by the names of the model's arguments (.safetensors, .npz, .pt), in place of texts. The
+            first chooses, the others rank; one alone does both.
         margin: bits of headroom to leave above the largest magnitude seen, at least 0. Where they cannot be had, as
             many as can are left, and `shortfall` says how many are missing.
         proved: of Gemma 1, 2 and 3: choose by bounds from the weights instead, so that no prompt of any length
@@ -159,7 +160,7 @@ def open_original(
         )
     if adapter is not None or trust_remote_code:
         raise MisuseError(
-            "adapter and trust_remote_code apply to transformers' models only; put hf: before the folder or the name."
+            f"adapter and trust_remote_code apply to models that transformers runs; write hf: before {name}."
         )
     return GemmaOriginal(checkpoint_of(checkpoint, progress), device)
 

@@ -1,13 +1,12 @@
 """What a model is given while it is repaired: windows of text, or inputs from the user's files; and what it answers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +14,9 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma import Gemma
 from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers import HuggingFaceModel
+from stabilitykit.run.batch import Asked
+from stabilitykit.run.inputs import Tensors, Text, read_prompt, read_prompts, read_tensors, reader
+from stabilitykit.run.prompts import Reads
 from stabilitykit.run.windows import Texts, texts
 from stabilitykit.scaling.subjects import fitted
 
@@ -41,32 +43,55 @@ def samples_for(
     held_out: int | None = None,
 ) -> Samples:
     """Windows of the kit's own texts, as many as have `held_out` tokens, and the user's `prompts` among those that
-    choose; or `inputs`, safetensors files with tensors by the names of the model's arguments, for any model. Of these
-    the first chooses and the others rank; one alone does both.
+    choose: texts, chats, tensors, or folders of them; or `inputs`, files of tensors by the names of the model's
+    arguments, for any model. Of these the first chooses and the others rank; one alone does both.
 
     Raises MisuseError, with what to do, for a model that reads no text and is given no `inputs`, and for files that
     cannot be read, or that do not hold what the model takes.
     """
     if inputs:
-        read = tuple(map(_read, inputs))
-        for one in read:
+        given = tuple(map(read_tensors, inputs))
+        for one in given:
             _check(subject, one)
-        return Samples(choosing=read[:1], held_out=read[1:] or read)
+        return Samples(choosing=given[:1], held_out=given[1:] or given)
+    tokenizer, read = _reader(subject, bos=bos)
+    made = of_texts(subject, texts(subject.context, tokenizer, held_out=held_out))
+    _check(subject, {name: ids[:, :_FEW] for name, ids in made.choosing[0].items()})
+    own = [_of_prompt(subject, read, one) for place in prompts for one in _prompts(place)]
+    return replace(made, choosing=(*made.choosing, *own))
+
+
+def _reader(subject: Subject, *, bos: bool) -> tuple[Reads, Callable[[Asked], list[int]]]:
+    """The model's own tokenizer, and how it reads texts and chats; raises MisuseError where it came without one."""
     if isinstance(subject, HuggingFaceModel):
         tokenizer, main = subject.tokenizer, subject.causal.main_input_name
         if tokenizer is None or main != "input_ids":
             raise MisuseError(
                 f"{subject.source} reads {main}, and no text: its inputs cannot be made up. Give it some with --inputs "
-                f"FILE, a safetensors file that holds {main} and whatever else its forward takes."
+                f"FILE (.safetensors, .npz or .pt) that holds {main} and whatever else its forward takes."
             )
-        found = texts(subject.context, tokenizer, prompts, bos=bos, held_out=held_out)
-    elif isinstance(subject.module, Gemma) and subject.module.tokenizer is not None:
-        found = texts(subject.context, subject.module.tokenizer, prompts, bos=bos, held_out=held_out)
-    else:
+        return tokenizer, reader(tokenizer.encode, tokenizer.chat, bos=bos)
+    module = subject.module
+    if not isinstance(module, Gemma) or module.tokenizer is None:
         raise MisuseError("A model that came without a tokenizer is repaired on --inputs, files of tensors.")
-    made = of_texts(subject, found)
-    _check(subject, {name: ids[:, :_FEW] for name, ids in made.choosing[0].items()})
-    return made
+    own = module.tokenizer
+    return own, reader(own.encode, partial(own.chat, generation=module.config.generation), bos=bos)
+
+
+def _prompts(place: Path) -> Sequence[Text | Tensors]:
+    return read_prompts([place]) if place.is_dir() else read_prompt(f"@{place}")
+
+
+def _of_prompt(subject: Subject, read: Callable[[Asked], list[int]], one: Text | Tensors) -> Inputs:
+    if isinstance(one, Tensors):
+        _check(subject, one.given)
+        return one.given
+    tokens = read(one.asked)
+    if len(tokens) > subject.context:
+        raise MisuseError(
+            f"{one.name} has {len(tokens):,} tokens, and the model's context holds {subject.context:,}; shorten it."
+        )
+    return as_inputs(subject, tokens)
 
 
 def _check(subject: Subject, inputs: Inputs) -> None:
@@ -133,10 +158,3 @@ def following(module: nn.Module, inputs: Inputs) -> Tensor | None:
     if generates is None or not generates():
         return None
     return inputs.get("decoder_input_ids", inputs.get("input_ids"))
-
-
-def _read(path: Path) -> Inputs:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise MisuseError(f"{path} cannot be read as a safetensors file: {error}.") from None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,27 @@ def _some(text: str) -> str:
     if not text:
         raise MisuseError("The prompt is empty; write at least one character.")
     return text
+
+
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
+    """The tensors in a .safetensors, .npz or .pt file, by name. Raises MisuseError for any other."""
+    if path.suffix not in TENSORS:
+        raise MisuseError(f"{path} is no file of tensors: their names end in {', '.join(TENSORS)}.")
+    return _tensors(path)
+
+
+def reader(
+    encode: Callable[..., list[int]], turn: Callable[..., list[int]], *, bos: bool = True, special_tokens: bool = False
+) -> Callable[[Asked], list[int]]:
+    """How texts and chats become tokens, from what a tokenizer makes of a text and of a turn."""
+    how = {"bos": bos, "special_tokens": special_tokens}
+
+    def read(asked: Asked) -> list[int]:
+        if asked.chat:
+            return turn(asked.text, system=asked.system, earlier=asked.earlier, **how)
+        return encode(asked.text, **how)
+
+    return read
 
 
 def row_of(given: Mapping[str, Tensor]) -> list[int] | None:

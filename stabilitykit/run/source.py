@@ -24,7 +24,7 @@ from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.recorder.weights import role_of
 from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
-from stabilitykit.run.inputs import Tensors, row_of
+from stabilitykit.run.inputs import Tensors, reader, row_of
 from stabilitykit.run.open import check_options
 from stabilitykit.scaling.apply import scaled
 from stabilitykit.scaling.stress import stress_of_gemma
@@ -85,14 +85,7 @@ class _Prompt:
 
     def reader(self, encode: Callable[..., list[int]], turn: Callable[..., list[int]]) -> Callable[[Asked], list[int]]:
         """How this prompt, and others like it, become tokens."""
-        how = {"bos": self.bos, "special_tokens": self.special_tokens}
-
-        def read(asked: Asked) -> list[int]:
-            if asked.chat:
-                return turn(asked.text, system=asked.system, earlier=asked.earlier, **how)
-            return encode(asked.text, **how)
-
-        return read
+        return reader(encode, turn, bos=self.bos, special_tokens=self.special_tokens)
 
 
 def checkpoint_of(checkpoint: str | Path | Checkpoint, progress: Progress | None = None) -> Checkpoint:

@@ -1,6 +1,5 @@
 """Texts for repairs: those that choose a remedy's parameters, and others, never seen before, that rank it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +24,13 @@ class Texts:
 def texts(
     context: int,
     tokenizer: Reads,
-    files: Sequence[Path] = (),
     *,
-    bos: bool = True,
     held_out: int | None = None,
 ) -> Texts:
     """Of each of `KINDS` the first window chooses and the next ones are held out: three, or as many as have `held_out`
-    tokens, a third of each kind. The user's `files` choose too, after `<bos>` or without it. No window is longer than
-    the `context`.
+    tokens, a third of each kind. No window is longer than the `context`.
 
-    Raises MisuseError for fewer than a token of each kind, a file that cannot be read, or that has no text.
+    Raises MisuseError for fewer than a token of each kind.
     """
     begin, _ = around(tokenizer)
     length = min(WINDOW, context)
@@ -52,14 +48,6 @@ def texts(
         for one in lengths:
             held.append((*begin, *ids[at : at + one - len(begin)]))
             at += one - len(begin)
-    for file in files:
-        prompt = parse_prompt(f"@{file.absolute()}", Path())
-        found = (*(begin if bos else ()), *tokens(prompt, tokenizer, bos=False, length=None))
-        if len(found) > context:
-            raise MisuseError(
-                f"{file} has {len(found):,} tokens, and the model's context holds {context:,}; shorten it."
-            )
-        choosing.append(found)
     return Texts(choosing=tuple(choosing), held_out=tuple(held))
 
 

@@ -12,6 +12,7 @@ from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import Examined
 from stabilitykit.models.subject import Subject
+from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress
 from stabilitykit.run.prompts import Reads
 from stabilitykit.run.source import opened_by
@@ -27,6 +28,10 @@ class SweptModel(Examined, Protocol):
     def context(self) -> int: ...
     @property
     def config(self) -> Mapping[str, Any]: ...
+
+    def chat(self, asked: Asked) -> list[int]:
+        """The tokens of a chat, in the model's own template. Raises MisuseError for a tokenizer without one."""
+        ...
 
     def refused(self, settings: Mapping[str, Any]) -> str | None:
         """Why a case with these settings cannot run on it, in words; None for one that can."""
@@ -66,6 +71,10 @@ class KitModel:
     @property
     def config(self) -> Mapping[str, Any]:
         return asdict(self.checkpoint.config)
+
+    def chat(self, asked: Asked) -> list[int]:
+        generation = self.checkpoint.config.generation
+        return self.tokenizer.chat(asked.text, generation=generation, system=asked.system, earlier=asked.earlier)
 
     def refused(self, settings: Mapping[str, Any]) -> None:
         return None
@@ -113,6 +122,9 @@ class FolderModel:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.folder.config
+
+    def chat(self, asked: Asked) -> list[int]:
+        return self.folder.tokenizer.chat(asked.text, system=asked.system, earlier=asked.earlier)
 
     def refused(self, settings: Mapping[str, Any]) -> str | None:
         if settings.get("rounding", "transformers") != "transformers":

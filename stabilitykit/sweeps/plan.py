@@ -10,11 +10,10 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.machine import Examined, provenance_of
 from stabilitykit.records.sweep import Case, CaseKind, Plan
-from stabilitykit.run.prompts import Reads, parse_prompt
-from stabilitykit.run.prompts import tokens as prompt_tokens
 from stabilitykit.sweeps.axes import is_range, longest
 from stabilitykit.sweeps.file import Experiment
 from stabilitykit.sweeps.model import KitModel, SweptModel
+from stabilitykit.sweeps.prompts import sha256_of, tokens_of
 
 
 def make_plan(experiment: Experiment, model: SweptModel, *, command: str) -> Plan:
@@ -61,31 +60,37 @@ def plan_without_cases(
     )
 
 
-def case_tokens(case: Case, tokenizer: Reads, folder: Path) -> list[int]:
-    """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `parse_prompt` does."""
-    prompt = parse_prompt(case.settings["prompt"], folder)
-    return prompt_tokens(prompt, tokenizer, bos=case.settings["bos"], length=longest(case.settings["length"]))
+def case_tokens(case: Case, model: SweptModel, folder: Path) -> list[int]:
+    """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `tokens_of` does."""
+    settings = case.settings
+    return tokens_of(
+        settings["prompt"],
+        folder,
+        model.tokenizer,
+        model.chat,
+        bos=settings["bos"],
+        length=longest(settings["length"]),
+    )
 
 
 def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case]:
-    tokenizer = model.tokenizer
     folder = experiment.path.parent
     for number, settings in _products(experiment, "grid"):
         refused = model.refused(settings)
         if refused is not None:
             experiment.fail(refused, refused.partition(" ")[0], "grid", number)
         try:
-            prompt = parse_prompt(settings["prompt"], folder)
+            text_sha256 = sha256_of(settings["prompt"], folder)
         except MisuseError as error:
             experiment.fail(str(error), "prompt", "grid", number)
         wanted = longest(settings["length"])
         _check_context(wanted or 1, model.context, experiment, "grid", number)
         try:
-            count = len(prompt_tokens(prompt, tokenizer, bos=settings["bos"], length=wanted))
+            count = len(case_tokens(Case(kind="run", settings=settings), model, folder))
         except MisuseError as error:
             experiment.fail(str(error), "prompt" if wanted is None else "length", "grid", number)
         _check_context(count, model.context, experiment, "grid", number)
-        settings |= {"text_sha256": prompt.sha256, "tokens": count, "device": device}
+        settings |= {"text_sha256": text_sha256, "tokens": count, "device": device}
         if is_range(settings["length"]):
             checks = sorted(n for n in set(experiment.checks) if n <= count)
             yield Case(kind="lengths", settings=settings | {"checks": checks})

@@ -54,7 +54,7 @@ class Runner:
 
     def _run(self, case: Case, report: Report) -> None:
         settings = case.settings
-        tokens = case_tokens(case, self.model.tokenizer, self.texts)
+        tokens = case_tokens(case, self.model, self.texts)
         reference = None
         if settings["dtype"] != "float32" and settings["level"] != "layers" and self._has_reference(case):
             reference = self._reference_for(case, tokens, report)
@@ -75,7 +75,7 @@ class Runner:
     def _lengths(self, case: Case, report: Report) -> None:
         found = every_length(
             self._model(case, report),
-            case_tokens(case, self.model.tokenizer, self.texts),
+            case_tokens(case, self.model, self.texts),
             checks=case.settings["checks"],
             level=case.settings["level"],
             matmul=_matmul(case),

@@ -92,7 +92,7 @@ def test_misuse_is_one_sentence(stabilitykit: Run, broken: Path, tmp_path: Path)
         (("repair", str(broken), "--out", str(broken)), "is not empty; choose a new or an empty folder"),
         (("repair", str(broken), "--prompts", str(tmp_path / "none.txt")), "none.txt"),
         (("repair", str(broken), "--ranking-tokens", "2"), "take at least 6 tokens; 2 are fewer"),
-        (("repair", str(broken), "--adapter", str(tmp_path)), "put hf: before the folder"),
+        (("repair", str(broken), "--adapter", str(tmp_path)), "write hf: before"),
         (("verify", str(tmp_path)), "has no repair.json"),
     ):
         result = stabilitykit(*arguments)

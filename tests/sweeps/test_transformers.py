@@ -127,6 +127,31 @@ def test_what_only_the_kits_own_model_has_is_refused_with_its_line(
         swept(tmp_path, GRID.format(folder=llama) + more + "\n")
 
 
+def test_a_chat_and_a_line_of_a_batch_are_prompts(llama: Path, tmp_path: Path) -> None:
+    template = "{% for one in messages %}{{ one['role'] }}: {{ one['content'] }};{% endfor %}"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(llama)
+    (tmp_path / "chat.json").write_text('[{"role": "user", "content": "Hi"}]')
+    (tmp_path / "batch.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two!"}\n')
+    text = f"""checkpoint = "hf:{llama}"
+[[grid]]
+prompt = ["@chat.json", "@batch.jsonl:2"]
+"""
+    results = swept(tmp_path, text)
+    read = {case.settings["prompt"]: (recording.header.tokens or ())[0] for case, recording in results.runs()}
+    encode = open_tokenizer(str(llama)).encode
+    assert read == {"@chat.json": tuple(encode("user: Hi;")), "@batch.jsonl:2": tuple(encode("two!"))}
+    (tmp_path / "x.npz").touch()
+    for name, said in (
+        ("@batch.jsonl", r"line 3: batch\.jsonl holds 2 prompts; name each by its line among them"),
+        ("@batch.jsonl:3", "holds the prompts 1 to 2; '3' is none"),
+        ("@x.npz", r"holds tensors; run it with `stabilitykit profile --prompt @x\.npz`"),
+    ):
+        with pytest.raises(MisuseError, match=said):
+            swept(tmp_path, f'checkpoint = "hf:{llama}"\n[[grid]]\nprompt = "{name}"\n')
+
+
 def test_ids_of_cases_do_not_depend_on_who_runs_the_model(llama: Path, tmp_path: Path) -> None:
     """They are files of finished work: the id of a case that was planned before stays what it was."""
     case = Case(
