@@ -274,8 +274,11 @@ def _layer_types(generation: Generation, given: Mapping[str, Any], layers: int, 
     return window, every
 
 
+WITH_TRANSFORMERS = "Run it with transformers instead: hf:"
+
+
 def _with_transformers(folder: Path) -> str:
-    return f"Run it with transformers instead: hf:{folder}"
+    return f"{WITH_TRANSFORMERS}{folder}"
 
 
 def _rope(given: Mapping[str, Any], folder: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ from stabilitykit.choices import BoundDtype
 
 
 def bound(
-    checkpoint: options.LocalCheckpoint,
+    checkpoint: options.BoundedCheckpoint,
     dtype: Annotated[BoundDtype, typer.Option(help="Dtype in which results are stored.")] = "float16",
     report: options.Report = None,
     as_json: options.Json = False,

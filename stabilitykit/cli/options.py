@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from stabilitykit.run.batch import Asked
     from stabilitykit.run.inputs import Tensors
 
-LocalCheckpoint = Annotated[
+BoundedCheckpoint = Annotated[
     str,
     typer.Argument(
-        help="gemma3-270m (extra: demo), a Hugging Face folder, a .gguf or .ckpt file, random:SIZE, or hf:NAME for a "
-        "model in the local Hugging Face cache.",
+        help="gemma3-270m (extra: demo), a Hugging Face folder of Gemma 1 to 3, a .gguf or .ckpt file, random:SIZE, or "
+        "hf:FOLDER or hf:NAME (local cache) of a Gemma 1 to 4, Llama, Mistral, Qwen2 or Qwen3.",
         show_default=False,
     ),
 ]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    checkpoint: options.LocalCheckpoint,
+    checkpoint: options.Checkpoint,
     dtype: Annotated[LowDtype, typer.Option(help="Low-precision dtype to search for overflows in.")] = "float16",
     bos: Annotated[
         bool | None,
@@ -31,6 +31,14 @@ def search(
     ] = None,
     beam: Annotated[int, typer.Option(help="Beam width: prompts kept and extended at each length.")] = 8,
     length: Annotated[int, typer.Option(help="Longest prompt to try, in tokens, <bos> not counted.")] = 12,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of texts or chats, or a folder of them, to bring to overflow, by shortening, joining and "
+            "replacing tokens; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the prompts, as files 1.txt and so on, and search.json.")
     ] = None,
@@ -41,7 +49,8 @@ def search(
     """Look for the shortest prompt that overflows, or comes nearest to it, and for the most dangerous tokens.
 
     Scans the vocabulary: each token alone, after <bos> and inside a text. Then the worst tokens are put together, one
-    more at a time, until a prompt overflows. Each prompt said to overflow was really run. Exits 0 whatever was found.
+    more at a time, until a prompt overflows; --prompts are shortened, or changed by them. Each prompt said to overflow
+    was really run. Exits 0 whatever was found.
     """
     from stabilitykit.checkpoints import Checkpoint
     from stabilitykit.cli import screen
@@ -64,6 +73,7 @@ def search(
             limit=limit,
             beam=beam,
             length=length,
+            prompts=prompts or (),
             device=device,
             command=options.command_line(),
             progress=progress,
@@ -90,7 +100,7 @@ def _write(found: "Search", out: Path) -> None:
 
     check_new(out)  # it may have come meanwhile
     with new_folder(out) as folder:
-        for one in found.finds:
+        for one in (*found.finds, *found.given):
             if one.text is not None and one.file is not None:
                 write_text(folder / one.file, one.text)
         write_json(folder / "search.json", to_document(found))

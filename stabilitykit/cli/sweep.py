@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    experiment: Annotated[Path, typer.Argument(help="TOML file of the experiment.", show_default=False)],
+    experiment: Annotated[
+        Path,
+        typer.Argument(
+            help="TOML file of the experiment, which names its checkpoint as profile does.", show_default=False
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option(

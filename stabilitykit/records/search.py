@@ -120,7 +120,8 @@ class Step:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search(CheckpointProvenance):
     """The result of a search. `bos` is the prompt of `<bos>` alone. `finds` are the prompts found, first those without
-    `<bos>`, and in each group the best first; `steps` tell how they grew. `vocabulary` counts tokens.
+    `<bos>`, and in each group the best first; `steps` tell how they grew. `given` are those that were made of prompts
+    that the user gave, in their order, and of two of them put together. `vocabulary` counts tokens.
     """
 
     dtype: str
@@ -130,10 +131,11 @@ class Search(CheckpointProvenance):
     steps: tuple[Step, ...]
     finds: tuple[Find, ...]
     seconds: float
+    given: tuple[Find, ...] = ()
     schema: int = 1
 
     @property
     def breaking(self) -> tuple[Find, ...]:
         """The prompts that broke when they ran, the shortest first; `<bos>` alone is among them."""
-        known = self.finds if self.bos is None else (self.bos, *self.finds)
+        known = (*(() if self.bos is None else (self.bos,)), *self.finds, *self.given)
         return tuple(sorted((find for find in known if find.breaks), key=lambda find: len(find.tokens)))

@@ -33,8 +33,9 @@ def open_model(
     """The kit's own model of a checkpoint or, where its name begins with `hf:`, transformers' model.
 
     Args:
-        checkpoint: what `open_checkpoint` takes, or `hf:FOLDER` or `hf:OWNER/NAME` for any causal language model that
-            transformers runs (extra: hf). Nothing is downloaded: a name is looked up in the local Hugging Face cache.
+        checkpoint: what `open_checkpoint` takes, or `hf:FOLDER` or `hf:OWNER/NAME` for whatever transformers loads
+            (extra: hf): the causal language model or, where there is none, the class that the folder's config names.
+            Nothing is downloaded: a name is looked up in the local Hugging Face cache.
         dtype: float16, bfloat16, float32 or float64, as a name or a torch.dtype.
         device: cpu, cuda or mps.
         rounding: the implementation whose rounding points the kit's own model reproduces.

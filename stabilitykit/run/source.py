@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stabilitykit.checkpoints import Checkpoint, open_checkpoint
 from stabilitykit.checkpoints.hub import local_folder
+from stabilitykit.checkpoints.huggingface import WITH_TRANSFORMERS
 from stabilitykit.choices import Attention, RoundingName
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models import transformers as hf
@@ -92,8 +93,13 @@ def checkpoint_of(checkpoint: str | Path | Checkpoint, progress: Progress | None
     """The checkpoint for the kit's own model; `hf:` names a folder too, which it computes as transformers does."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    place = local_path(checkpoint) if str(checkpoint).startswith(PREFIX) else checkpoint
-    return open_checkpoint(place, progress=stage("reading weights", progress))
+    if not str(checkpoint).startswith(PREFIX):
+        return open_checkpoint(checkpoint, progress=stage("reading weights", progress))
+    try:
+        return open_checkpoint(local_path(checkpoint), progress=stage("reading weights", progress))
+    except CheckpointError as error:  # who wrote hf: needs no advice to write it
+        why = str(error).partition(WITH_TRANSFORMERS)[0].strip()
+        raise CheckpointError(f"{why} `check`, `profile`, `search` and `repair` have transformers run it.") from error
 
 
 def opened_by(

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -12,15 +13,18 @@ from stabilitykit.choices import LowDtype, check_choice
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.models.devices import parse_device
+from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import provenance_of
 from stabilitykit.models.transformers import HuggingFaceFolder
 from stabilitykit.records.search import Find, Search, Step
-from stabilitykit.run.case import Progress
+from stabilitykit.run.case import Progress, stage
+from stabilitykit.run.inputs import Tensors, read_prompts, reader
 from stabilitykit.run.prompts import parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
 from stabilitykit.run.source import opened_by
 from stabilitykit.searches.confirm import confirm, finite, headroom
 from stabilitykit.searches.extend import Grown, extend
+from stabilitykit.searches.given import TRIED, GivenPrompts
 from stabilitykit.searches.kinds import kind_of
 from stabilitykit.searches.scan import Count, Peak
 from stabilitykit.searches.searched import Searched, searched
@@ -57,6 +61,7 @@ def search(
     beam: int = 8,
     length: int = 12,
     sieve: str | None = None,
+    prompts: Sequence[str | Path] = (),
     device: str = "cpu",
     command: str | None = None,
     progress: Progress | None = None,
@@ -78,6 +83,8 @@ def search(
         length: of the longest prompt, in tokens, <bos> not counted.
         sieve: the dtype of the first look at every token, of the kit's own model; None for the fastest that is good
             enough.
+        prompts: files of texts and chats, or folders of them, to bring to overflow: shortened from both ends where they
+            do; else put together in both orders, and with tokens replaced by worse ones where their values are largest.
         device: cpu, cuda or mps.
         command: the command line to name in the result, if there was one.
         progress: called with (what is being done, how much of it is done, out of how much).
@@ -115,6 +122,7 @@ def search(
     if bos is None and not models.begin:
         bos = False  # the tokenizer puts nothing before a text
     _check(models, options)
+    given = _read(prompts, models, opened, bos=bos is not False)
     run = _Run(models, options, progress)
     alone = run.bos_alone()
     scans = {name: run.scan(name) for name in _contexts(bos)}
@@ -130,10 +138,39 @@ def search(
         bos=alone,
         scans=tuple(one.scan for one in scans.values()),
         steps=tuple(steps),
-        finds=tuple(replace(find, file=f"{number}.txt") for number, find in enumerate(finds, start=1)),
+        finds=_numbered(finds, 0),
+        given=_numbered(run.given(given, scans), len(finds)),
         seconds=time.monotonic() - began,
         **provenance_of(opened, command, options.device),
     )
+
+
+def _numbered(finds: Sequence[Find], before: int) -> tuple[Find, ...]:
+    return tuple(replace(find, file=f"{number}.txt") for number, find in enumerate(finds, start=before + 1))
+
+
+def _read(
+    places: Sequence[str | Path], models: Searched, opened: Checkpoint | HuggingFaceFolder, *, bos: bool
+) -> list[list[int]]:
+    """The tokens of texts and chats in files. Raises MisuseError for tensors, and for what does not fit the model."""
+    if isinstance(opened, Checkpoint):
+        own = Tokenizer(opened.vocabulary)
+        read = reader(own.encode, partial(own.chat, generation=opened.config.generation), bos=bos)
+    else:
+        read = reader(opened.tokenizer.encode, opened.tokenizer.chat, bos=bos)
+    found = []
+    for one in read_prompts([Path(place) for place in places]):
+        if isinstance(one, Tensors):
+            raise MisuseError(
+                f"{one.name} holds tensors, and a search looks for prompts of tokens; give it texts or chats."
+            )
+        tokens = read(one.asked)
+        if not 0 < len(tokens) <= models.context:
+            raise MisuseError(
+                f"{one.name} has {len(tokens):,} tokens, and the model's context holds {models.context:,}."
+            )
+        found.append(tokens)
+    return found
 
 
 def _contexts(bos: bool | None) -> list[str]:
@@ -187,6 +224,13 @@ class _Run:
 
     def scan(self, name: str) -> Scanned:
         return self.scanner.scan(name, self.contexts[name], self.limit, self.progress)
+
+    def given(self, prompts: Sequence[Sequence[int]], scanned: dict[str, Scanned]) -> list[Find]:
+        """What becomes of the prompts that were given, with the worst tokens of all scans."""
+        if not prompts:
+            return []
+        worst = self._by_turns(scanned.values(), TRIED)
+        return GivenPrompts(self.models, worst, stage("prompts that were given", self.progress)).finds(prompts)
 
     def grow(self, bos: bool, scanned: dict[str, Scanned]) -> tuple[list[Step], list[Find]]:
         """The prompts that break at the least length at which one does; else the nearest of any length."""

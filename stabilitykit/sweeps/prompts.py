@@ -36,8 +36,8 @@ def tokens_of(name: str, folder: Path, tokenizer: Reads, chat: Chat, *, bos: boo
     ids = chat(asked)
     if length is not None and length > len(ids):
         raise MisuseError(
-            f"A text is cut to a length, never drawn out: {name!r:.60} has {len(ids):,} tokens in the model's template, "
-            f"and {length:,} were asked for. Ask for no more, or leave the length out."
+            f"A text is cut to a length, never drawn out: {name!r:.60} has {len(ids):,} tokens in the model's "
+            f"template, and {length:,} were asked for. Ask for no more, or leave the length out."
         )
     return ids[:length]
 

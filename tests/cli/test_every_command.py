@@ -82,6 +82,44 @@ def test_a_prompt_runs(stabilitykit: Run, folders: dict[str, Path], command: str
     assert "finite" in said(made) or "would hold every value" in said(made) or "Checked in float16" in said(made)
 
 
+# Of the others, what each says of a model that it cannot answer for.
+REFUSED = {
+    ("bound", "bert"): "in the families Gemma 1 to 3, Llama, Mistral, Qwen2, Qwen3 and the text part of Gemma 4",
+    ("bound", "t5-encoder"): "in the families Gemma 1 to 3, Llama, Mistral, Qwen2, Qwen3 and the text part of Gemma 4",
+    ("bound", "gemma"): "is not a Gemma's tokenizer: expected BPE with byte fallback",  # it has one of characters
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("command", ["bound", "search", "repair", "sweep"])
+def test_a_command_answers_or_says_why_not(
+    stabilitykit: Run, folders: dict[str, Path], command: str, name: str, tmp_path: Path
+) -> None:
+    """And never advises what was done already."""
+    folder = f"hf:{folders[name]}"
+    (tmp_path / "own.toml").write_text(f'checkpoint = "{folder}"\n[[grid]]\nprompt = "text: Hello"\n')
+    made = stabilitykit(
+        *{
+            "bound": ("bound", folder),
+            "search": ("search", folder, "--limit", "12", "--length", "1"),
+            "repair": ("repair", folder, "--no-ranking"),
+            "sweep": ("sweep", str(tmp_path / "own.toml"), "--dry-run"),
+        }[command]
+    )
+    refused = REFUSED.get((command, name))
+    assert made.code == (0 if refused is None else 2), said(made)
+    assert (refused or "") in said(made)
+    assert "hf: before" not in said(made)
+    assert "transformers instead" not in said(made)
+
+
+def test_advice_to_write_hf_goes_to_those_who_did_not(stabilitykit: Run, folders: dict[str, Path]) -> None:
+    for command in ("bound", "search"):
+        made = stabilitykit(command, str(folders["llama"]))
+        assert made.code == 2
+        assert f"Run it with transformers instead: hf:{folders['llama']}" in made.err
+
+
 def test_an_encoder_is_judged_by_what_it_returns_at_the_length_that_ran(
     stabilitykit: Run, folders: dict[str, Path], tmp_path: Path
 ) -> None:

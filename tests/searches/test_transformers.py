@@ -97,3 +97,38 @@ def test_peaks_of_rows_are_those_of_each_by_itself(tmp_path: Path) -> None:
         single = max(recorder.peaks([7, 8, token]), key=lambda one: one.value)
         assert peak.value == pytest.approx(single.value, rel=1e-5)
         assert peak.place == single.place
+
+
+def test_given_prompts_are_shortened_to_what_overflows(tmp_path: Path) -> None:
+    name = llama(tmp_path / "llama", dangerous="qQ")
+    (bad,) = breaking(name, transformers.LlamaForCausalLM)
+    piece = open_tokenizer(str(tmp_path / "llama")).piece(bad)
+    (tmp_path / "a.txt").write_text(f"Some words, {piece} and more of them")
+    (tmp_path / "b.txt").write_text("Some words")
+    found = search(name, length=1, prompts=[tmp_path / "a.txt", tmp_path / "b.txt"])
+    shortened, changed = found.given
+    assert (shortened.tokens, shortened.text, shortened.breaks) == ((bad,), piece, True)
+    assert changed.breaks  # the dangerous token has taken the place of another one
+    assert bad in changed.tokens
+    assert [one.file for one in found.given] == [f"{len(found.finds) + n}.txt" for n in (1, 2)]
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float16)
+    with torch.inference_mode():
+        for one in found.given:
+            assert not model(torch.tensor([one.tokens])).logits.isfinite().all()
+
+
+def test_prompts_that_overflow_together_alone_are_put_together(tmp_path: Path) -> None:
+    """From the seventh position on everything overflows, and each of the two ends before it."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": VOCABULARY}
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=1))
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 0] = 40_000.0
+        model.transformer.wpe.weight[6:, 0] = 40_000.0
+    name = f"hf:{save(model, tmp_path / 'gpt2')}"
+    for file, text in (("a.txt", "abcd"), ("b.txt", "efgh")):
+        (tmp_path / file).write_text(text)
+    found = search(name, limit=8, length=1, prompts=[tmp_path / "a.txt", tmp_path / "b.txt"])
+    assert [one.breaks for one in found.given] == [False, False, True]
+    assert found.given[-1].text == "abcdefg"
+    assert found.given[-1].broken_position == 6

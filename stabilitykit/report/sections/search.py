@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stabilitykit.diagnosis.search import how_measured, of_what_kind, shortest, shown, with_bos
-from stabilitykit.records.search import KINDS, Scan, Search, TokenPeak
+from stabilitykit.records.search import KINDS, Find, Scan, Search, TokenPeak
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
 from stabilitykit.report.prose import plain
@@ -49,7 +49,9 @@ def blocks(search: Search) -> list[Block]:
         Prose(plain(text), tone="bad" if bos in breaks else "good") for bos, text in said if text is not None
     ]
     if search.finds:
-        found += [_finds(search), _steps(search)]
+        found += [_finds("finds", "Prompts found", search.finds, search.dtype), _steps(search)]
+    if search.given:
+        found.append(_finds("given-prompts", "What became of the prompts that were given", search.given, search.dtype))
     for scan in search.scans:
         found += [_worst(scan), Prose(plain(of_what_kind(scan)), tone="note")]
     if any(scan.by_ids for scan in search.scans):
@@ -117,11 +119,11 @@ def _kinds(search: Search) -> Table:
     )
 
 
-def _finds(search: Search) -> Table:
+def _finds(name: str, title: str, finds: Sequence[Find], dtype: str) -> Table:
     return table(
-        "finds",
-        "Prompts found",
-        search.finds,
+        name,
+        title,
+        finds,
         [
             (Column("file"), lambda one: one.file or None),
             (Column("prompt"), shown),
@@ -133,7 +135,7 @@ def _finds(search: Search) -> Table:
             (Column("at token"), lambda one: one.position),
             (Column("breaks in"), lambda one: one.broken_site),
         ],
-        note=f"Values are float32's; whether a prompt breaks was observed in {search.dtype} itself.",
+        note=f"Values are float32's; whether a prompt breaks was observed in {dtype} itself.",
         alarming=lambda one: one.breaks,
     )
 
