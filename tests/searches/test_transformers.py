@@ -121,7 +121,7 @@ def test_prompts_that_overflow_together_alone_are_put_together(tmp_path: Path) -
     """From the seventh position on everything overflows, and each of the two ends before it."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": VOCABULARY}
-    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=1))
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, tie_word_embeddings=False))
     with torch.no_grad():
         model.transformer.wte.weight[:, 0] = 40_000.0
         model.transformer.wpe.weight[6:, 0] = 40_000.0
