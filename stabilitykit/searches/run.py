@@ -208,6 +208,8 @@ class _Run:
         self.scanner = VocabularyScanner(
             models.sieve, models.wide, models.recorder, self.vocabulary, self.tokenizer, models.begin, options.dtype
         )
+        weights = models.low.module.parameters()
+        self.always = not all(bool(one.isfinite().all()) for one in weights)  # then any prompt may break
         size = len(self.vocabulary.pieces)
         self.limit = size if options.limit is None else min(size, options.limit)
         prose = parse_prompt("prose", Path())
@@ -277,7 +279,7 @@ class _Run:
         """Of prompts of one length that should break, the first few that do."""
         found = 0
         for one in level:
-            if found < FINDS and self.form.overflows(one.largest.value):
+            if found < FINDS and (self.always or self.form.overflows(one.largest.value)):
                 find = self._confirm(one, bos, before)
                 found += find.breaks
                 if find.breaks:

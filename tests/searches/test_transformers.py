@@ -132,3 +132,15 @@ def test_prompts_that_overflow_together_alone_are_put_together(tmp_path: Path) -
     assert [one.breaks for one in found.given] == [False, False, True]
     assert found.given[-1].text == "abcdefg"
     assert found.given[-1].broken_position == 6
+
+
+def test_where_a_weight_overflows_a_token_alone_is_the_shortest(tmp_path: Path) -> None:
+    """Every prompt breaks then, however small its values are in float32."""
+    name = llama(tmp_path / "llama")
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0] = 0.0
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 70_000.0
+    save(model, tmp_path / "llama")
+    found = search(name, limit=20, length=2)
+    assert [len(find.tokens) for find in found.breaking] == [1, 1, 1]

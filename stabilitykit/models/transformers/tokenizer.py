@@ -45,8 +45,8 @@ class HuggingFaceTokenizer:
         """
         if not self.tokenizer.chat_template:
             raise MisuseError(
-                f"The tokenizer of {self.source} has no chat template, so it reads texts and no chats; leave out "
-                "--chat."
+                f"The tokenizer of {self.source} has no chat template, so it reads texts and no chats; give it "
+                "a text, without --chat."
             )
         said = [*(turn for pair in earlier for turn in pair), text]
         roles = ["assistant" if number % 2 else "user" for number in range(len(said))]
