@@ -33,6 +33,7 @@ def make_report(
     `form` is the number format to judge values by, the experiment's unless given. `progress` is called with (what,
     done, total). Raises MisuseError where a folder holds no sweep, and for an unknown format.
     """
+    gc.disable()
     results = Results.open(folder)
     if form is not None:
         results.plan = replace(results.plan, format=number_format(form).name)
