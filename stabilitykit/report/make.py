@@ -9,6 +9,7 @@ from stabilitykit.formats import number_format
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Section
 from stabilitykit.report.compare import compare
+from stabilitykit.report.earlier import fingerprint
 from stabilitykit.report.sections import section, shown
 from stabilitykit.report.write import write_report
 
@@ -46,5 +47,7 @@ def make_report(
     if against is not None:
         sections.insert(1, compare(results, Results.open(against)))
     gc.freeze()  # the records, which are many and stay: looking for some to free takes as long as reading them
-    page = write_report(results.plan.title, sections, folder, progress=progress)
+    own_code = against is not None or results.plan.own_sections  # what else those read is not known
+    made_from = None if own_code else fingerprint(folder, results.plan.format)
+    page = write_report(results.plan.title, sections, folder, made_from=made_from, progress=progress)
     return Made(page=page, sections=tuple(sections))
