@@ -18,9 +18,10 @@ from stabilitykit.files import write_json
 from stabilitykit.report.figures import Drawing
 
 MANIFEST = "report.files.json"
-PAGES = ("report.html", "report.md")
+PDF = "report.pdf"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_OURS = re.compile(rf"figures/{NAME.pattern}\.(svg|png)|tables/{NAME.pattern}\.csv")
+_OURS = re.compile(rf"figures/{NAME.pattern}\.(svg|png)|tables/{NAME.pattern}\.csv|{re.escape(PDF)}")
+_OWN = {MANIFEST, PDF, "report.html", "report.md"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def fingerprint(folder: Path, *settings: str) -> str:
 
 
 def _is_the_reports(path: Path) -> bool:
-    return path.parts[0] in ("figures", "tables") or str(path) in (*PAGES, MANIFEST) or path.name.startswith(".")
+    return path.parts[0] in ("figures", "tables") or str(path) in _OWN or path.name.startswith(".")
 
 
 @functools.cache

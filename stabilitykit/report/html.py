@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -34,7 +35,7 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {"spans": spans, "heading": heading, "sort_key": _sort_key, "csv_link": _csv_link}
-    environment.filters["css_string"] = _css_string
+    environment.filters |= {"css_string": _css_string, "breakable": _breakable}
     environment.globals |= {"cell_text": cell_text, "numeric_columns": numeric_columns, "long_columns": _long_columns}
     environment.tests["of_kind"] = lambda block, kind: type(block).__name__ == kind
     return environment.get_template("page.html.jinja")
@@ -55,6 +56,11 @@ def _long_columns(table: Table) -> list[bool]:
         any(len(cell_text(row[index], column)) > _LONG for row in table.rows)
         for index, column in enumerate(table.columns)
     ]
+
+
+def _breakable(text: str) -> markupsafe.Markup:
+    """A line may end after a dot or a slash inside a word, as sites have them."""
+    return markupsafe.Markup(re.sub(r"(?<=\w)([./])(?=\w)", r"\1<wbr>", str(markupsafe.escape(text))))
 
 
 def _css_string(text: str) -> markupsafe.Markup:

@@ -2,8 +2,9 @@
 
 FOLDER/
   report.html            self-contained
+  report.pdf             where it was asked for
   report.md              links to the files below
-  report.files.json      the files of figures/ and tables/ that belong to the report, and what figures were drawn from
+  report.files.json      which of these files are the report's, and what figures were drawn from
   figures/NAME.svg .png
   tables/NAME.csv
 """
@@ -12,12 +13,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stabilitykit.errors import MisuseError
 from stabilitykit.files import write_bytes, write_text
 from stabilitykit.report.blocks import Figure, Section, Table
-from stabilitykit.report.earlier import NAME, Earlier
+from stabilitykit.report.earlier import NAME, PDF, Earlier
 from stabilitykit.report.figures import draw_all, inline
 from stabilitykit.report.html import html
 from stabilitykit.report.markdown import markdown
+from stabilitykit.report.pdf import print_page
 from stabilitykit.report.tables import csv_text
 
 
@@ -27,17 +30,19 @@ def write_report(
     folder: Path,
     *,
     made_from: str | None = None,
+    browser: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Draws and writes everything, and returns the page's path.
 
     `made_from` stands for all that the figures are drawn from, their code too (`earlier.fingerprint`): those that an
-    earlier report drew from the same stay. Each file is written aside and renamed. Figures and tables that an earlier
-    report in the folder left, and that this one does not have, are removed; no other file is. `progress` is called with
-    (what, done, total).
+    earlier report drew from the same stay. Each file is written aside and renamed. Figures, tables and a PDF that an
+    earlier report in the folder left, and that this one does not have, are removed; no other file is. With a `browser`
+    the page is printed to report.pdf. `progress` is called with (what, done, total).
 
     Raises ValueError for block names or section keys that are not unique, or unfit for a file's name; MisuseError
-    where the folder cannot be written or the list of an earlier report's files cannot be read.
+    where the folder cannot be written, the list of an earlier report's files cannot be read, or a file report.pdf is
+    there that no report made; StabilityKitError where the browser makes no PDF.
     """
     blocks = [block for section in sections for block in section.blocks]
     figures = [block for block in blocks if isinstance(block, Figure)]
@@ -47,13 +52,18 @@ def write_report(
 
     files = {f"figures/{figure.name}.{kind}" for figure in figures for kind in ("svg", "png")}
     files |= {f"tables/{table.name}.csv" for table in tables}
+    files |= set() if browser is None else {PDF}
     earlier = Earlier.open(folder)
+    if browser is not None and PDF not in earlier.files and (folder / PDF).exists():
+        raise MisuseError(f"{folder / PDF} is no report's: it would be overwritten. Move it elsewhere and try again.")
     kept = {}
     if made_from is not None and earlier.made_from == made_from:
         found = {figure.name: earlier.drawing(folder, figure.name) for figure in figures}
         kept = {name: drawing for name, drawing in found.items() if drawing is not None}
     # Both reports' files are listed while either may be there: one that is interrupted leaves no orphan.
     Earlier(files=earlier.files | files).write(folder)
+    if PDF in earlier.files:
+        (folder / PDF).unlink(missing_ok=True)  # it is not of the page that follows
 
     missing = [figure for figure in figures if figure.name not in kept]
     drawings = {figure.name: inline(figure, kept[figure.name].svg) for figure in figures if figure.name in kept}
@@ -72,6 +82,11 @@ def write_report(
         write_text(folder / f"tables/{table.name}.csv", csv_text(table))
     write_text(folder / "report.md", markdown(title, sections))
     write_text(folder / "report.html", html(title, sections, drawings))
+
+    if browser is not None:
+        if progress is not None:
+            progress("printing", 0, 1)
+        print_page(folder / "report.html", folder / PDF, browser)
 
     for stale in earlier.files - files:
         (folder / stale).unlink(missing_ok=True)
