@@ -190,6 +190,9 @@ def _story(sentence: str, own: Mapping[str, Known], broken: Mapping[str, Known])
     for name, known in broken.items():
         if not any(_layer(site) in sentence for site in known.broken[known.first]):
             yield f"{name} breaks in {known.broken[known.first]} at {known.first} tokens, which is not said"
+        layers = {_layer(min(sites)) for sites in known.broken.values() if len(sites) == 1}
+        if len(layers) < 5 and not all(layer in sentence for layer in layers):
+            yield f"{name} breaks in {sorted(layers)}, at one length or another, and not all of them are said"
 
 
 def _lengths_are_said(page: Page) -> Iterator[str]:
@@ -242,6 +245,13 @@ def _slug(name: str) -> str:
     return "with-bos" if name.endswith("with <bos>") else "without-bos" if name.endswith("without <bos>") else "any"
 
 
+def _run_of(row: Row) -> str:
+    """The name of the group that a single run is in."""
+    tokens = "1 token" if row["length [tokens]"] == "1" else f"{int(row['length [tokens]']):,} tokens"
+    bos = {"true": ", with <bos>", "false": ", without <bos>", "": ""}[row["<bos>"]]
+    return f"{row['text']}, {tokens}{bos}"
+
+
 def _overflows(page: Page) -> Iterator[str]:
     groups = _groups(page)
     for line in page.sections.get("heat", "").splitlines():
@@ -260,6 +270,9 @@ def _overflows(page: Page) -> Iterator[str]:
             most = max([*held, *(_number(row["peak"]) for row in rows.values() if row["peak"])], default=0.0)
             if most > LARGEST[none[3]]:
                 yield f"{lead[1]}: no value overflows {none[3]}, and a run holds {most}"
+            own = [row for row in page.tables.get("runs", []) if _run_of(row) == lead[1] and row["dtype"] == none[1]]
+            if none[1] == none[3] and any(row["headroom [bits]"].startswith("-") for row in own):
+                yield f"{lead[1]}: no value overflows {none[3]}, and in its run one did"
             if bool(none[2]) != bool(rows[none[1]]["first break"]):
                 yield f"{lead[1]}: up to a break or not, of the {none[1]} run"
             if none[2] and not all(row["first break"] for row in rows.values()):
