@@ -28,18 +28,18 @@ BATCH: dict[str, Any] = {"rows": 3, "tokens": ((2, 7, 9), (2, 9, 9), (2, 7, 7))}
 @pytest.mark.parametrize(
     ("seen", "header", "place"),
     [
-        ({}, {}, ", at token 0 '<bos>': "),
-        ({"positions": (0,)}, {}, ", at token 0 '<bos>': "),
-        ({"positions": (0, 1, 2)}, {}, ", at tokens 0 to 2: "),
-        ({"positions": (0, 2)}, {}, ", at token 0 '<bos>' and 1 more: "),
-        ({"positions": (0, 2), "rows": (0,)}, BATCH, ", at token 0 '<bos>' and 1 more of row 0: "),
-        ({"positions": (0, 1), "rows": (1,), "row": 1}, BATCH, ", at tokens 0 to 1 of row 1: "),
-        ({"positions": (0, 1), "rows": (0, 2)}, BATCH, ", at tokens 0 to 1, in rows 0 and 2: "),
-        ({"positions": (0,), "rows": (0, 1, 2)}, BATCH, ", at token 0 '<bos>', in all 3 rows: "),
-        ({"counts": "frame", "token": None, "positions": (0, 1)}, {}, ", at frames 0 to 1: "),
-        ({"counts": "patch", "token": None, "positions": (0,)}, {}, ", at patch 0: "),
-        ({"counts": "position", "token": None}, {}, ", at position 0: "),
-        ({"position": None, "token": None, "row": None}, {}, ": "),
+        ({}, {}, ", at token 0 '<bos>', channel 2: "),
+        ({"positions": (0,)}, {}, ", at token 0 '<bos>', channel 2: "),
+        ({"positions": (0, 1, 2)}, {}, ", at tokens 0 to 2, channel 2: "),
+        ({"positions": (0, 2)}, {}, ", at token 0 '<bos>' and 1 more, channel 2: "),
+        ({"positions": (0, 2), "rows": (0,)}, BATCH, ", at token 0 '<bos>' and 1 more of row 0, channel 2: "),
+        ({"positions": (0, 1), "rows": (1,), "row": 1}, BATCH, ", at tokens 0 to 1 of row 1, channel 2: "),
+        ({"positions": (0, 1), "rows": (0, 2)}, BATCH, ", at tokens 0 to 1, in rows 0 and 2, channel 2: "),
+        ({"positions": (0,), "rows": (0, 1, 2)}, BATCH, ", at token 0 '<bos>', in all 3 rows, channel 2: "),
+        ({"counts": "frame", "token": None, "positions": (0, 1)}, {}, ", at frames 0 to 1, channel 2: "),
+        ({"counts": "patch", "token": None, "positions": (0,)}, {}, ", at patch 0, channel 2: "),
+        ({"counts": "position", "token": None}, {}, ", at position 0, channel 2: "),
+        ({"position": None, "token": None, "row": None}, {}, ", channel 2: "),
     ],
 )
 def test_all_positions_and_rows_are_named(seen: dict[str, Any], header: dict[str, Any], place: str) -> None:
@@ -52,7 +52,7 @@ def test_all_positions_and_rows_are_named(seen: dict[str, Any], header: dict[str
 
 def test_a_generated_token_is_called_that() -> None:
     record = replace(residual(position=2, positions=(2,)), step=2)
-    assert ", at token 2 '.', the 2nd token generated: " in said(record, starts=(0, 1, 2))
+    assert ", at token 2 '.', the 2nd token generated, channel 2: " in said(record, starts=(0, 1, 2))
 
 
 DEPENDS = "This depends only on"
