@@ -50,6 +50,20 @@ def test_all_positions_and_rows_are_named(seen: dict[str, Any], header: dict[str
     assert said(record, **header).startswith(f"{RESIDUAL}{place}60,000 + 8,000 = 68,000")
 
 
+def test_the_channel_is_named_where_the_last_axis_counts_channels() -> None:
+    assert said(residual()).startswith(f"{RESIDUAL}, at token 0 '<bos>', channel 2: ")
+    several = replace(residual(positions=(0, 1)), lost_channels=3)
+    assert said(several).startswith(f"{RESIDUAL}, at tokens 0 to 1, first in channel 2: ")
+    nan = made(2, "layers.0.mlp/div.0", operator="div", nan=1, broke=broke("invalid", value=float("nan")))
+    assert said(nan).startswith("layer 0, layers.0.mlp/div.0, operator div, at token 0 '<bos>', channel 2, is NaN")
+    for keys in (scores((1, 4, 3, 3), (0, 3, 0, 0)), scores((4, 3, 3), (2, 0, 0)), scores((1, 4, 1, 3), (0, 3, 0, 2))):
+        assert "channel" not in verdict(keys).partition("In layer")[0]
+    for site in ("lm_head", "sampler/div.0", "outside/mul.0"):
+        assert "channel" not in said(made(2, site, positive_inf=1, broke=broke()))
+    convolved = made(2, "encoder.conv", operator="convolution", positive_inf=1, broke=broke(counts="frame", token=None))
+    assert "channel" not in said(convolved)
+
+
 def test_a_generated_token_is_called_that() -> None:
     record = replace(residual(position=2, positions=(2,)), step=2)
     assert ", at token 2 '.', the 2nd token generated, channel 2: " in said(record, starts=(0, 1, 2))
