@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stabilitykit.errors import MisuseError
+from stabilitykit.errors import MisuseError, SkippedStatements
 from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
@@ -39,6 +39,7 @@ from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.repro.export import Export
 from stabilitykit.recorder.repro.keep import Kept
 from stabilitykit.recorder.session import Session
+from stabilitykit.recorder.stopped import skipped
 from stabilitykit.recorder.unseen import StopAtBreak
 from stabilitykit.records import Header, Level, Record, Recording
 
@@ -70,7 +71,8 @@ def record(
     added to those of every record, each with a column of its own: see `Statistic`. `position_peaks` keeps each
     position's amax. `fused_softmax`: a fused attention kernel runs as it is and keeps no probabilities, so its softmax
     statistics are recomputed in float32 from the queries and keys it was given. `stop_at_break` ends the block at the
-    first break, whatever follows in it.
+    first break: `recording.stopped` is True then, and `SkippedStatements` is warned of where that left out more than
+    the call of the model, such as an assignment of what it returns.
 
     `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
     handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
@@ -104,8 +106,8 @@ def record(
 
     Raises MisuseError for what is not a module, for an unknown level, format or matmul mode, for statistics whose names
     are taken, for a model that is being recorded already, or a part of it, and for a model or a module of it that went
-    through `torch.compile`. Warns at the end of a block in which
-    no part of the model was called, or in which a statistic failed.
+    through `torch.compile`. Warns at the end of a block in which no part of the model was called, in which a statistic
+    failed, or of which `stop_at_break` left statements out.
     """
     _check(model, level, formats, matmul)
     options = Options(
@@ -124,6 +126,7 @@ def record(
     session = Session(model, options)
     recording = Recording(_header(model, session, case or {}))
     error: str | None = None
+    missing: str | None = None
     try:
         with ExitStack() as stack:
             stack.enter_context(claim(model))
@@ -134,13 +137,16 @@ def record(
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             session.attach(stack)
             yield recording
-    except StopAtBreak:
-        pass
+    except StopAtBreak as end:
+        recording.header = replace(recording.header, stopped=True)
+        missing = skipped(end)
     except Exception as raised:
         error = str(raised)
         raise
     finally:
         _finish(model, session, recording, token_text, redact=redact, error=error)
+    if missing is not None:
+        warnings.warn(missing, SkippedStatements, stacklevel=3)
     for failure in session.observer.custom.failures():
         warnings.warn(failure, stacklevel=3)
     if not session.starts and all(entry.module == OUTSIDE for entry in session.observer.entries):

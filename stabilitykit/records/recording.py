@@ -30,7 +30,8 @@ class Header(Provenance):
     begin, `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a
     user added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is
     what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for:
-    site, row-major index, value. `backward`: gradients were recorded too. `case` is free-form: prompt, rescale,
+    site, row-major index, value. `backward`: gradients were recorded too. `stopped`: the run ended at its first break,
+    because it was asked to. `case` is free-form: prompt, rescale,
     rounding and whatever else was chosen; `loss_scale` is what the loss was multiplied by.
     """
 
@@ -52,6 +53,7 @@ class Header(Provenance):
     starts: tuple[int, ...] = ()
     lost_steps: tuple[int, ...] = ()
     backward: bool = False
+    stopped: bool = False
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
@@ -110,6 +112,11 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the recorded block ended at its first break, as `record(..., stop_at_break=True)` asks."""
+        return self.header.stopped
 
     def at(self, site: str, step: int = 0) -> Record:
         """The first record of `site` in `step`. Raises MisuseError, naming near ones, where there is none."""
