@@ -33,6 +33,7 @@ from stabilitykit.recorder.claims import claim
 from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
+from stabilitykit.recorder.libraries import attention_of, checkpoint_of, library_versions
 from stabilitykit.recorder.names import OUTSIDE
 from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
@@ -185,9 +186,9 @@ def _check(model: nn.Module, level: str, formats: Sequence[str], matmul: str | N
 
 def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Header:
     first = next(model.parameters(), torch.empty(0))
-    parameter = _floating(model)
+    parameter, attention = _floating(model), attention_of(model)
     return Header(
-        checkpoint=getattr(model, "source", None),
+        checkpoint=checkpoint_of(model),
         sha256=getattr(model, "sha256", None),
         dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         device=str(first.device),
@@ -199,8 +200,8 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         rows=0,
         tokens=None,
         notes=tuple(getattr(model, "notes", ())),
-        case=dict(case),
-        versions=_versions(),
+        case=({} if attention is None else {"attention": attention}) | dict(case),
+        versions=_versions() | library_versions(model),
         machine=machine(str(first.device)) | {"threads": torch.get_num_threads()},
     )
 

@@ -25,10 +25,8 @@ def test_where_only_modules_were_seen_nothing_is_claimed(level: Level) -> None:
     recording = Recording(replace(HEADER, level=level), [record])
     assert verdict(recording) == (
         "layer 0, residual after MLP (layers.0), at token 0 '<bos>', channel 2, is the first tensor that is not "
-        "finite. "
-        f"Why is not known: of {level} only what they return was recorded, and a value out of range, a mask, a weight "
-        "and an "
-        "operation without a finite result look alike from there. Record operators to see how."
+        f"finite. Why is not known: of {level} only what they return was recorded, and a value out of range, a mask, "
+        "a weight and an operation without a finite result look alike from there. Record operators to see how."
     )
 
 
@@ -37,8 +35,7 @@ def test_an_operator_that_could_not_be_repeated_is_not_explained() -> None:
     assert verdict(Recording(HEADER, [record])) == (
         "/scale.0, operator scale, at token 0 '<bos>', channel 2, is the first tensor that is not finite. How "
         "scale came to it was not seen: its result could not be computed again in a wider format. Run the same in "
-        "float32: if it is finite "
-        "there, this dtype is the reason."
+        "float32: if it is finite there, this dtype is the reason."
     )
 
 
@@ -183,8 +180,7 @@ def test_zero_divided_by_zero_of_what_was_computed_claims_no_more_than_that() ->
     assert verdict(invalid("div")) == (
         "/div.0, operator div, at token 0 '<bos>', channel 2, is NaN: 0 ÷ 0 = nan. div has no finite result for its "
         "finite operands (invalid), in any format. Whether a wider format would have given it these operands is not "
-        "known. "
-        "Look at its operands, and compare them with those of a run in a wider format."
+        "known. Look at its operands, and compare them with those of a run in a wider format."
     )
 
 

@@ -35,8 +35,7 @@ def test_a_break_is_told_from_its_operands_to_its_error() -> None:
     assert verdict(recording, reference) == (
         "float16 overflows in layer 0, residual after MLP (layers.0, operator add), at token 0 '<bos>', channel 2: "
         "60,000 + 8,000 = 68,000 exceeds the float16 maximum, 65,504. The float32 run has 68,123 there. This depends "
-        "only on "
-        "the first token, <bos>: every prompt that starts with it overflows here. In layer 1, normalised in a "
+        "only on the first token, <bos>: every prompt that starts with it overflows here. In layer 1, normalised in a "
         "norm (layers.1.input_layernorm/mul.0, operator mul) infinity becomes NaN (inf · 0), after layer 1 every "
         "token is lost, every logit is NaN and sampling raises: not a probability. Greedy decoding raises nothing "
         "and prints <pad>, the argmax of NaN. Use a format with a wider range (bfloat16, float32), or scale the "

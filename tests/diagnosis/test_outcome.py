@@ -177,8 +177,7 @@ def test_mish_is_right_though_its_exponential_overflows() -> None:
     assert verdict(recording) == (
         "float16 overflows in /exp.0, operator exp, at token 0 '<bos>', channel 2: exp of 20.9 gives 1.18e+09, "
         "which exceeds the float16 maximum, 65,504. It is absorbed in /tanh.0, operator tanh: tanh of infinity is 1, "
-        "as it is of the "
-        "true value, so nothing is lost."
+        "as it is of the true value, so nothing is lost."
     )
 
 
@@ -240,11 +239,9 @@ def test_a_number_divided_by_infinity_is_finite_and_wrong() -> None:
     assert verdict(recording) == (
         f"float16 overflows in layer 1, {NORM}/mul.0, operator mul, at frame 2, channel 2: 787 · 787 = 619,369 exceeds "
         f"the float16 maximum, 65,504. It is absorbed in layer 1, {NORM}/div.0, operator div: a number divided by "
-        "infinity "
-        "is 0. What the model returns is finite, and wrong: it is computed from that. Use a format with a wider range "
-        "(bfloat16, "
-        "float32). A candidate, not tried: compute this norm in float32, squares and their mean included. To try it on "
-        "this input, and whatever else may help: `stabilitykit diagnose toy --prompt ...`."
+        "infinity is 0. What the model returns is finite, and wrong: it is computed from that. Use a format with a "
+        "wider range (bfloat16, float32). A candidate, not tried: compute this norm in float32, squares and their "
+        "mean included. To try it on this input, and whatever else may help: `stabilitykit diagnose toy --prompt ...`."
     )
     found = document(recording)
     assert found["finite"] is True
