@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.records.document import from_document
+from stabilitykit.records.frame import frame
 from stabilitykit.records.parquet import SCHEMA_VERSION, read_table, write_table
 from stabilitykit.records.provenance import Provenance
-from stabilitykit.records.record import Level, LogitsError, Record, StoredWeights, columns, schema
+from stabilitykit.records.record import Level, LogitsError, Record, StoredWeights, schema
 from stabilitykit.words import quoted
 
 
@@ -133,9 +134,12 @@ class Recording:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a record, the columns as in the file."""
-        names = columns(self.header.formats, self.header.statistics)
-        return pd.DataFrame([record.row() for record in self.records], columns=names)
+        """One row a record: the file's columns, and `stored` and `headroom`; docs/records.md has each with its unit.
+
+        `frame[frame.stored]` are the tensors that 16 bits have to hold, without those that are computed in float32 on
+        purpose, such as the squares in a norm, and without gradients: `frame[frame.stored].groupby("layer").amax.max()`.
+        """
+        return frame(self.records, self.header.dtype, self.header.formats, tuple(self.header.statistics))
 
     def save(self, path: str | Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
