@@ -59,7 +59,7 @@ def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
 
 
 def stored(recording: Recording) -> Iterator[Record]:
-    """The records of tensors that the model stores in 16 bits when it runs in 16 bits, as `Record.is_stored_in` says."""
+    """The records of tensors that a run of the model in 16 bits stores in 16 bits, as `Record.is_stored_in` says."""
     return (record for record in recording if record.is_stored_in(recording.header.dtype))
 
 

@@ -7,8 +7,9 @@ Parquet: one row a tensor, and the header as JSON under the schema's metadata ke
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -19,7 +20,13 @@ from stabilitykit.records.frame import frame
 from stabilitykit.records.parquet import SCHEMA_VERSION, read_table, write_table
 from stabilitykit.records.provenance import Provenance
 from stabilitykit.records.record import Level, LogitsError, Record, StoredWeights, schema
-from stabilitykit.words import quoted
+from stabilitykit.words import counted, quoted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Kind = Literal["headroom", "heat", "exponents"]
+"""What `plot` draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +144,28 @@ class Recording:
         """One row a record: the file's columns, and `stored` and `headroom`; docs/records.md has each with its unit.
 
         `frame[frame.stored]` are the tensors that 16 bits have to hold, without those that are computed in float32 on
-        purpose, such as the squares in a norm, and without gradients: `frame[frame.stored].groupby("layer").amax.max()`.
+        purpose, such as the squares in a norm: `frame[frame.stored].groupby("layer").amax.max()`. Gradients are none.
         """
         return frame(self.records, self.header.dtype, self.header.formats, tuple(self.header.statistics))
+
+    def plot(self, kind: Kind = "headroom", **how: Any) -> "Axes":
+        """One step drawn on matplotlib's axes, which are returned: as `stabilitykit.plot`, which says what `how` takes.
+
+        `kind` is "headroom" (bits by layer), "heat" (bits by layer and site) or "exponents" (of one tensor).
+        """
+        import stabilitykit  # what draws is above this floor
+
+        drawn: Axes = stabilitykit.plot(self, kind, **how)
+        return drawn
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how many tensors of what, and the verdict."""
+        import stabilitykit  # what explains is above this floor
+
+        header = self.header
+        told = [header.checkpoint, header.dtype, counted(len(self), "tensor"), counted(len(header.starts), "step")]
+        verdict = escape(stabilitykit.verdict(self))
+        return f"<div><p><b>{escape(', '.join(one for one in told if one))}</b></p><p>{verdict}</p></div>"
 
     def save(self, path: str | Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""
