@@ -84,23 +84,24 @@ def _numbered(recording: Recording) -> Iterator[tuple[_Key, Record]]:
 def _row(key: _Key, one: Record | None, other: Record | None, a: Recording, b: Recording) -> dict[str, object]:
     known = one or other
     measured = next((r.deviation for r in _narrower_first(one, other) if r.deviation is not None), None)
-    return {
+    stored = any(r is not None and r.is_stored_in(of.header.dtype) for r, of in ((one, a), (other, b)))
+    found: dict[str, object] = {
         "step": key[0],
         "site": key[1],
         "label": known and known.label,
         "layer": known and known.layer,
         "operator": known and known.operator,
         "found": "both" if one and other else "a" if one else "b",
-        "stored": bool((one and one.is_stored_in(a.header.dtype)) or (other and other.is_stored_in(b.header.dtype))),
+        "stored": stored,
         "dtype_a": one and one.dtype,
         "dtype_b": other and other.dtype,
-        "amax_a": one and one.amax,
-        "amax_b": other and other.amax,
-        "amax_ulp": _apart(one, other),
-        "amax_db": _decibel(one and one.amax, other and other.amax),
-        "rms_a": one and one.rms,
-        "rms_b": other and other.rms,
-        "rms_db": _decibel(one and one.rms, other and other.rms),
+    }
+    for name in ("amax", "rms"):
+        ours, theirs = (None if r is None else getattr(r, name) for r in (one, other))
+        found |= {f"{name}_a": ours, f"{name}_b": theirs}
+        found |= {"amax_ulp": _apart(one, other)} if name == "amax" else {}
+        found |= {f"{name}_db": _decibel(ours, theirs)}
+    return found | {
         "lost_a": one and one.lost,
         "lost_b": other and other.lost,
         "sqnr": measured and measured.sqnr,

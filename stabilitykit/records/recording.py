@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -77,6 +78,11 @@ class Header(Provenance):
     def first_position(self, step: int) -> int | None:
         """The absolute position of a step's first token; None for a step that is not known."""
         return self.starts[step] if 0 <= step < len(self.starts) else None
+
+
+def _public(name: str) -> Any:
+    """A name of the package, found when it is asked for: what explains and what draws is above this floor."""
+    return getattr(import_module("stabilitykit"), name)
 
 
 class Repro(Protocol):
@@ -153,18 +159,14 @@ class Recording:
 
         `kind` is "headroom" (bits by layer), "heat" (bits by layer and site) or "exponents" (of one tensor).
         """
-        import stabilitykit  # what draws is above this floor
-
-        drawn: Axes = stabilitykit.plot(self, kind, **how)
+        drawn: Axes = _public("plot")(self, kind, **how)
         return drawn
 
     def _repr_html_(self) -> str:
         """What a notebook shows: how many tensors of what, and the verdict."""
-        import stabilitykit  # what explains is above this floor
-
         header = self.header
         told = [header.checkpoint, header.dtype, counted(len(self), "tensor"), counted(len(header.starts), "step")]
-        verdict = escape(stabilitykit.verdict(self))
+        verdict = escape(_public("verdict")(self))
         return f"<div><p><b>{escape(', '.join(one for one in told if one))}</b></p><p>{verdict}</p></div>"
 
     def save(self, path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from stabilitykit.diagnosis.layers import peak, stored
 from stabilitykit.errors import MisuseError
@@ -106,10 +106,13 @@ def _room(record: Record | None, form: NumberFormat) -> float:
 
 def _headroom(axes: "Axes", cells: dict[str, dict[int, Record]], form: NumberFormat, recording: Recording) -> None:
     layers = sorted({layer for row in cells.values() for layer in row})
+    from matplotlib.ticker import MaxNLocator
+
     rooms = {layer: [_room(row.get(layer), form) for row in cells.values()] for layer in layers}
-    least = {layer: min((room for room in rooms[layer] if math.isfinite(room)), default=math.nan) for layer in layers}
+    least = [min((room for room in rooms[layer] if room < math.inf), default=math.nan) for layer in layers]
     name = recording.header.dtype
-    axes.plot(layers, [least[layer] for layer in layers], label=f"{name} run, finite tensors", **dtype_style(name))
+    finite = [room if math.isfinite(room) else math.nan for room in least]
+    axes.plot(layers, finite, label=f"{name} run", **dtype_style(name))
     axes.axhline(0, color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)), zorder=1.5, label=f"{form.name} maximum")
     broken = [layer for layer in layers if -math.inf in rooms[layer]]
     if broken:
@@ -118,7 +121,7 @@ def _headroom(axes: "Axes", cells: dict[str, dict[int, Record]], form: NumberFor
     axes.margins(y=0.12)
     axes.set_xlabel("layer")
     axes.set_ylabel(f"least headroom in {form.name} [bits]")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.3)
 
 
@@ -153,7 +156,7 @@ def _exponents(axes: "Axes", record: Record, form: NumberFormat) -> None:
     first, counts = record.exponent_first, record.exponents
     lowest = form.emin - form.precision + 1  # of the smallest subnormal
     axes.axvspan(form.emin - 0.5, form.emax + 0.5, color=FAINT, alpha=0.6, linewidth=0, zorder=0, label="normal")
-    hatched = {"fill": False, "edgecolor": FAINT, "hatch": "//", "linewidth": 0, "zorder": 0}
+    hatched: dict[str, Any] = {"fill": False, "edgecolor": FAINT, "hatch": "//", "linewidth": 0, "zorder": 0}
     axes.axvspan(lowest - 0.5, form.emin - 0.5, label="subnormal", **hatched)
     for at, amount in enumerate(counts, start=first):
         past = at > form.emax

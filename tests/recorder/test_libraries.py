@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from stabilitykit.diagnosis.untried import how_to_try
 IDS = torch.tensor([[1, 5, 9]])
 
 
-def llama(attention: str) -> transformers.LlamaForCausalLM:
-    config = transformers.LlamaConfig(
+def llama(attention: str) -> Any:
+    make: Any = transformers.LlamaConfig
+    config = make(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
         attn_implementation=attention,
     )  # fmt: skip
