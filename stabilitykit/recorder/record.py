@@ -30,6 +30,7 @@ from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
 from stabilitykit.recorder.claims import claim
+from stabilitykit.recorder.copies import Copies
 from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
@@ -63,6 +64,8 @@ def record(
     token_text: Callable[[int], str] | None = None,
     redact: bool = False,
     keep_operands: bool = False,
+    copies: Copies | None = None,
+    compared: Sequence[Copies] = (),
     case: Mapping[str, Any] | None = None,
 ) -> Iterator[Recording]:
     """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
@@ -79,6 +82,9 @@ def record(
     handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
     computes 16-bit matrix products in the block as `stabilitykit.models.matmul` does; without it arithmetic stays as
     it is. The header says which was in force.
+
+    `copies` gets a copy of every tensor, as far as there is room for it; a later run of the same tokens in a wider
+    dtype that is given it in `compared` is what they are compared with, and `Copies.told` has the deviations.
 
     On the meta device nothing is computed: such a recording says which tensors there would be, of what shape and in
     which dtype, and counts all their elements as masked.
@@ -123,6 +129,8 @@ def record(
         against=against or {},
         watch=watch,
         statistics=statistics,
+        copies=copies,
+        compared=compared,
     )
     session = Session(model, options)
     recording = Recording(_header(model, session, case or {}))

@@ -34,14 +34,14 @@ Kind = Literal["headroom", "heat", "exponents"]
 class Header(Provenance):
     """What has to be known to read the records, and to make them again.
 
-    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
-    redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
-    begin, `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a
-    user added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is
-    what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for:
-    site, row-major index, value. `backward`: gradients were recorded too. `stopped`: the run ended at its first break,
-    because it was asked to. `case` is free-form: prompt, rescale,
-    rounding and whatever else was chosen; `loss_scale` is what the loss was multiplied by.
+    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when redacted.
+    `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens begin,
+    `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a user
+    added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is what
+    storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for: site,
+    row-major index, value. `backward`: gradients were recorded too. `stopped`: the run ended at its first break,
+    because it was asked to. `reference` is the dtype of the run that the records' deviations are from. `case` is
+    free-form: prompt, rescale, rounding and whatever else was chosen; `loss_scale` is what the loss was multiplied by.
     """
 
     dtype: str
@@ -63,6 +63,7 @@ class Header(Provenance):
     lost_steps: tuple[int, ...] = ()
     backward: bool = False
     stopped: bool = False
+    reference: str | None = None
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
