@@ -41,7 +41,6 @@ DEFAULT_FORMATS = tuple(
 """The formats of at most 16 bits, the most precise first."""
 
 _FORMS = 1 << 12  # that are remembered
-
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
 
 

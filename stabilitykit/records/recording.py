@@ -163,12 +163,15 @@ class Recording:
         drawn: Axes = _public("plot")(self, kind, **how)
         return drawn
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows: how many tensors of what, and the verdict."""
+    def __repr__(self) -> str:
+        """`<Recording: gemma3-270m, float16, 1,342 tensors, 1 step>`"""
         header = self.header
         told = [header.checkpoint, header.dtype, counted(len(self), "tensor"), counted(len(header.starts), "step")]
-        verdict = escape(_public("verdict")(self))
-        return f"<div><p><b>{escape(', '.join(one for one in told if one))}</b></p><p>{verdict}</p></div>"
+        return f"<Recording: {', '.join(one for one in told if one)}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: `repr`, and the verdict."""
+        return f"<div><p><b>{escape(repr(self)[1:-1])}</b></p><p>{escape(_public('verdict')(self))}</p></div>"
 
     def save(self, path: str | Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""

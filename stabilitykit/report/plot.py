@@ -1,7 +1,6 @@
 """A recording drawn on matplotlib's axes, for a notebook: headroom by layer, by layer and site, exponents of a site."""
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 from stabilitykit.diagnosis.layers import peak, stored
@@ -24,12 +23,6 @@ from stabilitykit.words import place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_SIZES: dict[Kind, Callable[[int], tuple[float, float]]] = {
-    "headroom": lambda _: (8.0, 3.6),
-    "heat": lambda sites: (8.0, max(3.0, 1.3 + 0.2 * sites)),
-    "exponents": lambda _: (8.0, 3.2),
-}
 
 
 def plot(
@@ -66,26 +59,30 @@ def plot(
     if kind not in get_args(Kind):
         raise MisuseError(f"unknown kind {kind!r}; choose one of: {', '.join(get_args(Kind))}")
     form = number_format(in_format or recording.header.dtype)
-    with report_style():
-        if kind == "exponents":
-            found = _chosen(recording, site, step)
-            axes = ax or _new(_SIZES[kind](0))
+    if kind == "exponents":
+        found = _chosen(recording, site, step)
+        axes = ax or _new((8.0, 3.2))
+        with report_style():
             _exponents(axes, found, form)
-            return axes
-        if site is not None:
-            raise MisuseError(f'site= belongs to kind="exponents"; "{kind}" shows every site.')
-        cells = _cells(recording, step)
-        if not cells:
-            raise MisuseError(f"Nothing to draw: step {step} of this recording stores no tensor inside a layer.")
-        axes = ax or _new(_SIZES[kind](len(cells)))
-        (_headroom if kind == "headroom" else _heat)(axes, cells, form, recording)
         return axes
+    if site is not None:
+        raise MisuseError(f'site= belongs to kind="exponents"; "{kind}" shows every site.')
+    cells = _cells(recording, step)
+    if not cells:
+        raise MisuseError(f"Nothing to draw: step {step} of this recording stores no tensor inside a layer.")
+    axes = ax or _new((8.0, 3.6) if kind == "headroom" else (8.0, max(3.0, 1.3 + 0.2 * len(cells))))
+    with report_style():
+        (_headroom if kind == "headroom" else _heat)(axes, cells, form, recording)
+    return axes
 
 
 def _new(size: tuple[float, float]) -> "Axes":
+    """Axes in the report's style; the figure is made outside of it, so that what a notebook's backend sets up stays."""
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=size)[1]
+    figure = pyplot.figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
+    with report_style():
+        return figure.add_subplot()
 
 
 def _cells(recording: Recording, step: int) -> dict[str, dict[int, Record]]:

@@ -112,7 +112,7 @@ def test_misuse_says_what_there_is() -> None:
 
 def test_what_a_notebook_shows_is_the_verdict_escaped() -> None:
     shown = recording(positive_inf=1, broke=broke())._repr_html_()
-    assert "<p><b>toy, float16, 9 tensors" in shown
+    assert "<p><b>Recording: toy, float16, 9 tensors, 0 steps</b></p>" in shown
     assert "float16 overflows in layer 2, residual after MLP" in shown
     assert "&#x27;&lt;bos&gt;&#x27;, channel 2" in shown
     assert "<bos>" not in shown
