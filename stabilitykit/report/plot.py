@@ -155,9 +155,14 @@ def _exponents(axes: "Axes", record: Record, form: NumberFormat) -> None:
     axes.axvspan(form.emin - 0.5, form.emax + 0.5, color=FAINT, alpha=0.6, linewidth=0, zorder=0, label="normal")
     hatched: dict[str, Any] = {"fill": False, "edgecolor": FAINT, "hatch": "//", "linewidth": 0, "zorder": 0}
     axes.axvspan(lowest - 0.5, form.emin - 0.5, label="subnormal", **hatched)
-    for at, amount in enumerate(counts, start=first):
-        past = at > form.emax
-        axes.bar(at, amount, 0.9, facecolor=VERMILLION if past else BLUE, edgecolor=INK, linewidth=0.3)
+    exponents = range(first, first + len(counts))
+    for label, colour, hatch, shown in (
+        (None, BLUE, None, [at for at in exponents if at <= form.emax]),
+        ("past the maximum", VERMILLION, "xxxx", [at for at in exponents if at > form.emax]),
+    ):
+        if shown:
+            heights = [counts[at - first] for at in shown]
+            axes.bar(shown, heights, 0.9, label=label, facecolor=colour, hatch=hatch, edgecolor=INK, linewidth=0.3)
     magnitude_axis(axes)
     axes.set_ylim(0.6, max(counts) * 2)
     ends = [first, first + len(counts) - 1]
