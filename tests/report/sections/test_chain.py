@@ -29,7 +29,7 @@ def test_the_first_broken_run_in_float16_is_followed_to_its_error(tmp_path: Path
     assert "The float32 run has 68,123 there." in prose.text
     assert isinstance(table, Table)
     assert [list(row) for row in table.rows] == [
-        ["break", "layers.0", "residual after MLP", "add", "overflow: 1 element lost at position 0 '<bos>'"],
+        ["break", "layers.0", "residual after MLP", "add", "overflow: 1 element lost at position 0 '<bos>', channel 2"],
         ["first NaN", "layers.1", None, "add", "inf - inf makes 12 NaN"],
         ["layer", "layers.1", None, "add", "12 NaN, in 3 of 3 tokens and 4 of 4 channels"],
         ["logits", "lm_head", None, "matmul", "every logit is NaN"],
