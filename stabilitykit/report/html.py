@@ -7,7 +7,8 @@ from functools import cache
 
 import jinja2
 
-from stabilitykit.report.blocks import Cell, Section, Table
+from stabilitykit.report.blocks import Cell, Explorer, Section, Table
+from stabilitykit.report.explorer import assets
 from stabilitykit.report.prose import spans
 from stabilitykit.report.tables import cell_text, csv_text, heading, numeric_columns
 
@@ -17,7 +18,8 @@ def html(title: str, sections: Sequence[Section], drawings: Mapping[str, str]) -
 
     Tables carry their CSV in themselves, so the page can be forwarded alone.
     """
-    return _template().render(title=title, sections=sections, drawings=drawings)
+    explorer = next((block for s in sections for block in s.blocks if isinstance(block, Explorer)), None)
+    return _template().render(title=title, sections=sections, drawings=drawings, explorer=explorer)
 
 
 @cache
@@ -32,6 +34,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {"spans": spans, "heading": heading, "sort_key": _sort_key, "csv_link": _csv_link}
     environment.globals |= {"cell_text": cell_text, "numeric_columns": numeric_columns}
+    assets.register(environment)
     environment.tests["of_kind"] = lambda block, kind: type(block).__name__ == kind
     return environment.get_template("page.html.jinja")
 
