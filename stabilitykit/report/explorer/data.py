@@ -1,7 +1,7 @@
 """Records -> the JSON that the explorer reads: short names, columns instead of rows, no more digits than are shown.
 
-Magnitudes have six digits, other statistics four, counts are exact. Exponents are those of what the model stores in the
-run's dtype, not those of what it computes in float32 on purpose. A magnitude by position is kept as a sixteenth of a
+Magnitudes have six digits, other statistics four, counts are exact. Exponents, and what casts would do, are
+told of what the model stores in the run's dtype, not of what it computes in float32 on purpose. A magnitude by position is kept as a sixteenth of a
 power of two, so within 2.2%, and always on the side of the format's maximum on which it was; one by length as a 32nd,
 within 1.1%. Text is what the records hold: of a redacted run there is none.
 """
@@ -151,7 +151,7 @@ def _key(record: Record | Peak) -> _Key:
 
 @cache
 def _key_of(site: str, layer: int | None) -> _Key:
-    found = None if layer is None else layer_of(site)
+    found = None if layer is None else layer_of(site.partition("/")[0])
     return ("" if found is None else found[0], places.relative_site(site, layer), layer is None)
 
 
@@ -279,9 +279,9 @@ def _run(
                 for counts in (record.formats[name],)
                 for number in (counts.overflow, counts.subnormal, counts.zero)
             ]
-            if record.elements
+            if flag
             else []
-            for record in records
+            for record, flag in zip(records, shown, strict=True)
         ],
         "at": [
             [-1 if at is None else at for at in (record.amax_row, record.amax_position, record.amax_channel)]
@@ -483,7 +483,7 @@ def told(found: Explored) -> str:
     """What is in it, in a sentence."""
     parts = [counted(found.records, "record")] if found.records else []
     parts += [f"every length of {counted(found.maps, 'text')}"] if found.maps else []
-    said = f"It holds {' and '.join(parts)}."
+    said = f"The explorer holds {' and '.join(parts)}."
     if found.left_out:
         said += (
             f" Of runs in several steps it keeps each site's worst step: {counted(found.left_out, 'record')} more "

@@ -26,14 +26,19 @@
   const number = (value) => {
     if (typeof value === "string") return { nan: "NaN", inf: "inf", "-inf": "−inf" }[value];
     const size = Math.abs(value);
-    const said = size >= 1000 && size < 1e9 ? Math.round(value).toLocaleString("en-GB") : String(Number(value.toPrecision(4)));
+    if (size !== 0 && (size < 1e-4 || size >= 1e9)) return value.toExponential(3).replace(/\.?0*e\+?/, "e").replaceAll("-", "−");
+    const said = size >= 1000 ? Math.round(value).toLocaleString("en-GB") : String(Number(value.toPrecision(4)));
     return said.replace("-", "−");
   };
   const whole = (value) => value.toLocaleString("en-GB");
   const bits = (value) => (Math.abs(value) < 1 ? value.toFixed(2) : value.toFixed(1)).replace("-", "−");
   const percent = (share) => `${Number((100 * share).toPrecision(share < 0.01 ? 2 : 3))}%`;
   const power = (exponent) => `2${String(exponent).replace(/[-\d]/g, (sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"[sign === "-" ? 0 : Number(sign) + 1])}`;
-  const quoted = (token) => (/^\(id \d+\)$/.test(token) ? token : `‘${token.replace(/\n/g, "\\n").replace(/\t/g, "\\t")}’`);
+  const quoted = (token) => {
+    if (/^\(id \d+\)$/.test(token)) return token;
+    const shown = token.replace(/[\p{Cc}\p{Zl}\p{Zp}]/gu, (letter) => JSON.stringify(letter).slice(1, -1));
+    return shown.includes("'") && !shown.includes('"') ? `"${shown}"` : `'${shown}'`;
+  };
   const plural = (count, one, many = `${one}s`) => `${whole(count)} ${count === 1 ? one : many}`;
 
   const element = (tag, properties = {}, ...children) => {
@@ -129,9 +134,11 @@
   };
   const lookUpLength = (run, records, length) => {
     const found = span(run, length);
-    const index = found && records.find((record) => run.pass[record] === found.pass);
+    if (!found) return NONE;
+    const index = records.find((record) => run.pass[record] === found.pass);
+    const known = index ?? records[0]; // what a broken pass holds after its break is not kept
+    if (run.order[known] > (found.order ?? Infinity)) return { kind: "lost", index: known, amax: null, span: found };
     if (index === undefined) return NONE;
-    if (found.order !== undefined && run.order[index] > found.order) return { kind: "lost", index, amax: null, span: found };
     const curve = run.curves[index];
     let step = -1;
     while (step + 1 < curve.positions.length && curve.positions[step + 1] < length) step += 1;
@@ -331,6 +338,7 @@
     path.replaceChildren(element("code", {}, text(run.site[index])));
     const operator = run.operator && text(run.operator[index]);
     if (operator) path.append(", operator ", element("code", {}, operator));
+    if (run.shape) path.append(`, ${text(run.shape[index])}`);
     said.textContent = `${run.dtype}${moment()}: ${sentence(run, seen)}`;
     find(".brief span").textContent = `${placeOf(chosen)}, ${said.textContent}`;
     later(() => {
@@ -404,17 +412,17 @@
       return [other, records ? lookUp(other, records, state.at).index ?? records[0] : null];
     });
 
-  const table = (title, headings, rows, { note = "", alarming = () => false } = {}) => {
+  const table = (title, headings, rows, { note = "", alarming = () => false, sites = false } = {}) => {
     const head = element("tr", {}, ...headings.map((name, at) => element("th", { scope: "col", className: at ? "number" : "" }, name)));
-    const body = rows.map((row) =>
-      element("tr", { className: alarming(row) ? "alarming" : "" }, ...row.map((cell, at) => element(at ? "td" : "th", at ? { className: "number" } : { scope: "row" }, cell ?? "–"))));
-    const made = element("table", {}, element("caption", {}, title), element("thead", {}, head), element("tbody", {}, ...body));
+    const entry = (cell) => element("td", { className: typeof cell === "string" && !/['"]/.test(cell) ? "number" : "number words" }, cell ?? "–");
+    const body = rows.map(([name, ...cells]) =>
+      element("tr", { className: alarming([name, ...cells]) ? "alarming" : "" }, element("th", { scope: "row" }, name), ...cells.map(entry)));
+    const made = element("table", { className: sites ? "sites" : "" }, element("caption", {}, title), element("thead", {}, head), element("tbody", {}, ...body));
     return note ? [made, element("p", { className: "note" }, note)] : [made];
   };
 
   const ROWS = [
     ["stored as", (run, at) => text(run.type[at])],
-    ["shape", (run, at) => text(run.shape[at])],
     ["largest magnitude", (run, at) => run.amax[at] !== null && number(run.amax[at])],
     ["headroom [bits]", (run, at) => run.amax[at] && bits(headroom(formats.get(state.format), run.amax[at]))],
     ["at token", (run, at) => run.at[at][1] >= 0 && `${whole(run.at[at][1])}${run.token[at] < 0 ? "" : ` ${quoted(text(run.token[at]))}`}`],
@@ -465,13 +473,13 @@
         const [past, subnormal, zero] = casts.slice(3 * at, 3 * at + 3);
         return [name, amax ? bits(headroom(format, amax)) : null, ...[past, subnormal, zero].map((count) => (count ? whole(count) : "0"))];
       });
-      tables.push(...table(`Cast from the ${run.dtype} run to`, ["", "headroom [bits]", "overflow", "subnormal", "to zero"], each, {
-        note: `Elements, of ${whole(run.elements[index])}.`,
+      tables.push(...table(`Cast from the ${run.dtype} run to`, ["", "bits", "overflow", "subnormal", "to zero"], each, {
+        note: `Headroom in bits; elements that a cast changes, of ${whole(run.elements[index])}.`,
         alarming: (row) => row[2] !== "0",
       }));
     }
     const operands = run.breaks[index]?.operands;
-    if (operands?.length) tables.push(...table("Operands of what broke", ["from", "value"], operands.map(([value, site]) => [site, value === null ? null : number(value)])));
+    if (operands?.length) tables.push(...table("Operands of what broke", ["from", "value"], operands.map(([value, site]) => [site, value === null ? null : number(value)]), { sites: true }));
     return tables;
   };
 
@@ -481,10 +489,12 @@
       const found = state.at <= run.longest ? lookUp(run, records, state.at) : NONE;
       return [run.dtype, found.amax ? number(found.amax) : null, found.amax ? bits(headroom(formats.get(state.format), found.amax)) : null, found.position === undefined ? null : token(run, found.position)];
     });
+    const link = (run, found) => element("a", { href: addressOf(run.dtype, grid.part.key, `length-${found.first}`, found.site) }, found.place);
     const spans = grid.part.runs.flatMap((run) => run.spans.map((found) => [
-      run.dtype, found.first === found.last ? whole(found.first) : `${whole(found.first)} to ${whole(found.last)}`, found.place ?? "no break", found.where ?? null]));
+      run.dtype, found.first === found.last ? whole(found.first) : `${whole(found.first)} to ${whole(found.last)}`,
+      found.place ? link(run, found) : "none", found.where?.replace(/^at /, "") ?? null]));
     return [
-      ...table(`At ${plural(state.at, "token")}`, ["", "largest, about", `headroom in ${state.format} [bits]`, "at"], rows),
+      ...table(`At ${plural(state.at, "token")}`, ["", "largest", "bits", "at"], rows, { note: `Finite magnitudes, within 1%; headroom in ${state.format}, in bits.` }),
       ...table("First break by length", ["", "tokens", "first break", "at"], spans),
     ];
   };
@@ -545,7 +555,7 @@
       grid: { stroke: faint, width: 0.5 }, ticks: { stroke: faint, width: 0.5, size: 3 }, ...extra,
     });
     const made = new uPlot({
-      width: Math.max(200, box.clientWidth), height: 168, padding: [10, 8, 0, 0],
+      width: Math.max(200, box.clientWidth), height: 168, padding: [10, 16, 0, 0],
       legend: { show: false },
       cursor: { y: false, points: { size: 5 }, drag: { x: false, y: false } },
       scales: { x: { time: false, range: part.x }, y: { range: part.y } },
@@ -575,6 +585,8 @@
     else [[at, bbox.top], [at, bbox.top + bbox.height]].forEach(([x, y], end) => (end ? ctx.lineTo(x, y) : ctx.moveTo(x, y)));
     ctx.stroke();
     if (mark.label) {
+      ctx.textAlign = "left";
+      ctx.textBaseline = "alphabetic";
       ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
       const width = ctx.measureText(mark.label).width, room = 4 * devicePixelRatio;
       const left = across ? bbox.left + room : at + room + width > bbox.left + bbox.width ? at - room - width : at + room;
@@ -643,21 +655,23 @@
     const xs = [...points].filter((length) => length >= 1 && length <= longest).sort((a, b) => a - b);
     return magnitudes({
       name: "length", title: "Largest magnitude by length", across: "length [tokens]", names: across.map(([run]) => run.dtype), xs,
-      ys: lines.map((line) => xs.map(line)), format, more: [{ x: state.at }], at: (x) => plural(x, "token"), column: "tokens", stepped: true,
+      ys: lines.map((line) => xs.map(line)), format, more: [{ x: state.at }], at: (x) => plural(x, "token"), column: "tokens", stepped: true, doubling: true,
     });
   };
-  const magnitudes = ({ name, title, across, names, xs, ys, format, more, at, column, stepped = false }) => {
+  const magnitudes = ({ name, title, across, names, xs, ys, format, more, at, column, stepped = false, doubling = false }) => {
+    const scaled = doubling ? Math.log2 : (x) => x;
+    const places = xs.map(scaled);
     const known = ys.flat().filter((y) => y !== null);
     const limit = Math.log2(format.largest);
     const high = Math.max(...known), low = Math.min(...known);
     const top = limit - high < 8 ? Math.max(high, limit) : high;
     const near = limit - high < 8;
     return {
-      name, title, across, up: "magnitude", dtypes: names, data: [xs, ...ys], stepped,
+      name, title, across, up: "magnitude", dtypes: names, data: [places, ...ys], stepped,
       spoken: `${title}, from ${number(2 ** low)} to ${number(2 ** high)}; the numbers are in the table below.`,
-      x: () => [xs[0], Math.max(xs.at(-1), xs[0] + 1)], y: () => [Math.floor(low - 0.2), Math.max(Math.ceil(top + (near ? 0.9 : 0.2)), Math.floor(low) + 2)],
-      xs: (_, splits) => splits.map((x) => (Number.isInteger(x) ? whole(x) : "")), ys: (_, splits) => splits.map((y) => (Number.isInteger(y) ? power(y) : "")),
-      marks: [{ y: limit, label: `${format.name} maximum`, strong: true }, ...more],
+      x: () => [places[0], Math.max(places.at(-1), places[0] + 1)], y: () => [Math.floor(low - 0.2), Math.max(Math.ceil(top + (near ? 0.9 : 0.2)), Math.floor(low) + 2)],
+      xs: (_, splits) => splits.map((x) => (Number.isInteger(x) ? whole(doubling ? 2 ** x : x) : "")), ys: (_, splits) => splits.map((y) => (Number.isInteger(y) ? power(y) : "")),
+      marks: [{ y: limit, label: `${format.name} maximum`, strong: true }, ...more.map(({ x }) => ({ x: scaled(x) }))],
       read: (x) => `${at(xs[x])}: ${names.map((dtype, line) => `${dtype} ${ys[line][x] === null ? "–" : number(2 ** ys[line][x])}`).join(", ")}`,
       table: () => table(title, [column, ...names], xs.map((x, row) => [whole(x), ...ys.map((line) => (line[row] === null ? null : number(2 ** line[row])))])),
     };
@@ -687,9 +701,9 @@
     if (state.format !== data.form) more.set("format", state.format);
     if (state.filter) more.set("filter", state.filter);
     if (state.side) more.set("view", "dtypes");
-    const parts = [dtype, grid.part.key, at, ...site.split("/")].map(encodeURIComponent).join("/");
-    return `#explore/${parts}${more.size ? `?${more}` : ""}`;
+    return `${addressOf(dtype, grid.part.key, at, site)}${more.size ? `?${more}` : ""}`;
   };
+  const addressOf = (dtype, run, at, site) => `#explore/${[dtype, run, at, ...site.split("/")].map(encodeURIComponent).join("/")}`;
   const restore = (hash) => {
     const [, path, query = ""] = /^#explore\/([^?]*)\??(.*)$/.exec(hash) ?? [];
     if (path === undefined) return false;
@@ -873,7 +887,7 @@
     for (const part of document.querySelectorAll("main td, main code")) {
       const site = part.textContent;
       if (!known.has(site) || part.closest("#explorer, a, button, summary")) continue;
-      const link = element("a", { className: "to-explorer", href: `#explore/-/-/-/${site.split("/").map(encodeURIComponent).join("/")}`, title: "Show in the explorer" });
+      const link = element("a", { className: "to-explorer", href: addressOf("-", "-", "-", site), title: "Show in the explorer" });
       link.append(...part.childNodes);
       part.append(link);
     }
