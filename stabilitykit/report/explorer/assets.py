@@ -8,7 +8,7 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup
 
-from stabilitykit.report.style import HEADROOM_CLASSES
+from stabilitykit.report.explorer.classes import CLASSES
 
 UPLOT = "vendor/uPlot-1.6.32"
 
@@ -27,7 +27,7 @@ def asset(name: str) -> Markup:
 
 def headroom_colours(scheme: str) -> Markup:
     """The classes' colours as custom properties of CSS, for a `light` or a `dark` page."""
-    pairs = {found.key: found.dark if scheme == "dark" else found.light for found in HEADROOM_CLASSES}
+    pairs = {found.key: found.dark if scheme == "dark" else found.light for found in CLASSES}
     return Markup(" ".join(f"--{key}: {ground}; --{key}-ink: {ink};" for key, (ground, ink) in pairs.items()))
 
 

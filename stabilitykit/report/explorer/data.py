@@ -1,9 +1,9 @@
 """Records -> the JSON that the explorer reads: short names, columns instead of rows, no more digits than are shown.
 
-Magnitudes have six digits, other statistics four, counts are exact. Exponents, and what casts would do, are
-told of what the model stores in the run's dtype, not of what it computes in float32 on purpose. A magnitude by position is kept as a sixteenth of a
-power of two, so within 2.2%, and always on the side of the format's maximum on which it was; one by length as a 32nd,
-within 1.1%. Text is what the records hold: of a redacted run there is none.
+Magnitudes have six digits, other statistics four, counts are exact. Exponents, and what casts would do, are told of
+what the model stores in the run's dtype, not of what it computes in float32 on purpose. A magnitude by position is kept
+as a sixteenth of a power of two, so within 2.2%, and always on the side of the format's maximum on which it was; one by
+length as a 32nd, within 1.1%. Text is what the records hold: of a redacted run there is none.
 """
 
 import json
@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from stabilitykit.diagnosis.layers import stored
 from stabilitykit.formats import NumberFormat, number_format
-from stabilitykit.records import Record, Recording
+from stabilitykit.records import FormatCounts, Record, Recording
 from stabilitykit.records.layers import layer_of
 from stabilitykit.records.lengths import LengthMap, Peak, Span
 from stabilitykit.records.sweep import USUAL, Results
+from stabilitykit.report.explorer.classes import CLASSES
 from stabilitykit.report.parts import choose, places
-from stabilitykit.report.style import HEADROOM_CLASSES, INK, dtype_style
+from stabilitykit.report.style import INK, dtype_style
 from stabilitykit.report.words import happened
 from stabilitykit.words import at_token, counted, place, with_bos
 
@@ -70,7 +71,7 @@ def explored(results: Results) -> Explored | None:
         "formats": [_format(form) for form in _formats(results, groups)],
         "steps": {"run": _BY_POSITION, "lengths": _BY_LENGTH},
         "nothing": _NOTHING,
-        "classes": [{"key": c.key, "label": c.label, "least": _number(c.least)} for c in HEADROOM_CLASSES],
+        "classes": [{"key": c.key, "label": c.label, "least": _number(c.least)} for c in CLASSES],
         "start": _start(parts, results.form.name),
         "groups": parts,
         "texts": texts.all,
@@ -267,6 +268,7 @@ def _run(
         "subnormal": [record.subnormal for record in records],
         "least": [_number(record.minimum, 6) for record in records],
         "most": [_number(record.maximum, 6) for record in records],
+        "amax": some(_amax),
         "smallest": [_number(record.smallest) for record in records],
         "mean": [_number(record.mean) for record in records],
         "rms": [_number(record.rms) for record in records],
@@ -276,7 +278,7 @@ def _run(
             [
                 number
                 for name in header.formats
-                for counts in (record.formats[name],)
+                for counts in (record.formats.get(name, FormatCounts(0, 0, 0)),)
                 for number in (counts.overflow, counts.subnormal, counts.zero)
             ]
             if flag
@@ -340,6 +342,12 @@ def _in_steps(values: npt.ArrayLike, steps: int, form: NumberFormat) -> npt.NDAr
     return np.where(known, found, _NOTHING).astype(np.int64)
 
 
+def _amax(record: Record) -> int | float | None:
+    """The largest magnitude, where it is not that of the minimum or the maximum."""
+    ends = [abs(end) for end in (record.minimum, record.maximum) if end is not None]
+    return None if record.amax is None or record.amax == max(ends, default=None) else _number(record.amax, 6)
+
+
 def _softmax(record: Record) -> list[Any] | None:
     found = record.softmax
     if found is None:
@@ -362,7 +370,7 @@ def _softmax(record: Record) -> list[Any] | None:
 
 def _deviation(record: Record) -> list[Any] | None:
     found = record.deviation
-    return found and [_number(found.sqnr), _number(found.largest), _number(found.largest_ulp), found.compared]
+    return None if found is None else [_number(found.sqnr), _number(found.largest), _number(found.largest_ulp)]
 
 
 def _break(record: Record, run: Recording) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@
         if (first) profile.forEach((step, at) => (profile[at] = step + first[at]));
         else firstProfiles.set(place, profile);
       }
-      run.amax = run.least.map((least, index) => (least === null ? null : Math.max(-least, run.most[index])));
+      run.largest = run.least.map((least, index) => run.amax[index] ?? (least === null ? null : Math.max(-least, run.most[index])));
     }
     return part;
   };
@@ -112,11 +112,11 @@
   const worst = (run, records) => {
     let best = records[0];
     for (const index of records) {
-      if (run.breaks[index]) return { kind: "breaks", index, amax: run.amax[index] };
+      if (run.breaks[index]) return { kind: "breaks", index, amax: run.largest[index] };
       if (run.lost[index] && !run.lost[best]) best = index;
-      else if (!run.lost[best] && (run.amax[index] ?? -1) > (run.amax[best] ?? -1)) best = index;
+      else if (!run.lost[best] && (run.largest[index] ?? -1) > (run.largest[best] ?? -1)) best = index;
     }
-    const amax = run.amax[best];
+    const amax = run.largest[best];
     const kind = run.lost[best] ? "lost" : amax === null ? "none" : amax === 0 ? "zero" : "value";
     return { kind, index: best, amax };
   };
@@ -423,8 +423,8 @@
 
   const ROWS = [
     ["stored as", (run, at) => text(run.type[at])],
-    ["largest magnitude", (run, at) => run.amax[at] !== null && number(run.amax[at])],
-    ["headroom [bits]", (run, at) => run.amax[at] && bits(headroom(formats.get(state.format), run.amax[at]))],
+    ["largest magnitude", (run, at) => run.largest[at] !== null && number(run.largest[at])],
+    ["headroom [bits]", (run, at) => run.largest[at] && bits(headroom(formats.get(state.format), run.largest[at]))],
     ["at token", (run, at) => run.at[at][1] >= 0 && `${whole(run.at[at][1])}${run.token[at] < 0 ? "" : ` ${quoted(text(run.token[at]))}`}`],
     ["at channel", (run, at) => run.at[at][2] >= 0 && whole(run.at[at][2])],
     ["maximum", (run, at) => run.most[at] !== null && number(run.most[at])],
@@ -463,13 +463,13 @@
       const cells = across.map(([other, record]) => (record === null ? null : value(other, record) || null));
       if (cells.some((cell) => cell !== null)) rows.push([name, ...cells]);
     }
-    const tables = table("Record", ["", ...across.map(([other]) => other.dtype)], rows, {
+    const tables = table(state.at ? "Record, all positions" : "Record", ["", ...across.map(([other]) => other.dtype)], rows, {
       note: across.length > 1 ? "" : "This prompt ran in one dtype alone.",
     });
     const casts = run.casts[index];
     if (casts.length) {
       const each = run.formats.map((name, at) => {
-        const format = formats.get(name), amax = run.amax[index];
+        const format = formats.get(name), amax = run.largest[index];
         const [past, subnormal, zero] = casts.slice(3 * at, 3 * at + 3);
         return [name, amax ? bits(headroom(format, amax)) : null, ...[past, subnormal, zero].map((count) => (count ? whole(count) : "0"))];
       });
