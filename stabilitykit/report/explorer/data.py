@@ -131,8 +131,7 @@ def told(found: Explored) -> str:
     parts += [f"every length of {counted(found.maps, 'text')}"] if found.maps else []
     said = f"The explorer holds {' and '.join(parts)}."
     if found.left_out:
-        said += (
-            f" {counted(found.left_out, 'record')} more are in the files of the sweep alone: a page would be too large"
-        )
+        more = counted(found.left_out, "record")
+        said += f" {more} more are in the files of the sweep alone, for a page would be too large"
         said += "; of each site it has the worst step." if found.brief else "."
     return said
