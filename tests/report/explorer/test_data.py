@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from swept import record, run_case, sweep
 
 from stabilitykit.formats import FORMATS, number_format
+from stabilitykit.records import Recording
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.explorer import data
+from stabilitykit.report.explorer.assets import packed
 from stabilitykit.report.explorer.data import Explored, explored
 from stabilitykit.report.explorer.numbers import BY_POSITION, NOTHING, differences, in_steps, short
 
@@ -54,11 +57,8 @@ def test_sites_that_only_one_dtype_has_stand_where_they_run(tmp_path: Path) -> N
         "float16": ["layers.0/first.0", "layers.0/softmax.0", "layers.0/cast.0", "layers.0/matmul.0"],
     }
     pairs = [
-        (
-            run_case(dtype),
-            type(toy_run(dtype))(toy_run(dtype).header, [record(i, s, dtype) for i, s in enumerate(names)]),
-        )
-        for dtype, names in runs.items()
+        (run_case(dtype), Recording(toy_run(dtype).header, [record(i, site, dtype) for i, site in enumerate(sites)]))
+        for dtype, sites in runs.items()
     ]
     _, document = read(sweep(tmp_path / "toy", pairs))
     paths = [document["texts"][path] for _, _, path, _ in document["groups"][0]["rows"]]
@@ -68,11 +68,7 @@ def test_sites_that_only_one_dtype_has_stand_where_they_run(tmp_path: Path) -> N
 def test_two_stacks_of_layers_have_rows_of_their_own(tmp_path: Path) -> None:
     recording = toy_run("float32")
     sites = ["encoder.layers.0.fc1", "decoder.layers.0.fc1"]
-    recording.records = [record(i, "layers.0", "float32") for i in range(2)]
-    recording.records = [
-        type(first)(**{name: getattr(first, name) for name in first.__dataclass_fields__} | {"site": site})
-        for first, site in zip(recording.records, sites, strict=True)
-    ]
+    recording.records = [replace(record(i, "layers.0", "float32"), site=site) for i, site in enumerate(sites)]
     _, document = read(sweep(tmp_path / "toy", [(run_case("float32"), recording)]))
     stacks = [document["texts"][stack] for stack, _, _, _ in document["groups"][0]["rows"]]
     assert stacks == ["encoder.layers", "decoder.layers"]
@@ -110,7 +106,9 @@ def test_profiles_of_other_dtypes_are_told_against_the_first(toy: Results) -> No
     _, document = read(toy)
     first, _, third = document["groups"][0]["runs"]
     assert first["profile"]["2"] == in_steps([200.0, 100.0, 50.0], BY_POSITION, number_format("float16")).tolist()
-    assert third["profile"]["2"] == [round(BY_POSITION * math.log2(1.5)), 0, 0]
+    scaled = in_steps([300.0, 100.0, 50.0], BY_POSITION, number_format("float16"))
+    assert np.add(first["profile"]["2"], third["profile"]["2"]).tolist() == scaled.tolist()
+    assert third["profile"]["2"][1:] == [0, 0]
 
 
 def test_numbers_have_as_many_digits_as_are_shown() -> None:
@@ -124,26 +122,18 @@ def test_a_redacted_run_has_no_token_in_it(tmp_path: Path) -> None:
     open_, _ = read(toy_sweep(tmp_path / "open"))
     assert all(json.dumps(token)[1:-1] in open_.document for token in TOKENS.values())
     redacted = toy_run("float32", tokens=None, token_texts={})
-    redacted.records = [
-        type(r)(
-            **{name: getattr(r, name) for name in r.__dataclass_fields__}
-            | {"amax_token": None, "amax_token_text": None}
-        )
-        for r in redacted
-    ]
-    found, _ = read(sweep(tmp_path / "toy", [(run_case("float32"), redacted)]))
+    redacted.records = [replace(record, amax_token=None, amax_token_text=None) for record in redacted]
+    found, _ = read(sweep(tmp_path / "toy", [(run_case("float32", bos=None), redacted)]))
     assert not any(json.dumps(token)[1:-1] in found.document for token in TOKENS.values())
 
 
 def test_too_many_records_are_cut_to_the_worst_step_and_the_page_says_so(
-    toy: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps, of which the second is larger in one site and broke in the other."""
+    """Two steps, of which the second is larger in one site and smaller in another."""
     recording = toy_run("float32")
-    later = [
-        type(r)(**{n: getattr(r, n) for n in r.__dataclass_fields__} | {"step": 1, "order": r.order + 9})
-        for r in recording
-    ]
+    grown = {"layers.0": 900.0, "lm_head": 1.0}
+    later = [replace(r, step=1, order=r.order + 9, amax=grown.get(r.site, r.amax)) for r in recording]
     recording.records = [*recording, *later]
     results = sweep(tmp_path / "toy", [(run_case("float32"), recording)])
     whole, _ = read(results)
@@ -152,14 +142,14 @@ def test_too_many_records_are_cut_to_the_worst_step_and_the_page_says_so(
     monkeypatch.setattr(data, "MOST", 10)
     found, document = read(results)
     assert (found.records, found.left_out) == (7, 7)
-    assert set(document["groups"][0]["runs"][0]["step"]) == {0}
+    run = document["groups"][0]["runs"][0]
+    steps = dict(zip((document["texts"][site] for site in run["site"]), run["step"], strict=True))
+    assert (steps["layers.0"], steps["lm_head"], steps["embed_tokens"]) == (1, 0, 0)
     assert "7 records more are in the files of the sweep alone" in data.told(found)
 
 
 def test_a_report_of_ten_thousand_records_grows_by_less_than_a_megabyte() -> None:
     """The records of reports/float16_break, compressed, as the page carries them."""
-    from stabilitykit.report.explorer.assets import packed
-
     found, _ = read(Results.open(ROOT / "reports" / "float16_break"))
     assert found.records > 10_000
     assert len(packed(found.document)) < 920_000
