@@ -35,8 +35,9 @@ def chromium(profile: Path) -> Iterator[Any]:
 def emulate(
     browser: Any, *, media: str = "screen", scheme: str = "light", width: int = 1400, height: int = 1000
 ) -> None:
-    """A screen or a printer, light or dark, of this size in CSS pixels."""
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    """A screen or a printer, light or dark, of this size in CSS pixels. Nothing moves by itself."""
+    wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wanted.items()]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -30,6 +30,7 @@
     const said = size >= 1000 ? Math.round(value).toLocaleString("en-GB") : String(Number(value.toPrecision(4)));
     return said.replace("-", "−");
   };
+  const near = (value) => number(Number(value.toPrecision(3))); // of what is kept within 2%
   const whole = (value) => value.toLocaleString("en-GB");
   const bits = (value) => (Math.abs(value) < 1 ? value.toFixed(2) : value.toFixed(1)).replace("-", "−");
   const percent = (share) => `${Number((100 * share).toPrecision(share < 0.01 ? 2 : 3))}%`;
@@ -369,7 +370,7 @@
 
   const sentence = (run, seen) => {
     const format = formats.get(state.format);
-    const about = seen.part ? "about " : "";
+    const size = seen.amax && (seen.part ? `about ${near(seen.amax)}` : number(seen.amax));
     const room = seen.amax && overflows(format, seen.amax)
       ? `past the ${format.name} maximum, ${number(format.largest)}`
       : seen.amax && `${bits(headroom(format, seen.amax))} bits of headroom in ${format.name}`;
@@ -391,7 +392,7 @@
       default: {
         const inside = isJudged(run, seen.index) ? "" : ` It is computed in ${text(run.type[seen.index])} on purpose, so this is no overflow.`;
         const where = isLengths() ? `, at ${token(run, seen.position)}` : state.at === 0 ? peakAt(run, seen.index) : "";
-        return `largest magnitude ${about}${number(seen.amax)}${where}; ${room}.${inside}`;
+        return `largest magnitude ${size}${where}; ${room}.${inside}`;
       }
     }
   };
@@ -463,7 +464,7 @@
       const cells = across.map(([other, record]) => (record === null ? null : value(other, record) || null));
       if (cells.some((cell) => cell !== null)) rows.push([name, ...cells]);
     }
-    const tables = table(state.at ? "Record, all positions" : "Record", ["", ...across.map(([other]) => other.dtype)], rows, {
+    const tables = table(state.at ? "Record, all positions" : "Record", ["statistic", ...across.map(([other]) => other.dtype)], rows, {
       note: across.length > 1 ? "" : "This prompt ran in one dtype alone.",
     });
     const casts = run.casts[index];
@@ -473,7 +474,7 @@
         const [past, subnormal, zero] = casts.slice(3 * at, 3 * at + 3);
         return [name, amax ? bits(headroom(format, amax)) : null, ...[past, subnormal, zero].map((count) => (count ? whole(count) : "0"))];
       });
-      tables.push(...table(`Cast from the ${run.dtype} run to`, ["", "bits", "overflow", "subnormal", "to zero"], each, {
+      tables.push(...table(`Cast from the ${run.dtype} run to`, ["format", "bits", "overflow", "subnormal", "to zero"], each, {
         note: `Headroom in bits; elements that a cast changes, of ${whole(run.elements[index])}.`,
         alarming: (row) => row[2] !== "0",
       }));
@@ -487,15 +488,15 @@
     const rows = grid.part.runs.map((run) => {
       const records = run.cells.get(grid.part.rows.indexOf(chosen.line.row) * (grid.part.layers + 1) + chosen.layer + 1);
       const found = state.at <= run.longest ? lookUp(run, records, state.at) : NONE;
-      return [run.dtype, found.amax ? number(found.amax) : null, found.amax ? bits(headroom(formats.get(state.format), found.amax)) : null, found.position === undefined ? null : token(run, found.position)];
+      return [run.dtype, found.amax ? near(found.amax) : null, found.amax ? bits(headroom(formats.get(state.format), found.amax)) : null, found.position === undefined ? null : token(run, found.position)];
     });
     const link = (run, found) => element("a", { href: addressOf(run.dtype, grid.part.key, `length-${found.first}`, found.site) }, found.place);
     const spans = grid.part.runs.flatMap((run) => run.spans.map((found) => [
       run.dtype, found.first === found.last ? whole(found.first) : `${whole(found.first)} to ${whole(found.last)}`,
       found.place ? link(run, found) : "none", found.where?.replace(/^at /, "") ?? null]));
     return [
-      ...table(`At ${plural(state.at, "token")}`, ["", "largest", "bits", "at"], rows, { note: `Finite magnitudes, within 1%; headroom in ${state.format}, in bits.` }),
-      ...table("First break by length", ["", "tokens", "first break", "at"], spans),
+      ...table(`At ${plural(state.at, "token")}`, ["dtype", "largest", "bits", "at"], rows, { note: `Finite magnitudes, within 1%; headroom in ${state.format}, in bits.` }),
+      ...table("First break by length", ["dtype", "tokens", "first break", "at"], spans),
     ];
   };
 
@@ -664,16 +665,16 @@
     const known = ys.flat().filter((y) => y !== null);
     const limit = Math.log2(format.largest);
     const high = Math.max(...known), low = Math.min(...known);
-    const top = limit - high < 8 ? Math.max(high, limit) : high;
-    const near = limit - high < 8;
+    const inSight = limit - high < 8; // the format's maximum, which is drawn where there is room for it
+    const top = inSight ? Math.max(high, limit) : high;
     return {
       name, title, across, up: "magnitude", dtypes: names, data: [places, ...ys], stepped,
-      spoken: `${title}, from ${number(2 ** low)} to ${number(2 ** high)}; the numbers are in the table below.`,
-      x: () => [places[0], Math.max(places.at(-1), places[0] + 1)], y: () => [Math.floor(low - 0.2), Math.max(Math.ceil(top + (near ? 0.9 : 0.2)), Math.floor(low) + 2)],
+      spoken: `${title}, from ${near(2 ** low)} to ${near(2 ** high)}; the numbers are in the table below.`,
+      x: () => [places[0], Math.max(places.at(-1), places[0] + 1)], y: () => [Math.floor(low - 0.2), Math.max(Math.ceil(top + (inSight ? 0.9 : 0.2)), Math.floor(low) + 2)],
       xs: (_, splits) => splits.map((x) => (Number.isInteger(x) ? whole(doubling ? 2 ** x : x) : "")), ys: (_, splits) => splits.map((y) => (Number.isInteger(y) ? power(y) : "")),
       marks: [{ y: limit, label: `${format.name} maximum`, strong: true }, ...more.map(({ x }) => ({ x: scaled(x) }))],
-      read: (x) => `${at(xs[x])}: ${names.map((dtype, line) => `${dtype} ${ys[line][x] === null ? "–" : number(2 ** ys[line][x])}`).join(", ")}`,
-      table: () => table(title, [column, ...names], xs.map((x, row) => [whole(x), ...ys.map((line) => (line[row] === null ? null : number(2 ** line[row])))])),
+      read: (x) => `${at(xs[x])}: ${names.map((dtype, line) => `${dtype} ${ys[line][x] === null ? "–" : near(2 ** ys[line][x])}`).join(", ")}`,
+      table: () => table(title, [column, ...names], xs.map((x, row) => [whole(x), ...ys.map((line) => (line[row] === null ? null : near(2 ** line[row])))])),
     };
   };
 
@@ -825,29 +826,35 @@
     const cell = event.target.closest(".cell")?.cell;
     if (!cell?.records) return;
     settled = true;
+    column = null;
     if (state.side) state.run = cell.run;
     choose(cell, { focus: true });
   });
-  // Arrows go to the next cell that holds a record; Home and End to the ends of a row, with Control to those of the map.
+  // Arrows go to the next cell that holds a record, up and down to the nearest one of the column from which they set out;
+  // Home and End go to the ends of a row, with Control to those of the map.
+  let column = null;
   map.addEventListener("keydown", (event) => {
     const cell = event.target.cell;
     if (!cell) return;
     const lines = grid.lines.filter((line) => !line.hidden);
     const at = lines.indexOf(cell.line);
-    const held = (found) => found?.records;
-    const inRow = (line, cells = line.cells) => cells.find(held);
-    const below = (some) => some.map((line) => line.cells[cell.column]).find(held);
+    const inRow = (line, cells = line.cells) => cells.find((found) => found.records);
+    if (!event.key.startsWith("Arrow") || /Left|Right/.test(event.key)) column = null;
+    const from = column ?? cell.column;
+    const nearest = (line) => line?.cells.filter((found) => found.records)
+      .reduce((best, found) => (!best || Math.abs(found.column - from) < Math.abs(best.column - from) ? found : best), null);
     const next = {
       ArrowRight: () => inRow(cell.line, cell.line.cells.slice(cell.column + 1)),
       ArrowLeft: () => inRow(cell.line, cell.line.cells.slice(0, cell.column).reverse()),
-      ArrowDown: () => below(lines.slice(at + 1)) ?? (lines[at + 1] && inRow(lines[at + 1])),
-      ArrowUp: () => below(lines.slice(0, at).reverse()) ?? (at > 0 && inRow(lines[at - 1])),
+      ArrowDown: () => nearest(lines.slice(at + 1).find((line) => inRow(line))),
+      ArrowUp: () => nearest(lines.slice(0, at).findLast((line) => inRow(line))),
       Home: () => inRow(event.ctrlKey ? lines[0] : cell.line),
       End: () => inRow(event.ctrlKey ? lines.at(-1) : cell.line, (event.ctrlKey ? lines.at(-1) : cell.line).cells.toReversed()),
     }[event.key]?.();
     if (!next) return;
     event.preventDefault();
     settled = true;
+    column = /Up|Down/.test(event.key) ? from : null;
     if (state.side) state.run = next.run;
     choose(next, { focus: true });
   });
