@@ -199,7 +199,7 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     assert texts
     assert texts <= set(names)
     page = {str(path.relative_to(ROOT)) for path in (PACKAGE / "report").rglob("*.*") if path.suffix != ".pyc"}
-    assert {"stabilitykit/report/explorer/explorer.js", "stabilitykit/report/page.html.jinja"} <= page <= set(names)
+    assert {"stabilitykit/report/explorer/script/map.js", "stabilitykit/report/page.html.jinja"} <= page <= set(names)
     code = "import sys; sys.path.insert(0, sys.argv.pop()); from stabilitykit.cli import main; main()"
     shown = subprocess.run(
         [sys.executable, "-c", code, "reproduce", "--list", str(tmp_path / "unpacked")],

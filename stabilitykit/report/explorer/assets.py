@@ -12,10 +12,14 @@ from stabilitykit.report.explorer.classes import CLASSES
 
 UPLOT = "vendor/uPlot-1.6.32"
 
+SCRIPT = ("begin", "words", "records", "map", "record", "curves", "address", "controls")
+"""The files of `script/`, in the order in which they make one function."""
+
 
 def register(environment: jinja2.Environment) -> None:
     """What the explorer's templates use."""
-    environment.globals |= {"asset": asset, "headroom_colours": headroom_colours, "uplot": UPLOT}
+    environment.globals |= {"asset": asset, "headroom_colours": headroom_colours}
+    environment.globals |= {"explorer_script": SCRIPT, "uplot": UPLOT}
     environment.filters["packed"] = packed
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Explorer, Section
-from stabilitykit.report.explorer.assets import UPLOT, asset, packed
+from stabilitykit.report.explorer.assets import SCRIPT, UPLOT, asset, packed
 from stabilitykit.report.explorer.classes import CLASSES, HeadroomClass
 from stabilitykit.report.html import html
 from stabilitykit.report.sections.explore import section
@@ -33,7 +33,9 @@ def test_what_others_wrote_is_whole_and_has_its_version_and_licence(folder: Path
 
 
 def test_nothing_in_the_page_ends_a_script_before_its_end() -> None:
-    for name in ("explorer.js", f"{UPLOT}/uPlot.iife.min.js"):
+    folder = {path.stem for path in (PACKAGE / "script").iterdir()}
+    assert folder == set(SCRIPT)
+    for name in (*(f"script/{part}.js" for part in SCRIPT), f"{UPLOT}/uPlot.iife.min.js"):
         assert "</script" not in asset(name).lower()
         assert "<!--" not in asset(name)
     for name in ("explorer.css", f"{UPLOT}/uPlot.min.css"):

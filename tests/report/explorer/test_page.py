@@ -85,11 +85,11 @@ def cells(browser: Any) -> dict[tuple[str, str], tuple[str, str]]:
         MAP
         + """
         return lines.filter((line) => !line.hidden).flatMap((line) =>
-          [...line.querySelectorAll(".cell")].map((cell, at) =>
-            [nameOf(line), heads[at], cell.textContent, cell.className]));
+          [...line.querySelectorAll(".cell")].map((part, at) =>
+            [nameOf(line), heads[at], part.cell.numeral ?? "", part.cell.look ?? "none"]));
         """
     )
-    look = {(row, column): (numeral, classes.split()[1]) for row, column, numeral, classes in found}
+    look = {(row, column): (numeral, name) for row, column, numeral, name in found}
     return {place: shown for place, shown in look.items() if shown[1] != "none"}
 
 
@@ -183,6 +183,45 @@ def test_every_cell_is_its_record(opened: Open, toy: Results, dtype: str) -> Non
     assert cells(browser) == wanted
     browser.find_element("css selector", "#explorer [name=inside]").click()
     assert cells(browser) == wanted | {("norm/pow.0", "layer 1"): expected(1e9)}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_cells_have_the_colours_of_their_classes(opened: Open, scheme: str) -> None:
+    """The pixel beside a cell's number, against the table of colours."""
+    browser = opened(f"#explore/float32/{RUN}/all/layers.1", scheme=scheme)
+    shown = cells(browser)
+    for place in (
+        ("residual after MLP", "layer 0"),
+        ("residual after MLP", "layer 1"),
+        ("logits", "outside the layers"),
+    ):
+        found = browser.execute_script(
+            MAP
+            + """
+            const line = lines.find((line) => nameOf(line) === arguments[0]);
+            const cell = line.querySelectorAll(".cell")[heads.indexOf(arguments[1])].getBoundingClientRect();
+            const canvas = document.querySelector(".map canvas"), at = canvas.getBoundingClientRect();
+            const pen = canvas.getContext("2d");
+            return [...pen.getImageData(cell.left - at.left + 2, cell.top - at.top + 2, 1, 1).data].slice(0, 3);
+            """,
+            *place,
+        )
+        colour = getattr(next(c for c in CLASSES if c.key == shown[place][1]), scheme)[0]
+        assert found == [int(colour[at : at + 2], 16) for at in (1, 3, 5)], place
+
+
+def test_screen_readers_are_told_what_a_cell_is(opened: Open) -> None:
+    browser = opened(f"#explore/float16/{RUN}/all/layers.1")
+    named = "return [...document.querySelectorAll('.map [role=gridcell][tabindex]')].map((cell) => cell.ariaLabel)"
+    WebDriverWait(browser, 10).until(lambda driver: None not in driver.execute_script(named))
+    assert browser.execute_script(named) == [
+        "13 bits",
+        "16 bits",
+        "8 bits",
+        "10 bits",
+        "breaks here",
+        "inf or NaN, or after a break",
+    ]
 
 
 def test_a_click_shows_the_record_of_every_dtype(opened: Open) -> None:
