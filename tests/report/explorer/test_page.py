@@ -218,8 +218,8 @@ def test_screen_readers_are_told_what_a_cell_is(opened: Open) -> None:
         "13 bits",
         "16 bits",
         "8 bits",
-        "10 bits",
         "breaks here",
+        "10 bits",
         "inf or NaN, or after a break",
     ]
 
