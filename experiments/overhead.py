@@ -446,9 +446,8 @@ def explorer_rows() -> Iterator[Row]:
         for flag in flags.split():
             options.add_argument(flag)
         options.binary_location = shutil.which("chromium") or ""
-        driver = webdriver.ChromeService(
-            executable_path=shutil.which("chromedriver")
-        )  # or selenium looks for one online
+        # By its path, or Selenium asks the network for one.
+        driver = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
         browser = webdriver.Chrome(options=options, service=driver)
         try:
             browser.set_script_timeout(120)

@@ -3,12 +3,14 @@
 import math
 import urllib.parse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browsing import CHROMIUM, DRIVER, chromium, emulate, requested, visit
-from explored import HOSTILE
+from explored import HOSTILE, toy_run
+from swept import run_case, sweep
 
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record
@@ -483,3 +485,40 @@ def test_print_leaves_it_out(opened: Open) -> None:
     browser = opened()
     emulate(browser, media="print", width=690)
     assert not browser.find_element("css selector", "#explorer").is_displayed()
+    assert browser.find_element("css selector", "#explore .on-paper").is_displayed()
+
+
+def test_a_browser_without_what_it_needs_is_told(browser: Any, page: Path) -> None:
+    emulate(browser)
+    script = {"source": "delete window.DecompressionStream"}
+    known = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", script)
+    try:
+        visit(browser, page.as_uri())
+        failed = browser.find_element("css selector", "#explorer-failed")
+        WebDriverWait(browser, 10).until(lambda driver: failed.is_displayed())
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", known)
+    assert failed.text.startswith("The explorer does not run in this browser")
+    assert not browser.find_element("css selector", "#explorer").is_displayed()
+
+
+def test_the_slider_goes_on_through_the_steps_of_a_generation(browser: Any, tmp_path: Path) -> None:
+    """Three tokens in the first step and one in the second, whose value no other position has."""
+    first = toy_run("float32", starts=(0, 3), tokens=((2, 7, 9, 9),))
+    second = [
+        replace(record, step=1, order=record.order + 7, amax=1000.0, maximum=1000.0, minimum=-1.0, shape=(1, 1, 4),
+                position_amax=(1000.0,), positions=1, amax_position=3)
+        for record in first if record.position_amax
+    ]  # fmt: skip
+    first.records = [*first.records, *second]
+    results = sweep(tmp_path / "sweep", [(run_case("float32", length=4), first)])
+    page = write_report("Steps", [SECTIONS["explore"](results)], tmp_path / "report")
+    emulate(browser)
+    visit(browser, page.as_uri() + "#explore/-/-/all/layers.0")
+    ready(browser)
+    assert text(browser, "output") == "all 4 positions"
+    assert cells(browser)["residual after MLP", "layer 0"] == expected(1000.0)  # the worst of the two steps
+    for position, amax in enumerate((200.0, 100.0, 50.0, 1000.0)):
+        slide(browser, position + 1)
+        assert cells(browser)["residual after MLP", "layer 0"] in about(amax, 0.022)
+    assert text(browser, ".path") == "layers.0, operator add, 1 × 1 × 4"
