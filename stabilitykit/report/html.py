@@ -9,7 +9,8 @@ from functools import cache
 import jinja2
 import markupsafe
 
-from stabilitykit.report.blocks import Cell, Section, Table
+from stabilitykit.report.blocks import Cell, Explorer, Section, Table
+from stabilitykit.report.explorer import assets
 from stabilitykit.report.prose import spans
 from stabilitykit.report.tables import cell_text, csv_text, heading, numeric_columns
 
@@ -21,7 +22,8 @@ def html(title: str, sections: Sequence[Section], drawings: Mapping[str, str]) -
 
     Tables carry their CSV in themselves, so the page can be forwarded alone.
     """
-    return _template().render(title=title, sections=sections, drawings=drawings)
+    explorer = next((block for s in sections for block in s.blocks if isinstance(block, Explorer)), None)
+    return _template().render(title=title, sections=sections, drawings=drawings, explorer=explorer)
 
 
 @cache
@@ -37,6 +39,7 @@ def _template() -> jinja2.Template:
     environment.filters |= {"spans": spans, "heading": heading, "sort_key": _sort_key, "csv_link": _csv_link}
     environment.filters |= {"css_string": _css_string, "breakable": _breakable}
     environment.globals |= {"cell_text": cell_text, "numeric_columns": numeric_columns, "long_columns": _long_columns}
+    assets.register(environment)
     environment.tests["of_kind"] = lambda block, kind: type(block).__name__ == kind
     return environment.get_template("page.html.jinja")
 

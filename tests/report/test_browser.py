@@ -1,14 +1,13 @@
 """The page in a real browser: headless Chromium, driven by Selenium, with every request and message logged."""
 
 import base64
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import CHROMIUM, DRIVER, chromium, emulate, requested, visit
 from swept import broken_map, lengths_case, sweep
 
 from stabilitykit.report.blocks import Section, Table
@@ -17,16 +16,11 @@ from stabilitykit.report.write import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no browser: `chromium` and `chromedriver` are not both installed"
 )
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1000"
-)
-DESKTOP, PHONE, SHEET = 1400, 390, 690  # CSS pixels; a sheet of A4 between its margins
+PHONE, SHEET = 390, 690  # CSS pixels; a sheet of A4 between its margins
 
 # Everything that can be read, with its colour and the first ground behind it that is not transparent.
 READABLE = """
@@ -66,39 +60,18 @@ def page(tmp_path_factory: pytest.TempPathFactory, sections: list[Section], long
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def opened(browser: Any, page: Path) -> Any:
     emulate(browser)
-    for log in ("browser", "performance"):
-        browser.get_log(log)
-    browser.get("about:blank")
-    browser.get(page.as_uri())
+    visit(browser, page.as_uri())
     WebDriverWait(browser, 30).until(
         lambda driver: driver.execute_script("return document.readyState === 'complete' && document.scripts.length > 0")
     )
     return browser
-
-
-def emulate(browser: Any, *, media: str = "screen", scheme: str = "light", width: int = DESKTOP) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-def events(browser: Any, method: str) -> list[Any]:
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [message["params"] for message in messages if message["method"] == method]
 
 
 def column(browser: Any, heading: str) -> list[str]:
@@ -137,8 +110,7 @@ def test_every_figure_is_shown(opened: Any) -> None:
 def test_nothing_is_said_on_the_console_and_nothing_is_fetched(opened: Any, page: Path) -> None:
     button(opened, "length").click()
     assert opened.get_log("browser") == []
-    requests = [event["request"]["url"] for event in events(opened, "Network.requestWillBeSent")]
-    assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
+    assert requested(opened) == [page.as_uri()]
 
 
 def test_the_policy_refuses_a_request(opened: Any) -> None:
