@@ -333,18 +333,19 @@ class Record:
         for column, values in columns.items():
             part, _, name = column.rpartition(".")
             of_part = parts.setdefault(part, {}) if part else own if name in known else extra
-            of_part[name] = [tuple(value) if type(value) is list else value for value in values]
+            lists = type(next((value for value in values if value is not None), None)) is list
+            of_part[name] = [None if value is None else tuple(value) for value in values] if lists else values
         counts: list[dict[str, FormatCounts]] = [{} for _ in next(iter(own.values()))]
         for part, of_part in parts.items():
-            made = NESTED.get(part, FormatCounts)
-            present = (any(value is not None for value in row.values()) for row in _rows(of_part))
-            found = [made(**row) if held else None for row, held in zip(_rows(of_part), present, strict=True)]
-            if part in NESTED:
-                own[part] = found
-            else:
-                for formats, count in zip(counts, found, strict=True):
-                    if isinstance(count, FormatCounts):
-                        formats[part] = count
+            made = NESTED.get(part)
+            held = [row.count(None) < len(row) for row in zip(*of_part.values(), strict=True)]
+            if made is not None:
+                own[part] = [made(**row) if there else None for row, there in zip(_rows(of_part), held, strict=True)]
+                continue
+            numbers = zip(*(of_part[spec.name] for spec in dataclasses.fields(FormatCounts)), strict=True)
+            for formats, row, there in zip(counts, numbers, held, strict=True):
+                if there:
+                    formats[part] = FormatCounts(*row)
         extras = _rows(extra) if extra else ({} for _ in counts)
         return [
             cls(**row, formats=formats, extra=more)

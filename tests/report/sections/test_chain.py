@@ -23,7 +23,7 @@ def test_the_first_broken_run_in_float16_is_followed_to_its_error(tmp_path: Path
         (run_case(), broken_run()),
         (run_case("float32"), clean_run("float32", watched=(("layers.0", 2, 68123.0),))),
     )
-    assert "in `prose` with `<bos>` in float16. It is the first of 2 runs that broke." in found.opening
+    assert "in `prose` with `<bos>` in float16 at 3 tokens. It is the first of 2 runs that broke." in found.opening
     prose, table, figure = found.blocks
     assert isinstance(prose, Prose)
     assert "The float32 run has 68,123 there." in prose.text
