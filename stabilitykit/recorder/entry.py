@@ -244,7 +244,7 @@ class Entry:
             layer=layer[1] if layer else None,
             dtype=self.form.dtype,
             shape=shape,
-            stored_dtype=self.form.dtype if header is not None and header.dtype == "float16" else None,
+            stored_dtype=self.form.dtype if "float16" in (self.form.dtype, header and header.dtype) else None,
             **{name: getattr(statistics, name) for name in _SHARED},
             amax_row=row,
             amax_position=position,

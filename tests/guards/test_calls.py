@@ -237,7 +237,7 @@ def test_the_exception_is_pickled_and_says_only_what_is_true(theirs: Make, ids: 
     for given, ending in (
         (ids, "The other rows are sound: go on with them."),
         (ids[:2], "The other row is sound: go on."),
-        (ids[1:2], "embedding, scaled (overflow)."),
+        (ids[1:2], "embedding, scaled, channel 5 (overflow)."),
     ):
         with sk.guard(model, "raise"), pytest.raises(sk.NumericalBreak) as raised:
             model(given)
