@@ -119,6 +119,13 @@ def profile(
         screen.print_json(documents if len(documents) > 1 else documents[0])
         return
     _print(found, redact, None if redact else shlex.join(["stabilitykit", "diagnose", checkpoint, "--prompt", prompt]))
+    broken = [recording for recording in found.recordings if screen.is_broken(recording)]
+    if broken:
+        line = ["stabilitykit", "check", checkpoint, "--dtype", broken[0].header.dtype]
+        line += ["--prompts", prompt[1:]] if prompt.startswith("@") else []
+        line += ["--no-bos"] if no_bos else []
+        line += ["--stress", f"{rescale:g}"] if rescale != 1 else []
+        screen.print_note(f"profile exits with 0 all the same. To fail a pipeline: {shlex.join(line)}")
     if out is not None:
         screen.print_note(f"Records and findings: {out}")
 

@@ -1,6 +1,7 @@
 """`profile` on the real Gemma 3 270M and on random ones: what it finds, and how it refuses."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -259,3 +260,16 @@ def test_weights_past_float16_are_told_from_weights_that_were_never_finite(stabi
     assert "Stored in float16, 1 weight overflows" in shown
     assert f"{name}" in shown.partition("1 weight overflows")[2].partition("; the checkpoint itself is finite")[0]
     assert strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)["cause"] == "range"
+
+
+def test_a_broken_run_exits_with_0_and_names_the_command_that_exits_with_1(stabilitykit: Run) -> None:
+    broken = stabilitykit("profile", RANDOM, "--prompt", "Hi", "--stress", "65536")
+    assert broken.code == 0
+    arguments = ["check", RANDOM, "--dtype", "float16", "--stress", "65536"]
+    named = f"To fail a pipeline: {shlex.join(['stabilitykit', *arguments])}"
+    assert "".join(broken.out.split()).endswith("".join(named.split()))  # a long line is wrapped anywhere
+    assert stabilitykit(*arguments).code == 1
+
+    sound = stabilitykit("profile", RANDOM, "--prompt", "Hi")
+    assert sound.code == 0
+    assert "To fail a pipeline" not in sound.out
