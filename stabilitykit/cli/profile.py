@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import stabilitykit.cli.options as options
+from stabilitykit.choices import Level
 from stabilitykit.errors import MisuseError
-from stabilitykit.records import Level
 
 if TYPE_CHECKING:
     from stabilitykit.run.profile import Profile

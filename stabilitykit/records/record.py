@@ -7,8 +7,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import pyarrow as pa
 
-Level = Literal["layers", "modules", "operators"]
-
 BACKWARD = "backward"
 """What the sites of gradients begin with, and the module of their records."""
 

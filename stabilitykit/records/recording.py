@@ -8,17 +8,20 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pandas as pd
 import pyarrow as pa
 
+from stabilitykit.choices import Level
 from stabilitykit.errors import MisuseError
 from stabilitykit.records.document import from_document
 from stabilitykit.records.parquet import SCHEMA_VERSION, read_table, write_table
 from stabilitykit.records.provenance import Provenance
-from stabilitykit.records.record import Level, LogitsError, Record, StoredWeights, columns, schema
+from stabilitykit.records.record import LogitsError, Record, StoredWeights, columns, schema
 from stabilitykit.words import quoted
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +128,10 @@ class Recording:
         return next((record for record in self.records if record.broke is not None), None)
 
     @property
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """One row a record, the columns as in the file."""
+        import pandas as pd  # a third of a second, only for those who look at a frame
+
         names = columns(self.header.formats, self.header.statistics)
         return pd.DataFrame([record.row() for record in self.records], columns=names)
 
