@@ -12,11 +12,12 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.machine import Examined, provenance_of
-from stabilitykit.records.sweep import Case, CaseKind, Plan
-from stabilitykit.run.prompts import parse_prompt
+from stabilitykit.records.sweep import Case, CaseKind, Plan, Skipped
+from stabilitykit.run.prompts import Prompt, Reads, parse_prompt
 from stabilitykit.run.prompts import tokens as prompt_tokens
-from stabilitykit.sweeps.axes import is_range, longest
+from stabilitykit.sweeps.axes import is_range, is_up_to, longest
 from stabilitykit.sweeps.file import Experiment
+from stabilitykit.sweeps.texts import prompt_names
 
 
 def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -> Plan:
@@ -25,13 +26,17 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
     Runs come first, each text's float32 run before those that are compared with it; then ranges of lengths, one dtype
     after the other, so that a model is built once.
 
-    Raises MisuseError with the line at fault for a prompt that does not exist or is too short, a length beyond the
-    model's context, and a device that is not there.
+    Lengths that a text does not reach are `skipped`, and so is the end of a range.
+
+    Raises MisuseError with the line at fault for a prompt that does not exist, a length beyond the model's context,
+    texts that reach none of the lengths, and a device that is not there.
     """
     place = str(parse_device(experiment.device))
-    cases = {
-        case.id: case for case in (*_grids(experiment, checkpoint, place), *_others(experiment, checkpoint, place))
-    }
+    planned = (*_grids(experiment, checkpoint, place), *_others(experiment, checkpoint, place))
+    cases = {one.id: one for one in planned if isinstance(one, Case)}
+    skipped = tuple(dict.fromkeys(one for one in planned if isinstance(one, Skipped)))
+    if skipped and not cases:
+        experiment.fail(f"A text reaches one length at least; of these none does: {skipped[0]}", "length", "grid")
     kinds, dtypes = list(get_args(CaseKind)), list(DTYPES)
 
     def turn(case: Case) -> tuple[int, int]:
@@ -46,6 +51,7 @@ def make_plan(experiment: Experiment, checkpoint: Checkpoint, *, command: str) -
         sections=experiment.sections,
         own_sections=dict(experiment.own_sections),
         format=experiment.format,
+        skipped=skipped,
         **provenance_of(checkpoint, command, place),
     )
 
@@ -67,24 +73,43 @@ def plan_without_cases(
 
 def case_tokens(case: Case, tokenizer: Tokenizer, folder: Path) -> list[int]:
     """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `parse_prompt` does."""
-    prompt = parse_prompt(case.settings["prompt"], folder)
-    return prompt_tokens(prompt, tokenizer, bos=case.settings["bos"], length=longest(case.settings["length"]))
+    settings = case.settings
+    prompt = parse_prompt(settings["prompt"], folder)
+    return _longest_run(prompt, tokenizer, settings["bos"], settings["length"])[: settings["tokens"]]
 
 
-def _grids(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case]:
+def _longest_run(prompt: Prompt, tokenizer: Reads, bos: bool, length: int | str) -> list[int]:
+    """The tokens of a length's longest run: of "up to N" the whole text, if it is shorter."""
+    wanted = longest(length)
+    if is_up_to(length) and not prompt.repeats:
+        return prompt_tokens(prompt, tokenizer, bos=bos, length=None)[:wanted]
+    return prompt_tokens(prompt, tokenizer, bos=bos, length=wanted)
+
+
+def _grids(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case | Skipped]:
     tokenizer = Tokenizer(checkpoint.vocabulary)
     folder = experiment.path.parent
-    for number, settings in _products(experiment, "grid"):
+    for number, settings in _prompted(experiment):
         try:
             prompt = parse_prompt(settings["prompt"], folder)
         except MisuseError as error:
             experiment.fail(str(error), "prompt", "grid", number)
-        wanted = longest(settings["length"])
-        _check_context(wanted or 1, checkpoint.config, experiment, "grid", number)
+        length, bos = settings["length"], settings["bos"]
+        wanted = longest(length)
+        _check_context(1 if is_up_to(length) else wanted or 1, checkpoint.config, experiment, "grid", number)
+        if wanted is not None and not is_up_to(length) and not prompt.repeats:
+            has = len(prompt_tokens(prompt, tokenizer, bos=bos, length=None))
+            if has < wanted:
+                yield Skipped(prompt=settings["prompt"], bos=bos, length=str(length), tokens=has)
+                if not is_range(length):
+                    continue
+                settings["length"] = f"1..{has}"
         try:
-            count = len(prompt_tokens(prompt, tokenizer, bos=settings["bos"], length=wanted))
+            count = len(_longest_run(prompt, tokenizer, bos, settings["length"]))
         except MisuseError as error:
             experiment.fail(str(error), "prompt" if wanted is None else "length", "grid", number)
+        if is_up_to(length):
+            count = min(count, checkpoint.config.context)
         _check_context(count, checkpoint.config, experiment, "grid", number)
         settings |= {"text_sha256": prompt.sha256, "tokens": count, "device": device}
         if is_range(settings["length"]):
@@ -92,6 +117,17 @@ def _grids(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Itera
             yield Case(kind="lengths", settings=settings | {"checks": checks})
         else:
             yield Case(kind="run", settings=settings)
+
+
+def _prompted(experiment: Experiment) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every product of a [[grid]], with a prompt of its own for each file that a folder or a pattern stands for."""
+    for number, settings in _products(experiment, "grid"):
+        try:
+            names = prompt_names(settings["prompt"], experiment.path.parent)
+        except MisuseError as error:
+            experiment.fail(str(error), "prompt", "grid", number)
+        for name in names:
+            yield number, {**settings, "prompt": name}
 
 
 def _others(experiment: Experiment, checkpoint: Checkpoint, device: str) -> Iterator[Case]:

@@ -28,7 +28,12 @@ def section(results: Results) -> Section:
         return Section(key="verdict", title="Verdict", opening=opening)
     if not found:
         opening = f"There is no verdict yet: {none_finished(len(planned), 'case', ' that would run a prompt')}."
-        return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
+        return Section(
+            key="verdict",
+            title="Verdict",
+            opening=opening,
+            blocks=[Prose(" ".join(part for part in (_unfinished(results), _skipped(results)) if part))],
+        )
     finished = f"{count(len(found), 'finished case')} of {len(planned):,} {'comes' if len(found) == 1 else 'come'} to"
     return Section(
         key="verdict",
@@ -49,7 +54,7 @@ def paragraph(results: Results, found: Sequence[Outcome]) -> str:
         sentences.append(_forecast(results, found))
     if clean:
         sentences.append(_clean(results, found, clean, nothing_broke=not broken))
-    sentences += [_advice(found, broken), _unfinished(results), *limits(results.plan.notes)]
+    sentences += [_advice(found, broken), _unfinished(results), _skipped(results), *limits(results.plan.notes)]
     return " ".join(text for text in sentences if text)
 
 
@@ -220,6 +225,13 @@ def _unfinished(results: Results) -> str:
         return ""
     dtypes = sorted({str(case.settings.get("dtype")) for case in [*missing, *(case for case, _ in failed)]})
     return f"Not included: of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}."
+
+
+def _skipped(results: Results) -> str:
+    """The lengths that texts do not reach; the first few of them."""
+    told = [str(one) for one in results.plan.skipped]
+    more = [f"{len(told) - 3:,} more"] if len(told) > 4 else []
+    return f"Shorter texts: {'; '.join([*told[: 3 if more else 4], *more])}." if told else ""
 
 
 def _table(results: Results, found: Sequence[Outcome]) -> Table:

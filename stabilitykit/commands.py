@@ -1,0 +1,98 @@
+"""The command lines that advice names: quoted for a shell, with the options that the user's own command had.
+
+A finding that advises to do something says which command does it. Inside `typed` that is done for somebody who uses the
+command line: what the user said there of the model and its input is said again. Elsewhere nothing is known of a user,
+and advice to callers of a function stays Python.
+"""
+
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+_INPUT = ("--prompt", "--batch", "--system", "--chat", "--no-bos", "--special-tokens", "--left-padding", "--generate")
+_MODEL = (
+    "--dtype",
+    "--rounding",
+    "--stress",
+    "--attention",
+    "--adapter",
+    "--trust-remote-code",
+    "--device",
+    "--matmul",
+)
+_NOT_THE_SAME = {"repair": ("--dtype",)}  # it is that of the weights in the folder
+_NEEDS_TEXT = ("diagnose", "forecast", "profile")
+_UNKNOWN = "..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typed:
+    """A command as the user typed it: `checkpoint`, if it names one, and the values of each option that was given.
+
+    An option without values is a flag. `known` are the options of every command.
+    """
+
+    checkpoint: str | None = None
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    known: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+
+_typed: ContextVar[Typed | None] = ContextVar("typed", default=None)
+
+
+@contextmanager
+def typed(command: Typed) -> Iterator[None]:
+    """Inside the block advice is for the user who typed this."""
+    token = _typed.set(command)
+    try:
+        yield
+    finally:
+        _typed.reset(token)
+
+
+def is_typed() -> bool:
+    """Whether advice is for somebody who uses the command line."""
+    return _typed.get() is not None
+
+
+def line(command: str, *words: object) -> str:
+    """`stabilitykit COMMAND WORDS`, quoted for a shell."""
+    return shlex.join(["stabilitykit", command, *map(str, words)])
+
+
+def again(command: str, checkpoint: str, *words: object) -> str:
+    """`line` for the same model and input: what the user typed of them, where `command` takes it and `words` do not say
+    otherwise. `--prompt ...` stands for a text that is not known, or that shall not be told.
+    """
+    mine = _typed.get() or Typed()
+    said = [*map(str, words)]
+    text = ""
+    for option in (*_INPUT, *_MODEL):
+        values = mine.options.get(option)
+        takes = option in mine.known.get(command, ()) and option not in _NOT_THE_SAME.get(command, ())
+        if values is None or option in said or not takes:
+            continue
+        if option == "--prompt" and "--redact" in mine.options:
+            continue
+        said += [word for value in values for word in (option, value)] or [option]
+    if command in _NEEDS_TEXT and not {"--prompt", "--batch"} & set(said):
+        text = f" --prompt {_UNKNOWN}"
+    first, *more = [line(command, mine.checkpoint or checkpoint), *(shlex.join([word]) for word in said)]
+    return " ".join([f"{first}{text}", *more])
+
+
+def repair(checkpoint: str) -> str | None:
+    """The line that writes a model scaled for float16; None where what ran is not what lies on disk."""
+    mine = _typed.get() or Typed()
+    if "--stress" in mine.options:
+        return None
+    name = mine.checkpoint or checkpoint
+    return again("repair", name, "--out", folder_for(name))
+
+
+def folder_for(checkpoint: str) -> str:
+    """A name for a checkpoint's repaired folder, beside where the command runs: `my-model-float16`."""
+    name = checkpoint.removeprefix("hf:").rstrip("/").rpartition("/")[2].partition("?")[0]
+    return f"{name.replace(':', '-')}-float16"
