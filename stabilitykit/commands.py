@@ -22,19 +22,20 @@ _MODEL = (
     "--device",
     "--matmul",
 )
-_NOT_THE_SAME = {"repair": ("--dtype",)}  # it is that of the weights in the folder
+_NOT_THE_SAME = {"repair": ("--dtype", "--no-bos")}  # of the weights in the folder, and of texts that have to fit
 _NEEDS_TEXT = ("diagnose", "forecast", "profile")
 _UNKNOWN = "..."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Typed:
-    """A command as the user typed it: `checkpoint`, if it names one, and the values of each option that was given.
+    """A command as the user typed it: the `checkpoint` or the `file` that it names, and the values of each option.
 
     An option without values is a flag. `known` are the options of every command.
     """
 
     checkpoint: str | None = None
+    file: str | None = None
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
     known: Mapping[str, Collection[str]] = field(default_factory=dict)
 
@@ -57,6 +58,12 @@ def is_typed() -> bool:
     return _typed.get() is not None
 
 
+def given(option: str) -> tuple[str, ...]:
+    """The values that the user typed for an option; none where it was not given."""
+    mine = _typed.get()
+    return () if mine is None else tuple(mine.options.get(option, ()))
+
+
 def line(command: str, *words: object) -> str:
     """`stabilitykit COMMAND WORDS`, quoted for a shell."""
     return shlex.join(["stabilitykit", command, *map(str, words)])
@@ -67,20 +74,15 @@ def again(command: str, checkpoint: str, *words: object) -> str:
     otherwise. `--prompt ...` stands for a text that is not known, or that shall not be told.
     """
     mine = _typed.get() or Typed()
-    said = [*map(str, words)]
-    text = ""
+    said = [mine.file or mine.checkpoint or checkpoint, *map(str, words)]
     for option in (*_INPUT, *_MODEL):
         values = mine.options.get(option)
         takes = option in mine.known.get(command, ()) and option not in _NOT_THE_SAME.get(command, ())
-        if values is None or option in said or not takes:
-            continue
-        if option == "--prompt" and "--redact" in mine.options:
-            continue
-        said += [word for value in values for word in (option, value)] or [option]
-    if command in _NEEDS_TEXT and not {"--prompt", "--batch"} & set(said):
-        text = f" --prompt {_UNKNOWN}"
-    first, *more = [line(command, mine.checkpoint or checkpoint), *(shlex.join([word]) for word in said)]
-    return " ".join([f"{first}{text}", *more])
+        secret = option == "--prompt" and "--redact" in mine.options
+        if values is not None and takes and not secret and option not in said:
+            said += [word for value in values for word in (option, value)] or [option]
+    needs_text = command in _NEEDS_TEXT and mine.file is None and not {"--prompt", "--batch"} & set(said)
+    return f"{line(command, *said)}{f' --prompt {_UNKNOWN}' if needs_text else ''}"
 
 
 def repair(checkpoint: str) -> str | None:
@@ -90,6 +92,14 @@ def repair(checkpoint: str) -> str | None:
         return None
     name = mine.checkpoint or checkpoint
     return again("repair", name, "--out", folder_for(name))
+
+
+def training() -> str:
+    """What tries changes on a training step: a command line, or for those who call functions a function."""
+    mine = _typed.get()
+    if mine is None:
+        return "sk.diagnose_training(make)"
+    return line("diagnose", mine.file or "FILE.py:make", "--backward")
 
 
 def folder_for(checkpoint: str) -> str:

@@ -1,7 +1,6 @@
 """`stabilitykit profile`: run a prompt in each dtype and say where, and why, numbers leave its range."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,13 +117,12 @@ def profile(
         documents = found.documents()
         screen.print_json(documents if len(documents) > 1 else documents[0])
         return
-    _print(found, redact, None if redact else shlex.join(["stabilitykit", "diagnose", checkpoint, "--prompt", prompt]))
+    _print(found, redact)
     if out is not None:
         screen.print_note(f"Records and findings: {out}")
 
 
-def _print(found: "Profile", redact: bool, command: str | None) -> None:
-    """`command` is the line that tries what helps, where it may be told."""
+def _print(found: "Profile", redact: bool) -> None:
     from stabilitykit.cli import screen
     from stabilitykit.cli.source import print_source
 
@@ -132,7 +130,7 @@ def _print(found: "Profile", redact: bool, command: str | None) -> None:
     print_source(recordings[0], found.pieces, redact)
     screen.print_weights(recordings)
     for recording in recordings:
-        screen.print_verdict(recording, found.reference, command)
+        screen.print_verdict(recording, found.reference)
     for recording in recordings:
         screen.print_steps(recording)
         screen.print_layers(recording)

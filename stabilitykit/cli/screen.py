@@ -15,6 +15,7 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import chain, verdict, weights_sentence
 from stabilitykit.diagnosis.forecast import Forecast
+from stabilitykit.diagnosis.gate import what_to_do
 from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Recording
 from stabilitykit.records.bounds import SiteBound
@@ -145,10 +146,10 @@ def print_weights(recordings: Sequence[Recording]) -> None:
         output.print()
 
 
-def print_verdict(recording: Recording, reference: Recording | None, command: str | None = None) -> None:
-    """`command`, if known, is the line to type that tries what the verdict calls a candidate."""
+def print_verdict(recording: Recording, reference: Recording | None) -> None:
+    """What broke, or how much headroom was left."""
     broken = (recording.first_break() is not None and not is_harmless(recording)) or recording.header.error is not None
-    output.print(Text(verdict(recording, reference, command=command), style="bold red" if broken else "bold green"))
+    output.print(Text(verdict(recording, reference), style="bold red" if broken else "bold green"))
     output.print()
 
 
@@ -199,6 +200,13 @@ def print_gate(found: Gate) -> None:
         print_note(str(note))
     output.print()
     print_blocks(gate.blocks(found), output, whole="the JSON document (--json)")
+    for purpose, command in what_to_do(found):
+        print_command(purpose, command)
+
+
+def print_command(purpose: str, command: str) -> None:
+    """A command to be copied, on one line, after what it is for."""
+    output.print(Text(f"{purpose}: {command}", style="dim"), soft_wrap=True)
 
 
 def print_diagnosis(found: Diagnosis | TrainingDiagnosis) -> None:

@@ -169,7 +169,8 @@ def _init(file: Path, checkpoint: str | None, axes: dict[str, Any], as_json: boo
     if as_json:
         screen.print_json({"file": str(file)})
     else:
-        screen.print_note(f"Experiment: {file}. To run it: {line('sweep', file)}")
+        screen.print_note(f"Experiment: {file}")
+        screen.print_command("To run it", line("sweep", file))
 
 
 def _print_plan(experiment: "Path | Experiment", overrides: Sequence[str], as_json: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stabilitykit.diagnosis.layers import peak
 from stabilitykit.diagnosis.places import place_of, where
+from stabilitykit.diagnosis.untried import by_running
 from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import NumberFormat, number_format
@@ -79,7 +80,8 @@ def forecast(
     first = recording.first_break()
     if first is not None:
         raise MisuseError(
-            f"A forecast needs a run that stays finite; this one does not, from {first.site} on. Run it in float32."
+            f"A forecast needs a run that stays finite; this one does not, from {first.site} on. Run it in float32"
+            f"{by_running('forecast', recording.header, 'float32')}."
         )
     judged = [record for record in recording if record.stored_dtype is not None and _is_low(record.stored_dtype)]
     if not judged:

@@ -1,17 +1,19 @@
 """What records cannot know, which is whether a candidate helps; and how to find out."""
 
-import shlex
-
+from stabilitykit.commands import again, is_typed
 from stabilitykit.records import Header
 
 UNTRIED = "A candidate, not tried: "
 
 
-def how_to_try(header: Header, command: str | None = None) -> str:
-    """The line to type that tries candidates on the input that failed; `command` is it, where it is known in full."""
-    if command is None:
-        known = header.checkpoint
-        command = (
-            "sk.diagnose(model, ...)" if known is None else f"stabilitykit diagnose {shlex.quote(known)} --prompt ..."
-        )
+def how_to_try(header: Header) -> str:
+    """The line to type, or to write, that tries candidates on the input that failed."""
+    known = header.checkpoint
+    command = "sk.diagnose(model, ...)" if known is None else again("diagnose", known)
     return f"To try it on this input, and whatever else may help: `{command}`."
+
+
+def by_running(command: str, header: Header, dtype: str) -> str:
+    """The line that runs the same in another dtype, in parentheses, for who uses the command line; empty for others."""
+    known = header.checkpoint
+    return f" (`{again(command, known, '--dtype', dtype)}`)" if is_typed() and known is not None else ""

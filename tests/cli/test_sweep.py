@@ -340,7 +340,7 @@ def test_init_writes_a_file_that_plans_what_would_run_and_overwrites_none(stabil
     options = ("--prompts", texts, "--dtype", "float16", "--length", "1..8", "--length", "8")
     told = stabilitykit("sweep", TINY, "--init", str(path), *options)
     assert (told.code, told.err) == (0, "")
-    assert f"To run it: stabilitykit sweep '{path}'" in "".join(told.out.splitlines())
+    assert f"To run it: stabilitykit sweep '{path}'" in told.out
     cases = [
         [
             one["settings"] | {"prompt": ""}
