@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 _INPUT = ("--prompt", "--batch", "--system", "--chat", "--no-bos", "--special-tokens", "--left-padding", "--generate")
 _MODEL = (
-    "--dtype",
     "--rounding",
     "--stress",
     "--attention",
@@ -22,9 +21,10 @@ _MODEL = (
     "--device",
     "--matmul",
 )
-_NOT_THE_SAME = {"repair": ("--dtype", "--no-bos")}  # of the weights in the folder, and of texts that have to fit
+_NOT_THE_SAME = {"repair": ("--no-bos",)}  # of other texts, which have to fit as well
 _NEEDS_TEXT = ("diagnose", "forecast", "profile")
 _UNKNOWN = "..."
+_USUAL = "float16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ _typed: ContextVar[Typed | None] = ContextVar("typed", default=None)
 
 
 @contextmanager
-def typed(command: Typed) -> Iterator[None]:
-    """Inside the block advice is for the user who typed this."""
+def typed(command: Typed | None) -> Iterator[None]:
+    """Inside the block advice is for the user who typed this; with None for nobody in particular, as on a page."""
     token = _typed.set(command)
     try:
         yield
@@ -54,8 +54,9 @@ def typed(command: Typed) -> Iterator[None]:
 
 
 def is_typed() -> bool:
-    """Whether advice is for somebody who uses the command line."""
-    return _typed.get() is not None
+    """Whether advice is for somebody who named a model on the command line, or a file that makes one."""
+    mine = _typed.get()
+    return mine is not None and (mine.checkpoint or mine.file) is not None
 
 
 def given(option: str) -> tuple[str, ...]:
@@ -69,12 +70,14 @@ def line(command: str, *words: object) -> str:
     return shlex.join(["stabilitykit", command, *map(str, words)])
 
 
-def again(command: str, checkpoint: str, *words: object) -> str:
+def again(command: str, checkpoint: str, *words: object, dtype: str | None = None) -> str:
     """`line` for the same model and input: what the user typed of them, where `command` takes it and `words` do not say
-    otherwise. `--prompt ...` stands for a text that is not known, or that shall not be told.
+    otherwise. `dtype` is named where it is not the one that commands run in anyway. `--prompt ...` stands for a text
+    that is not known, or that shall not be told.
     """
-    mine = _typed.get() or Typed()
+    mine = (is_typed() and _typed.get()) or Typed()
     said = [mine.file or mine.checkpoint or checkpoint, *map(str, words)]
+    said += [] if dtype in (None, _USUAL) else ["--dtype", str(dtype)]
     for option in (*_INPUT, *_MODEL):
         values = mine.options.get(option)
         takes = option in mine.known.get(command, ()) and option not in _NOT_THE_SAME.get(command, ())
@@ -87,7 +90,7 @@ def again(command: str, checkpoint: str, *words: object) -> str:
 
 def repair(checkpoint: str) -> str | None:
     """The line that writes a model scaled for float16; None where what ran is not what lies on disk."""
-    mine = _typed.get() or Typed()
+    mine = (is_typed() and _typed.get()) or Typed()
     if "--stress" in mine.options:
         return None
     name = mine.checkpoint or checkpoint

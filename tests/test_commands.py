@@ -35,13 +35,22 @@ def test_what_was_typed_is_said_again_where_the_command_takes_it() -> None:
     }
     with typed(Typed(checkpoint="./toy", options=options, known=KNOWN)):
         assert shlex.split(again("diagnose", "toy")) == [
-            *("stabilitykit", "diagnose", "./toy", "--prompt", "it's", "--chat"),
-            *("--dtype", "bfloat16", "--dtype", "float32", "--adapter", "l o"),
+            *("stabilitykit", "diagnose", "./toy", "--prompt", "it's", "--chat", "--adapter", "l o"),
         ]
-        assert again("profile", "toy", "--dtype", "float32").count("--dtype") == 1
-        # the --dtype of a repair is that of the folder's weights, and it reads no prompt
+        # of several dtypes it is that which broke
+        assert shlex.split(again("diagnose", "toy", dtype="bfloat16"))[3:5] == ["--dtype", "bfloat16"]
+        assert again("diagnose", "toy", dtype="float16") == again("diagnose", "toy")
+        assert again("profile", "toy", "--prompt", "@a b").count("--prompt '@a b'") == 1
+        # a repair reads no prompt
         assert repair("toy") == "stabilitykit repair ./toy --out toy-float16 --adapter 'l o'"
     assert "it's" not in again("diagnose", "toy")
+
+
+def test_on_a_page_and_of_a_command_without_a_model_nothing_is_said_again() -> None:
+    options = {"--prompt": ["mine"], "--chat": []}
+    for command in (None, Typed(options=options, known=KNOWN)):
+        with typed(Typed(checkpoint="mine", options=options, known=KNOWN)), typed(command):
+            assert again("diagnose", "toy") == "stabilitykit diagnose toy --prompt ..."
 
 
 def test_a_redacted_prompt_is_not_told() -> None:

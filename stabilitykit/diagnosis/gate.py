@@ -18,8 +18,8 @@ def what_to_do(gate: Gate) -> Iterator[tuple[str, str]]:
     names = [name for one in broken for name in one.prompts]
     texts = [path for path in given("--prompts") if PurePath(path).suffix in _TEXTS and PurePath(path).name in names]
     prompt = ("--prompt", f"@{texts[0]}") if texts else ()
-    yield "To see where and why", again("profile", gate.checkpoint, *prompt)
-    yield "To try what may help", again("diagnose", gate.checkpoint, *prompt)
+    yield "To see where and why", again("profile", gate.checkpoint, *prompt, dtype=gate.dtype)
+    yield "To try what may help", again("diagnose", gate.checkpoint, *prompt, dtype=gate.dtype)
     command = repair(gate.checkpoint)
     if gate.dtype == "float16" and command is not None:
         yield "To have the model scaled into the range, and written", command

@@ -9,7 +9,7 @@ UNTRIED = "A candidate, not tried: "
 def how_to_try(header: Header) -> str:
     """The line to type, or to write, that tries candidates on the input that failed."""
     known = header.checkpoint
-    command = "sk.diagnose(model, ...)" if known is None else again("diagnose", known)
+    command = "sk.diagnose(model, ...)" if known is None else again("diagnose", known, dtype=header.dtype)
     return f"To try it on this input, and whatever else may help: `{command}`."
 
 

@@ -129,8 +129,8 @@ def verdict(
     """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
 
     `advise`: what to do about it, which no record has tried; False where somebody has. Where that is only a candidate,
-    the line to type that tries it comes last, unless `tries` is False. `harmful`: whether what was absorbed made the
-    output worse, if that was measured.
+    the line to type that tries it comes last, and for who uses the command line the one that repairs the model;
+    without `tries` neither does. `harmful`: whether what was absorbed made the output worse, if that was measured.
     """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
@@ -145,7 +145,7 @@ def verdict(
     parts.append(goes_on(recording, first))
     remedy = "" if why is None or not advise else why.remedy
     parts += [remedy, *notes, how_to_try(recording.header) if UNTRIED in remedy and tries else ""]
-    parts.append(how_to_repair(recording, first) if remedy else "")
+    parts.append(how_to_repair(recording, first) if remedy and tries else "")
     return " ".join(part for part in parts if part)
 
 

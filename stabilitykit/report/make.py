@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stabilitykit.commands import typed
 from stabilitykit.formats import number_format
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Section
@@ -21,6 +22,7 @@ class Made:
     sections: tuple[Section, ...]
 
 
+@typed(None)  # a page is read by others than who typed this command
 def make_report(
     folder: Path,
     *,

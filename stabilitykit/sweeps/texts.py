@@ -10,11 +10,6 @@ TEXTS = (".txt", ".md")
 _MAGIC = "*?["
 
 
-def is_pattern(name: str) -> bool:
-    """Whether a path stands for those that match it."""
-    return any(sign in name for sign in _MAGIC)
-
-
 def prompt_names(name: str, folder: Path) -> list[str]:
     """`@FILE` for each text in `@FOLDER`, or for each file that `@PATTERN` matches, in the order of their names.
 
@@ -30,7 +25,7 @@ def prompt_names(name: str, folder: Path) -> list[str]:
         if not found:
             raise MisuseError(f"{place} holds no prompt: a file that ends in {' or '.join(TEXTS)}.")
         return [f"@{written / one}" for one in found]
-    if place.exists() or not is_pattern(str(written)):
+    if place.exists() or not any(sign in name for sign in _MAGIC):
         return [name]
     root = Path(written.anchor) if written.is_absolute() else folder
     matched = sorted(path for path in root.glob(str(written.relative_to(written.anchor))) if _is_shown(path))

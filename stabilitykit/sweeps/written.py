@@ -7,8 +7,8 @@ from pathlib import Path
 
 from stabilitykit.commands import line
 from stabilitykit.errors import MisuseError
+from stabilitykit.run.prompts import KINDS
 from stabilitykit.sweeps.axes import LENGTHS
-from stabilitykit.sweeps.texts import is_pattern
 
 PROMPTS = ("prose",)
 DTYPES = ("float16", "float32")
@@ -78,8 +78,8 @@ def title_of(checkpoint: str) -> str:
 
 
 def as_prompt(given: str, folder: Path) -> str:
-    """What `--prompts` names, as a prompt of an experiment in `folder`: a file, a folder or a pattern as `@...`, any
-    other as it stands. A relative path is one from where the command runs.
+    """What `--prompts` names, as a prompt of an experiment in `folder`: a text of the kit's own as it is, and a file,
+    a folder or a pattern as `@...`. A relative path is one from where the command runs.
 
     Raises MisuseError for a name that is not Unicode.
     """
@@ -87,7 +87,7 @@ def as_prompt(given: str, folder: Path) -> str:
         given.encode()
     except UnicodeEncodeError:
         raise MisuseError(f"An experiment's file is UTF-8, and the name {given!r} is not; rename it.") from None
-    if given.startswith("@") or not (Path(given).exists() or is_pattern(given)):
+    if given.startswith("@") or given.partition(":")[0] in KINDS:
         return given
     return f"@{given if Path(given).is_absolute() else os.path.relpath(given, folder)}"
 
