@@ -66,6 +66,11 @@ def place(found: Placed) -> str:
     return named if found.layer is None else f"layer {found.layer}, {named}"
 
 
+def place_and_site(found: Placed) -> str:
+    """`layer 7, residual after MLP (layers.7)`; the site once where it has no label."""
+    return place(found) if found.label in (None, found.site) else f"{place(found)} ({found.site})"
+
+
 def at_token(position: int | None, text: str | None, show: Callable[[str], str] | None = None) -> str:
     """`, at token 29 '.'`, to follow a place; nothing where the position is not known."""
     if position is None:

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, make_asgi_app
 from pydantic import BaseModel
 
 import stabilitykit as sk
+from stabilitykit.guards.breaks import RowBreak
 from stabilitykit.guards.metrics import PrometheusMetrics
 
 
@@ -42,7 +43,9 @@ def serve(
     most: int = 8,
     patience: float = 0.02,
 ) -> FastAPI:
-    """`most` requests make a batch, or those that came within `patience` seconds of the first."""
+    """`most` requests make a batch, or those that came within `patience` seconds of the first. `on_break` is "stop" or
+    "retry"; "raise" would end the whole batch.
+    """
     registry = CollectorRegistry()
     guard = sk.guard(model, on_break, watch="residual", headroom=1.0, metrics=[PrometheusMetrics(registry)])
     waiting: queue.Queue[tuple[str, Future[Any]] | None] = queue.Queue()
@@ -58,7 +61,8 @@ def serve(
             if item is None:
                 waiting.put(None)
                 break
-            taken.append(item)
+            if item[1].set_running_or_notify_cancel():  # not of a client that has gone
+                taken.append(item)
         return taken
 
     def answer(taken: Sequence[tuple[str, Future[Any]]]) -> None:
@@ -66,19 +70,28 @@ def serve(
         length = max(map(len, prompts))
         ids = torch.tensor([[pad] * (length - len(one)) + one for one in prompts])
         mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in prompts])
-        made = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens)
-        broken = {one.row: one for one in guard.take() if one.did in ("stopped", "gave up")}  # not the retried ones
+        guard.take()  # of a batch that another error ended
+        made = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, num_beams=1, num_return_sequences=1
+        )  # one row a request, which stays in its place
+        broken: dict[int, RowBreak] = {}
+        for one in guard.take():
+            if one.did in ("stopped", "gave up") or one.harmless is False:  # not the retried ones
+                broken.setdefault(one.row, one)
         for row, (_, future) in enumerate(taken):
             future.set_result(broken.get(row) or decode(made[row, length:].tolist()))
 
     def work() -> None:
         while (first := waiting.get()) is not None:
+            if not first[1].set_running_or_notify_cancel():
+                continue
             taken = batch(first)
             try:
                 answer(taken)
             except Exception as error:  # of the model's: nobody is to wait for ever
                 for _, future in taken:
-                    future.set_exception(error)
+                    if not future.done():
+                        future.set_exception(error)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

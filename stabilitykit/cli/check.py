@@ -1,5 +1,6 @@
 """`stabilitykit check`: exit with 0 where a model keeps its limits in a dtype, and with 1 where it does not."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def check(
     checkpoint: options.Checkpoint,
-    dtype: Annotated[str, typer.Option(help="Dtype to check: float16, bfloat16 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="Dtype to check: float16, bfloat16, float32 or float64.")] = "float16",
     min_headroom: Annotated[
         float | None,
         typer.Option(help="Bits that every tensor must keep below the dtype's maximum.", show_default=False),
@@ -46,6 +47,7 @@ def check(
     ] = False,
     no_bos: options.NoBos = False,
     chat: options.Chat = False,
+    redact: options.Redact = False,
     device: options.Device = "cpu",
     rescale: options.Rescale = 1.0,
     attention: options.AttentionName = None,
@@ -78,6 +80,7 @@ def check(
                 baseline=baseline,
                 tolerance=tolerance,
                 weights_only=weights_only,
+                redact=redact,
                 command=options.command_line(),
                 progress=progress,
                 bos=not no_bos,
@@ -109,6 +112,14 @@ def _check_files(files: list[Path], *, overwrite: bool) -> None:
     for path in files:
         if path.is_dir() or (path.exists() and not overwrite):
             raise MisuseError(f"{path} exists already; choose another name, or add --overwrite to replace a file.")
+        if not (place := next(one for one in path.absolute().parents if one.exists())).is_dir():
+            raise MisuseError(
+                f"{path} cannot be written, because {place} is a file and no folder; choose another name."
+            )
+        if not os.access(place, os.W_OK):
+            raise MisuseError(
+                f"{path} cannot be written, because {place} may not be written to; choose another folder."
+            )
 
 
 def _write(found: "Gate", baseline: Path | None, junit: Path | None, sarif: Path | None) -> None:

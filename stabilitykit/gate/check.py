@@ -1,6 +1,6 @@
 """Whether a model keeps its limits in a dtype: its weights first, then prompts, every length at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,8 @@ from stabilitykit.models.subject import Subject
 from stabilitykit.models.transformers.backend import PREFIX
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records.gate import Baseline, Gate, Limits
+from stabilitykit.remedies.samples import as_inputs
+from stabilitykit.run.batch import Asked
 from stabilitykit.run.case import Progress, stage
 from stabilitykit.run.source import SourceOptions, SubjectIn, checkpoint_of, counting, open_source
 from stabilitykit.run.windows import KINDS, beginning, texts
@@ -61,6 +63,7 @@ def check(
     baseline: str | Path | Baseline | None = None,
     tolerance: float = 0.5,
     weights_only: bool = False,
+    redact: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
     **how: Unpack[SourceOptions],
@@ -80,7 +83,8 @@ def check(
             .safetensors and .pt tensors by the names of the model's arguments. Three texts of up to 512 tokens (prose,
             code, many scripts) unless given.
         baseline: what an earlier check kept, or the file. A loss of more than `tolerance` bits at any site violates.
-        weights_only: run nothing.
+        weights_only: run nothing; goes with no limit, prompts or baseline.
+        redact: keep the tokens of prompts out of the result. The names of their files and their SHA-256 stay.
         command: kept in the result.
         progress: called with (what is done, how much of it, out of how much).
         bos, chat, system, special_tokens, device, rounding, rescale, attention, adapter, trust_remote_code, stream: as
@@ -112,6 +116,11 @@ def check(
             f"The baseline is one of {baseline.dtype}, and this check is in {dtype}; write another one with "
             "--write-baseline."
         )
+    if weights_only and (prompts or baseline is not None or limits.max_kl is not None or min_headroom is not None):
+        raise MisuseError(
+            "--weights-only runs nothing, so prompts, a baseline, --max-kl and --min-headroom would go unseen; leave "
+            "them out, or leave out --weights-only."
+        )
     asked = read_prompts([Path(place) for place in prompts])
     opened = _weights(checkpoint) if weights_only else _open(checkpoint, asked, progress, how)
     weights = check_weights(opened.tensors, [dtype], counting(progress, opened.bytes), blocks=opened.blocks)[dtype]
@@ -131,7 +140,7 @@ def check(
     )
     if not gate.ran or opened.subject_in is None:
         return gate
-    return _run(gate, opened, asked, baseline, progress, how)
+    return _run(gate, opened, asked, baseline, progress, how, redact=redact)
 
 
 def _run(
@@ -141,12 +150,15 @@ def _run(
     baseline: Baseline | None,
     progress: Progress | None,
     how: SourceOptions,
+    *,
+    redact: bool,
 ) -> Gate:
     assert opened.subject_in is not None
     dtype, limits = gate.dtype, gate.limits
     subject = opened.subject_in(dtype, stage(f"{dtype}: preparing weights", progress))
     asks = [_ask(one, opened, how) for one in asked] if asked else _default(subject, bos=how.get("bos", True))
-    found = [measure(subject, one, dtype, progress) for one in asks]
+    asks = [_whole_row(one, subject) for one in asks]
+    found = [measure(subject, one, dtype, progress, redact=redact) for one in asks]
     if limits.max_kl is not None:
         found = _compared(found, asks, subject, opened.subject_in, dtype, progress)
     ran = [one.prompt for one in found]
@@ -200,8 +212,8 @@ def _remarks(ran: Sequence[Any]) -> list[str]:
     only = [one.name for one in ran if not one.every_length]
     if not only:
         return []
-    what = "was judged at its own length alone" if len(only) == 1 else "were judged at their own lengths alone"
-    return [f"{listed(only, 3)} {what}: shorter ones may differ"]
+    what = "its own length was" if len(only) == 1 else "their own lengths were"
+    return [f"only {what} judged of {listed(only, 3)}: shorter ones may differ"]
 
 
 def _ask(one: Text | Tensors, opened: _Opened, how: SourceOptions) -> Ask:
@@ -209,14 +221,27 @@ def _ask(one: Text | Tensors, opened: _Opened, how: SourceOptions) -> Ask:
         return Ask(name=one.name, given=one.given)
     is_plain = how.get("chat") and not one.asked.chat  # a chat of a file's has its own system text
     asked = replace(one.asked, chat=True, system=how.get("system")) if is_plain else one.asked
-    return Ask(name=one.name, tokens=tuple(opened.read(asked)))
+    try:
+        return Ask(name=one.name, tokens=tuple(opened.read(asked)))
+    except MisuseError as error:
+        raise MisuseError(f"{one.name} cannot be read: {error}") from error
+
+
+def _whole_row(ask: Ask, subject: Subject) -> Ask:
+    """As tensors where the model has an encoder beside its decoder, so that a text has no beginnings to judge."""
+    if ask.tokens is None or not getattr(getattr(subject.module, "config", None), "is_encoder_decoder", False):
+        return ask
+    return Ask(name=ask.name, given=as_inputs(subject, ask.tokens))
 
 
 def _default(subject: Subject, *, bos: bool) -> list[Ask]:
     """A window of each of the kit's own texts, after what the tokenizer puts before one."""
     tokenizer = tokenizer_of(subject)
     if tokenizer is None:
-        raise MisuseError("This model came without a tokenizer, so it can only be checked on --prompts of tensors.")
+        raise MisuseError(
+            f"{subject.source} came without a tokenizer, so no text can be run. Give it tensors by the names of its "
+            "arguments with --prompts FILE: .npz, .safetensors or .pt."
+        )
     begin = len(beginning(tokenizer))
     windows = texts(subject.context, tokenizer).choosing
     return [
@@ -244,8 +269,11 @@ def _open(
     how: SourceOptions,
 ) -> _Opened:
     name = str(checkpoint) if isinstance(checkpoint, str | Path) else ""
-    if name.startswith(PREFIX) and asked and all(isinstance(one, Tensors) for one in asked):
-        return _whole(name.removeprefix(PREFIX), how)
+    if name.startswith(PREFIX):
+        folder, trust = name.removeprefix(PREFIX), how.get("trust_remote_code", False)
+        texts = any(isinstance(one, Text) for one in asked)
+        if (asked and not texts) or not hf.continues_text(folder, trust_remote_code=trust):
+            return _whole(folder, how, texts=texts)
     plain: SourceOptions = {**how, "chat": False, "system": None}
     source = open_source(checkpoint, _ANY, progress=progress, **plain)
     return _Opened(
@@ -253,10 +281,10 @@ def _open(
     )
 
 
-def _whole(name: str, how: SourceOptions) -> _Opened:
-    """A model of transformers' as its config names it, whatever it reads."""
+def _whole(name: str, how: SourceOptions, *, texts: bool) -> _Opened:
+    """A model of transformers' as its config names it, whatever it reads. `texts`: its tokenizer is needed."""
     if how.get("rescale", 1.0) != 1.0:
-        raise MisuseError("A model that is checked on tensors runs as it is; leave out --stress.")
+        raise MisuseError("A model of this kind, or one that is checked on tensors, runs as it is; leave out --stress.")
     kept = ("attention", "adapter", "trust_remote_code", "stream")
     options: dict[str, Any] = {key: value for key, value in how.items() if key in kept}
     options["stream"] = options.get("stream") or None
@@ -265,10 +293,23 @@ def _whole(name: str, how: SourceOptions) -> _Opened:
         tensors=hf.stored_tensors(name),
         bytes=hf.stored_bytes(name),
         blocks={},
+        read=_reader(name, how) if texts else None,
         subject_in=lambda dtype, announce: hf.open_model(
             name, dtype=dtype, device=device, whole=True, progress=announce, **options
         ),
     )
+
+
+def _reader(name: str, how: SourceOptions) -> Callable[[Asked], list[int]]:
+    tokenizer = hf.open_tokenizer(name, trust_remote_code=how.get("trust_remote_code", False))
+    kept = {"bos": how.get("bos", True), "special_tokens": how.get("special_tokens", False)}
+
+    def read(asked: Asked) -> list[int]:
+        if asked.chat:
+            return tokenizer.chat(asked.text, system=asked.system, earlier=asked.earlier, **kept)
+        return tokenizer.encode(asked.text, **kept)
+
+    return read
 
 
 def checkpoint_name(subject: Gemma | Subject) -> str:

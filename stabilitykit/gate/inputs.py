@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from stabilitykit.run.prompts import read_text
 TEXTS = (".txt", ".md")
 CHATS = (".json", ".jsonl")
 TENSORS = (".npz", ".safetensors", ".pt")
+_KNOWN = (*TEXTS, *CHATS, *TENSORS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,24 +43,30 @@ class Tensors:
 def read_prompts(places: Sequence[Path]) -> list[Text | Tensors]:
     """What the files hold, those in a folder in the order of their names; other files in a folder are passed over.
 
+    Each has the name of its file, or its whole path where two files have the same name.
+
     A chat is a JSON list of messages, {"messages": [...]} or {"prompt": "..."}; of .jsonl each line is one of the last
     two. Pickled tensors are read with `weights_only=True`. Raises MisuseError, with the file, for what is none of
     these.
     """
-    found: list[Text | Tensors] = []
-    for path in (file for place in places for file in _files(place)):
-        if path.suffix == ".jsonl":
-            found += _numbered(path.name, read_batch(path))
-        elif path.suffix == ".json":
-            found.append(Text(name=path.name, asked=_chat(path)))
-        elif path.suffix in TENSORS:
-            found.append(Tensors(name=path.name, given=_tensors(path)))
-        else:
-            text = read_text(path, "--prompts")
-            if not text:
-                raise MisuseError(f"{path} is empty; a prompt has at least one character.")
-            found.append(Text(name=path.name, asked=Asked(text=text)))
-    return found
+    files = list(dict.fromkeys(file for place in places for file in _files(place)))
+    several = {name for name, times in Counter(path.name for path in files).items() if times > 1}
+    return [one for path in files for one in _read(path, str(path) if path.name in several else path.name)]
+
+
+def _read(path: Path, name: str) -> Sequence[Text | Tensors]:
+    if path.suffix == ".jsonl":
+        return _numbered(name, read_batch(path))
+    if path.suffix == ".json":
+        return [Text(name=name, asked=_chat(path))]
+    if path.suffix in TENSORS:
+        return [Tensors(name=name, given=_tensors(path))]
+    text = read_text(path, "--prompts")
+    if path.suffix not in TEXTS:
+        raise MisuseError(f"{path} is no file of prompts: their names end in {', '.join(_KNOWN)}. Rename a text .txt.")
+    if not text:
+        raise MisuseError(f"{path} is empty; a prompt has at least one character.")
+    return [Text(name=name, asked=Asked(text=text))]
 
 
 def _numbered(name: str, prompts: Sequence[Asked]) -> list[Text | Tensors]:
@@ -68,10 +76,9 @@ def _numbered(name: str, prompts: Sequence[Asked]) -> list[Text | Tensors]:
 def _files(place: Path) -> list[Path]:
     if not place.is_dir():
         return [place]
-    known = (*TEXTS, *CHATS, *TENSORS)
-    files = sorted(path for path in place.iterdir() if path.suffix in known and path.is_file())
+    files = sorted(path for path in place.iterdir() if path.suffix in _KNOWN and path.is_file())
     if not files:
-        raise MisuseError(f"{place} holds no prompt: a file that ends in {', '.join(known)}.")
+        raise MisuseError(f"{place} holds no prompt: a file that ends in {', '.join(_KNOWN)}.")
     return files
 
 

@@ -9,7 +9,7 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.records import StoredWeights, WeightCounts
 from stabilitykit.records.gate import Baseline, CheckedPrompt, Limits, SiteHeadroom, Violation
-from stabilitykit.words import at_token, counted, listed, number, place
+from stabilitykit.words import at_token, counted, listed, number, place_and_site
 
 _NAMED = 3  # prompts in a sentence
 
@@ -63,7 +63,7 @@ def of_headroom(sites: Iterable[SiteHeadroom], least: float, dtype: str) -> list
     return [
         Violation(
             limit="headroom",
-            text=f"{_capital(place(one))} ({one.site}) has {_bits(one.headroom)} of headroom in {dtype}, and "
+            text=f"{_begins(one)} has {_bits(one.headroom)} of headroom in {dtype}, and "
             f"{least:g} are asked for: {_magnitude(one)}{at_token(one.position, one.token)} of {one.prompt}.",
             site=one.site,
             label=one.label,
@@ -117,7 +117,7 @@ def of_baseline(sites: Iterable[SiteHeadroom], baseline: Baseline, tolerance: fl
             continue
         lost = before - one.headroom
         text = (
-            f"{_capital(place(one))} ({one.site}) has {_bits(one.headroom)} of headroom, {number(before)} in the "
+            f"{_begins(one)} has {_bits(one.headroom)} of headroom, {number(before)} in the "
             f"baseline: a loss of {number(lost)}, and {tolerance:g} may be lost. Now it is {_magnitude(one)}"
             f"{at_token(one.position, one.token)} of {one.prompt}."
         )
@@ -152,8 +152,10 @@ def _bits(headroom: float) -> str:
     return "no bit" if headroom == -math.inf else f"{headroom:.2f} bits"
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _begins(one: SiteHeadroom) -> str:
+    """A sentence's beginning; a site is a name in the user's code, and stays as it is."""
+    text = place_and_site(one)
+    return text if text.startswith(one.site) else text[:1].upper() + text[1:]
 
 
 def least_by_site(found: Iterable[SiteHeadroom]) -> tuple[SiteHeadroom, ...]:

@@ -1,7 +1,7 @@
 """One prompt, run in the dtype: what leaves the range, every site's headroom, and how far it is from float32."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,10 +23,12 @@ from stabilitykit.recorder import record
 from stabilitykit.records import Recording
 from stabilitykit.records.gate import CheckedPrompt, SiteHeadroom, Violation
 from stabilitykit.remedies.nearness import Probabilities, nearness
-from stabilitykit.remedies.samples import answer
+from stabilitykit.remedies.samples import Answer, answer
 from stabilitykit.run.case import Progress
 from stabilitykit.run.every_length import every_length
 from stabilitykit.words import counted
+
+_FEW = 16  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +54,13 @@ class Measured:
     broke: tuple[Violation, ...]
 
 
-def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = None) -> Measured:
+def measure(
+    subject: Subject, ask: Ask, dtype: str, progress: Progress | None = None, *, redact: bool = False
+) -> Measured:
     """Runs `ask` up to the first break: a row of tokens at every length, tensors as they are.
 
-    Raises MisuseError for what the model cannot be called with, that is longer than its context, or that ends in an
-    error: nothing can be said of it then.
+    `redact` keeps tokens out of what is found. Raises MisuseError for what the model cannot be called with, that is
+    longer than its context, or that ends in an error: nothing can be said of it then.
     """
     kind = preferred_matmul(dtype, subject.device.type)
     recordings: dict[int, Recording] = {}  # by length
@@ -64,8 +68,9 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
     with _judged(ask.name):
         if ask.tokens is None:
             _check_numbers(ask)
-            with torch.inference_mode(), _recorded(subject, kind) as recording:
-                answer(subject.module, ask.given)
+            _check_ids(ask, subject)
+            with torch.inference_mode(), _recorded(subject, kind, redact=redact) as recording:
+                _answer(subject, ask)
             recordings[0] = recording
         else:
             if len(ask.tokens) > subject.context:
@@ -73,15 +78,17 @@ def measure(subject: Subject, ask: Ask, dtype: str, progress: Progress | None = 
                     f"{ask.name} has {len(ask.tokens):,} tokens, and the model's context holds {subject.context:,}; "
                     "shorten it."
                 )
+            _check_ids(ask, subject)
             found = every_length(
                 subject,
                 ask.tokens,
                 edges=not isinstance(subject.module, Gemma),  # which is causal, as its own tests show
                 matmul=kind,
+                redact=redact,
                 seen=recordings.__setitem__,
                 progress=_named(ask.name, progress),
             )
-            every = all(check.agrees for check in found.checks)
+            every = all(check.agrees for check in found.checks) and _looks_back(subject, ask.tokens)
             shortest = found.first_broken if every else None
     if not any(len(one) for one in recordings.values()):
         raise MisuseError(f"{ask.name}: nothing that the model computes could be recorded, so nothing can be said.")
@@ -109,9 +116,12 @@ def compared(prompt: CheckedPrompt, ask: Ask, low: Subject, wide: Subject, dtype
     with _judged(ask.name):
         for subject, name in ((low, dtype), (wide, "float32")):
             with torch.inference_mode(), matmul(preferred_matmul(name, subject.device.type)):
-                found = answer(subject.module, ask.inputs)
+                found = _answer(subject, ask)
             if not found.logits:
-                raise MisuseError(f"{ask.name}: the model returns no logits, and a KL divergence is one of logits.")
+                raise MisuseError(
+                    f"{ask.name}: the model returns no logits, and a KL divergence is one of logits; leave out "
+                    "--max-kl. --min-headroom goes with any model."
+                )
             logits.append(found.values.reshape(-1, found.values.shape[-1]))
         ours, theirs = logits
         if not bool(theirs.isfinite().all()):
@@ -127,8 +137,32 @@ def compared(prompt: CheckedPrompt, ask: Ask, low: Subject, wide: Subject, dtype
     )
 
 
-def _recorded(subject: Subject, kind: str) -> Any:
-    return record(subject.module, formats=(), stop_at_break=True, matmul=kind, token_text=subject.piece)
+def _recorded(subject: Subject, kind: str, *, redact: bool) -> Any:
+    return record(subject.module, formats=(), stop_at_break=True, matmul=kind, token_text=subject.piece, redact=redact)
+
+
+def _answer(subject: Subject, ask: Ask) -> Answer:
+    try:
+        return answer(subject.module, ask.inputs)
+    except MisuseError as error:
+        raise MisuseError(f"{ask.name} could not be run: {error}") from error
+
+
+def _looks_back(subject: Subject, tokens: Sequence[int]) -> bool:
+    """Whether no answer depends on a later token: with another last token, all before it are the same bits.
+
+    Seen on the first few tokens. A single one has nothing before it.
+    """
+    if isinstance(subject.module, Gemma) or len(tokens) < 2:
+        return True
+    row = torch.tensor([list(tokens[:_FEW])])
+    other = row.clone()
+    other[0, -1] = 1 if row[0, -1] == 0 else 0
+    with torch.inference_mode():
+        one, two = (answer(subject.module, {"input_ids": ids}).values for ids in (row, other))
+    if one.ndim < 3:  # one answer for all of a text
+        return False
+    return bool(torch.equal(one[:, :-1].nan_to_num(), two[:, :-1].nan_to_num()))
 
 
 @contextmanager
@@ -149,6 +183,22 @@ def _check_numbers(ask: Ask) -> None:
     for name, one in ask.given.items():
         if one.is_floating_point() and bool(one.isnan().any()):
             raise MisuseError(f"{ask.name}: {name} holds NaN to begin with, so that nothing can be said of the model.")
+
+
+def _check_ids(ask: Ask, subject: Subject) -> None:
+    """Raises MisuseError for a token that the embedding has no row of."""
+    ids, module = ask.inputs.get("input_ids"), subject.module
+    embedding = getattr(module, "get_input_embeddings", None)
+    table = module.embed_tokens if isinstance(module, Gemma) else embedding() if callable(embedding) else None
+    rows = getattr(getattr(table, "weight", None), "shape", (None,))[0]
+    if ids is None or rows is None or not ids.numel() or ids.is_floating_point():
+        return
+    for one in (int(ids.min()), int(ids.max())):
+        if not 0 <= one < rows:
+            raise MisuseError(
+                f"{ask.name}: input_ids holds {one:,}, and the model knows the tokens 0 to {rows - 1:,}. Does it come "
+                "from another model's tokenizer?"
+            )
 
 
 def _named(name: str, progress: Progress | None) -> Progress | None:

@@ -1,5 +1,6 @@
 """A check as SARIF 2.1.0, which code scanning reads: a rule for each limit, a result for each violation."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,13 +11,55 @@ from stabilitykit.records.document import finite_or_text
 from stabilitykit.records.gate import Gate, LimitName, Violation
 
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
-_RULES: dict[LimitName, tuple[str, str]] = {
-    "weights": ("WeightsNotHeld", "Every stored weight is a number that the dtype holds."),
-    "range": ("OutOfRange", "Nothing that the model computes leaves the dtype's range."),
-    "output": ("OutputNotFinite", "What the model returns is finite."),
-    "headroom": ("TooLittleHeadroom", "Every stored tensor keeps the bits of headroom that were asked for."),
-    "kl": ("FarFromFloat32", "The next-token distributions are as close to float32's as was asked for."),
-    "baseline": ("HeadroomLost", "No tensor has lost more headroom since the baseline than may be lost."),
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What code scanning shows of a limit: a name, what holds where the limit is kept, what it means and what to do."""
+
+    name: str
+    holds: str
+    means: str
+    help: str
+
+
+_RULES: dict[LimitName, _Rule] = {
+    "weights": _Rule(
+        "WeightsNotHeld",
+        "Every stored weight is a number that the dtype holds.",
+        "A weight is NaN or infinite in the file, or overflows when it is stored in the dtype that was checked.",
+        "Convert the weights again from their source, use a dtype that holds them, or `stabilitykit repair` the model.",
+    ),
+    "range": _Rule(
+        "OutOfRange",
+        "Nothing that the model computes leaves the dtype's range.",
+        "On a prompt of the check a tensor overflowed or became NaN. What it becomes downstream is in the message.",
+        "`stabilitykit diagnose` tries what may cure it there; `stabilitykit repair` writes a model that fits.",
+    ),
+    "output": _Rule(
+        "OutputNotFinite",
+        "What the model returns is finite.",
+        "The model returned inf or NaN on a prompt of the check, so that sampling raises or prints padding.",
+        "`stabilitykit profile` names the tensor with which it began; `stabilitykit diagnose` tries what may cure it.",
+    ),
+    "headroom": _Rule(
+        "TooLittleHeadroom",
+        "Every stored tensor keeps the bits of headroom that were asked for.",
+        "A tensor came closer to the dtype's maximum than --min-headroom allows; one bit is a factor of two.",
+        "`stabilitykit repair` writes a model with the same function and more headroom.",
+    ),
+    "kl": _Rule(
+        "FarFromFloat32",
+        "The next-token distributions are as close to float32's as was asked for.",
+        "The mean KL divergence from the float32 run, in nats a position, is past --max-kl.",
+        "`stabilitykit diagnose` compares other dtypes and changes on the same prompt.",
+    ),
+    "baseline": _Rule(
+        "HeadroomLost",
+        "No tensor has lost more headroom since the baseline than may be lost.",
+        "A tensor is closer to the dtype's maximum than when the baseline was written, by more than --tolerance bits.",
+        "See what changed since (weights, versions, prompts); if it is meant, write the baseline again.",
+    ),
 }
 
 
@@ -38,8 +81,12 @@ def sarif(gate: Gate) -> dict[str, Any]:
                         "name": "stabilitykit",
                         "version": gate.versions["stabilitykit"],
                         "rules": [
-                            {"id": limit, "name": name, "shortDescription": {"text": text}}
-                            for limit, (name, text) in _RULES.items()
+                            {
+                                "id": limit, "name": rule.name, "shortDescription": {"text": rule.holds},
+                                "fullDescription": {"text": rule.means},
+                                "help": {"text": rule.help.replace("`", ""), "markdown": rule.help},
+                            }
+                            for limit, rule in _RULES.items()
                         ],
                     }
                 },

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from stabilitykit.diagnosis import Link
 from stabilitykit.errors import StabilityKitError
@@ -70,15 +70,23 @@ class NumericalBreak(StabilityKitError, RuntimeError):  # noqa: N818  a break is
     """Rows of a batch broke. `rows` are their numbers, `breaks` what is known of each.
 
     `output` is what the model returned, None where it was a logits processor's doing: the rows that are not named in it
-    are as good as without a guard, and the cache is as the model left it, so the caller can go on with them.
+    are as good as without a guard, and the cache is as the model left it, so the caller can go on with them. It may
+    hold a whole cache, so that it is left out where the exception is pickled.
     """
 
-    def __init__(self, breaks: Sequence[RowBreak], output: Any = None) -> None:
+    def __init__(self, breaks: Sequence[RowBreak], output: Any = None, sound: int = 0) -> None:
         self.breaks = tuple(breaks)
         self.rows = tuple(sorted({one.row for one in breaks}))
         self.output = output
-        super().__init__(
-            f"{'Row' if len(self.rows) == 1 else 'Rows'} {listed([str(row) for row in self.rows])} of the batch cannot "
-            f"be sampled from: {'; '.join(map(str, self.breaks))}. The other rows are sound: go on with them, or run "
-            "these in a wider dtype (on_break='retry')."
-        )
+        self._sound = sound
+        several = len(self.rows) > 1
+        text = f"{'Rows' if several else 'Row'} {listed([str(row) for row in self.rows])} of the batch cannot be used: "
+        text += "; ".join(map(str, self.breaks)) + "."
+        if sound:
+            text += " The other rows are sound: go on with them." if sound > 1 else " The other row is sound: go on."
+        if any(one.seen != "scores" for one in self.breaks):
+            text += f" guard(model, 'retry') runs {'such rows' if several else 'such a row'} in a wider dtype."
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), (self.breaks, None, self._sound)

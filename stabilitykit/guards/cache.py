@@ -6,13 +6,16 @@ what it holds now, up to its old length.
 """
 
 import copy
+import weakref
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stabilitykit.models.gemma import KVCache
+from stabilitykit.recorder.places.streams import cached
 
 _GROWS = ("DynamicLayer",)
 _SLIDES = ("DynamicSlidingWindowLayer",)
@@ -49,6 +52,67 @@ def before(cache: Any, new: int) -> Before:
 def _rows_of(tensor: Tensor, rows: Sequence[int] | None, dtype: torch.dtype | None) -> Tensor:
     chosen = tensor.detach() if rows is None else tensor.detach()[list(rows)]
     return chosen.to(dtype or tensor.dtype, copy=True)
+
+
+def length_of(cache: Any) -> int | Tensor | None:
+    """How many tokens `cache` holds; a tensor where nobody knows without waiting for a device."""
+    count = getattr(cache, "get_seq_length", None)
+    try:
+        held = None if count is None else count()
+    except Exception:  # a cache of states has no length
+        return None
+    return held if isinstance(held, int | Tensor) else None
+
+
+def is_empty(cache: Any) -> bool | None:
+    """Whether `cache` holds no token; None where that is not known without waiting for a device."""
+    held = length_of(cache)
+    if isinstance(held, Tensor):
+        counts = (getattr(layer, "cumulative_length_int", None) for layer in getattr(cache, "layers", ()))
+        held = next((count for count in counts if count is not None), None)
+    return None if held is None else held == 0
+
+
+class Left:
+    """What a cache held when a step ended, by which it is seen whether anybody but a step has changed it since.
+
+    Beam search moves its rows, assisted generation cuts its end off, a server empties it or gives a row to another
+    request. Tensors made in inference mode do not tell what is written into them, only whether they are others.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._tensors = [_Left(one) for one in _first(cache)]
+        self._length = length_of(cache)
+
+    def changed(self, cache: Any) -> bool:
+        now = _first(cache)
+        return len(now) != len(self._tensors) or any(
+            left.changed(one) for left, one in zip(self._tensors, now, strict=True)
+        )
+
+    def cut(self, cache: Any) -> int | None:
+        """How many tokens fewer `cache` holds; None where that is not known, and where it holds more."""
+        now = length_of(cache)
+        if not isinstance(now, int) or not isinstance(self._length, int) or now > self._length:
+            return None
+        return self._length - now
+
+
+def _first(cache: Any) -> list[Tensor]:
+    """The first layer's keys and values, which tell for all; none of a cache whose layers come and go by themselves."""
+    return [] if getattr(cache, "offloading", False) else list(islice(cached(cache), 2))
+
+
+class _Left:
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = weakref.ref(tensor), _version(tensor)
+
+    def changed(self, tensor: Tensor) -> bool:
+        return self._tensor() is not tensor or _version(tensor) != self._version
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class _None:

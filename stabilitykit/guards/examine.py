@@ -9,7 +9,9 @@ from torch import nn
 from stabilitykit.diagnosis import Link, chain, verdict
 from stabilitykit.diagnosis.outcome import Outcome, decisive
 from stabilitykit.guards.cache import CannotRepeat
+from stabilitykit.guards.log import told
 from stabilitykit.guards.step import Step
+from stabilitykit.guards.twin import twin
 from stabilitykit.recorder import record
 from stabilitykit.records import Break, Record, Recording
 
@@ -64,6 +66,10 @@ def examine(
     `together`: all rows of the step are repeated as they ran, and what that says of a row's own place holds for it; not
     where rows that broke earlier would come first. Of those that are left each is repeated alone, up to 8 of them.
     """
+    try:
+        model = twin(model)
+    except Exception as error:
+        return dict.fromkeys(rows, f"the model's modules cannot be copied to be looked at ({told(error)})")
     named: dict[int, Finding | str] = {}
     whole = _recorded(step, model, None, token_text, redact=redact) if together else None
     if isinstance(whole, str):
@@ -105,7 +111,7 @@ def _recorded(
 ) -> Recording | str:
     """The recording, or why there is none."""
     try:
-        again = step.again(step.module, rows)
+        again = step.again(model.get_submodule(step.path), rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with record(model, formats=(), token_text=token_text, redact=redact) as recording:
@@ -113,5 +119,5 @@ def _recorded(
     except CannotRepeat as cannot:
         return str(cannot)
     except Exception as error:  # of the recorder or of the model: the user's own pass has long returned
-        return f"the step could not be repeated ({type(error).__name__}: {str(error).splitlines()[:1]})"
+        return f"the step could not be repeated ({told(error)})"
     return recording

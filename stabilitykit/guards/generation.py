@@ -1,7 +1,9 @@
 """How a row ends: its only choice becomes `<eos>`, in transformers' `generate` and in the kit's own sampler."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -15,21 +17,22 @@ from stabilitykit.models.gemma.sampler import Sampler
 from stabilitykit.recorder.tensors import aside
 
 _LISTS = "_get_logits_processor"  # of transformers' models: makes the processors of one call of generate
+_COMPILES = "get_compiled_call"  # of transformers' models: the compiled call that generate decodes with, on a device
 
 
 @dataclass(slots=True, eq=False)
 class Chosen:
     """Scores that logits processors left, on their way to the host: `kinds` [B] as `lost` gives them.
 
-    `raw` are the scores that the processors were given, from which it can be found whose doing it was.
+    `stages` are the same of the scores as they came, None by name, and after each processor, by the name of its class.
     """
 
     kinds: Tensor
     ids: Tensor
-    raw: Tensor
-    processors: Sequence[Any]
+    stages: Sequence[tuple[str | None, Tensor]]
     sequences: Sequences
     step: int
+    fed: int
 
     def breaks(self, kinds: Sequence[float]) -> list[RowBreak]:
         """Of rows that no model's output had broken before."""
@@ -38,23 +41,13 @@ class Chosen:
         return [self._named(one) for one in found if one.row not in sequences.known]
 
     def _named(self, broke: RowBreak) -> RowBreak:
+        if self.ids.shape[1] < self.fed:  # the prompt came as embeddings, of which there is no id
+            broke = replace(broke, position=self.fed - 1)
         with aside():
-            ids, scores = self.ids[broke.row : broke.row + 1], self.raw[broke.row : broke.row + 1].clone()
-            if bool(lost(scores)[0]):
-                return replace(broke, unexamined="the model's own step was not looked at, because of `every`")
-            return replace(broke, site=self._whose(ids, scores), unexamined="the model's own scores were finite")
-
-    def _whose(self, ids: Tensor, scores: Tensor) -> str | None:
-        """The class of the first processor after which no token can be chosen, each asked again about this row."""
-        with aside():
-            for processor in self.processors:
-                try:
-                    scores = processor(ids, scores)
-                except Exception:  # one that wants the whole batch
-                    return None
-                if bool(lost(scores)[0]):
-                    return type(processor).__name__
-        return None
+            names = [name for name, kinds in self.stages if bool(kinds[broke.row])]
+        if names and names[0] is None:
+            return replace(broke, unexamined="the model's own step was not looked at, because of `every`")
+        return replace(broke, site=names[0] if names else None, unexamined="the model's own scores were finite")
 
 
 class Listener(Protocol):
@@ -70,36 +63,52 @@ class Listener(Protocol):
         """Whether a row that breaks is ended."""
         ...
 
+    def generating(self) -> AbstractContextManager[None]:
+        """Around a call of `generate`."""
+        ...
+
+    def beams(self, count: int) -> None:
+        """So many hypotheses a prompt has in the call that is running."""
+        ...
+
+    def outside(self, path: str, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, which runs `module` compiled, watched from outside."""
+        ...
+
     def chosen(self, chosen: Chosen) -> None:
         """After the processors. May raise NumericalBreak."""
         ...
 
 
-class _First:
-    """Before a call's own processors."""
+class _Look:
+    """Before a call's own processors, and after each of them: one may keep a state, or write into what it is given, so
+    that none can be asked again.
+    """
 
-    raw: Tensor | None = None
+    def __init__(self, name: str | None, stages: list[tuple[str | None, Tensor]]) -> None:
+        self._name, self._stages = name, stages
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.raw = scores
+        if self._name is None:
+            self._stages.clear()
+        self._stages.append((self._name, lost(scores)))
         return scores
 
 
 class _Last:
     """After them: a row that was stopped has one choice left."""
 
-    def __init__(self, guard: Listener, first: _First, own: Sequence[Any], token: int) -> None:
-        self._guard, self._first, self._own, self._token = guard, first, own, token
+    def __init__(self, guard: Listener, stages: Sequence[tuple[str | None, Tensor]], token: int) -> None:
+        self._guard, self._stages, self._token = guard, stages, token
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         sequences = self._guard.last
         if sequences is None or sequences.rows != scores.shape[0]:
             return scores
-        if self._own and self._first.raw is not None:
-            kinds = lost(scores)
-            self._guard.chosen(
-                Chosen(kinds, input_ids, self._first.raw, self._own, sequences, max(sequences.steps - 1, 0))
-            )
+        if len(self._stages) > 1:
+            kinds = self._stages[-1][1]
+            step = max(sequences.steps - 1, 0)
+            self._guard.chosen(Chosen(kinds, input_ids, tuple(self._stages), sequences, step, sequences.fed))
             if self._guard.ends:  # before the host knows of it: a device asserts where nothing can be drawn
                 with aside():
                     only = torch.full_like(scores[:1], -torch.inf)
@@ -109,20 +118,45 @@ class _Last:
 
 
 def in_generate(attached: Attached, model: nn.Module, guard: Listener) -> None:
-    """Every call of `generate` gets a processor before its own and one after them; beam search is left alone."""
-    for module in list(model.modules()):
+    """Every call of `generate` gets processors around its own; of beam search only the number of beams is told.
+
+    What `generate` compiles for itself is watched from outside.
+    """
+    for path, module in list(model.named_modules()):
         if callable(getattr(type(module), _LISTS, None)):
-            attached.attribute(module, _LISTS, _around(getattr(module, _LISTS), guard))
+            attached.method(module, _LISTS, _around(getattr(module, _LISTS), guard))
+            attached.method(module, "generate", _within(module.generate, guard))
+            if callable(getattr(type(module), _COMPILES, None)):
+                attached.method(module, _COMPILES, _compiled(path, module, getattr(module, _COMPILES), guard))
+
+
+def _within(generate: Any, guard: Listener) -> Any:
+    @wraps(generate)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with guard.generating():
+            return generate(*args, **kwargs)
+
+    return watched
+
+
+def _compiled(path: str, module: nn.Module, made: Callable[..., Any], guard: Listener) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return guard.outside(path, module, made(*args, **kwargs))
+
+    return call
 
 
 def _around(made: Callable[..., Any], guard: Listener) -> Callable[..., Any]:
     def lists(*args: Any, **kwargs: Any) -> Any:
         found = made(*args, **kwargs)
         config = args[0] if args else kwargs.get("generation_config")
-        if (getattr(config, "num_beams", 1) or 1) > 1:
+        beams = getattr(config, "num_beams", 1) or 1
+        guard.beams(beams)
+        if beams > 1:
             return found
-        own, first = list(found), _First()
-        return type(found)([first, *own, _Last(guard, first, own, _ending(config))])
+        stages: list[tuple[str | None, Tensor]] = []
+        own = [one for processor in found for one in (processor, _Look(type(processor).__name__, stages))]
+        return type(found)([*([_Look(None, stages)] if own else []), *own, _Last(guard, stages, _ending(config))])
 
     return lists
 

@@ -2,11 +2,13 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_args
+from functools import partial, wraps
+from typing import Any, Literal, NoReturn, get_args
 
+import torch
 from torch import Tensor, nn
 
 from stabilitykit.choices import check_choice
@@ -16,14 +18,14 @@ from stabilitykit.guards.breaks import NumericalBreak, RowBreak
 from stabilitykit.guards.claims import claim, release
 from stabilitykit.guards.generation import Chosen, in_generate, in_own_sampler
 from stabilitykit.guards.judge import Judge, Outcome, Settings
-from stabilitykit.guards.log import tell_failure
+from stabilitykit.guards.log import LOGGER, tell_failure
 from stabilitykit.guards.metrics import Metrics
-from stabilitykit.guards.places import logits_of, places_of
+from stabilitykit.guards.places import Places, logits_of, places_of, uncompiled
 from stabilitykit.guards.processor import ended
 from stabilitykit.guards.sequences import ByCache, Sequences
 from stabilitykit.guards.step import Step
 from stabilitykit.guards.watch import Part, Watch, Watched
-from stabilitykit.guards.wide import WideDtype, WideModel, put
+from stabilitykit.guards.wide import WideDtype, WideModel, check_given, put
 from stabilitykit.recorder.pending import transfer
 
 OnBreak = Literal["stop", "raise", "warn", "retry"]
@@ -46,6 +48,7 @@ class _Thread(threading.local):
     running: _Running | None = None
     last: Sequences | None = None
     chosen: Chosen | None = None
+    beams: int = 0
     off: bool = False
 
 
@@ -54,20 +57,28 @@ class Guard:
 
     def __init__(self, model: nn.Module, settings: Settings, watch: Watch, every: int, wide: WideModel) -> None:
         self.model = model
+        self._inner = uncompiled(model)
+        self._own: frozenset[int] = frozenset()
         self._watch, self._every = watch, every
         self._attached = Attached()
         wide.strip = self._attached.strip
         self._wide = wide
-        self._judge = Judge(model, settings, wide, self._kept)
+        self._judge = Judge(self._inner, settings, wide, self._kept)
         self._metrics = settings.metrics
         self._breaks: deque[RowBreak] = deque(maxlen=MOST_BREAKS)
         self._sequences = ByCache()
         self._thread = _Thread()
         self._installed = False
+        self._told = False
         self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         return self  # a copy of the model has hooks that lead here, until they are taken off
+
+    def __reduce__(self) -> NoReturn:
+        raise MisuseError(
+            "A model cannot be pickled while it has a guard, which is no part of it: guard.remove() first."
+        )
 
     def __enter__(self) -> "Guard":
         return self.install()
@@ -76,13 +87,31 @@ class Guard:
         self.remove()
 
     def install(self) -> "Guard":
-        """Puts the guard on its model. Raises MisuseError where that, or a part of it, has one already."""
-        claim(self.model)
+        """Puts the guard on its model. Raises MisuseError where that, or a part of it, has one already, and where there
+        are no layers whose residual could be watched, or `wide` is another model.
+        """
+        claim(self._inner)
         self._installed = True
-        places = places_of(self.model)
+        try:
+            self._put()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def _put(self) -> None:
+        places = places_of(self._inner)
+        self._refuse(places)
+        self._own = frozenset(map(id, places.wholes.values()))
         for path, whole in places.wholes.items():
             self._attached.before(whole, partial(self._enter, path))
             self._attached.after(whole, self._leave, if_raised=True)
+            if whole._compiled_call_impl is not None:
+                outside = self.outside(path, whole, whole._compiled_call_impl)
+                self._attached.attribute(whole, "_compiled_call_impl", outside)
+        if self.model is not self._inner:
+            self._attached.before(self.model, partial(self._enter, ""))
+            self._attached.after(self.model, self._leave, if_raised=True)
         watched: list[tuple[Part, str, nn.Module]] = []
         if self._watch == "residual":
             watched += [("residual", site, layer) for site, layer in places.layers]
@@ -90,17 +119,43 @@ class Guard:
             watched.append(("final norm", *places.norm))
         for part, site, module in watched:
             self._attached.after(module, partial(self._look, part, site))
-        in_generate(self._attached, self.model, self)
-        in_own_sampler(self._attached, self.model, self)
-        return self
+        in_generate(self._attached, self._inner, self)
+        in_own_sampler(self._attached, self._inner, self)
+
+    def _refuse(self, places: Places) -> None:
+        """Raises MisuseError for what this model does not have."""
+        compiled = self.model is not self._inner or any(
+            one._compiled_call_impl is not None for one in places.wholes.values()
+        )
+        if self._watch == "residual" and (compiled or not places.layers):
+            why = "is compiled, so that what its layers return is not seen" if compiled else "has no list of layers"
+            raise MisuseError(
+                f"watch='residual' looks at what every layer returns, and this {type(self._inner).__name__} {why}. Use "
+                "watch='logits'" + (", or guard the model without compiling it." if compiled else ".")
+            )
+        if self._wide.given:
+            wide = self._wide.of(self._inner)
+            lacking = [
+                path for path in places.wholes if path and path not in {name for name, _ in wide.named_modules()}
+            ]
+            if lacking:
+                raise MisuseError(
+                    f"wide has to be the same model in a wider dtype, but this {type(wide).__name__} has no "
+                    f"{lacking[0]!r}, which {type(self._inner).__name__} has."
+                )
 
     def remove(self) -> None:
         """Takes it off: no hook is left, and weights that were made for retries are freed. `breaks` stay."""
         if not self._installed:
             return
-        self._settle()
+        try:
+            self._settle()
+        finally:
+            self._take_off()
+
+    def _take_off(self) -> None:
         self._attached.remove()
-        release(self.model)
+        release(self._inner)
         self._sequences.clear()
         self._thread = _Thread()
         self._wide.drop()
@@ -149,24 +204,65 @@ class Guard:
         if self._judge.decides_at_once:
             self._settle()
 
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        thread = self._thread
+        thread.beams, thread.last = 1, None
+        try:
+            yield
+        finally:
+            thread.beams = 0
+
+    def beams(self, count: int) -> None:
+        self._thread.beams = count
+
+    def outside(self, path: str, module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._enter(path, module, args, kwargs)
+            output = None
+            try:
+                output = call(*args, **kwargs)
+            finally:
+                changed = self._leave(module, args, kwargs, output)
+            return output if changed is None else changed
+
+        return watched
+
     def _settle(self) -> None:
         """Waits for the scores that are on their way, and reports what they show."""
         chosen, self._thread.chosen = self._thread.chosen, None
         if chosen is not None:
-            kinds = [float(kind) for kind in transfer(chosen.kinds).wait()]
-            self._judge.of_scores(chosen.breaks(kinds), chosen.sequences)
+            self._of_scores(chosen, None)
+
+    def _of_scores(self, chosen: Chosen, kinds: Any) -> None:
+        """Reports scores that nothing can be drawn from; `kinds` are on the host, or else are waited for."""
+        try:
+            kinds = transfer(chosen.kinds).wait() if kinds is None else kinds
+            self._judge.of_scores(chosen.breaks([float(kind) for kind in kinds]), chosen.sequences)
+        except NumericalBreak:
+            raise
+        except Exception as error:
+            if error is self._judge.raised:
+                raise  # the user's own
+            tell_failure("the scores of logits processors", error)
 
     def _kept(self, broke: RowBreak) -> None:
         with self._lock:
             self._breaks.append(broke)
 
     def _enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        thread = self._thread
-        if thread.off or thread.running is not None:
+        if torch.compiler.is_compiling():
+            return  # a compiled call is watched from outside
+        thread, module = self._thread, uncompiled(module)
+        if thread.off or (thread.running is not None and thread.running.step.module is not module):
             return
+        if id(module) not in self._own:
+            return  # of a copy of the model, to which the hooks came along
+        thread.running = thread.last = None  # whatever was interrupted
         try:
             step = Step.of(path, module, args, kwargs)
-            sequences = self._sequences.of(step.cache, step.rows)
+            sequences = self._sequences.of(step.cache, step.rows, step.new, thread.beams)
             look = sequences.steps % self._every == 0 or step.new > 1
             thread.running = _Running(step, sequences, Watched() if look else None)
         except Exception as error:
@@ -175,6 +271,8 @@ class Guard:
     def _look(
         self, part: Part, site: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        if torch.compiler.is_compiling():
+            return
         running = self._thread.running
         if running is None or running.watched is None or self._thread.off:
             return
@@ -186,7 +284,9 @@ class Guard:
                 tell_failure(f"the output of {site}", error)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        thread = self._thread
+        if torch.compiler.is_compiling():
+            return None
+        thread, module = self._thread, uncompiled(module)
         running = thread.running
         if thread.off or running is None or running.step.module is not module:
             return None
@@ -211,8 +311,9 @@ class Guard:
         step, sequences = running.step, running.sequences
         made = getattr(output, "past_key_values", None) if step.cache is None else step.cache
         self._thread.last = sequences
-        found = Outcome(step, sequences, sequences.steps, output, logits_of(output), [])
+        found = Outcome(step, sequences, sequences.steps, output, logits_of(output), [], self._thread.beams)
         sequences.steps += 1
+        sequences.fed += step.new
         if made is not None:
             self._sequences.keep(made, sequences)
         self._in_wide(found)
@@ -224,13 +325,16 @@ class Guard:
 
     def _in_wide(self, found: Outcome) -> None:
         """The step of the rows that are in the wider dtype."""
-        for group in found.sequences.wide:
+        for group in tuple(found.sequences.wide):
             if found.logits is None or found.sequences.ended.issuperset(group.rows):
                 continue
-            module = self._wide.of(self.model).get_submodule(found.step.path)
-            again, logits = group.step(found.step, module, self._wide.dtype)
-            found.wide.append((group, again))
-            found.logits, found.changed = put(found.logits, group.rows, logits), True
+            try:
+                module = self._wide.of(self._inner).get_submodule(found.step.path)
+                again, logits = group.step(found.step, module, self._wide.dtype)
+                found.logits, found.changed = put(found.logits, group.rows, logits), True
+                found.wide.append((group, again))
+            except Exception as error:
+                self._judge.parted(found, group, error)
 
     def _read(self, watched: Watched, found: Outcome) -> None:
         """The one wait of a step, and what follows from it."""
@@ -240,16 +344,24 @@ class Guard:
         looked = watched.read(found.step.rows)
         if chosen is not None:
             scores = [one.largest for one in looked if one.part == "scores"]
-            kinds = scores[0] if scores else transfer(chosen.kinds).wait()  # of a batch of another size
-            self._judge.of_scores(chosen.breaks([float(kind) for kind in kinds]), chosen.sequences)
+            self._of_scores(chosen, scores[0] if scores else None)  # none of a batch of another size
         looked = [one for one in looked if one.part != "scores"]
         if not looked:
+            self._tell_nothing()
             return
         headroom = self._judge.headroom(found, looked)
         for sink in self._metrics:
             sink.stepped(headroom)
         self._judge.absorbed(found, looked)
         self._judge.broken(found, looked)
+
+    def _tell_nothing(self) -> None:
+        if not self._told:
+            self._told = True
+            LOGGER.warning(
+                "%s returns no logits and has no final norm with a number for each row: nothing of it is watched",
+                type(self._inner).__name__,
+            )
 
 
 def guard(
@@ -297,7 +409,8 @@ def guard(
     tokenizer of the kit needs none. `redact` keeps tokens out of everything. What the guard fails at is logged, and
     ends no pass.
 
-    Raises MisuseError for what is no module and for unknown settings; `install` does where the model has a guard.
+    Raises MisuseError for what is no module, unknown settings and a `wide` that is no wider; `install` does where the
+    model has a guard or lacks what is to be watched.
     """
     if not isinstance(model, nn.Module):
         raise MisuseError(f"guard() expects a torch.nn.Module, got {type(model).__name__}.")
@@ -305,6 +418,8 @@ def guard(
         check_choice("on_break", on_break, get_args(OnBreak))
     check_choice("watch", watch, get_args(Watch))
     check_choice("retry_in", retry_in, get_args(WideDtype))
+    if wide is not None:
+        check_given(wide, model)
     if every < 1:
         raise MisuseError(f"every must be at least 1 step, got {every}.")
     if token_text is None:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from stabilitykit.formats import FORMATS
 from stabilitykit.guards.breaks import NumericalBreak, RowBreak, Seen
 from stabilitykit.guards.examine import Finding, examine
-from stabilitykit.guards.log import LOGGER, tell, tell_headroom
+from stabilitykit.guards.log import LOGGER, tell, tell_headroom, told
 from stabilitykit.guards.metrics import UNKNOWN, Metrics
 from stabilitykit.guards.places import with_logits
 from stabilitykit.guards.sequences import Sequences
 from stabilitykit.guards.step import Step
 from stabilitykit.guards.watch import Looked, Watched
-from stabilitykit.guards.wide import WideModel, WideRows, no_use, put
+from stabilitykit.guards.wide import NoWeights, WideModel, WideRows, no_use, put
 
 WAYS = ("stop", "raise", "warn", "retry")
 
@@ -45,7 +45,13 @@ class Outcome:
     output: Any
     logits: Tensor | None
     wide: list[tuple[WideRows, Step]]
+    beams: int = 0
     changed: bool = False
+
+    @property
+    def sound(self) -> int:
+        """Rows that have not broken."""
+        return self.step.rows - len(self.sequences.known)
 
     @property
     def answer(self) -> Any:
@@ -106,6 +112,8 @@ class Judge:
         """Rows that logits processors left nothing to choose from."""
         if not breaks:
             return
+        if self._settings.redact:
+            breaks = [replace(one, token=None) for one in breaks]
         how: str | None = self._how(breaks)
         sequences.known |= {one.row for one in breaks}
         if how in ("stop", "retry"):
@@ -116,7 +124,18 @@ class Judge:
             how = None
         done = self._report(breaks, how)
         if how == "raise":
-            raise NumericalBreak(done)
+            raise NumericalBreak(done, sound=sequences.rows - len(sequences.known))
+
+    def parted(self, found: Outcome, group: WideRows, error: Exception) -> None:
+        """Gives up rows of which a step in the wider dtype failed, as where memory ran out."""
+        sequences, dtype = found.sequences, str(self._wide.dtype).removeprefix("torch.")
+        sequences.wide.remove(group)
+        rows = [row for row in group.rows if row not in sequences.known]
+        sequences.known |= set(rows)
+        sequences.ended |= set(rows)
+        why = f"its step in {dtype} failed ({told(error)}), and its own cache is lost with it"
+        bare = [self._bare(found, row, "logits") for row in rows]
+        self._report([replace(one, unexamined="nothing new broke", did="gave up", why=why) for one in bare], None)
 
     @property
     def ends(self) -> bool:
@@ -138,7 +157,7 @@ class Judge:
             self.raised = error
             raise
         if said not in WAYS:
-            LOGGER.error("on_break returned %r; it is taken for 'warn', one of: %s", said, ", ".join(WAYS))
+            LOGGER.error("on_break returned %r, none of %s; it is taken for 'warn'", said, ", ".join(WAYS))
             return "warn"
         return said
 
@@ -156,7 +175,12 @@ class Judge:
             done += self._report(given_up, None)
         if first:
             how: str | None = self._how(first)
-            if how == "retry":
+            if how in ("stop", "retry") and found.beams > 1:
+                why = "beam search moves rows from one hypothesis to another, which a cache of their own cannot follow"
+                if how == "retry":
+                    first = [replace(one, did="gave up", why=why) for one in first]
+                how = None
+            elif how == "retry":
                 first, how = self._retried(found, first, findings), None
             elif how == "stop":
                 sequences.ended |= {one.row for one in first}
@@ -164,22 +188,23 @@ class Judge:
         sequences.known |= {one.row for one in done if one.did != "retried"}
         raised = [one for one in done if one.did == "raised"]
         if raised:
-            raise NumericalBreak(raised, found.answer)
+            raise NumericalBreak(raised, found.answer, found.sound)
 
     def _retried(self, found: Outcome, breaks: Sequence[RowBreak], findings: Findings) -> list[RowBreak]:
         """Runs the rows that a wider dtype may help in it, and gives up the others."""
         reasons: dict[int, str] = {}
         for one in breaks:
-            why = no_use(findings.get(one.row), found.step, self._wide)
+            why = no_use(findings.get(one.row), found.step, self._wide, parted=found.sequences.parted)
             if why is not None:
                 reasons[one.row] = why
         rows = tuple(one.row for one in breaks if one.row not in reasons)
         if rows and found.logits is not None:
             try:
                 reasons |= self._widen(found, rows)
+            except NoWeights as error:
+                reasons |= dict.fromkeys(rows, str(error))
             except Exception as error:
-                said = str(error).splitlines() or [""]
-                reasons |= dict.fromkeys(rows, f"the step could not be repeated ({type(error).__name__}: {said[0]})")
+                reasons |= dict.fromkeys(rows, f"the step could not be repeated ({told(error)})")
         elif rows:
             reasons |= dict.fromkeys(rows, "the model returns no logits")
         found.sequences.ended |= reasons.keys()
@@ -200,10 +225,10 @@ class Judge:
         lost = [row for at, row in enumerate(rows) if not np.isfinite(looked.largest[at])]
         if len(lost) < len(rows):
             assert found.logits is not None
-            found.sequences.wide.append(group)
             found.logits, found.changed = put(found.logits, rows, logits), True
+            found.sequences.wide.append(group)
         name = str(wide.dtype).removeprefix("torch.")
-        return dict.fromkeys(lost, f"{name} fails too: the weights, the input or the cache are to blame")
+        return dict.fromkeys(lost, f"{name} fails too: its logits are not finite either")
 
     def _named(self, found: Outcome, rows: Sequence[int], seen: Seen) -> tuple[list[RowBreak], Findings]:
         """A break for each row, with what its repetition found."""
@@ -223,17 +248,19 @@ class Judge:
         settings = self._settings
         return examine(step, model, rows, settings.token_text, together=together, redact=settings.redact)
 
-    def _break(self, found: Outcome, row: int, seen: Seen, finding: Finding | str) -> RowBreak:
-        step = found.step
-        bare = RowBreak(
+    def _bare(self, found: Outcome, row: int, seen: Seen) -> RowBreak:
+        return RowBreak(
             row=row,
-            phase=step.phase(found.number),
+            phase=found.step.phase(found.number),
             step=found.number,
             position=None,
             token=None,
             seen=seen,
             absorbed=seen == "residual",
         )
+
+    def _break(self, found: Outcome, row: int, seen: Seen, finding: Finding | str) -> RowBreak:
+        step, bare = found.step, self._bare(found, row, seen)
         if isinstance(finding, str):
             token = None
             if step.tokens is not None and not self._settings.redact:

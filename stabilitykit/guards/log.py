@@ -32,7 +32,13 @@ def tell_headroom(site: str, dtype: str, row: int, bits: float, limit: float) ->
     )
 
 
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def tell_failure(what: str, error: Exception) -> None:
     """Logs that the guard itself failed at something; the model's pass goes on."""
     fields = {"guard_event": "failure", "guard_what": what}
-    LOGGER.error("the guard failed at %s (%s: %s)", what, type(error).__name__, error, extra=fields)
+    LOGGER.error("the guard failed at %s (%s); the model's pass goes on", what, told(error), extra=fields)

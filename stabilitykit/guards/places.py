@@ -21,6 +21,12 @@ class Places:
     layers: tuple[tuple[str, nn.Module], ...]
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile(model)` made, or itself."""
+    inner = vars(model).get("_modules", {}).get("_orig_mod")
+    return model if inner is None else inner
+
+
 def places_of(model: nn.Module) -> Places:
     """Of the last list of layers: of an encoder and a decoder, the decoder's."""
     paths = {id(module): name for name, module in model.named_modules()}
@@ -45,24 +51,28 @@ def _around(path: str) -> Iterator[str]:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits [B, T, V] in what a model returns, or None: a tensor alone, a field `logits`, the first of a tuple."""
+    """The logits [B, T, V] in what a model returns, or None: a tensor alone, a field `logits`, the first of a tuple, or
+    the second after a loss. A classifier's field may be [B, C].
+    """
     if isinstance(output, Tensor):
-        found: Any = output
-    elif isinstance(output, Mapping):
-        found = output.get("logits")
-    elif isinstance(output, tuple):
-        found = output[0] if output else None
-    else:
-        found = getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 3 else None
+        return output if _are_logits(output) else None
+    if isinstance(output, tuple) and not hasattr(output, "logits"):
+        return next((one for one in output[:2] if _are_logits(one)), None)
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if _are_logits(found, least=2) else None
+
+
+def _are_logits(found: Any, least: int = 3) -> bool:
+    return isinstance(found, Tensor) and found.is_floating_point() and least <= found.ndim <= 3
 
 
 def with_logits(output: Any, logits: Tensor) -> Any:
     """The same output with other logits; of a class of its own, changed in place."""
     if isinstance(output, Tensor):
         return logits
-    if isinstance(output, tuple):
-        return (logits, *output[1:])
+    if isinstance(output, tuple) and not hasattr(output, "logits"):
+        at = next(at for at, one in enumerate(output) if _are_logits(one))
+        return (*output[:at], logits, *output[at + 1 :])
     if isinstance(output, Mapping):
         output["logits"] = logits  # type: ignore[index]
     else:

@@ -36,8 +36,8 @@ def of_scores(kinds: Sequence[float], ids: Tensor, step: int, site: str | None =
             row=row,
             phase="decode" if step else "prefill",
             step=step,
-            position=ids.shape[1] - 1,
-            token=int(ids[row, -1]),
+            position=ids.shape[1] - 1 if ids.shape[1] else None,
+            token=int(ids[row, -1]) if ids.shape[1] else None,
             seen="scores",
             kind="no-token" if kind == 1 else "not-finite",
             site=site,
@@ -57,7 +57,8 @@ class StabilityGuard:
     its only choice from there on, which stands for no score of the model. "raise" raises NumericalBreak, before
     `torch.multinomial` can end a CUDA context. "warn" logs it and leaves the scores as they are. A callable is given
     the breaks of a step, and returns one of the three or None for "warn". Scores of sound rows keep their bits. It
-    waits for the device once a step. One belongs to one call of `generate` at a time.
+    waits for the device once a step. `position` counts the ids that `generate` has, which do not hold a prompt of
+    embeddings. One belongs to one call of `generate` at a time, without beams, which change the places of rows.
 
     Raises MisuseError for an unknown `on_break`, "retry", which needs the model, and "stop" without `eos`.
     """
@@ -97,7 +98,7 @@ class StabilityGuard:
             found = tell(found, how)
             self.breaks += found
             if how == "raise":
-                raise NumericalBreak(found)
+                raise NumericalBreak(found, sound=len(scores) - len(self._known))
             if how == "stop" and self._eos is not None:
                 self._ended |= dict.fromkeys(one.row for one in found)
         return ended(scores, list(self._ended), self._eos) if self._ended and self._eos is not None else scores

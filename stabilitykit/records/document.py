@@ -55,12 +55,18 @@ def read_document(path: Path, kind: type[_T], what: str) -> _T:
     (version,) = (field.default for field in dataclasses.fields(kind) if field.name == "schema")  # type: ignore[arg-type]
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise MisuseError(f"{path} cannot be read as {what}: it holds no JSON object.")
         if raw["schema"] != version:
             raise MisuseError(f"{path} has schema {raw['schema']}, but this version reads schema {version}.")
         return from_document(kind, raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, MisuseError):
-            raise
+    except MisuseError:
+        raise
+    except OSError as error:
+        raise MisuseError(f"{path} cannot be read as {what}: {error.strerror or error}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MisuseError(f"{path} cannot be read as {what}, because it is not JSON: {error}.") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise MisuseError(f"{path} cannot be read as {what}: {error!r}.") from None
 
 

@@ -79,16 +79,21 @@ def of_texts(subject: Subject, found: Texts) -> Samples:
     """Windows as inputs: of a model with an encoder and a decoder the first half of each and the second."""
 
     def made(window: Sequence[int]) -> Inputs:
-        ids = torch.tensor([list(window)])
-        config = getattr(subject.module, "config", None)
-        if not getattr(config, "is_encoder_decoder", False):
-            return {"input_ids": ids}
-        half = len(window) // 2
-        start = getattr(config, "decoder_start_token_id", None)
-        first = torch.full((1, 1), start if start is not None else subject.pad)
-        return {"input_ids": ids[:, :half], "decoder_input_ids": torch.cat((first, ids[:, half:]), dim=1)}
+        return as_inputs(subject, window)
 
     return Samples(choosing=tuple(map(made, found.choosing)), held_out=tuple(map(made, found.held_out)))
+
+
+def as_inputs(subject: Subject, tokens: Sequence[int]) -> Inputs:
+    """A row of tokens as the arguments of one call: of an encoder and a decoder the first half and the second."""
+    ids = torch.tensor([list(tokens)])
+    config = getattr(subject.module, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return {"input_ids": ids}
+    half = max(len(tokens) // 2, 1)
+    start = getattr(config, "decoder_start_token_id", None)
+    first = torch.full((1, 1), start if start is not None else subject.pad)
+    return {"input_ids": ids[:, :half], "decoder_input_ids": torch.cat((first, ids[:, half:]), dim=1)}
 
 
 class Answer(NamedTuple):
@@ -110,8 +115,8 @@ def answer(module: nn.Module, inputs: Inputs) -> Answer:
         output = module(**given)
     except (TypeError, ValueError, AttributeError) as error:  # an argument too many, or too few
         raise MisuseError(
-            f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {error}. Give it what its forward "
-            "takes with --inputs FILE, a safetensors file."
+            f"{type(module).__name__} cannot be called with {', '.join(inputs)}: {str(error).rstrip('.')}. A file of "
+            "tensors names each by the argument of the model's forward that it is."
         ) from error
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):

@@ -9,7 +9,7 @@ from typing import Any
 from stabilitykit.errors import MisuseError
 from stabilitykit.run.prompts import read_text
 
-_FORM = 'Each line is {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}.'
+_FORM = 'Write {"prompt": "..."}, or {"messages": [{"role": "user", "content": "..."}]}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ def read_batch(path: Path) -> list[Asked]:
     lines = enumerate(read_text(path, "A batch").split("\n"), start=1)
     asked = [_of_line(f"{path}:{number}", line) for number, line in lines if line.strip()]
     if not asked:
-        raise MisuseError(f"{path} holds no prompt. {_FORM}")
+        raise MisuseError(f"{path} holds no prompt. {_FORM} on each line.")
     return asked
 
 
@@ -38,14 +38,14 @@ def _of_line(place: str, line: str) -> Asked:
     try:
         said = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise MisuseError(f"{place} is not JSON: {error}. {_FORM}") from None
+        raise MisuseError(f"{place} is not JSON: {error}. {_FORM} on each line.") from None
     return of_object(place, said)
 
 
 def of_object(place: str, said: Any) -> Asked:
     """The prompt, or the chat, of one JSON object. Raises MisuseError, with the `place` of it, for another form."""
     if not isinstance(said, Mapping) or ("prompt" in said) == ("messages" in said):
-        raise MisuseError(f"{place} needs either a prompt or messages. {_FORM}")
+        raise MisuseError(f"{place} needs either a prompt or messages. {_FORM}.")
     if "prompt" in said:
         if not isinstance(said["prompt"], str) or not said["prompt"]:
             raise MisuseError(f"{place}: a prompt is text of at least one character.")
@@ -55,7 +55,7 @@ def of_object(place: str, said: Any) -> Asked:
 
 def _of_messages(place: str, messages: Any) -> Asked:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(map(_is_message, messages)):
-        raise MisuseError(f"{place}: messages are a list of objects with a role and a content, both text. {_FORM}")
+        raise MisuseError(f"{place}: messages are a list of objects with a role and a content, both text. {_FORM}.")
     turns = [(one["role"], one["content"]) for one in messages]
     system = turns.pop(0)[1] if turns and turns[0][0] in ("system", "developer") else None
     roles = ["model" if role == "assistant" else role for role, _ in turns]

@@ -5,13 +5,14 @@ ones is void from the break on, because attention carries NaN to earlier positio
 the culprit runs next, until one is finite throughout. That one holds all lengths that are left.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabilitykit.diagnosis.layers import stored
 from stabilitykit.formats import NumberFormat, number_format
@@ -45,6 +46,7 @@ def every_length(
     level: Level = "operators",
     matmul: str = "native",
     case: Mapping[str, Any] | None = None,
+    redact: bool = False,
     seen: Callable[[int, Recording], None] | None = None,
     progress: Progress | None = None,
 ) -> LengthMap:
@@ -53,11 +55,11 @@ def every_length(
     `checks` are lengths to run again directly, and with `edges` those on either side of each change; out of range they
     are left out. Lengths at which a value lies within `GUARD` ulp of the limit are run directly too, up to 16 of them
     in a span, spread evenly. `seen` is called with each pass's length and recording. The kit's own model makes the
-    logits of a pass's last position, transformers' those of all. What is said of lengths that did not run holds for a
-    causal model; of another one a check does not agree.
+    logits of a pass's last position, transformers' those of all. `redact` keeps tokens out of the recordings. What is
+    said of lengths that did not run holds for a causal model; of another one a check does not agree.
     """
     subject = GemmaSubject(model) if isinstance(model, Gemma) else model
-    passes = _Passes(subject, tokens, level, matmul, dict(case or {}), seen, progress)
+    passes = _Passes(subject, tokens, level, matmul, dict(case or {}), redact, seen, progress)
     weight = next(one for one in subject.module.parameters() if one.is_floating_point())
     limit = number_format(str(weight.dtype))
     spans: list[Span] = []
@@ -82,6 +84,14 @@ def every_length(
     return LengthMap(found.header, found.spans, found.peaks, checked)
 
 
+def _how(module: nn.Module) -> dict[str, bool]:
+    if isinstance(module, Gemma):
+        return {"last_only": True}
+    takes = inspect.signature(module.forward).parameters.values()  # a model that only embeds may keep no cache
+    caches = any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in takes)
+    return {"use_cache": False} if caches else {}
+
+
 @dataclass(slots=True)
 class _Passes:
     """Recorded forward passes of prefixes, and the hidden states [1, L, E] of the last from which come the logits."""
@@ -91,6 +101,7 @@ class _Passes:
     level: Level
     matmul: str
     case: dict[str, Any]
+    redact: bool
     seen: Callable[[int, Recording], None] | None
     progress: Progress | None
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -117,10 +128,11 @@ class _Passes:
                     matmul=self.matmul,
                     token_text=self.subject.piece,
                     case=self.case,
+                    redact=self.redact,
                 ) as recording,
             ):
                 ids = torch.tensor([self.tokens[:length]], device=self.subject.device)
-                module(ids, **({"last_only": True} if isinstance(module, Gemma) else {"use_cache": False}))
+                module(ids, **_how(module))
         finally:
             for handle in handles:
                 handle.remove()

@@ -23,7 +23,7 @@ def test_it_exits_with_0_1_and_2(stabilitykit: Run, tmp_path: Path) -> None:
     said = " ".join(breaks.out.split())
     assert "float16 overflows in embedding, scaled (embed_tokens, operator mul)" in said
     assert "exceeds the float16 maximum, 65,504" in said
-    assert "float16 does not hold on 3 prompts: 1 limit is violated." in said
+    assert "float16 does not hold on 3 prompts: 1 violation." in said
     for wrong in (["nowhere"], [TINY, "--dtype", "int4"], [TINY, "--prompts", "gone.txt"], [TINY, "--max-kl", "-1"]):
         refused = stabilitykit("check", *wrong)
         assert refused.code == 2, wrong
@@ -61,9 +61,52 @@ def test_nothing_is_overwritten_unless_asked_and_nothing_runs_before_that_is_kno
         assert stabilitykit("check", TINY, option, str(path), "--overwrite").code == 0
         assert path.read_text() != "mine"
     assert stabilitykit("check", TINY, "--junit", str(tmp_path), "--overwrite").code == 2
+    for option in ("--junit", "--sarif", "--write-baseline"):
+        refused = stabilitykit("check", "nowhere", option, str(tmp_path / "--junit.out" / "sub" / "report"))
+        assert refused.code == 2
+        assert "is a file and no folder" in refused.err
     same = str(tmp_path / "one")
     assert "different names" in stabilitykit("check", TINY, "--junit", same, "--sarif", same).err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_report_that_cannot_be_written_whole_leaves_the_old_one(
+    stabilitykit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk is full: bytes arrive, and then an error."""
+    whole = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> int:
+        whole(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    for option in ("--junit", "--sarif", "--write-baseline"):
+        path = tmp_path / "report"
+        path.write_text("mine")
+        refused = stabilitykit("check", TINY, option, str(path), "--overwrite")
+        assert refused.code == 2
+        assert "No space left" in refused.err
+        assert path.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_of_many_violations_the_worst_are_shown_and_all_are_in_the_document(stabilitykit: Run) -> None:
+    document = json.loads(stabilitykit("check", TINY, "--min-headroom", "99", "--json").out)
+    every = len(document["violations"])
+    assert every > 20
+    shown = " ".join(stabilitykit("check", TINY, "--min-headroom", "99").out.split())
+    assert shown.count("are asked for") == 5
+    assert f"There are {every - 5} more violations of this limit (headroom)" in shown
+    assert f"{every} violations." in shown
+
+
+def test_a_name_in_the_models_code_is_never_capitalised_or_told_twice(stabilitykit: Run, tmp_path: Path) -> None:
+    shown = stabilitykit("check", f"hf:{gemma(tmp_path / 'gemma')}", "--min-headroom", "99", "--json")
+    unlabelled = [one for one in json.loads(shown.out)["violations"] if one["label"] in (None, one["site"])]
+    assert unlabelled
+    for one in unlabelled:
+        assert one["text"].count(one["site"]) == 1
 
 
 def test_a_baseline_is_written_of_what_holds_alone(stabilitykit: Run, tmp_path: Path) -> None:

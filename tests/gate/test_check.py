@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from scaled.runs import noise
 from scaled.table import ENTRIES
 
 import stabilitykit as sk
-from stabilitykit.errors import MisuseError
+from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.formats import FLOAT16
 from stabilitykit.gate import check as module
 from stabilitykit.gate.baseline import baseline_of
@@ -25,6 +26,7 @@ from stabilitykit.gate.limits import of_weights
 from stabilitykit.models.gemma import build
 from stabilitykit.recorder import record
 from stabilitykit.recorder.weights import check_weights
+from stabilitykit.records.document import write_document
 
 Run = Callable[..., Any]
 
@@ -182,7 +184,45 @@ def test_a_model_that_looks_ahead_is_judged_at_its_own_length_alone(tmp_path: Pa
     found = sk.check(f"hf:{folder}", prompts=[text])
     assert found.holds
     assert not found.prompts[0].every_length
-    assert found.remarks == ("a.txt was judged at its own length alone: shorter ones may differ",)
+    assert found.remarks == ("only its own length was judged of a.txt: shorter ones may differ",)
+
+
+@pytest.mark.parametrize("name", ["BERT", "causal", "pooled"])
+def test_a_model_without_a_head_is_checked_on_text(tmp_path: Path, name: str, prompt: Path) -> None:
+    """As models that embed are: what they call the class in config.json runs, and causal ones at every length."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig if name != "causal" else transformers.LlamaConfig
+    small = config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    kind = {"BERT": "BertModel", "causal": "LlamaModel", "pooled": "BertForSequenceClassification"}[name]
+    torch.manual_seed(0)
+    folder = save(getattr(transformers, kind)(small), tmp_path / "model")
+    found = sk.check(f"hf:{folder}", prompts=[prompt])
+    assert found.holds
+    assert found.prompts[0].every_length == (name == "causal")
+    assert sk.check(f"hf:{folder}").holds  # the kit's own texts
+    with pytest.raises(MisuseError, match="leave out --stress"):
+        sk.check(f"hf:{folder}", rescale=2.0)
+
+
+def test_a_model_with_an_encoder_and_a_decoder_is_given_half_a_text_each(tmp_path: Path, prompt: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=512, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+    folder = save(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
+    (ran,) = sk.check(f"hf:{folder}", prompts=[prompt]).prompts
+    assert not ran.every_length
+    assert ran.headroom is not None
+
+
+def test_a_model_that_reads_no_text_says_so(tmp_path: Path) -> None:
+    folder = save(ENTRIES["ViT"].model(), tmp_path / "vit", tokenizer=False)
+    with pytest.raises(MisuseError, match=r"no text can be run.*--prompts FILE"):
+        sk.check(f"hf:{folder}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty has no config\.json"):
+        sk.check(f"hf:{tmp_path / 'empty'}")
 
 
 def test_a_model_that_reads_no_text_is_checked_on_tensors(tmp_path: Path) -> None:
@@ -262,8 +302,9 @@ def test_files_that_hold_no_prompt_are_refused(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "cut.safetensors").write_bytes(b"123")
     np.savez(tmp_path / "object.npz", input_ids=np.array([{}], dtype=object))
     (tmp_path / "none").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
     tensors = ("code.pt", "list.pt", "cut.safetensors", "object.npz")
-    for name in (*tensors, "empty.txt", "broken.json", "other.json", "none", "gone.txt"):
+    for name in (*tensors, "empty.txt", "broken.json", "other.json", "none", "gone.txt", "table.csv"):
         with pytest.raises(MisuseError, match=name):
             sk.check(TINY, prompts=[tmp_path / name])
     assert "must not run" not in capsys.readouterr().out
@@ -273,12 +314,73 @@ def test_what_cannot_be_run_is_not_judged(tmp_path: Path) -> None:
     save_file({"pixel_values": torch.ones(1, 3)}, tmp_path / "wrong.safetensors")
     with pytest.raises(MisuseError, match=r"wrong\.safetensors could not be judged.*input_ids"):
         sk.check(TINY, prompts=[tmp_path / "wrong.safetensors"])
+    theirs = f"hf:{gemma(tmp_path / 'gemma')}"
+    with pytest.raises(MisuseError, match=r"wrong\.safetensors.*pixel_values(?!.*--inputs)"):
+        sk.check(theirs, prompts=[tmp_path / "wrong.safetensors"])
+    save_file({"input_ids": ids(2, 5000)}, tmp_path / "other.safetensors")
+    for checkpoint in (TINY, theirs):
+        with pytest.raises(MisuseError, match=r"other\.safetensors: input_ids holds 5,000.*0 to \d+\."):
+            sk.check(checkpoint, prompts=[tmp_path / "other.safetensors"])
     (tmp_path / "long.txt").write_text("x" * 100)
     with pytest.raises(MisuseError, match="context holds 64"):
         sk.check(TINY, prompts=[tmp_path / "long.txt"])
     for limits in ({"min_headroom": math.nan}, {"max_kl": -1.0}, {"tolerance": math.inf}, {"dtype": "float3"}):
         with pytest.raises(MisuseError):
             sk.check(TINY, **limits)
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder, text in (("one", "Hi"), ("two", "Ho")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(text)
+    (tmp_path / "one" / "b.txt").write_text("He")
+    ran = sk.check(TINY, prompts=[tmp_path / "one", tmp_path / "two", tmp_path / "one" / "b.txt"]).prompts
+    assert [one.name for one in ran] == [str(tmp_path / "one/a.txt"), "b.txt", str(tmp_path / "two/a.txt")]
+
+
+def test_what_weights_alone_would_not_look_at_is_refused(tmp_path: Path, prompt: Path) -> None:
+    folder = gemma(tmp_path / "gemma")
+    kept = baseline_of(sk.check(folder, prompts=[prompt]))
+    for more in ({"prompts": [prompt]}, {"baseline": kept}, {"max_kl": 1.0}, {"min_headroom": 1.0}):
+        with pytest.raises(MisuseError, match="leave out --weights-only"):
+            sk.check(folder, weights_only=True, **more)
+
+
+# Redacted
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_redacted_reports_hold_no_text_of_a_prompt(stabilitykit: Run, tmp_path: Path, prefix: str) -> None:
+    """Whatever is violated. Without the option tokens are in each of them."""
+    folder = f"{prefix}{gemma(tmp_path / 'gemma')}"
+    (tmp_path / "a.txt").write_text("zebra")
+    save_file({"input_ids": ids(2, 70, 71)}, tmp_path / "b.safetensors")
+    prompts = ["--prompts", str(tmp_path / "a.txt"), "--prompts", str(tmp_path / "b.safetensors")]
+    kept = baseline_of(sk.check(folder, prompts=[tmp_path / "a.txt"]))
+    higher = replace(kept, headroom={site: bits + 3 for site, bits in kept.headroom.items()})
+    write_document(tmp_path / "higher.json", higher)
+    limits = ["--min-headroom", "99", "--max-kl", "0", "--baseline", str(tmp_path / "higher.json")]
+    told = re.compile(r'token \d+ \x27|"token": "')
+    for redact in ([], ["--redact"]):
+        files = {name: tmp_path / f"{name}{len(redact)}" for name in ("junit", "sarif", "write-baseline")}
+        reports = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+        failed = stabilitykit("check", folder, *prompts, *limits, *reports, "--json", *redact)
+        assert failed.code == 1, failed.err
+        assert {one["limit"] for one in json.loads(failed.out)["violations"]} >= {"headroom", "baseline"}
+        shown = [failed.out, files["junit"].read_text(), files["sarif"].read_text()]
+        held = stabilitykit("check", folder, *prompts, *reports, "--overwrite", *redact)
+        assert held.code == 0, held.err
+        shown.append(held.out)
+        assert [bool(told.search(text)) for text in shown] == [not redact] * len(shown)
+        assert "zebra" not in held.out + files["write-baseline"].read_text()
+
+
+def test_a_redacted_break_is_told_without_its_token(prompt: Path, tmp_path: Path) -> None:
+    folder = breaking_gemma(tmp_path / "gemma")
+    plain, redacted = (sk.check(folder, prompts=[prompt], redact=redact).violations[0] for redact in (False, True))
+    assert (plain.site, plain.value) == (redacted.site, redacted.value)
+    assert re.search(r"at tokens? \d+ '", plain.text)
+    assert re.search(r"at tokens? \d+[^']*$", redacted.text)
 
 
 # Baselines

@@ -47,8 +47,10 @@ def test_the_action_leaves_its_reports_whether_the_check_holds_or_not(
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
-        report = JUnitXml.fromfile(str(tmp_path / "reports; touch x" / "check.junit.xml"))
-        assert bool(report.failures) == (code != 0)  # misuse leaves the reports as they were
+        reports = [tmp_path / "reports; touch x" / name for name in ("check.junit.xml", "check.sarif")]
+        assert [path.exists() for path in reports] == [code != 2] * 2  # nothing was judged: an older report is none
+        if code != 2:
+            assert bool(JUnitXml.fromfile(str(reports[0])).failures) == (code == 1)
     assert not (tmp_path / "x").exists()
 
 

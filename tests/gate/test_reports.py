@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from gate.models import TINY, gemma, spoilt
 from junitparser import Failure, JUnitXml, Skipped
@@ -98,6 +99,17 @@ def test_sarif_is_read_with_each_violation_its_rule_and_place(prompt: Path, tmp_
 def test_what_holds_has_no_result(prompt: Path, tmp_path: Path) -> None:
     write_sarif(tmp_path / "check.sarif", sk.check(TINY, prompts=[prompt]))
     assert load_sarif_file(str(tmp_path / "check.sarif")).get_result_count() == 0
+
+
+def test_sarif_keeps_to_the_standards_schema_and_says_what_code_scanning_asks_of_a_rule(prompt: Path) -> None:
+    schema = json.loads((Path(__file__).parent / "reference" / "sarif-2.1.0.json").read_text())
+    for rescale, violations in ((1.0, False), (65536.0, True)):
+        log = sarif(sk.check(TINY, prompts=[prompt], rescale=rescale))
+        jsonschema.Draft202012Validator(schema).validate(log)
+        (run,) = log["runs"]
+        assert bool(run["results"]) == violations
+        for rule in run["tool"]["driver"]["rules"]:
+            assert all((rule["fullDescription"]["text"], rule["help"]["text"], rule["help"]["markdown"]))
 
 
 def test_a_value_that_is_not_finite_is_a_string_in_sarif(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Models as transformers builds them, from a folder on disk (extra: hf)."""
 
 from stabilitykit.models.transformers.load import (
+    continues_text as continues_text,
+)
+from stabilitykit.models.transformers.load import (
     open_model as open_model,
 )
 from stabilitykit.models.transformers.load import (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stabilitykit.checkpoints.cache import Progress, cache_folder
 from stabilitykit.checkpoints.hub import local_folder
-from stabilitykit.checkpoints.huggingface import files_sha256, tensors_of, weight_files
+from stabilitykit.checkpoints.huggingface import CONFIG, files_sha256, tensors_of, weight_files
 from stabilitykit.choices import Attention, check_choice
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models.devices import parse_device, parse_dtype
@@ -72,7 +72,7 @@ def open_model(
     if attention is not None:
         check_choice("attention", attention, get_args(Attention))
     target, place = parse_dtype(dtype), parse_device(device)
-    folder = local_folder(name)
+    folder = _folder(name)
     transformers = imported()
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on the terminal
     with quiet(transformers), explained(name):
@@ -124,6 +124,13 @@ def open_model(
     )
 
 
+def _folder(name: str) -> Path:
+    folder = local_folder(name)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{name} has no {CONFIG}, so it is no model's folder: save_pretrained writes one.")
+    return folder
+
+
 def named_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
     """The class that a config names, whatever it reads and returns, or that transformers has for its type.
 
@@ -141,6 +148,22 @@ def named_class(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
             if "trust_remote_code" in str(error):
                 raise
     raise CheckpointError(f"transformers has no model for a config of the type {config.model_type!r}.")
+
+
+def continues_text(name: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether the class that config.json names is a decoder that writes on: neither has an encoder beside it, as T5,
+    nor looks ahead or comes without a head, as BERT and models that embed.
+
+    Raises as `open_model` does.
+    """
+    folder = _folder(name)
+    transformers = imported()
+    with quiet(transformers), explained(name):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        found = named_class(transformers, config, trust_remote_code)
+    return bool(found.can_generate()) and not getattr(config, "is_encoder_decoder", False)
 
 
 def _tokenizer(folder: Path, name: str, trust_remote_code: bool, whole: bool) -> HuggingFaceTokenizer | None:

@@ -23,7 +23,8 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, *, bos: bool = True, special_tokens: bool = False) -> list[int]:
         """The tokenizer's ids; `bos` adds what the tokenizer puts around a text, `special_tokens` reads them in it."""
-        ids = self.tokenizer(text, add_special_tokens=bos, split_special_tokens=not special_tokens)["input_ids"]
+        how = {"add_special_tokens": bos, "split_special_tokens": not special_tokens}
+        ids = self.tokenizer(text, **how, verbose=False)["input_ids"]  # else long texts get a warning: most are cut
         return [int(token) for token in ids]
 
     def chat(
@@ -43,7 +44,10 @@ class HuggingFaceTokenizer:
         tokens in the text where they cannot be told from the template's.
         """
         if not self.tokenizer.chat_template:
-            raise MisuseError(f"The tokenizer of {self.source} has no chat template; leave out --chat.")
+            raise MisuseError(
+                f"The tokenizer of {self.source} has no chat template, so it reads texts and no chats; leave out "
+                "--chat."
+            )
         said = [*(turn for pair in earlier for turn in pair), text]
         roles = ["assistant" if number % 2 else "user" for number in range(len(said))]
         if system is not None:

@@ -106,7 +106,8 @@ def _told(recording: Recording, found: Outcome, *, redact: bool) -> list[str]:
     header, first, ending = recording.header, found.broke, found.ending
     assert first.broke is not None
     if redact:
-        what = f"{first.broke.kind} in {first.dtype}" + (f", {place(first)}" if first.label else "")
+        at = f" in {place(first)}" if first.label else ""
+        what = f"What broke first{at} is of the kind {first.broke.kind!r}, in {first.dtype}"
     else:
         what = first_sentence(recording, first)
     told = [what if what.endswith(".") else f"{what[0].upper()}{what[1:]}."]

@@ -1,6 +1,7 @@
 """What a check decided, as prose and tables."""
 
 import math
+from collections.abc import Iterator
 
 from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.records.gate import CheckedPrompt, Gate, SiteHeadroom
@@ -8,9 +9,10 @@ from stabilitykit.report.blocks import Block, Column, Prose, Table
 from stabilitykit.report.parts.trials import short
 from stabilitykit.report.style import bits
 from stabilitykit.report.tables import table
-from stabilitykit.words import counted, listed, number, place, quoted
+from stabilitykit.words import counted, listed, number, place_and_site, quoted, sentence
 
 _CLOSEST = 5  # sites
+_WORST = 5  # violations of a limit
 
 
 def blocks(gate: Gate) -> list[Block]:
@@ -21,11 +23,11 @@ def blocks(gate: Gate) -> list[Block]:
         made.append(Prose(said, tone="note"))
     if gate.ran:
         made += [_prompts(gate), _closest(gate)]
-    made += [Prose(one.text, tone="bad") for one in gate.violations]
+    made += list(_violations(gate))
     if gate.differences:
         told = listed([f"{one.what} ({one.before[:16]}, now {one.now[:16]})" for one in gate.differences])
         made.append(Prose(f"Since the baseline was written, this has changed: {told}."))
-    made += [Prose(f"{remark[:1].upper()}{remark[1:]}.", tone="note") for remark in gate.remarks]
+    made += [Prose(sentence(remark), tone="note") for remark in gate.remarks]
     return [*made, Prose(summary(gate), tone="good" if gate.holds else "bad")]
 
 
@@ -37,8 +39,21 @@ def summary(gate: Gate) -> str:
         return f"The weights do not hold in {gate.dtype}, so nothing was run."
     if gate.holds:
         return f"{gate.dtype} holds on {counted(len(gate.prompts), 'prompt')}."
-    number_of = counted(len(gate.violations), "limit is", "limits are")
-    return f"{gate.dtype} does not hold on {counted(len(gate.prompts), 'prompt')}: {number_of} violated."
+    of = counted(len(gate.violations), "violation")
+    return f"{gate.dtype} does not hold on {counted(len(gate.prompts), 'prompt')}: {of}."
+
+
+def _violations(gate: Gate) -> Iterator[Prose]:
+    """The worst of each limit, and how many more there are."""
+    for limit in dict.fromkeys(one.limit for one in gate.violations):
+        found = [one for one in gate.violations if one.limit == limit]
+        yield from (Prose(one.text, tone="bad") for one in found[:_WORST])
+        if len(found) > _WORST:
+            yield Prose(
+                f"There are {counted(len(found) - _WORST, 'more violation')} of this limit ({limit}); all are in the "
+                "JSON document (--json).",
+                tone="note",
+            )
 
 
 def _prompts(gate: Gate) -> Table:
@@ -73,7 +88,7 @@ def _closest(gate: Gate) -> Table:
         [
             (Column("headroom", unit="bits", format=bits), lambda one: one.headroom),
             (Column("amax", format=number), lambda one: one.amax),
-            (Column("in"), lambda one: f"{place(one)} ({one.site})"),
+            (Column("in"), place_and_site),
             (Column("at"), _at),
         ],
         note=f"Of {counted(len(gate.headroom), 'site')}; all are in the JSON document (--json).",
