@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stabilitykit.checkpoints import open_checkpoint as open_checkpoint
     from stabilitykit.diagnosis import chain as chain
     from stabilitykit.diagnosis import verdict as verdict
+    from stabilitykit.diagnosis.compare import compare as compare
     from stabilitykit.formats import FORMATS as FORMATS
     from stabilitykit.formats import NumberFormat as NumberFormat
     from stabilitykit.gate.check import check as check
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from stabilitykit.remedies.repair import repair as repair
     from stabilitykit.remedies.verify import verify as verify
     from stabilitykit.remedies.verify import verify_proof as verify_proof
+    from stabilitykit.report.plot import plot as plot
     from stabilitykit.run.forecast import forecast as forecast
     from stabilitykit.run.open import open_model as open_model
     from stabilitykit.run.profile import profile as profile
@@ -61,6 +63,7 @@ _HOMES = {
     "build": "models.gemma",
     "chain": "diagnosis",
     "check": "gate.check",
+    "compare": "diagnosis.compare",
     "describe": "recorder",
     "diagnose": "trials.diagnose",
     "diagnose_training": "trials.training",
@@ -70,6 +73,7 @@ _HOMES = {
     "load": "models.gemma",
     "open_checkpoint": "checkpoints",
     "open_model": "run.open",
+    "plot": "report.plot",
     "profile": "run.profile",
     "record": "recorder",
     "repair": "remedies.repair",

@@ -5,6 +5,8 @@
     │   └── CheckpointError    a checkpoint that is missing, damaged or not supported
     └── SamplingError          the sampler was given invalid probabilities
 
+and a warning, SkippedStatements: a recorded block ended at its first break, as it was asked to.
+
 A message states what is required, what came instead and what to try.
 """
 
@@ -27,3 +29,7 @@ class SamplingError(StabilityKitError, RuntimeError):
     On CUDA `torch.multinomial` reports them by a device-side assert, after which the process can no longer use the GPU;
     the sampler checks first and raises this instead. On a CPU torch's own error is raised.
     """
+
+
+class SkippedStatements(UserWarning):
+    """`record(..., stop_at_break=True)` ended a block, and statements of it did not run; `str()` says which."""

@@ -8,7 +8,7 @@ from stabilitykit.records.layers import layer_of
 
 HEADER = Header(
     checkpoint="toy",
-    sha256=None,
+    sha256="0" * 64,
     dtype="float16",
     device="cpu",
     level="operators",

@@ -357,7 +357,7 @@ def test_every_report_is_in_the_index_with_its_figure(name: str) -> None:
     index = (REPORTS / "README.md").read_text()
     row = next((line for line in index.splitlines() if f"]({name}/report.md)" in line), None)
     assert row is not None, name
-    figure = re.search(rf"\(({name}/figures/[^)]*\.png)\)", row)
+    figure = re.search(rf"\(({name}/figures/[^)]*\.(?:png|svg))\)", row)
     assert figure is not None, row
     assert (REPORTS / figure[1]).exists()
 

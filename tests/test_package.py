@@ -198,6 +198,9 @@ def test_a_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     texts = {str(path.relative_to(ROOT)) for path in (PACKAGE / "run" / "texts").iterdir()}
     assert texts
     assert texts <= set(names)
+    files = [path for path in (PACKAGE / "report").rglob("*.*") if path.is_file() and path.suffix != ".pyc"]
+    page = {str(path.relative_to(ROOT)) for path in files}
+    assert {"stabilitykit/report/explorer/script/map.js", "stabilitykit/report/page.html.jinja"} <= page <= set(names)
     code = "import sys; sys.path.insert(0, sys.argv.pop()); from stabilitykit.cli import main; main()"
     shown = subprocess.run(
         [sys.executable, "-c", code, "reproduce", "--list", str(tmp_path / "unpacked")],

@@ -95,7 +95,8 @@ class Advised(TyperCommand):
                 checkpoint, file = (None, value) if is_file else (value, None)
             elif isinstance(parameter, TyperOption):
                 values = value if isinstance(value, list | tuple) else [] if parameter.is_flag else [value]
-                given[parameter.opts[0]] = [str(one) for one in values]
+                whole = (int(one) if isinstance(one, float) and one.is_integer() else one for one in values)
+                given[parameter.opts[0]] = [str(one) for one in whole]
         commands: dict[str, Command] = getattr(ctx.parent and ctx.parent.command, "commands", {})
         known = {name: {word for one in command.params for word in one.opts} for name, command in commands.items()}
         with typed(Typed(checkpoint=checkpoint, file=file, options=given, known=known)):

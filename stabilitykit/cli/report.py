@@ -26,9 +26,12 @@ def report(
             show_default=False,
         ),
     ] = None,
+    pdf: Annotated[
+        bool, typer.Option("--pdf", help="Also print the page to report.pdf, by Chromium, Chrome or Edge.")
+    ] = False,
 ) -> None:
     """Write FOLDER's report.html, report.md, figures and tables anew, and print the verdict."""
-    write(folder, against=against, form=form, quiet=False)
+    write(folder, against=against, form=form, pdf=pdf, quiet=False)
 
 
 def check_report(folder: Path | None, checkpoint: "Examined") -> None:
@@ -93,16 +96,18 @@ def add_finding(
     write(folder, against=None, quiet=True)
 
 
-def write(folder: Path, *, against: Path | None, quiet: bool, form: str | None = None) -> None:
+def write(folder: Path, *, against: Path | None, quiet: bool, form: str | None = None, pdf: bool = False) -> None:
     """Draws the report of the sweep in `folder`; unless `quiet`, prints the verdict and where the page is."""
     from stabilitykit.cli import screen
     from stabilitykit.report.make import make_report
     from stabilitykit.report.terminal import print_section
 
     with screen.progress_bar() as progress:
-        made = make_report(folder, against=against, form=form, progress=progress)
+        made = make_report(folder, against=against, form=form, pdf=pdf, progress=progress)
     if quiet:
         return
     for section in made.sections[: 1 if against is None else 2]:
         print_section(section, screen.output)
     screen.print_note(f"Report: {made.page}")
+    if made.pdf is not None:
+        screen.print_note(f"PDF: {made.pdf}")

@@ -146,10 +146,15 @@ def print_weights(recordings: Sequence[Recording]) -> None:
         output.print()
 
 
+def is_broken(recording: Recording) -> bool:
+    """Whether what its verdict says is bad news."""
+    return (recording.first_break() is not None and not is_harmless(recording)) or recording.header.error is not None
+
+
 def print_verdict(recording: Recording, reference: Recording | None) -> None:
     """What broke, or how much headroom was left."""
-    broken = (recording.first_break() is not None and not is_harmless(recording)) or recording.header.error is not None
-    output.print(Text(verdict(recording, reference), style="bold red" if broken else "bold green"))
+    style = "bold red" if is_broken(recording) else "bold green"
+    output.print(Text(verdict(recording, reference), style=style))
     output.print()
 
 

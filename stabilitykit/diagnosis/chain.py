@@ -12,6 +12,7 @@ from stabilitykit.diagnosis.gradients import spread
 from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import Outcome, decisive, tells_outputs
 from stabilitykit.diagnosis.outside import is_outside
+from stabilitykit.diagnosis.places import channel_of
 from stabilitykit.records import Record, Recording
 from stabilitykit.records.layers import is_layer
 from stabilitykit.words import counted
@@ -88,7 +89,8 @@ def _spread(recording: Recording, found: Outcome) -> Iterator[Link]:
     named = recording.header.named(broke.token)
     at = "" if broke.position is None else f" at position {broke.position}"
     token = f" {named}" if named else ""
-    yield _link("break", first, f"{broke.kind}: {counted(first.lost, 'element')} lost{at}{token}")
+    place = f"{at}{token}{channel_of(recording, first)}"
+    yield _link("break", first, f"{broke.kind}: {counted(first.lost, 'element')} lost{place}")
 
     after = [
         r for r in recording if r.step == first.step and r.order >= first.order and r.is_gradient == first.is_gradient

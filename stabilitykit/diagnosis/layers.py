@@ -59,16 +59,8 @@ def by_layer(recording: Recording, form: str = "float16") -> list[LayerRow]:
 
 
 def stored(recording: Recording) -> Iterator[Record]:
-    """The records of tensors that the model stores in 16 bits when it runs in 16 bits, none of them a gradient.
-
-    Gemma computes the insides of RMSNorm, and softmax, in float32 in every dtype: what the squares in a norm reach says
-    nothing about float16. Where `stored_dtype` is not known a tensor counts if it is stored in the run's own dtype.
-    """
-    return (r for r in recording if not r.is_gradient and _is_stored(r, recording.header.dtype))
-
-
-def _is_stored(record: Record, dtype: str) -> bool:
-    return record.dtype == dtype if record.stored_dtype is None else record.stored_dtype in ("float16", "bfloat16")
+    """The records of tensors that a run of the model in 16 bits stores in 16 bits, as `Record.is_stored_in` says."""
+    return (record for record in recording if record.is_stored_in(recording.header.dtype))
 
 
 def peak(records: Iterable[Record]) -> Record | None:
@@ -97,7 +89,7 @@ def _part(record: Record, stacks: Mapping[str, str]) -> tuple[int, int, str] | N
 
 def _row(recording: Recording, part: str, records: list[Record], form: str) -> LayerRow:
     dtype = recording.header.dtype
-    own = [record for record in records if _is_stored(record, dtype)]
+    own = [record for record in records if record.is_stored_in(dtype)]
     top = peak(own)
     softmaxes = [record.softmax for record in records if record.softmax is not None]
     least = [e for s in softmaxes for e in s.entropy_min if not math.isnan(e)]

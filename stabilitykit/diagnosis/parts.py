@@ -128,6 +128,22 @@ def part_of(recording: Recording, record: Record) -> Part:
     return "other"
 
 
+def broken_channel(recording: Recording, record: Record) -> int | None:
+    """The channel, from 0, of the first element that broke; None where the last axis counts something else.
+
+    That is keys in attention scores and probabilities, the vocabulary in logits and in what samples from them, inputs
+    in a weight's gradient, and frames or columns of an image in what a convolution returns.
+    """
+    broke = record.broke
+    if broke is None or broke.channel is None or not record.channels or record.is_gradient:
+        return None
+    if record.operator in ("softmax", "convolution") or record.module.partition(".")[0] in ("outside", "sampler"):
+        return None
+    if is_attention(record.module) and len(record.shape) > 2 and record.channels == record.positions:
+        return None  # keys, or as many channels of a head as there are tokens
+    return None if part_of(recording, record) in ("scores", "logits", "mask") else broke.channel
+
+
 def _adds_a_mask(record: Record) -> bool:
     """A sum of two negative numbers, one of which is near the format's minimum: a mask, or two of them."""
     broke = record.broke

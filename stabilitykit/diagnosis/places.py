@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from stabilitykit.diagnosis.parts import broken_channel
 from stabilitykit.records import Break, Record, Recording
 from stabilitykit.records.layers import layer_of
 from stabilitykit.words import counted, listed, ordinal
@@ -53,6 +54,14 @@ def places_of(recording: Recording, broke: Break, step: int) -> str:
     else:
         text = f"{thing} {position}" + (f" {named}" if named else "") + f" and {len(positions) - 1:,} more"
     return f", at {text}{_rows(recording, broke)}{_generated(recording, position, step)}"
+
+
+def channel_of(recording: Recording, record: Record) -> str:
+    """`, channel 443`; `, first in channel 443` where several have lost elements. Empty where it is no channel's."""
+    channel = broken_channel(recording, record)
+    if channel is None:
+        return ""
+    return f", channel {channel:,}" if max(record.lost_channels, 1) == 1 else f", first in channel {channel:,}"
 
 
 def _rows(recording: Recording, broke: Break) -> str:

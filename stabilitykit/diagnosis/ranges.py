@@ -7,7 +7,7 @@ import math
 
 from stabilitykit.commands import is_typed, repair
 from stabilitykit.diagnosis.parts import Part, Place, is_activation, is_norm, part_of, place_in
-from stabilitykit.diagnosis.untried import UNTRIED
+from stabilitykit.diagnosis.untried import UNTRIED, named
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Break, Record, Recording
 from stabilitykit.records.layers import is_layer
@@ -48,7 +48,7 @@ def remedy(recording: Recording, record: Record) -> str:
 
 def how_to_repair(recording: Recording, record: Record) -> str:
     """For who uses the command line, what looks for powers of two that keep the model in float16 and writes it."""
-    name, broke = recording.header.checkpoint, record.broke
+    name, broke = named(recording.header), record.broke
     if not is_typed() or name is None or broke is None or broke.kind not in ("overflow", "reduction"):
         return ""
     if recording.header.dtype != "float16" or part_of(recording, record) not in _SCALED:

@@ -4,7 +4,7 @@ from stabilitykit.diagnosis.gradients import first_gradient
 from stabilitykit.diagnosis.origins import UNNAMED, constant_source, source_of
 from stabilitykit.diagnosis.outside import is_outside, place_outside, processor_of
 from stabilitykit.diagnosis.parts import part_of
-from stabilitykit.diagnosis.places import expert_of, head_of, places_of, where
+from stabilitykit.diagnosis.places import channel_of, expert_of, head_of, places_of, where
 from stabilitykit.records import Break, Record, Recording
 from stabilitykit.words import escaped, number
 
@@ -18,17 +18,18 @@ _OF_ONE = frozenset(
 
 
 def first_sentence(recording: Recording, first: Record) -> str:
-    """`float16 overflows in layer 7, …, at token 0 '<bos>': 55,008 + 13,376 = 68,384 exceeds …`"""
+    """`float16 overflows in layer 7, …, at token 0 '<bos>', channel 443: 55,008 + 13,376 = 68,384 exceeds …`"""
     broke, dtype = _broke(first), first.dtype
     if first.is_gradient:
         return first_gradient(recording, first)
     outside = is_outside(first)
     place = place_outside(first) if outside else where(first) + _inside(recording, first)
-    place += places_of(recording, broke, first.step)
+    channel = channel_of(recording, first)
+    place += places_of(recording, broke, first.step) + channel
     count = "" if broke.count == 1 else f" ({broke.count:,} elements of this tensor)"
     if outside and processor_of(first) is not None and broke.kind not in ("overflow", "reduction"):
         return f"{place[0].upper()}{place[1:]}, the scores are not finite{count}."
-    subject = f"What is made {place}" if outside else place
+    subject = (f"What is made {place}" if outside else place) + ("," if channel else "")
     match broke.kind:
         case "overflow":
             maximum = f"the {dtype} maximum, {number(broke.limit)}"

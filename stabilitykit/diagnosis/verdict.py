@@ -64,6 +64,9 @@ def document(recording: Recording, reference: Recording | None = None) -> dict[s
     why, found = cause(recording), outcome(recording)
     return {
         "checkpoint": header.checkpoint,
+        "sha256": header.sha256,
+        "versions": dict(header.versions),
+        "attention": header.case.get("attention"),
         "dtype": header.dtype,
         "tokens": None if header.tokens is None else list(header.tokens[0]),
         "notes": list(header.notes),

@@ -21,8 +21,9 @@ class RowBreak:
     residual stream where the logits are finite all the same (`absorbed`), or the scores that logits processors made.
     `step` 0 is the prompt, or its first chunk; `position` is absolute, padding included, and `token` the id there.
 
-    `kind`, `site`, `label`, `layer`, `operator`, `chain` and `verdict` are of the step's repetition under the recorder.
-    Without one they are None, and `unexamined` says why; of "scores" `kind` is "no-token" (every score is -inf) or
+    `kind`, `site`, `label`, `layer`, `operator`, `channel`, `chain` and `verdict` are of the step's repetition under
+    the recorder; `channel` counts from 0 and is None where the tensor's last axis counts no channels. Without a
+    repetition they are None, and `unexamined` says why; of "scores" `kind` is "no-token" (every score is -inf) or
     "not-finite", and `site` the logits processor that made them so. `harmless`: what was absorbed would have been the
     same from the true value; None where that is not known. `did` is what was done about the row, `why` the reason where
     a retry was given up.
@@ -42,6 +43,7 @@ class RowBreak:
     label: str | None = None
     layer: int | None = None
     operator: str | None = None
+    channel: int | None = None
     chain: tuple[Link, ...] = ()
     verdict: str | None = None
     unexamined: str | None = None
@@ -57,9 +59,10 @@ class RowBreak:
     def __str__(self) -> str:
         token = "" if self.position is None else f", position {self.position}"
         token += f" {self.token_text!r}" if self.token_text else ""
+        channel = "" if self.channel is None else f", channel {self.channel:,}"
         how = f" ({self.kind})" if self.kind else ""
         ending = f"; gave up: {self.why}" if self.why else ""
-        return f"row {self.row} broke in {self.phase}, step {self.step}{token}: {self.place}{how}{ending}"
+        return f"row {self.row} broke in {self.phase}, step {self.step}{token}: {self.place}{channel}{how}{ending}"
 
     def document(self) -> dict[str, Any]:
         """As plain JSON values, for an answer or a log."""

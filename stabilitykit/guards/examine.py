@@ -8,6 +8,7 @@ from torch import nn
 
 from stabilitykit.diagnosis import Link, chain, verdict
 from stabilitykit.diagnosis.outcome import Outcome, decisive
+from stabilitykit.diagnosis.parts import broken_channel
 from stabilitykit.guards.cache import CannotRepeat
 from stabilitykit.guards.log import told
 from stabilitykit.guards.step import Step
@@ -20,13 +21,14 @@ _MOST_ALONE = 8  # rows of one step that are repeated one by one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The decisive break of one row, in a repetition of that row or of its whole batch; its `position` and `token`."""
+    """The decisive break of one row, in a repetition of that row or of its whole batch; its place and `token`."""
 
     found: Outcome
     broke: Break
     links: tuple[Link, ...]
     text: str
     position: int | None
+    channel: int | None
     token: int | None
     token_text: str | None
 
@@ -47,6 +49,7 @@ class Finding:
             links=chain(recording),
             text=verdict(recording, advise=False),
             position=broke.position,
+            channel=broken_channel(recording, found.broke),
             token=broke.token,
             token_text=recording.header.text_of(broke.token),
         )

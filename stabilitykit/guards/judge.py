@@ -270,6 +270,7 @@ class Judge:
         return replace(
             bare,
             position=finding.position,
+            channel=finding.channel,
             token=None if self._settings.redact else finding.token,
             token_text=finding.token_text,
             harmless=finding.found.harmless if bare.absorbed else None,

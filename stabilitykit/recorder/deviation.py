@@ -9,6 +9,8 @@ from torch import Tensor
 from stabilitykit.formats import NumberFormat
 from stabilitykit.records import Deviation
 
+_EXPONENT = 0x7FF << 52  # a float64's bits without sign and significand
+
 
 @dataclass(frozen=True, slots=True)
 class DeviationTally:
@@ -25,6 +27,14 @@ class DeviationTally:
             sqnr=10 * ratio if signal else None, largest=largest, largest_ulp=largest_ulp, compared=int(compared)
         )
 
+    def joined(self, other: "DeviationTally | None") -> "DeviationTally":
+        """That of both parts of one tensor."""
+        if other is None:
+            return self
+        return DeviationTally(
+            torch.cat([self.numbers[:3] + other.numbers[:3], self.numbers[3:].maximum(other.numbers[3:])])
+        )
+
 
 def measure_deviation(tensor: Tensor, reference: Tensor, stored: NumberFormat) -> DeviationTally | None:
     """`Deviation` of `tensor` from `reference`, in float64; None where their shapes differ.
@@ -39,9 +49,9 @@ def measure_deviation(tensor: Tensor, reference: Tensor, stored: NumberFormat) -
     ours, theirs = tensor.reshape(-1).double(), reference.reshape(-1).double()
     both = ours.isfinite() & theirs.isfinite()
     theirs = theirs.where(both, 0.0)
-    error = (ours - theirs).abs().where(both, 0.0)
-    magnitude = theirs.abs().clamp_min(stored.smallest_normal)
-    _, exponent = torch.frexp(magnitude)  # of a significand in [1/2, 1)
-    ulp = torch.ldexp(torch.ones_like(theirs), exponent - stored.precision)
-    sums = (both.sum().double(), error.square().sum(), theirs.square().sum(), error.max(), (error / ulp).max())
+    error = (ours - theirs).abs_().where(both, 0.0)
+    magnitude = theirs.abs().clamp_min_(stored.smallest_normal)
+    power = (magnitude.view(torch.int64) & _EXPONENT).view(torch.float64)  # of two, at most the magnitude
+    ulps = (error / power).max() * 2.0 ** (stored.precision - 1)
+    sums = (both.sum().double(), error.dot(error), theirs.dot(theirs), error.max(), ulps)
     return DeviationTally(torch.stack(sums))

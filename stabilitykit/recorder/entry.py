@@ -53,7 +53,7 @@ class Entry:
     the one it came from, `rounded` an operand that rounding had spoilt. `doubt`: whether what a mask hides is hidden
     shows later. `of_mask`: a mask's -inf made the break. `of_weight`: a parameter's gradient. `repeats` is the number
     of an entry which this one is again, if it has the same statistics. `operands` are those of what broke here, or
-    absorbed what had, if they are kept.
+    absorbed what had, if they are kept. `order` is that of its record, once there is one.
     """
 
     step: Step
@@ -82,6 +82,7 @@ class Entry:
     doubt: Doubt | None = None
     repeats: int | None = None
     operands: Kept | None = None
+    order: int | None = None
 
     def take(self, row: Row, part: Part | None) -> None:
         """What was counted of the tensor, or of one more part of it."""
@@ -213,7 +214,7 @@ class Entry:
         site_of: Callable[[Origin], str] = lambda origin: origin.name,
     ) -> Record:
         """The record, when everything is known."""
-        layer = layer_of(self.module)
+        self.order, layer = order, layer_of(self.module)
         broke = self.broke
         if broke is not None:
             sites = tuple("constant" if origin is None else site_of(origin) for origin in self.broke_on)
@@ -243,6 +244,7 @@ class Entry:
             layer=layer[1] if layer else None,
             dtype=self.form.dtype,
             shape=shape,
+            stored_dtype=self.form.dtype if header is not None and header.dtype == "float16" else None,
             **{name: getattr(statistics, name) for name in _SHARED},
             amax_row=row,
             amax_position=position,

@@ -12,6 +12,7 @@ from stabilitykit.models.operators import SELECTIONS
 from stabilitykit.recorder.blocks import Part, part_of
 from stabilitykit.recorder.breaks import Finding, break_at
 from stabilitykit.recorder.contributions import contributions, in_float64, placed
+from stabilitykit.recorder.copies import Copies
 from stabilitykit.recorder.custom import CustomStatistics, Statistic
 from stabilitykit.recorder.deviation import measure_deviation
 from stabilitykit.recorder.entry import Doubt, Entry, Form
@@ -40,7 +41,6 @@ DEFAULT_FORMATS = tuple(
 """The formats of at most 16 bits, the most precise first."""
 
 _FORMS = 1 << 12  # that are remembered
-
 _MASKED, _NAN, _PLUS, _MINUS = int(Field.MASKED), int(Field.NAN), int(Field.PLUS), int(Field.MINUS)
 
 
@@ -59,6 +59,8 @@ class Options:
     statistics: Sequence[Statistic]
     backward: bool = False
     keep_operands: bool = False
+    copies: Copies | None = None
+    compared: Sequence[Copies] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,10 +157,11 @@ class Observer:
         if self.custom:
             self.custom.take(entry, values, seen.hidden, part)
         self.compare(entry, values, part)
+        if self.options.copies is not None:
+            self.options.copies.take(entry, values, seen.hidden)
         self._follow(seen)
         if call.name == "cast" and tensor.dtype is torch.float8_e4m3fn:
             self._look_for_saturation(seen)
-
         if isinstance(row, Tensor):
             self.pending.after(row, lambda row: self._take(seen, row), [values, *(o.tensor for o in call.operands)])
         elif self.pending:
@@ -337,6 +340,8 @@ class Observer:
     def compare(self, entry: Entry, tensor: Tensor, part: Part | None = None) -> None:
         """What depends on the site's name, and is done again when it changes."""
         site, keep, against, watch = entry.site, self.options.keep, self.options.against, self.options.watch
+        for copies in self.options.compared:
+            copies.compare(entry, tensor)
         if keep is None and not against and not watch:
             return
         with aside():

@@ -25,20 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stabilitykit.errors import MisuseError
+from stabilitykit.errors import MisuseError, SkippedStatements
 from stabilitykit.formats import FORMATS, number_format
 from stabilitykit.models import matmul as products
 from stabilitykit.models.machine import machine, versions
 from stabilitykit.recorder.claims import claim
+from stabilitykit.recorder.copies import Copies
 from stabilitykit.recorder.custom import Statistic
 from stabilitykit.recorder.entry import Entry
 from stabilitykit.recorder.labels import Family, family_of
+from stabilitykit.recorder.libraries import attention_of, checkpoint_of, library_versions
 from stabilitykit.recorder.names import OUTSIDE
 from stabilitykit.recorder.observe import DEFAULT_FORMATS, Observer, Options
 from stabilitykit.recorder.origins import Origin
 from stabilitykit.recorder.repro.export import Export
 from stabilitykit.recorder.repro.keep import Kept
 from stabilitykit.recorder.session import Session
+from stabilitykit.recorder.stopped import skipped
 from stabilitykit.recorder.unseen import StopAtBreak
 from stabilitykit.records import Header, Level, Record, Recording
 
@@ -61,6 +64,8 @@ def record(
     token_text: Callable[[int], str] | None = None,
     redact: bool = False,
     keep_operands: bool = False,
+    copies: Copies | None = None,
+    compared: Sequence[Copies] = (),
     case: Mapping[str, Any] | None = None,
 ) -> Iterator[Recording]:
     """Records every forward pass of `model` inside the block; the recording is complete when the block ends.
@@ -70,12 +75,16 @@ def record(
     added to those of every record, each with a column of its own: see `Statistic`. `position_peaks` keeps each
     position's amax. `fused_softmax`: a fused attention kernel runs as it is and keeps no probabilities, so its softmax
     statistics are recomputed in float32 from the queries and keys it was given. `stop_at_break` ends the block at the
-    first break, whatever follows in it.
+    first break: `recording.stopped` is True then, and `SkippedStatements` is warned of where that left out more than
+    the call of the model, such as an assignment of what it returns.
 
     `keep` is filled with copies of the modules' outputs and the residual sums by site, last step first;
     handed to another run of the same tokens as `against`, they become its records' `deviation`. `matmul`
     computes 16-bit matrix products in the block as `stabilitykit.models.matmul` does; without it arithmetic stays as
     it is. The header says which was in force.
+
+    `copies` gets a copy of every tensor, as far as there is room for it; a later run of the same tokens in a wider
+    dtype that is given it in `compared` is what they are compared with, and `Copies.told` has the deviations.
 
     On the meta device nothing is computed: such a recording says which tensors there would be, of what shape and in
     which dtype, and counts all their elements as masked.
@@ -104,8 +113,8 @@ def record(
 
     Raises MisuseError for what is not a module, for an unknown level, format or matmul mode, for statistics whose names
     are taken, for a model that is being recorded already, or a part of it, and for a model or a module of it that went
-    through `torch.compile`. Warns at the end of a block in which
-    no part of the model was called, or in which a statistic failed.
+    through `torch.compile`. Warns at the end of a block in which no part of the model was called, in which a statistic
+    failed, or of which `stop_at_break` left statements out.
     """
     _check(model, level, formats, matmul)
     options = Options(
@@ -120,10 +129,13 @@ def record(
         against=against or {},
         watch=watch,
         statistics=statistics,
+        copies=copies,
+        compared=compared,
     )
     session = Session(model, options)
     recording = Recording(_header(model, session, case or {}))
     error: str | None = None
+    missing: str | None = None
     try:
         with ExitStack() as stack:
             stack.enter_context(claim(model))
@@ -134,13 +146,16 @@ def record(
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             session.attach(stack)
             yield recording
-    except StopAtBreak:
-        pass
+    except StopAtBreak as end:
+        recording.header = replace(recording.header, stopped=True)
+        missing = skipped(end)
     except Exception as raised:
         error = str(raised)
         raise
     finally:
         _finish(model, session, recording, token_text, redact=redact, error=error)
+    if missing is not None:
+        warnings.warn(missing, SkippedStatements, stacklevel=3)
     for failure in session.observer.custom.failures():
         warnings.warn(failure, stacklevel=3)
     if not session.starts and all(entry.module == OUTSIDE for entry in session.observer.entries):
@@ -179,9 +194,9 @@ def _check(model: nn.Module, level: str, formats: Sequence[str], matmul: str | N
 
 def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Header:
     first = next(model.parameters(), torch.empty(0))
-    parameter = _floating(model)
+    parameter, attention = _floating(model), attention_of(model)
     return Header(
-        checkpoint=getattr(model, "source", None),
+        checkpoint=checkpoint_of(model),
         sha256=getattr(model, "sha256", None),
         dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         device=str(first.device),
@@ -193,8 +208,8 @@ def _header(model: nn.Module, session: Session, case: Mapping[str, Any]) -> Head
         rows=0,
         tokens=None,
         notes=tuple(getattr(model, "notes", ())),
-        case=dict(case),
-        versions=_versions(),
+        case=({} if attention is None else {"attention": attention}) | dict(case),
+        versions=_versions() | library_versions(model),
         machine=machine(str(first.device)) | {"threads": torch.get_num_threads()},
     )
 

@@ -1,11 +1,14 @@
 """What one tensor looked like."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 import pyarrow as pa
+
+from stabilitykit.formats import FORMATS
 
 BACKWARD = "backward"
 """What the sites of gradients begin with, and the module of their records."""
@@ -261,6 +264,29 @@ class Record:
         return self.nan + self.positive_inf + self.negative_inf
 
     @property
+    def headroom(self) -> float | None:
+        """Bits between `amax` and the largest value of `dtype`, in which the tensor is stored: log2(largest / amax).
+
+        -inf where an element is lost (NaN or infinite, no mask), inf of zeros alone, None where no element is left to
+        be measured, or the dtype is no number format of the kit's.
+        """
+        form = FORMATS.get(self.dtype)
+        if form is None or (self.amax is None and not self.lost):
+            return None
+        return -math.inf if self.lost or self.amax is None else form.headroom(self.amax)
+
+    def is_stored_in(self, dtype: str) -> bool:
+        """Whether a run of the model in 16 bits stores this tensor in 16 bits, as far as one in `dtype` tells.
+
+        Gradients are none of them. The insides of RMSNorm and of softmax are computed in float32 in every dtype: what
+        the squares in a norm reach says nothing about float16. Where `stored_dtype` is not known a tensor counts if it
+        is stored in the run's own dtype.
+        """
+        if self.is_gradient:
+            return False
+        return self.dtype == dtype if self.stored_dtype is None else self.stored_dtype in ("float16", "bfloat16")
+
+    @property
     def of_weight(self) -> bool:
         """Whether this is the gradient of a parameter."""
         return self.label == WEIGHT_GRADIENT
@@ -283,8 +309,8 @@ class Record:
             if spec.name == "formats":
                 for name, counts in value.items():
                     flat |= {f"{name}.{key}": number for key, number in dataclasses.asdict(counts).items()}
-            elif spec.name in _NESTED:
-                part = _NESTED[spec.name]
+            elif spec.name in NESTED:
+                part = NESTED[spec.name]
                 flat |= {
                     f"{spec.name}.{inner.name}": None if value is None else getattr(value, inner.name)
                     for inner in dataclasses.fields(part)
@@ -305,18 +331,19 @@ class Record:
         for column, values in columns.items():
             part, _, name = column.rpartition(".")
             of_part = parts.setdefault(part, {}) if part else own if name in known else extra
-            of_part[name] = [tuple(value) if type(value) is list else value for value in values]
+            lists = type(next((value for value in values if value is not None), None)) is list
+            of_part[name] = [None if value is None else tuple(value) for value in values] if lists else values
         counts: list[dict[str, FormatCounts]] = [{} for _ in next(iter(own.values()))]
         for part, of_part in parts.items():
-            made = _NESTED.get(part, FormatCounts)
-            present = (any(value is not None for value in row.values()) for row in _rows(of_part))
-            found = [made(**row) if held else None for row, held in zip(_rows(of_part), present, strict=True)]
-            if part in _NESTED:
-                own[part] = found
-            else:
-                for formats, count in zip(counts, found, strict=True):
-                    if isinstance(count, FormatCounts):
-                        formats[part] = count
+            made = NESTED.get(part)
+            held = [row.count(None) < len(row) for row in zip(*of_part.values(), strict=True)]
+            if made is not None:
+                own[part] = [made(**row) if there else None for row, there in zip(_rows(of_part), held, strict=True)]
+                continue
+            numbers = zip(*(of_part[spec.name] for spec in dataclasses.fields(FormatCounts)), strict=True)
+            for formats, row, there in zip(counts, numbers, held, strict=True):
+                if there:
+                    formats[part] = FormatCounts(*row)
         extras = _rows(extra) if extra else ({} for _ in counts)
         return [
             cls(**row, formats=formats, extra=more)
@@ -328,7 +355,7 @@ def _rows(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
-_NESTED: dict[str, type[Softmax] | type[Deviation] | type[Break]] = {
+NESTED: dict[str, type[Softmax] | type[Deviation] | type[Break]] = {
     "softmax": Softmax,
     "deviation": Deviation,
     "broke": Break,
@@ -352,10 +379,6 @@ def index_at(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def columns(formats: Sequence[str], statistics: Iterable[str] = ()) -> list[str]:
-    return [name for name, _ in _column_types(formats, statistics)]
-
-
 def schema(formats: Sequence[str], statistics: Iterable[str] = ()) -> pa.Schema:
     return pa.schema(list(_column_types(formats, statistics)))
 
@@ -368,8 +391,8 @@ def _column_types(formats: Sequence[str], statistics: Iterable[str]) -> Iterator
                 yield from ((f"{name}.{inner.name}", pa.int64()) for inner in dataclasses.fields(FormatCounts))
         elif spec.name == "extra":
             yield from ((name, pa.float64()) for name in statistics)
-        elif spec.name in _NESTED:
-            part = _NESTED[spec.name]
+        elif spec.name in NESTED:
+            part = NESTED[spec.name]
             inner_hints = get_type_hints(part)
             for inner in dataclasses.fields(part):
                 yield f"{spec.name}.{inner.name}", _arrow_type(inner_hints[inner.name])

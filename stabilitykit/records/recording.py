@@ -7,8 +7,10 @@ Parquet: one row a tensor, and the header as JSON under the schema's metadata ke
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from html import escape
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pyarrow as pa
 
@@ -17,24 +19,29 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.records.document import from_document
 from stabilitykit.records.parquet import SCHEMA_VERSION, read_table, write_table
 from stabilitykit.records.provenance import Provenance
-from stabilitykit.records.record import LogitsError, Record, StoredWeights, columns, schema
-from stabilitykit.words import quoted
+from stabilitykit.records.record import LogitsError, Record, StoredWeights, schema
+from stabilitykit.words import counted, quoted
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+
+Kind = Literal["headroom", "heat", "exponents"]
+"""What `plot` draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header(Provenance):
     """What has to be known to read the records, and to make them again.
 
-    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when
-    redacted. `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens
-    begin, `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a
-    user added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is
-    what storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for:
-    site, row-major index, value. `backward`: gradients were recorded too. `case` is free-form: prompt, rescale,
-    rounding and whatever else was chosen; `loss_scale` is what the loss was multiplied by.
+    `tokens` holds the ids of every row of the last sequences that ran, with those in their cache; None when redacted.
+    `token_texts` says what each id in it stands for. `starts` is the position at which each step's tokens begin,
+    `lost_steps` are the steps whose outputs held an element that is not finite. `statistics` are those that a user
+    added, by name, with their units: each has a column of its own, and is in every record's `extra`. `weights` is what
+    storing the checkpoint in the run's dtype does to it, if that was looked at. `watched` are elements asked for: site,
+    row-major index, value. `backward`: gradients were recorded too. `stopped`: the run ended at its first break,
+    because it was asked to. `reference` is the dtype of the run that the records' deviations are from. `case` is
+    free-form: prompt, rescale, rounding and whatever else was chosen; `loss_scale` is what the loss was multiplied by.
     """
 
     dtype: str
@@ -55,6 +62,8 @@ class Header(Provenance):
     starts: tuple[int, ...] = ()
     lost_steps: tuple[int, ...] = ()
     backward: bool = False
+    stopped: bool = False
+    reference: str | None = None
     error: str | None = None
     schema: int = SCHEMA_VERSION
 
@@ -70,6 +79,11 @@ class Header(Provenance):
     def first_position(self, step: int) -> int | None:
         """The absolute position of a step's first token; None for a step that is not known."""
         return self.starts[step] if 0 <= step < len(self.starts) else None
+
+
+def _public(name: str) -> Any:
+    """A name of the package, found when it is asked for: what explains and what draws is above this floor."""
+    return getattr(import_module("stabilitykit"), name)
 
 
 class Repro(Protocol):
@@ -114,6 +128,11 @@ class Recording:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the recorded block ended at its first break, as `record(..., stop_at_break=True)` asks."""
+        return self.header.stopped
+
     def at(self, site: str, step: int = 0) -> Record:
         """The first record of `site` in `step`. Raises MisuseError, naming near ones, where there is none."""
         for record in self.records:
@@ -129,11 +148,32 @@ class Recording:
 
     @property
     def frame(self) -> "pd.DataFrame":
-        """One row a record, the columns as in the file."""
-        import pandas as pd  # a third of a second, only for those who look at a frame
+        """One row a record: the file's columns, and `stored` and `headroom`; docs/records.md has each with its unit.
 
-        names = columns(self.header.formats, self.header.statistics)
-        return pd.DataFrame([record.row() for record in self.records], columns=names)
+        `frame[frame.stored]` are the tensors that 16 bits have to hold, without those that are computed in float32 on
+        purpose, such as the squares in a norm: `frame[frame.stored].groupby("layer").amax.max()`. Gradients are none.
+        """
+        from stabilitykit.records.frame import frame  # pandas, a third of a second, only for those who look at one
+
+        return frame(self.records, self.header.dtype, self.header.formats, tuple(self.header.statistics))
+
+    def plot(self, kind: Kind = "headroom", **how: Any) -> "Axes":
+        """One step drawn on matplotlib's axes, which are returned: as `stabilitykit.plot`, which says what `how` takes.
+
+        `kind` is "headroom" (bits by layer), "heat" (bits by layer and site) or "exponents" (of one tensor).
+        """
+        drawn: Axes = _public("plot")(self, kind, **how)
+        return drawn
+
+    def __repr__(self) -> str:
+        """`<Recording: gemma3-270m, float16, 1,342 tensors, 1 step>`"""
+        header = self.header
+        told = [header.checkpoint, header.dtype, counted(len(self), "tensor"), counted(len(header.starts), "step")]
+        return f"<Recording: {', '.join(one for one in told if one)}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: `repr`, and the verdict."""
+        return f"<div><p><b>{escape(repr(self)[1:-1])}</b></p><p>{escape(_public('verdict')(self))}</p></div>"
 
     def save(self, path: str | Path) -> None:
         """Writes Parquet beside `path` and renames it. Raises MisuseError if `path` exists or cannot be written."""

@@ -84,7 +84,15 @@ class Figure:
     size: tuple[float, float] = (8.0, 4.5)
 
 
-Block = Prose | Table | Figure
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explorer:
+    """Every record at a click, at most one in a report; only a page can show it. `document` is what it reads, JSON."""
+
+    title: str
+    document: str
+
+
+Block = Prose | Table | Figure | Explorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 # Points per inch of an SVG, which is also what its user units are.
 _POINTS = 72
 
+_DECLARATION = '<?xml version="1.0" encoding="utf-8"?>\n'
+_FILE_FONTS = "'DejaVu Sans', Verdana, sans-serif"
 _PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """One figure, drawn: `svg` and `png` stand alone, `inline` is an SVG element for a page."""
+    """One figure, drawn: the content of its two files."""
 
     svg: str
     png: bytes
-    inline: str
 
 
 def draw_all(blocks: Sequence[Figure]) -> Iterator[Drawing]:
@@ -70,10 +71,9 @@ def draw(block: Figure) -> Drawing:
         canvas = Canvas(figsize=block.size)
         hovers = block.draw(canvas)
         png = _png(canvas)
-        # The layout engine moves axes at every drawing; frozen, hover rectangles and all three files agree.
+        # The layout engine moves axes at every drawing; frozen, hover rectangles and both files agree.
         canvas.set_layout_engine("none")
-        svg, rectangles = _svg(canvas), _rectangles(canvas, hovers)
-        return Drawing(svg=_standalone(block, svg, rectangles), png=png, inline=_inline(block, svg, rectangles))
+        return Drawing(svg=_standalone(block, _svg(canvas), _rectangles(canvas, hovers)), png=png)
 
 
 # `savefig` would draw the whole figure twice for each file.
@@ -101,12 +101,15 @@ def _svg(canvas: "matplotlib.figure.Figure") -> str:
 def _standalone(block: Figure, svg: str, rectangles: str) -> str:
     described = f"<title>{escape(block.title)}</title>\n <desc>{escape(block.alt)}</desc>"
     svg = re.sub(r"(<svg[^>]*>)", lambda match: f"{match[1]}\n {described}", svg, count=1)
-    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + _with(rectangles, svg) + "\n"
+    svg = svg.replace("'DejaVu Sans'", _FILE_FONTS)
+    return f"{_DECLARATION}{svg.removesuffix('</svg>')}{rectangles}</svg>\n"
 
 
-def _inline(block: Figure, svg: str, rectangles: str) -> str:
-    # A page has one name space for ids and for style rules; the drawing's rule is in the page's own style sheet.
+def inline(block: Figure, svg: str) -> str:
+    """The figure as an SVG element of a page, made from the text of its SVG file."""
+    svg = svg.removeprefix(_DECLARATION).strip()
+    # The page's element has a label; and a page has one name space for ids and for style rules.
+    svg = re.sub(r"\s*<title>.*?</title>\s*<desc>.*?</desc>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"<style\b.*?</style>", "", svg, flags=re.DOTALL)
     svg = svg.replace("fill: #ffffff", "fill: none", 1)  # the ground, which comes first
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{block.name}-\1"', svg)
@@ -114,17 +117,13 @@ def _inline(block: Figure, svg: str, rectangles: str) -> str:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{block.name}-\1)", svg)
     for drawn, page in _PAGE_COLOURS.items():
         svg = svg.replace(drawn, page)
-    svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
+    svg = svg.replace(_FILE_FONTS, "system-ui, sans-serif")
     width, height = (size * _POINTS for size in block.size)
     opening = (
         f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}pt" role="img" aria-label="{escape(block.alt)}">'
     )
-    return _with(rectangles, re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1))
-
-
-def _with(rectangles: str, svg: str) -> str:
-    return svg.removesuffix("</svg>") + rectangles + "</svg>"
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
 
 
 def _rectangles(canvas: "matplotlib.figure.Figure", hovers: Sequence[Hover]) -> str:

@@ -2,14 +2,19 @@
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
 import jinja2
+import markupsafe
 
-from stabilitykit.report.blocks import Cell, Section, Table
+from stabilitykit.report.blocks import Cell, Explorer, Section, Table
+from stabilitykit.report.explorer import assets
 from stabilitykit.report.prose import spans
 from stabilitykit.report.tables import cell_text, csv_text, heading, numeric_columns
+
+_LONG = 28  # characters of a cell that stands on one line
 
 
 def html(title: str, sections: Sequence[Section], drawings: Mapping[str, str]) -> str:
@@ -17,7 +22,8 @@ def html(title: str, sections: Sequence[Section], drawings: Mapping[str, str]) -
 
     Tables carry their CSV in themselves, so the page can be forwarded alone.
     """
-    return _template().render(title=title, sections=sections, drawings=drawings)
+    explorer = next((block for s in sections for block in s.blocks if isinstance(block, Explorer)), None)
+    return _template().render(title=title, sections=sections, drawings=drawings, explorer=explorer)
 
 
 @cache
@@ -31,7 +37,9 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {"spans": spans, "heading": heading, "sort_key": _sort_key, "csv_link": _csv_link}
-    environment.globals |= {"cell_text": cell_text, "numeric_columns": numeric_columns}
+    environment.filters |= {"css_string": _css_string, "breakable": _breakable}
+    environment.globals |= {"cell_text": cell_text, "numeric_columns": numeric_columns, "long_columns": _long_columns}
+    assets.register(environment)
     environment.tests["of_kind"] = lambda block, kind: type(block).__name__ == kind
     return environment.get_template("page.html.jinja")
 
@@ -43,6 +51,24 @@ def _sort_key(cell: Cell) -> str | None:
     if isinstance(cell, str):
         return None
     return "" if math.isnan(cell) else repr(float(cell)).replace("inf", "Infinity")
+
+
+def _long_columns(table: Table) -> list[bool]:
+    """Whether a cell of each column is so long that it is better broken into lines."""
+    return [
+        any(len(cell_text(row[index], column)) > _LONG for row in table.rows)
+        for index, column in enumerate(table.columns)
+    ]
+
+
+def _breakable(text: str) -> markupsafe.Markup:
+    """A line may end after a dot or a slash inside a word, as sites have them."""
+    return markupsafe.Markup(re.sub(r"(?<=\w)([./])(?=\w)", r"\1<wbr>", str(markupsafe.escape(text))))
+
+
+def _css_string(text: str) -> markupsafe.Markup:
+    """Text as a string of a style sheet; whatever could end it or the sheet is written by its number."""
+    return markupsafe.Markup('"' + "".join(c if c.isalnum() or c in " []" else f"\\{ord(c):x} " for c in text) + '"')
 
 
 def _csv_link(table: Table) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from stabilitykit.report.blocks import Block, Figure, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Explorer, Figure, Prose, Section, Table
 from stabilitykit.report.prose import spans
 from stabilitykit.report.tables import SHORT, cell_text, heading, numeric_columns
 
@@ -37,6 +37,8 @@ def _block(block: Block) -> Iterator[str]:
                 else link
             )
             yield f"{_prose(block.note)} {cut}" if block.note else cut
+        case Explorer():
+            yield f"The explorer is in [report.html](report.html): {_plain(block.title)}."
         case Figure():
             yield f"![{_plain(block.alt)}](figures/{block.name}.png)"
             yield f"**{_plain(block.title)}** {_prose(block.caption)} [{block.name}.svg](figures/{block.name}.svg)"

@@ -160,16 +160,31 @@ def standing(found: Sequence[Outcome], dtype: str) -> Standing:
     largest = [o.largest for o in reference(found) if o.largest is not None]
     if not largest:
         return "unknown"
-    return "would break" if number_format(dtype).overflows(max(largest)) else "would fit"
+    if number_format(dtype).overflows(max(largest)):
+        return "would break"
+    return "would fit" if is_known(found) else "unknown"
 
 
 def reference(found: Sequence[Outcome]) -> list[Outcome]:
-    """The cases in the widest dtype of which none broke; empty where there is none."""
-    for dtype in sorted({o.dtype for o in found}, key=lambda name: -number_format(name).precision):
-        cases = [o for o in found if o.dtype == dtype]
-        if all(o.first is None for o in cases):
-            return cases
-    return []
+    """Of each text the cases that did not break, in the widest dtype of these: what its values are."""
+    kept: dict[tuple[str, bool | None], list[Outcome]] = {}
+    for outcome in (o for o in found if o.first is None):
+        known = kept.setdefault((outcome.text, outcome.bos), [])
+        if known and _width(outcome) > _width(known[0]):
+            known.clear()
+        if not known or outcome.dtype == known[0].dtype:
+            known.append(outcome)
+    return [outcome for cases in kept.values() for outcome in cases]
+
+
+def is_known(found: Sequence[Outcome]) -> bool:
+    """Whether each text has a case that did not break: of another one, later values may be larger than any seen."""
+    return len({(o.text, o.bos) for o in found}) == len({(o.text, o.bos) for o in found if o.first is None})
+
+
+def _width(outcome: Outcome) -> tuple[float, int]:
+    form = number_format(outcome.dtype)
+    return form.largest, form.precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +203,15 @@ class Text:
     @property
     def clean(self) -> tuple[Span, ...]:
         return tuple(span for span in self.spans if span.broke is None)
+
+    @property
+    def lengths(self) -> int:
+        """How many lengths are known, each counted once."""
+        known, end = 0, 0
+        for span in self.spans:
+            known += max(span.last - max(span.first, end + 1) + 1, 0)
+            end = max(end, span.last)
+        return known
 
 
 def texts(found: Sequence[Outcome]) -> Iterator[Text]:

@@ -42,6 +42,7 @@ BACKING: dict[str, Any] = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8
 
 HEADROOM = "cividis"  # little headroom is dark, much is light; made for colour-blind eyes (Nuñez et al., 2018)
 
+
 # One for each format, in the registry's order; each differs from the others in all three.
 _LOOKS: tuple[tuple[str, Any, str], ...] = (
     (PURPLE, (0, (7, 2)), "P"),  # float64

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from stabilitykit.report.blocks import Block, Figure, Prose, Section, Table
+from stabilitykit.report.blocks import Block, Explorer, Figure, Prose, Section, Table
 from stabilitykit.report.prose import spans
 from stabilitykit.report.tables import SHORT, cell_text, heading, numeric_columns
 
@@ -41,6 +41,8 @@ def print_blocks(blocks: Iterable[Block], console: Console, *, rows: int = SHORT
                     where = whole or f"tables/{block.name}.csv"
                     cut = f"The first {rows} of {len(block.rows):,} rows; all are in {where}."
                     console.print(Text(cut, style="dim"))
+            case Explorer():
+                console.print(Text.assemble((block.title, "bold"), ": report.html"))
             case Figure():
                 console.print(Text.assemble((block.title, "bold"), f": figures/{block.name}.svg"))
         console.print()

@@ -1,7 +1,11 @@
 """Sentences about where and how something broke."""
 
+from collections.abc import Sequence
+
 from stabilitykit.records.lengths import Span
 from stabilitykit.words import at_token, code, listed, number, quoted
+
+_CHANGES = 4  # of the place of a text's first break, in one sentence
 
 
 def located(span: Span) -> str:
@@ -13,8 +17,28 @@ def located(span: Span) -> str:
 
 def short_place(span: Span) -> str:
     """The layer, or the site outside the layers, and the token."""
-    where = code(span.site) if span.layer is None else f"layer {span.layer}"
+    where = _layer(span)
     return where if span.token_text is None else f"{where}, {code(quoted(span.token_text))}"
+
+
+def layers_by_length(spans: Sequence[Span]) -> str:
+    """Where the longer ones of some broken lengths break, if elsewhere: `layer 9 from 520 tokens, layer 8 from 2,087`.
+
+    Empty where all break in the same layer or, outside the layers, at the same site. `spans` ascend.
+    """
+    changes: list[tuple[str, int]] = []
+    known = _layer(spans[0])
+    for span in spans[1:]:
+        if _layer(span) != known:
+            known = _layer(span)
+            changes.append((known, span.first))
+    said = [f"{where} from {length:,}{' tokens' if turn == 0 else ''}" for turn, (where, length) in enumerate(changes)]
+    more = [f"and {len(said) - _CHANGES} more changes"] if len(said) > _CHANGES + 1 else said[_CHANGES:]
+    return ", ".join([*said[:_CHANGES], *more])
+
+
+def _layer(span: Span) -> str:
+    return code(span.site) if span.layer is None else f"layer {span.layer}"
 
 
 def at_broken_token(span: Span) -> str:

@@ -1,7 +1,7 @@
 """One case: a model and a prompt, continued by a token or more, recorded and compared with a reference."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict, Unpack
@@ -15,9 +15,12 @@ from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.matmul import preferred_matmul
 from stabilitykit.models.subject import Continuation, Sampling, Subject
 from stabilitykit.recorder import record, unrecorded
+from stabilitykit.recorder.copies import Copies
 from stabilitykit.records import Level, Recording, StoredWeights
 from stabilitykit.run.divergence import logits_error
 from stabilitykit.run.dry_run import find_stored_dtypes
+
+_ROOM = 1 << 30  # bytes for copies of tensors, until they have been compared
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and out of how much."""
@@ -68,6 +71,8 @@ class Options(TypedDict, total=False):
     watch: Sequence[tuple[str, int]]
     redact: bool
     keep_operands: bool
+    copies: Copies | None
+    compared: Sequence[Copies]
 
 
 def run_case(
@@ -149,6 +154,7 @@ def run_case(
         recording.header,
         weights=weights,
         logits_error=None if reference is None else logits_error(logits, reference.logits),
+        reference=None if reference is None else str(reference.logits.dtype).removeprefix("torch."),
         case={**recording.header.case, **told},
     )
     return Run(recording=find_stored_dtypes(recording, subject, *ids.shape), error=error)
@@ -191,13 +197,22 @@ def run_dtypes(
 
     `matmul` is how products are computed, for each dtype what is fast and accurate on its device unless given.
 
-    float32 runs last, wherever it stands, and watches the elements at which the others broke first: their
-    reference values. Each model is dropped before the next is made.
+    The widest of float32 and float64 runs last, wherever it stands. It watches the elements at which the others broke
+    first, for their reference values, and it is what all their tensors are compared with, as far as copies of them fit
+    in 1 GiB: the `deviation` of every site that both have. Without one of the two there is no reference: neither
+    float16 nor bfloat16 holds the other's numbers. Each model is dropped before the next is made.
     """
     runs: dict[str, Run] = {}
     watch: list[tuple[str, int]] = []
     options["watch"] = watch
-    for dtype in sorted(set(dtypes), key=lambda name: (name == "float32", dtypes.index(name))):
+    reference = reference_of(dtypes)
+    kept: dict[str, Copies] = {}
+    room = _ROOM
+    for dtype in sorted(set(dtypes), key=lambda name: (name == reference, dtypes.index(name))):
+        if reference is not None:
+            own = kept[dtype] = Copies(room)
+            options["copies"] = None if dtype == reference else own
+            options["compared"] = [kept[name] for name in runs] if dtype == reference else []
 
         def announce(what: str, done: int, total: int, dtype: str = dtype) -> None:
             if progress is not None:
@@ -219,7 +234,17 @@ def run_dtypes(
         first = runs[dtype].recording.first_break()
         if first is not None and first.broke_at is not None:
             watch.append((first.site, first.broke_at))
+        room = kept[dtype].room if dtype in kept else room
+    if reference is not None:
+        wide = runs[reference].recording
+        for dtype in runs.keys() - {reference}:
+            runs[dtype] = replace(runs[dtype], recording=kept[dtype].told(runs[dtype].recording, wide))
     return [runs[dtype] for dtype in dtypes]
+
+
+def reference_of(dtypes: Iterable[str]) -> str | None:
+    """Which of them is what the others are judged by: float64, else float32, else none."""
+    return next((name for name in ("float64", "float32") if name in dtypes), None)
 
 
 def _announce(layers: Sequence[nn.Module], passes: int, progress: Progress, stack: ExitStack) -> None:

@@ -43,15 +43,11 @@ def _dry_run(subject: Subject, rows: int, length: int, level: Level) -> Recordin
 def find_stored_dtypes(recording: Recording, subject: Subject, rows: int, length: int) -> Recording:
     """`recording`, of `subject` and sequences of `length` tokens, with each record's `stored_dtype`.
 
-    That is a float16 run's own dtype, and else what a dry run says; the recording stays as it is where there can be
-    none.
+    The recorder knows that of a float16 run; of another a dry run says it, and the recording stays as it is where there
+    can be none.
     """
     if recording.header.dtype == "float16":
-        return Recording(
-            recording.header,
-            lambda: [replace(one, stored_dtype=one.dtype) for one in recording],
-            repro=recording.repro,
-        )
+        return recording
     dry = dry_run(subject, rows, length, level=recording.header.level)
     return recording if dry is None else with_stored_dtypes(recording, dry)
 

@@ -15,7 +15,7 @@ from stabilitykit.models.matmul import check_matmul
 from stabilitykit.models.subject import Sampling, Subject
 from stabilitykit.recorder.weights import check_weights
 from stabilitykit.records import Level, Recording
-from stabilitykit.run.case import Progress, Run, run_dtypes
+from stabilitykit.run.case import Progress, Run, reference_of, run_dtypes
 from stabilitykit.run.source import SourceOptions, counting, open_source
 
 
@@ -37,8 +37,9 @@ class Profile:
 
     @property
     def reference(self) -> Recording | None:
-        """The float32 run's recording; None where there is none."""
-        return next((recording for recording in self.recordings if recording.header.dtype == "float32"), None)
+        """The recording of the widest run, in float64 or else in float32; None where neither ran."""
+        name = reference_of([recording.header.dtype for recording in self.recordings])
+        return None if name is None else self[name]
 
     def __getitem__(self, dtype: str) -> Recording:
         """The recording in `dtype`. Raises KeyError for one that did not run."""
@@ -83,8 +84,9 @@ def profile(
         checkpoint: what `open_model` takes: `gemma3-270m`, a folder, a file, `random:SIZE`, `hf:NAME`; or a model that
             `open_model` or `load` opened, which runs in its own dtype.
         prompt: the text.
-        dtypes: of float16, bfloat16, float32 and float64; float16 unless given. float32 runs last, and tells what the
-            elements that overflowed in the others should have been.
+        dtypes: of float16, bfloat16, float32 and float64; float16 unless given. The widest of float32 and float64 runs
+            last, and tells what the elements that overflowed in the others should have been, and how far every tensor
+            of theirs is from its own: the records' `deviation`.
         new_tokens: tokens to generate, at least 1. Each is a forward pass and a draw; generation ends at the first
             step whose logits are not finite.
         left_padding: pad tokens before the prompt.

@@ -1,6 +1,7 @@
 """`profile` on the real Gemma 3 270M and on random ones: what it finds, and how it refuses."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -274,3 +275,16 @@ def test_what_a_plain_profile_does_not_need_is_not_imported() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.endswith("imported: []\n")
+
+
+def test_a_broken_run_exits_with_0_and_names_the_command_that_exits_with_1(stabilitykit: Run) -> None:
+    broken = stabilitykit("profile", RANDOM, "--prompt", "Hi", "--stress", "65536")
+    assert broken.code == 0
+    arguments = ["check", RANDOM, "--dtype", "float16", "--stress", "65536"]
+    named = f"To fail a pipeline: {shlex.join(['stabilitykit', *arguments])}"
+    assert "".join(broken.out.split()).endswith("".join(named.split()))  # a long line is wrapped anywhere
+    assert stabilitykit(*arguments).code == 1
+
+    sound = stabilitykit("profile", RANDOM, "--prompt", "Hi")
+    assert sound.code == 0
+    assert "To fail a pipeline" not in sound.out

@@ -25,12 +25,13 @@ logits       –         –          –        –    12  –
 
 CHAIN = """\
 How it spread
-event      site      what                operator  how
-break      layers.0  residual after MLP  add       overflow: 1 element lost at position 0 '<bos>'
-first NaN  layers.1  –                   add       inf - inf makes 12 NaN
-layer      layers.1  –                   add       12 NaN, in 3 of 3 tokens and 4 of 4 channels
-logits     lm_head   –                   matmul    every logit is NaN
-error      sampler   –                   –         no `probabilities`
+event     site     what               operator how
+break     layers.0 residual after MLP add      overflow: 1 element lost at position 0 '<bos>',
+                                               channel 2
+first NaN layers.1 –                  add      inf - inf makes 12 NaN
+layer     layers.1 –                  add      12 NaN, in 3 of 3 tokens and 4 of 4 channels
+logits    lm_head  –                  matmul   every logit is NaN
+error     sampler  –                  –        no `probabilities`
 A token or a channel is lost where any of its elements is inf or NaN.
 """
 

@@ -24,18 +24,18 @@ def test_where_only_modules_were_seen_nothing_is_claimed(level: Level) -> None:
     record = made(2, "layers.0", label="residual after MLP", operator=None, nan=4, broke=broke("unresolved"))
     recording = Recording(replace(HEADER, level=level), [record])
     assert verdict(recording) == (
-        "layer 0, residual after MLP (layers.0), at token 0 '<bos>' is the first tensor that is not finite. Why is not "
-        f"known: of {level} only what they return was recorded, and a value out of range, a mask, a weight and an "
-        "operation without a finite result look alike from there. Record operators to see how."
+        "layer 0, residual after MLP (layers.0), at token 0 '<bos>', channel 2, is the first tensor that is not "
+        f"finite. Why is not known: of {level} only what they return was recorded, and a value out of range, a mask, "
+        "a weight and an operation without a finite result look alike from there. Record operators to see how."
     )
 
 
 def test_an_operator_that_could_not_be_repeated_is_not_explained() -> None:
     record = made(2, "/scale.0", operator="scale", positive_inf=4, broke=broke("unresolved", value=None, operands=()))
     assert verdict(Recording(HEADER, [record])) == (
-        "/scale.0, operator scale, at token 0 '<bos>' is the first tensor that is not finite. How scale came to it was "
-        "not seen: its result could not be computed again in a wider format. Run the same in float32: if it is finite "
-        "there, this dtype is the reason."
+        "/scale.0, operator scale, at token 0 '<bos>', channel 2, is the first tensor that is not finite. How "
+        "scale came to it was not seen: its result could not be computed again in a wider format. Run the same in "
+        "float32: if it is finite there, this dtype is the reason."
     )
 
 
@@ -55,7 +55,7 @@ def of_origin(kind: Any, origin: Any, name: str | None, **header: Any) -> str:
     return verdict(Recording(replace(HEADER, **header), [made(2, "/mul.0", operator="mul", nan=1, broke=seen)]))
 
 
-FIRST = "/mul.0, operator mul, at token 0 '<bos>' is the first tensor that is not finite"
+FIRST = "/mul.0, operator mul, at token 0 '<bos>', channel 2, is the first tensor that is not finite"
 
 
 def test_a_weight_that_only_the_dtype_does_not_hold() -> None:
@@ -178,9 +178,9 @@ def invalid(operator: str, kind: Any = "invalid", site: str | None = None, **see
 
 def test_zero_divided_by_zero_of_what_was_computed_claims_no_more_than_that() -> None:
     assert verdict(invalid("div")) == (
-        "/div.0, operator div, at token 0 '<bos>' is NaN: 0 ÷ 0 = nan. div has no finite result for its finite "
-        "operands (invalid), in any format. Whether a wider format would have given it these operands is not known. "
-        "Look at its operands, and compare them with those of a run in a wider format."
+        "/div.0, operator div, at token 0 '<bos>', channel 2, is NaN: 0 ÷ 0 = nan. div has no finite result for its "
+        "finite operands (invalid), in any format. Whether a wider format would have given it these operands is not "
+        "known. Look at its operands, and compare them with those of a run in a wider format."
     )
 
 

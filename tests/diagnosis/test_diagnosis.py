@@ -33,9 +33,9 @@ def test_a_break_is_told_from_its_operands_to_its_error() -> None:
     recording = Recording(header, BROKEN)
     reference = Recording(replace(HEADER, dtype="float32", watched=(("layers.0", 2, 68123.0),)), [])
     assert verdict(recording, reference) == (
-        "float16 overflows in layer 0, residual after MLP (layers.0, operator add), at token 0 '<bos>': 60,000 + "
-        "8,000 = 68,000 exceeds the float16 maximum, 65,504. The float32 run has 68,123 there. This depends only on "
-        "the first token, <bos>: every prompt that starts with it overflows here. In layer 1, normalised in a "
+        "float16 overflows in layer 0, residual after MLP (layers.0, operator add), at token 0 '<bos>', channel 2: "
+        "60,000 + 8,000 = 68,000 exceeds the float16 maximum, 65,504. The float32 run has 68,123 there. This depends "
+        "only on the first token, <bos>: every prompt that starts with it overflows here. In layer 1, normalised in a "
         "norm (layers.1.input_layernorm/mul.0, operator mul) infinity becomes NaN (inf · 0), after layer 1 every "
         "token is lost, every logit is NaN and sampling raises: not a probability. Greedy decoding raises nothing "
         "and prints <pad>, the argmax of NaN. Use a format with a wider range (bfloat16, float32), or scale the "
@@ -94,7 +94,7 @@ def test_an_empty_recording_says_so() -> None:
 def test_redacted_findings_name_positions_only() -> None:
     unnamed = replace(BROKEN[2], broke=broke(token=None))
     recording = Recording(replace(HEADER, tokens=None, token_texts={}), [*BROKEN[:2], unnamed, *BROKEN[3:]])
-    assert "at token 0:" in verdict(recording)
+    assert "at token 0, channel 2:" in verdict(recording)
     assert "bos" not in str(document(recording))
 
 
@@ -166,10 +166,10 @@ def test_what_no_operator_explains_is_the_weights_where_they_were_not_finite(non
 def test_a_piece_is_shown_as_it_is_once() -> None:
     header = replace(HEADER, token_texts={2: "\\n", 7: "it's", 9: "."})
     line = Recording(header, BROKEN)
-    assert "at token 0 '\\n':" in verdict(line)
+    assert "at token 0 '\\n', channel 2:" in verdict(line)
     raw = verdict(Recording(replace(header, token_texts={2: "\n"}), BROKEN))  # of a tokenizer that is not the kit's
     assert raw == verdict(line)
-    assert chain(line)[0].text.endswith("at position 0 '\\n'")
+    assert chain(line)[0].text.endswith("at position 0 '\\n', channel 2")
     quote = Recording(header, [made(0, "layers.0")])
     assert 'at token 1 "it\'s"' in verdict(quote)
 
@@ -177,9 +177,9 @@ def test_a_piece_is_shown_as_it_is_once() -> None:
 def test_a_token_without_a_text_is_its_id_and_never_a_text() -> None:
     header = replace(HEADER, token_texts={})
     broken = Recording(header, BROKEN)
-    assert "at token 0 (id 2): 60,000 + 8,000" in verdict(broken)
+    assert "at token 0 (id 2), channel 2: 60,000 + 8,000" in verdict(broken)
     assert "This depends only on the first token (id 2): every prompt" in verdict(broken)
-    assert chain(broken)[0].text == "overflow: 1 element lost at position 0 (id 2)"
+    assert chain(broken)[0].text == "overflow: 1 element lost at position 0 (id 2), channel 2"
     found = document(broken)["first_break"]
     assert (found["token"], found["token_id"]) == (None, 2)
     assert "at token 1 (id 7): 2.0 bits of headroom" in verdict(Recording(header, [made(0, "layers.0", amax=16376.0)]))

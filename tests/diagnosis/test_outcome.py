@@ -175,9 +175,9 @@ def test_mish_is_right_though_its_exponential_overflows() -> None:
     recording = run(exp, *ways, absorbs("tanh", "/tanh.0", order=5))
     assert is_harmless(recording)
     assert verdict(recording) == (
-        "float16 overflows in /exp.0, operator exp, at token 0 '<bos>': exp of 20.9 gives 1.18e+09, which exceeds the "
-        "float16 maximum, 65,504. It is absorbed in /tanh.0, operator tanh: tanh of infinity is 1, as it is of the "
-        "true value, so nothing is lost."
+        "float16 overflows in /exp.0, operator exp, at token 0 '<bos>', channel 2: exp of 20.9 gives 1.18e+09, "
+        "which exceeds the float16 maximum, 65,504. It is absorbed in /tanh.0, operator tanh: tanh of infinity is 1, "
+        "as it is of the true value, so nothing is lost."
     )
 
 
@@ -237,12 +237,11 @@ def spelled_out_norm() -> Recording:
 def test_a_number_divided_by_infinity_is_finite_and_wrong() -> None:
     recording = spelled_out_norm()
     assert verdict(recording) == (
-        f"float16 overflows in layer 1, {NORM}/mul.0, operator mul, at frame 2: 787 · 787 = 619,369 exceeds the "
-        f"float16 maximum, 65,504. It is absorbed in layer 1, {NORM}/div.0, operator div: a number divided by infinity "
-        "is 0. What the model returns is finite, and wrong: it is computed from that. Use a format with a wider range "
-        "(bfloat16, "
-        "float32). A candidate, not tried: compute this norm in float32, squares and their mean included. To try it on "
-        "this input, and whatever else may help: `stabilitykit diagnose toy --prompt ...`."
+        f"float16 overflows in layer 1, {NORM}/mul.0, operator mul, at frame 2, channel 2: 787 · 787 = 619,369 exceeds "
+        f"the float16 maximum, 65,504. It is absorbed in layer 1, {NORM}/div.0, operator div: a number divided by "
+        "infinity is 0. What the model returns is finite, and wrong: it is computed from that. Use a format with a "
+        "wider range (bfloat16, float32). A candidate, not tried: compute this norm in float32, squares and their "
+        "mean included. To try it on this input, and whatever else may help: `stabilitykit diagnose toy --prompt ...`."
     )
     found = document(recording)
     assert found["finite"] is True
@@ -293,7 +292,7 @@ def test_the_break_that_does_harm_is_told_and_not_a_harmless_one_before_it() -> 
     said = verdict(recording)
     assert said.startswith(
         "Overflows in layer 0, layers.0.self_attn/matmul.0, operator matmul end without loss. float16 overflows in "
-        "layer 1, residual after MLP (layers.1, operator add), at token 0 '<bos>': 60,000 + 8,000 = 68,000"
+        "layer 1, residual after MLP (layers.1, operator add), at token 0 '<bos>', channel 2: 60,000 + 8,000 = 68,000"
     )
     assert said.endswith("or scale the residual stream down by a power of two.")
     assert document(recording)["first_break"]["site"] == "layers.0.self_attn/matmul.0"

@@ -28,18 +28,18 @@ BATCH: dict[str, Any] = {"rows": 3, "tokens": ((2, 7, 9), (2, 9, 9), (2, 7, 7))}
 @pytest.mark.parametrize(
     ("seen", "header", "place"),
     [
-        ({}, {}, ", at token 0 '<bos>': "),
-        ({"positions": (0,)}, {}, ", at token 0 '<bos>': "),
-        ({"positions": (0, 1, 2)}, {}, ", at tokens 0 to 2: "),
-        ({"positions": (0, 2)}, {}, ", at token 0 '<bos>' and 1 more: "),
-        ({"positions": (0, 2), "rows": (0,)}, BATCH, ", at token 0 '<bos>' and 1 more of row 0: "),
-        ({"positions": (0, 1), "rows": (1,), "row": 1}, BATCH, ", at tokens 0 to 1 of row 1: "),
-        ({"positions": (0, 1), "rows": (0, 2)}, BATCH, ", at tokens 0 to 1, in rows 0 and 2: "),
-        ({"positions": (0,), "rows": (0, 1, 2)}, BATCH, ", at token 0 '<bos>', in all 3 rows: "),
-        ({"counts": "frame", "token": None, "positions": (0, 1)}, {}, ", at frames 0 to 1: "),
-        ({"counts": "patch", "token": None, "positions": (0,)}, {}, ", at patch 0: "),
-        ({"counts": "position", "token": None}, {}, ", at position 0: "),
-        ({"position": None, "token": None, "row": None}, {}, ": "),
+        ({}, {}, ", at token 0 '<bos>', channel 2: "),
+        ({"positions": (0,)}, {}, ", at token 0 '<bos>', channel 2: "),
+        ({"positions": (0, 1, 2)}, {}, ", at tokens 0 to 2, channel 2: "),
+        ({"positions": (0, 2)}, {}, ", at token 0 '<bos>' and 1 more, channel 2: "),
+        ({"positions": (0, 2), "rows": (0,)}, BATCH, ", at token 0 '<bos>' and 1 more of row 0, channel 2: "),
+        ({"positions": (0, 1), "rows": (1,), "row": 1}, BATCH, ", at tokens 0 to 1 of row 1, channel 2: "),
+        ({"positions": (0, 1), "rows": (0, 2)}, BATCH, ", at tokens 0 to 1, in rows 0 and 2, channel 2: "),
+        ({"positions": (0,), "rows": (0, 1, 2)}, BATCH, ", at token 0 '<bos>', in all 3 rows, channel 2: "),
+        ({"counts": "frame", "token": None, "positions": (0, 1)}, {}, ", at frames 0 to 1, channel 2: "),
+        ({"counts": "patch", "token": None, "positions": (0,)}, {}, ", at patch 0, channel 2: "),
+        ({"counts": "position", "token": None}, {}, ", at position 0, channel 2: "),
+        ({"position": None, "token": None, "row": None}, {}, ", channel 2: "),
     ],
 )
 def test_all_positions_and_rows_are_named(seen: dict[str, Any], header: dict[str, Any], place: str) -> None:
@@ -50,9 +50,23 @@ def test_all_positions_and_rows_are_named(seen: dict[str, Any], header: dict[str
     assert said(record, **header).startswith(f"{RESIDUAL}{place}60,000 + 8,000 = 68,000")
 
 
+def test_the_channel_is_named_where_the_last_axis_counts_channels() -> None:
+    assert said(residual()).startswith(f"{RESIDUAL}, at token 0 '<bos>', channel 2: ")
+    several = replace(residual(positions=(0, 1)), lost_channels=3)
+    assert said(several).startswith(f"{RESIDUAL}, at tokens 0 to 1, first in channel 2: ")
+    nan = made(2, "layers.0.mlp/div.0", operator="div", nan=1, broke=broke("invalid", value=float("nan")))
+    assert said(nan).startswith("layer 0, layers.0.mlp/div.0, operator div, at token 0 '<bos>', channel 2, is NaN")
+    for keys in (scores((1, 4, 3, 3), (0, 3, 0, 0)), scores((4, 3, 3), (2, 0, 0)), scores((1, 4, 1, 3), (0, 3, 0, 2))):
+        assert "channel" not in verdict(keys).partition("In layer")[0]
+    for site in ("lm_head", "sampler/div.0", "outside/mul.0"):
+        assert "channel" not in said(made(2, site, positive_inf=1, broke=broke()))
+    convolved = made(2, "encoder.conv", operator="convolution", positive_inf=1, broke=broke(counts="frame", token=None))
+    assert "channel" not in said(convolved)
+
+
 def test_a_generated_token_is_called_that() -> None:
     record = replace(residual(position=2, positions=(2,)), step=2)
-    assert ", at token 2 '.', the 2nd token generated: " in said(record, starts=(0, 1, 2))
+    assert ", at token 2 '.', the 2nd token generated, channel 2: " in said(record, starts=(0, 1, 2))
 
 
 DEPENDS = "This depends only on"

@@ -1,30 +1,26 @@
 """The page in a real browser: headless Chromium, driven by Selenium, with every request and message logged."""
 
 import base64
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import CHROMIUM, DRIVER, chromium, emulate, requested, visit
+from swept import broken_map, lengths_case, sweep
 
 from stabilitykit.report.blocks import Section, Table
+from stabilitykit.report.sections import lengths, verdict
 from stabilitykit.report.write import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no browser: `chromium` and `chromedriver` are not both installed"
 )
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1000"
-)
-DESKTOP, PHONE, SHEET = 1400, 390, 690  # CSS pixels; a sheet of A4 between its margins
+PHONE, SHEET = 390, 690  # CSS pixels; a sheet of A4 between its margins
 
 # Everything that can be read, with its colour and the first ground behind it that is not transparent.
 READABLE = """
@@ -64,39 +60,18 @@ def page(tmp_path_factory: pytest.TempPathFactory, sections: list[Section], long
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def opened(browser: Any, page: Path) -> Any:
     emulate(browser)
-    for log in ("browser", "performance"):
-        browser.get_log(log)
-    browser.get("about:blank")
-    browser.get(page.as_uri())
+    visit(browser, page.as_uri())
     WebDriverWait(browser, 30).until(
         lambda driver: driver.execute_script("return document.readyState === 'complete' && document.scripts.length > 0")
     )
     return browser
-
-
-def emulate(browser: Any, *, media: str = "screen", scheme: str = "light", width: int = DESKTOP) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-    size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-def events(browser: Any, method: str) -> list[Any]:
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [message["params"] for message in messages if message["method"] == method]
 
 
 def column(browser: Any, heading: str) -> list[str]:
@@ -135,8 +110,7 @@ def test_every_figure_is_shown(opened: Any) -> None:
 def test_nothing_is_said_on_the_console_and_nothing_is_fetched(opened: Any, page: Path) -> None:
     button(opened, "length").click()
     assert opened.get_log("browser") == []
-    requests = [event["request"]["url"] for event in events(opened, "Network.requestWillBeSent")]
-    assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
+    assert requested(opened) == [page.as_uri()]
 
 
 def test_the_policy_refuses_a_request(opened: Any) -> None:
@@ -188,15 +162,87 @@ def test_cells_of_a_heat_map_say_their_value(opened: Any) -> None:
     assert opened.find_element("css selector", "#figure-map .readout").text == "layer 1: -0.5 & more"
 
 
-def test_headings_of_a_long_table_stay_in_sight(opened: Any) -> None:
-    top, heading = opened.execute_script(
+SHOWN = """
+const rows = [...arguments[0].tBodies[0].rows].filter((row) => row.offsetHeight > 0);
+return rows.map((row) => row.cells[0].textContent);
+"""
+
+
+def test_a_long_table_shows_its_first_rows_and_by_a_button_all_of_them(opened: Any) -> None:
+    table = opened.find_element("css selector", "#table-long table")
+    assert opened.execute_script(SHOWN, table) == [str(n) for n in range(1, 13)]
+    heading = opened.find_element("css selector", "#table-long th button")
+    for _ in range(2):
+        heading.send_keys("\ue007")  # Enter
+    assert opened.execute_script(SHOWN, table)[:2] == ["60", "59"]  # the first of them all, not of those shown before
+    more = opened.find_element("css selector", "#table-long button.all")
+    assert more.text == "Show all 60 rows"
+    more.send_keys("\ue007")
+    assert len(opened.execute_script(SHOWN, table)) == 60
+    assert not opened.find_elements("css selector", "#table-long button.all")
+    assert not opened.find_elements("css selector", "#table-mixed button.all")
+
+
+def test_without_scripts_every_row_is_there(browser: Any, page: Path) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    browser.get(page.as_uri())
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert len(browser.execute_script(SHOWN, browser.find_element("css selector", "#table-long table"))) == 60
+    assert not browser.find_element("css selector", "#table-long button.all").is_displayed()
+
+
+def test_nothing_scrolls_up_and_down_but_the_page(opened: Any) -> None:
+    inside = opened.execute_script(
         """
-        const scroll = document.querySelector("#table-long .scroll");
-        scroll.scrollTop = 400;
-        return [scroll, scroll.querySelector("th")].map((part) => part.getBoundingClientRect().top);
+        return [...document.querySelectorAll("main *")]
+          .filter((part) => part.scrollHeight > part.clientHeight + 1 && part.clientHeight > 0)
+          .filter((part) => ["auto", "scroll"].includes(getComputedStyle(part).overflowY))
+          .map((part) => part.outerHTML.slice(0, 80));
         """
     )
-    assert heading == pytest.approx(top, abs=2)
+    assert inside == []
+
+
+NARROW = 1280
+
+
+def test_the_widest_tables_of_a_verdict_are_whole_at_1280_pixels(browser: Any, tmp_path: Path) -> None:
+    """With the longest texts that a sweep of the kit's own prompts has."""
+    named = {"prompt": "word: attention", "bos": False}
+    found = {dtype: broken_map(dtype, first=1025, longest=4096) for dtype in ("bfloat16", "float16")}
+    results = sweep(tmp_path / "toy", [(lengths_case(dtype, **named), one) for dtype, one in found.items()])
+    page = write_report("Toy", [verdict.section(results), lengths.section(results)], tmp_path / "out")
+    emulate(browser, width=NARROW)
+    browser.get(page.as_uri())
+    for name in ("verdict", "first-breaks"):
+        scroll = browser.find_element("css selector", f"#table-{name} .scroll")
+        across, shown = browser.execute_script("return [arguments[0].scrollWidth, arguments[0].clientWidth]", scroll)
+        assert across <= shown, name
+    (numbers,) = browser.execute_script(
+        """
+        const cells = document.querySelectorAll("#table-first-breaks td.number");
+        return [[...new Set([...cells].map((cell) => getComputedStyle(cell).textAlign))]];
+        """
+    )
+    assert numbers == ["right"]
+
+
+def test_on_a_phone_a_row_is_a_card_whose_cells_have_the_names_of_their_columns(opened: Any) -> None:
+    emulate(opened, width=PHONE)
+    labels = opened.execute_script(
+        """
+        const row = document.querySelector("#table-mixed tbody tr");
+        return [...row.cells].map((cell) => getComputedStyle(cell, "::before").content);
+        """
+    )
+    assert labels == ['"text"', '"length [tokens]"', '"headroom [bits]"', '"clean"']
+    boxes = opened.execute_script(
+        """
+        const cells = document.querySelectorAll("#table-mixed td");
+        return [...cells].map((cell) => cell.getBoundingClientRect()).map((box) => [box.left, box.right]);
+        """
+    )
+    assert all(0 <= left < right <= PHONE for left, right in boxes)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -229,7 +275,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_on_a_phone_only_tables_and_figures_scroll_sideways(opened: Any) -> None:
+def test_on_a_phone_only_figures_and_headings_scroll_sideways(opened: Any) -> None:
     emulate(opened, width=PHONE)
     page, sheet, scrolls = opened.execute_script(
         """
@@ -243,7 +289,8 @@ def test_on_a_phone_only_tables_and_figures_scroll_sideways(opened: Any) -> None
 
 
 def test_in_print_nothing_is_clipped(opened: Any) -> None:
-    assert opened.execute_script(CLIPPED)  # the long table scrolls on a screen: the question can be answered with yes
+    emulate(opened, width=PHONE)
+    assert opened.execute_script(CLIPPED)  # a figure scrolls on a phone: the question can be answered with yes
     emulate(opened, media="print", scheme="dark", width=SHEET)
     assert opened.execute_script(CLIPPED) == []
     assert opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
 from stabilitykit.report.blocks import Figure, Hover
-from stabilitykit.report.figures import draw
+from stabilitykit.report.figures import draw, inline
 from stabilitykit.report.style import FAINT, INK, PAPER
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def parsed(inline: str) -> ElementTree.Element:
-    return ElementTree.fromstring(inline.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+def parsed(text: str) -> ElementTree.Element:
+    return ElementTree.fromstring(text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
 
 
 def test_the_same_figure_gives_the_same_bytes(heat: Figure, lines: Figure) -> None:
@@ -39,34 +39,34 @@ def test_files_are_opaque_and_white_at_150_dots_an_inch(heat: Figure) -> None:
 
 
 def test_in_the_page_ink_is_the_pages_and_the_ground_transparent(lines: Figure) -> None:
-    inline = draw(lines).inline
-    assert not any(colour in inline for colour in (INK, FAINT, PAPER, "#ffffff", "<style", "<metadata"))
-    assert "currentColor" in inline
-    assert "var(--faint)" in inline
+    text = inline(lines, draw(lines).svg)
+    assert not any(colour in text for colour in (INK, FAINT, PAPER, "#ffffff", "<style", "<metadata"))
+    assert "currentColor" in text
+    assert "var(--faint)" in text
 
 
 @pytest.mark.parametrize("kind", ["svg", "inline"])
 def test_text_stays_text(lines: Figure, kind: str) -> None:
     drawing = draw(lines)
-    root = ElementTree.fromstring(drawing.svg) if kind == "svg" else parsed(drawing.inline)
+    root = ElementTree.fromstring(drawing.svg) if kind == "svg" else parsed(inline(lines, drawing.svg))
     words = {"".join(text.itertext()).strip() for text in root.iter(f"{SVG}text")}
     assert {"layer", "amax", "float16", "bfloat16", "float16 maximum, 65,504", "10⁵"} <= words
 
 
 def test_an_inline_figure_is_an_image_with_a_description(lines: Figure) -> None:
-    root = parsed(draw(lines).inline)
+    root = parsed(inline(lines, draw(lines).svg))
     assert root.get("role") == "img"
     assert root.get("aria-label") == 'rising "lines"'
     assert root.get("viewBox") == "0 0 432 216"
 
 
 def test_ids_of_two_figures_never_meet_and_every_reference_is_kept(heat: Figure) -> None:
-    first, second = draw(heat).inline, draw(replace(heat, name="other")).inline
-    ids = [set(re.findall(r'\bid="([^"]+)"', inline)) for inline in (first, second)]
+    first, second = (inline(block, draw(block).svg) for block in (heat, replace(heat, name="other")))
+    ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (first, second)]
     assert ids[0]
     assert not ids[0] & ids[1]
-    for inline, known in zip((first, second), ids, strict=True):
-        used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', inline))
+    for text, known in zip((first, second), ids, strict=True):
+        used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
         assert used
         assert {a or b for a, b in used} <= known
 
@@ -82,7 +82,8 @@ def test_hover_rectangles_lie_where_the_data_are() -> None:
             Hover(left=20, right=30, bottom=0, top=1, text="outside"),
         ]
 
-    root = parsed(draw(Figure(name="f", title="", caption="", alt="", draw=square, size=(4, 2))).inline)
+    block = Figure(name="f", title="", caption="", alt="", draw=square, size=(4, 2))
+    root = parsed(inline(block, draw(block).svg))
     (group,) = [part for part in root.iter(f"{SVG}g") if part.get("class") == "hover"]
     found = [(*(float(r.get(k, "")) for k in ("x", "y", "width", "height")), r[0].text) for r in group]
     assert found == [(72, 63, 72, 9, "low left & <first>"), (201.6, 36, 14.4, 18, "cut")]
@@ -90,7 +91,7 @@ def test_hover_rectangles_lie_where_the_data_are() -> None:
 
 def test_hovers_of_a_figure_with_a_layout_match_the_axes_in_the_svg(heat: Figure) -> None:
     """The rectangles of a 2 × 3 map tile exactly the image that matplotlib placed."""
-    root = parsed(draw(heat).inline)
+    root = parsed(inline(heat, draw(heat).svg))
     (group,) = [part for part in root.iter(f"{SVG}g") if part.get("class") == "hover"]
     boxes = np.array([[float(r.get(k, "")) for k in ("x", "y", "width", "height")] for r in group])
     assert len(boxes) == 6

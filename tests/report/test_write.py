@@ -3,9 +3,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from stabilitykit.errors import MisuseError
-from stabilitykit.report.blocks import Figure, Section, Table
+from stabilitykit.report.blocks import Figure, Hover, Section, Table
+from stabilitykit.report.earlier import fingerprint
 from stabilitykit.report.write import write_report
 
 
@@ -28,7 +30,7 @@ def test_every_figure_and_table_is_a_file(tmp_path: Path, sections: list[Section
     write_report("All", sections, tmp_path, progress=lambda *step: seen.append(step))
     made = {"figures/peaks.svg", "figures/peaks.png", "figures/map.svg", "figures/map.png", "tables/mixed.csv"}
     assert files(tmp_path) == made | {"report.html", "report.md", "report.files.json"}
-    assert json.loads((tmp_path / "report.files.json").read_text()) == sorted(made)
+    assert json.loads((tmp_path / "report.files.json").read_text())["files"] == sorted(made)
     assert seen == [("drawing figures", done, 2) for done in range(3)]
 
 
@@ -38,6 +40,44 @@ def test_writing_again_changes_no_byte(tmp_path: Path, sections: list[Section]) 
     assert {name: (tmp_path / "a" / name).read_bytes() for name in files(tmp_path / "a")} == {
         name: (tmp_path / "b" / name).read_bytes() for name in files(tmp_path / "b")
     }
+
+
+def test_figures_stay_while_what_they_are_drawn_from_and_their_files_do(tmp_path: Path, heat: Figure) -> None:
+    drawn = []
+
+    def draw(canvas: Canvas) -> list[Hover]:
+        drawn.append(1)
+        return list(heat.draw(canvas))
+
+    def again(made_from: str | None) -> int:
+        """How often the figure is drawn; its page is the same in any case."""
+        drawn.clear()
+        page = write_report("R", [section(replace(heat, draw=draw))], tmp_path, made_from=made_from)
+        assert page.read_bytes() == first
+        return len(drawn)
+
+    first = write_report("R", [section(replace(heat, draw=draw))], tmp_path, made_from="a").read_bytes()
+    assert [again("a"), again("b"), again("b"), again(None), again(None)] == [0, 1, 0, 1, 1]
+    assert [again("a"), again("a")] == [1, 0]
+    for kind in ("png", "svg"):
+        (tmp_path / f"figures/map.{kind}").write_bytes(b"damaged")
+        assert [again("a"), again("a")] == [1, 0]
+        (tmp_path / f"figures/map.{kind}").unlink()
+        assert [again("a"), again("a")] == [1, 0]
+
+
+def test_what_figures_are_drawn_from_is_every_file_but_the_reports_own(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/a.json").write_text("1")
+    before = fingerprint(tmp_path, "float16")
+    write_report("R", [], tmp_path)
+    assert fingerprint(tmp_path, "float16") == before
+    assert fingerprint(tmp_path, "bfloat16") != before
+    (tmp_path / "records/a.json").write_text("2")
+    assert fingerprint(tmp_path, "float16") != before
+    (tmp_path / "records/a.json").write_text("1")
+    (tmp_path / "records/b.json").write_text("")
+    assert fingerprint(tmp_path, "float16") != before
 
 
 def test_what_an_earlier_report_left_goes_and_a_users_file_stays(

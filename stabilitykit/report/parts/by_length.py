@@ -45,7 +45,8 @@ def break_map(rows: Sequence[Text], *, name: str = "first-break") -> Figure:
         name=name,
         title="Which lengths break",
         caption="Every length that is known, on a logarithmic axis, one panel a dtype. Hatched: broken, with the layer "
-        "of the first break. A diamond is a length that was run by itself.",
+        "of the first break, and of those at longer lengths where they differ. A diamond is a length "
+        "that was run by itself.",
         alt=f"Bars over prompt length, one a text, for {listed(dtypes)}. {saying}",
         draw=partial(_draw_map, rows=rows, names=names, dtypes=dtypes),
         size=(8.0, 1.1 + 0.24 * len(names)),
@@ -85,14 +86,17 @@ def _draw_map(
 
 
 def _name_layers(axes: "Axes", row: Text, level: int, longest: int) -> None:
-    """The layer of the shortest broken length's first break, where the broken lengths leave room for it."""
+    """The layers of the first breaks, from the shortest broken length on, where its bar leaves room for them."""
     if not row.broken:
         return
-    first = row.broken[0]
-    left, right = first.first - 0.5, max(span.last for span in row.broken) + 0.5
-    if math.log(right / left) > 0.15 * math.log(2 * longest + 1):
-        text = f"layer {first.layer}" if first.layer is not None else str(first.site)
-        axes.text(math.sqrt(left * right), level, text, ha="center", va="center", fontsize=7, bbox=BACKING)
+    left, right = row.broken[0].first - 0.5, max(span.last for span in row.broken) + 0.5
+    layers = list(dict.fromkeys(str(span.site if span.layer is None else span.layer) for span in row.broken))
+    named = "" if row.broken[0].layer is None else "layer " if len(layers) == 1 else "layers "
+    room = math.log(right / left) / math.log(2 * longest + 1)
+    for text in (f"{named}{', '.join(layers)}", f"{named.rstrip('s ')} {layers[0]} …".strip()):
+        if room > 0.02 * len(text):
+            axes.text(math.sqrt(left * right), level, text, ha="center", va="center", fontsize=7, bbox=BACKING)
+            return
 
 
 def _span_hover(name: str, span: Span, bottom: float, top: float, axes: int) -> Hover:
@@ -133,9 +137,10 @@ def curves(maps: Maps, form: NumberFormat) -> Figure | None:
     return Figure(
         name="headroom-by-length",
         title="Headroom against length",
-        caption=f"Bits of headroom below the {form.name} maximum, by the widest dtype that ran: the running peak of "
-        f"all stored tensors. Below 0 a value overflows {form.name}. A mark is a dtype's own first break, at the value "
-        f"that broke; its curve may lie lower, where later layers go higher.{short}",
+        caption=f"Bits of headroom below the {form.name} maximum, by the widest dtype that ran a text, which the "
+        f"legend names: the running peak of all stored tensors. Below 0 a value overflows {form.name}. A mark is a "
+        "dtype's own first break, at the value that broke, and the thin line from it on what broke at longer lengths; "
+        f"the text's values may go further, where later layers go higher.{short}",
         alt=f"Curves of headroom in bits falling with prompt length, one panel for each of {listed(panels)}. "
         + (f"{listed(said, most=12)}." if said else "Nothing breaks."),
         draw=partial(_draw_curves, maps=drawn, panels=panels, rows=rows, columns=columns, form=form),
@@ -170,7 +175,7 @@ def _draw_curves(
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     low, high = grid[0].get_ylim()
-    low = min(low, -1.0)
+    low = min(low, -0.5)
     grid[0].set_ylim(low, high)
     for axes in grid[: len(panels)]:
         axes.axhspan(low, 0, facecolor=dtype_style(form.name)["color"], alpha=0.12, linewidth=0)
@@ -181,8 +186,8 @@ def _draw_curves(
 
 
 def _draw_text(axes: "Axes", maps: Sequence[LengthMap], bos: bool | None, form: NumberFormat) -> "dict[str, Artist]":
-    """One curve, and a mark for each dtype that broke; what to call them in the legend."""
-    widest = max(maps, key=lambda found: number_format(found.header.dtype).precision)
+    """One curve, and for each dtype that broke a mark and a thin line; what to call them in the legend."""
+    widest = max(maps, key=_width)
     lengths, room = _steps(_sound(widest), form)
     style = series_style(0 if bos else 2) | {"marker": ""}
     handles: dict[str, Artist] = {}
@@ -190,14 +195,26 @@ def _draw_text(axes: "Axes", maps: Sequence[LengthMap], bos: bool | None, form: 
         (line,) = axes.step(lengths, room, where="post", **style)
         handles[f"{with_bos(bos, mark='')} ({widest.header.dtype})".strip()] = line
     for found in maps:
-        first = next((span for span in found.spans if span.broke is not None), None)
-        if first is None:
+        broken = [span for span in found.spans if span.broke is not None]
+        if not broken:
             continue
         dtype = found.header.dtype
-        look = dtype_style(dtype) | {"linestyle": "", "markersize": 7, "markeredgecolor": INK}
-        (mark,) = axes.plot(first.first, _room_at(first, widest, form), zorder=3, **look)
+        rooms = [_room_at(span, widest, form) for span in broken]
+        look = dtype_style(dtype)
+        axes.step(
+            [*(span.first for span in broken), broken[-1].last], [*rooms, rooms[-1]], where="post",
+            **look | {"marker": "", "linewidth": 1.0},
+        )  # fmt: skip
+        mark_look = look | {"linestyle": "", "markersize": 7, "markeredgecolor": INK}
+        (mark,) = axes.plot(broken[0].first, rooms[0], zorder=3, **mark_look)
         handles[f"first break in {dtype}"] = mark
     return handles
+
+
+def _width(found: LengthMap) -> tuple[bool, float, int]:
+    """Of several dtypes the one whose curve shows most: unbroken, and then of the largest range."""
+    form = number_format(found.header.dtype)
+    return found.first_broken is None, form.largest, form.precision
 
 
 def _sound(found: LengthMap) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

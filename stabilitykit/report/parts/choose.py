@@ -1,10 +1,12 @@
 """Which runs are drawn where a sweep holds many, what of them can be trusted, and what to say where there are none."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from stabilitykit.formats import NumberFormat
+from stabilitykit.diagnosis.outcome import is_harmless
+from stabilitykit.formats import NumberFormat, number_format
 from stabilitykit.records import Level, Record, Recording
 from stabilitykit.records.sweep import USUAL, Case, Results
 from stabilitykit.report.blocks import Section
@@ -20,7 +22,7 @@ RULE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Runs that differ in their dtype alone, the reference run first if it is there.
+    """Runs that differ in their dtype alone, the widest first and then in the plan's order.
 
     `name` is for people; `slug`, for the names of files, tells apart the groups that are drawn. `form` is the number
     format that the report judges values by.
@@ -38,7 +40,7 @@ class Group:
 
     @property
     def widest(self) -> Recording:
-        """The reference run, or the first in the plan where there is none."""
+        """The run that shows most: in the format of the largest range, one that did not break if there is one."""
         return next(iter(self.runs.values()))
 
     @property
@@ -64,11 +66,21 @@ def groups(results: Results) -> list[Group]:
             name=_name(settings, runs, varied),
             slug=_slug(settings),
             settings=settings,
-            runs=runs,
+            runs=_widest_first(runs),
             form=results.form,
         )
         for settings, runs in found
     ]
+
+
+def _widest_first(runs: dict[str, Recording]) -> dict[str, Recording]:
+    widest = max(runs.items(), key=_width)
+    return {widest[0]: widest[1], **runs}
+
+
+def _width(run: tuple[str, Recording]) -> tuple[bool, float, int]:
+    form = number_format(run[0])
+    return first_break(run[1]) is None, form.largest, form.precision
 
 
 def chosen(results: Results) -> list[Group]:
@@ -117,19 +129,41 @@ def intact(recording: Recording) -> Iterator[Record]:
 
     What a broken run holds later is what the break left over, and no measure of the model.
     """
-    first = recording.first_break()
+    first = first_break(recording)
     for record in recording:
         if record.step == 0 and record.lost == 0 and (first is None or record.order < first.order):
             yield record
 
 
-def break_sentence(recording: Recording) -> str | None:
-    """float16 breaks in layer 7, residual after MLP, at token 0 '<bos>'; None where nothing broke."""
+def first_break(recording: Recording) -> Record | None:
+    """The record that broke first; None where nothing did, or every break ended as the true value would have."""
     first = recording.first_break()
+    return None if first is None or is_harmless(recording) else first
+
+
+def magnitude(record: Record) -> float | None:
+    """The largest that it holds, or would hold: of one that overflowed, the value that did not fit if it is known."""
+    broke = record.broke
+    over = None if broke is None or broke.kind != "overflow" or broke.value is None else abs(broke.value)
+    if over is None or not math.isfinite(over):
+        return record.amax
+    return max(over, record.amax or 0.0)
+
+
+def peak_token(recording: Recording, record: Record) -> tuple[int | None, str | None]:
+    """Position and text of the token at which `magnitude` is reached."""
+    if record.broke is not None and magnitude(record) != record.amax:
+        return record.broke.position, recording.header.text_of(record.broke.token)
+    return record.amax_position, record.amax_token_text
+
+
+def break_sentence(recording: Recording) -> str | None:
+    """float16 breaks at 64 tokens in layer 7, residual after MLP, at token 0 '<bos>'; None where nothing broke."""
+    first = first_break(recording)
     if first is None or first.broke is None:
         return None
     where = at_token(first.broke.position, recording.header.text_of(first.broke.token))
-    return f"{recording.header.dtype} breaks in {place(first)}{where}"
+    return f"{recording.header.dtype} breaks at {counted(tokens_in(recording), 'token')} in {place(first)}{where}"
 
 
 def breaks(group: Group) -> list[str]:

@@ -41,9 +41,14 @@ def relative(record: Record) -> str:
 
     The layer's own output is "output"; a site outside the layers is itself.
     """
-    if record.layer is None:
-        return record.site
-    inside = re.sub(rf"^(?:.*?\.)?{record.layer}(?=[./]|$)", "", record.site, count=1)
+    return relative_site(record.site, record.layer)
+
+
+def relative_site(site: str, layer: int | None) -> str:
+    """`relative` of a site in this layer."""
+    if layer is None:
+        return site
+    inside = re.sub(rf"^(?:.*?\.)?{layer}(?=[./]|$)", "", site, count=1)
     return inside.removeprefix(".").removeprefix("/") or "output"
 
 

@@ -12,6 +12,7 @@ from stabilitykit.report.sections import (
     bounds,
     chain,
     error,
+    explore,
     exponents,
     forecast,
     heat,
@@ -27,6 +28,7 @@ from stabilitykit.report.sections import (
 
 SECTIONS: dict[str, Callable[[Results], Section]] = {
     "verdict": verdict.section,
+    "explore": explore.section,
     "lengths": lengths.section,
     "chain": chain.section,
     "peaks": peaks.section,

@@ -11,10 +11,12 @@ from stabilitykit.records import Record, Recording
 from stabilitykit.records.layers import is_layer
 from stabilitykit.records.sweep import Case, Results
 from stabilitykit.report.blocks import Block, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.outcomes import Names
+from stabilitykit.report.outcomes import Names, outcomes, texts
+from stabilitykit.report.parts.choose import tokens_in
 from stabilitykit.report.style import BACKING, INK, series_style
 from stabilitykit.report.tables import table
-from stabilitykit.words import code, with_bos
+from stabilitykit.report.words import layers_by_length, short_place
+from stabilitykit.words import code, count, with_bos
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -35,20 +37,33 @@ def section(results: Results) -> Section:
         return Section(key="chain", title=TITLE, opening=_nothing(results, runs))
     case, recording = broken[0]
     bos = with_bos(case.settings.get("bos"))
-    told = " ".join([code(Names(results.plan.cases)(case)), *([bos] if bos else []), "in", recording.header.dtype])
+    name, length = Names(results.plan.cases)(case), count(tokens_in(recording), "token")
+    told = " ".join([code(name), *([bos] if bos else []), "in", recording.header.dtype])
     others = "" if len(broken) == 1 else f" It is the first of {len(broken):,} runs that broke."
     layers = _layers(recording)
-    blocks: list[Block] = [Prose(verdict(recording, results.reference(case))), spread(recording)]
+    said = [f"**{length}**: {verdict(recording, results.reference(case))}", _elsewhere(results, case, name, recording)]
+    blocks: list[Block] = [Prose(" ".join(filter(None, said))), spread(recording)]
     if layers:
         blocks.append(_figure(recording, layers))
     return Section(
         key="chain",
         title=TITLE,
-        opening=f"What became of the first value that was not finite, site by site, in {told}.{others} Where inf turns "
-        "into NaN depends on the prompt, and once attention has read a NaN, it is in every token, the earlier ones "
-        "too, so what is lost late says nothing about the cause.",
+        opening=f"What became of the first value that was not finite, site by site, in {told} at {length}.{others} "
+        "Where inf turns into NaN depends on the prompt, and once attention has read a NaN, it is in every token, the "
+        "earlier ones too, so what is lost late says nothing about the cause.",
         blocks=blocks,
     )
+
+
+def _elsewhere(results: Results, case: Case, name: str, recording: Recording) -> str:
+    """That the same text breaks in another place at other lengths; empty where it does not, or none other ran."""
+    own = (recording.header.dtype, name, case.settings.get("bos"))
+    text = next(text for text in texts(outcomes(results)) if (text.dtype, text.name, text.bos) == own)
+    shortest, elsewhere = text.broken[0], layers_by_length(text.broken)
+    if not elsewhere:
+        return ""
+    begins = f"{short_place(shortest)} from {count(shortest.first, 'token')}"
+    return f"Where it breaks first depends on the length: in {begins}, then {elsewhere}."
 
 
 def _nothing(results: Results, runs: Sequence[tuple[Case, Recording]]) -> str:

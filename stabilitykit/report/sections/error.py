@@ -58,7 +58,7 @@ def _compared(recording: Recording) -> bool:
 def _logits(recording: Recording) -> LogitsError | None:
     """The error of the logits; None for a run that broke: what is left of its logits is no measure of the dtype."""
     error = recording.header.logits_error
-    broke = recording.first_break() is not None
+    broke = choose.first_break(recording) is not None
     return None if error is None or error.kl_mean is None or broke else error
 
 
@@ -247,7 +247,7 @@ def _run(group: Group, dtype: str) -> _Run:
         dtype=dtype,
         sqnr=_sqnr(logits[-1]) if logits else None,
         error=_logits(recording),
-        first=recording.first_break(),
+        first=choose.first_break(recording),
     )
 
 

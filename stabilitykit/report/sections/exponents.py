@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 KEY, TITLE = "exponents", "Exponents at the worst sites"
 
 OPENING = (
-    "How many elements have which power of two, at the kinds of site with the largest magnitudes, each in its worst "
-    "layer. The scale of the counts is logarithmic: a bar that looks half as high may stand for a thousandth of "
-    "the elements; and a format whose range covers every bar may still be too coarse."
+    "How many elements have which power of two where a run broke first, and at the kinds of site with the largest "
+    "magnitudes, each in its worst layer. The scale of the counts is logarithmic: a bar that looks half as high may "
+    "stand for a thousandth of the elements; and a format whose range covers every bar may still be too coarse."
 )
 
 _SITES = 6
@@ -45,40 +45,62 @@ def section(results: Results) -> Section:
 
 
 def _worst(group: Group) -> list[Record]:
-    """The records with the largest amax, one of each kind of site, from before a break."""
-    whole = {id(record) for record in choose.intact(group.widest)}
+    """The widest run's records where any run broke first, and those with the largest magnitudes, one a kind of site.
+
+    All are from before the widest run's own break, or are that break.
+    """
+    breaks = {first.site for run in group.runs.values() if (first := choose.first_break(run)) is not None}
+    own = choose.first_break(group.widest)
+    whole = {id(record) for record in [*choose.intact(group.widest), *([] if own is None else [own])]}
+    shown = [r for r in stored(group.widest) if id(r) in whole and r.exponents and choose.magnitude(r)]
+    broken: dict[str, Record] = {}
     tops: dict[str, Record] = {}
-    for record in stored(group.widest):
-        if id(record) in whole and record.exponents and record.amax and not record.site.startswith("sampler"):
+    for record in shown:
+        if record.site in breaks:
+            broken.setdefault(record.site, record)
+        elif not record.site.startswith("sampler"):
             known = tops.get(places.kind(record))
-            if known is None or record.amax > (known.amax or 0.0):
+            if known is None or _size(record) > _size(known):
                 tops[places.kind(record)] = record
-    return sorted(tops.values(), key=lambda record: -(record.amax or 0.0))[:_SITES]
+    return [*broken.values(), *sorted(tops.values(), key=_size, reverse=True)][: max(_SITES, len(broken))]
+
+
+def _size(record: Record) -> float:
+    return choose.magnitude(record) or 0.0
+
+
+def _overflows(name: str, record: Record) -> int:
+    """Elements that overflow the format; in a run in it, those that did."""
+    return record.formats[name].overflow + (record.lost if record.dtype == name else 0)
 
 
 def _sentences(group: Group, worst: Sequence[Record]) -> Iterator[str]:
-    yield f"**{group.name}**, {group.widest.header.dtype} run:"
-    form = group.form.name
+    dtype, form = group.widest.header.dtype, group.form.name
+    yield f"**{group.name}**, {dtype} run:"
     found = [(record, record.formats[form]) for record in worst if form in record.formats]
     if not found:
         yield f"no exact counts for {form} were recorded."
         return
-    past = [f"{counts.overflow:,} of {r.elements:,} in {place(r)}" for r, counts in found if counts.overflow]
-    if past:
+    past = [f"{lost:,} of {r.elements:,} in {place(r)}" for r, _ in found if (lost := _overflows(form, r))]
+    until = "" if choose.first_break(group.widest) is None else " up to the break of this run"
+    if past and form == dtype:
+        yield f"{form} overflows in {'; '.join(past)}, where this run breaks."
+    elif past:
         yield f"{form} would overflow in {'; '.join(past)}."
     else:
-        yield f"none of the elements shown would overflow in {form}."
+        yield f"none of the elements shown would overflow in {form}{until}."
     elements = sum(record.elements for record, _ in found)
     small, gone = sum(c.subnormal for _, c in found), sum(c.zero for _, c in found)
     yield (
         f"At its small end, {share(small / elements)} of all elements shown would be subnormal in {form} and "
         f"{share(gone / elements)} would round to zero."
     )
+    yield from (f"{sentence}." for sentence in choose.breaks(group))
 
 
 def _figure(group: Group, worst: Sequence[Record]) -> Figure:
     rows = math.ceil(len(worst) / _COLUMNS)
-    first, form = worst[0], group.form
+    first, form = max(worst, key=_size), group.form
     return Figure(
         name=f"exponents-{group.slug}",
         title=f"Exponents at the worst sites, {group.widest.header.dtype} run: {group.name}",
@@ -88,7 +110,7 @@ def _figure(group: Group, worst: Sequence[Record]) -> Figure:
             "subnormal. A format's last bin may hold values above its maximum."
         ),
         alt=(
-            f"{len(worst)} histograms over powers of two. The largest magnitude is {number(first.amax)}, in "
+            f"{len(worst)} histograms over powers of two. The largest magnitude is {number(_size(first))}, in "
             f"{place(first)}; the {form.name} maximum is {number(form.largest)}, in the bin 2^{form.emax}."
         ),
         draw=functools.partial(_draw, worst=worst, formats=_formats(group), form=form),
@@ -178,7 +200,7 @@ def _ranges(axes: "Axes", formats: Sequence[NumberFormat], *, named: bool) -> It
 
 
 _COUNTED: dict[str, Callable[[str, Record], Cell]] = {
-    "overflow": lambda name, record: record.formats[name].overflow,
+    "overflow": _overflows,
     "subnormal": lambda name, record: record.formats[name].subnormal,
     "to zero": lambda name, record: record.formats[name].zero,
 }
@@ -192,7 +214,7 @@ def _table(group: Group, worst: Sequence[Record]) -> Table:
         (Column("elements"), lambda record: record.elements),
         (Column("zeros"), lambda record: record.zero),
         (Column("smallest"), lambda record: record.smallest),
-        (Column("largest"), lambda record: record.amax),
+        (Column("largest"), choose.magnitude),
     ]
     for name in formats:
         columns += [(Column(f"{name} {what}"), functools.partial(of, name)) for what, of in _COUNTED.items()]

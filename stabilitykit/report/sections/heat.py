@@ -51,7 +51,7 @@ def _blocks(group: Group) -> Iterator[Block]:
         return
     yield Prose(" ".join(_sentences(group)))
     yield _site_map(group, widest)
-    yield _table(group, cells)
+    yield _table(group)
     for recording in group.runs.values():
         if recording is not widest and any(record.lost for record in _records(_cells(recording))):
             yield _site_map(group, recording)
@@ -64,27 +64,31 @@ def _blocks(group: Group) -> Iterator[Block]:
 
 def _sentences(group: Group) -> Iterator[str]:
     widest, form = group.widest, group.form
-    inside = _records(_cells(widest))
-    past = [record for record in inside if record.amax is not None and form.overflows(record.amax)]
+    inside = _records(_known(widest))
+    sizes = [(record, size) for record in inside if (size := choose.magnitude(record)) is not None]
+    past = [record for record, size in sizes if form.overflows(size)]
+    until = "" if choose.first_break(widest) is None else " up to its break, after which it shows nothing,"
     yield f"**{group.name}**:"
-    top = peak(inside)
-    if top is not None and top.amax is not None:
-        where = at_token(top.amax_position, top.amax_token_text)
+    if sizes:
+        top, size = max(sizes, key=lambda pair: pair[1])
         yield (
-            f"the least headroom in the {widest.header.dtype} run is {bits(form.headroom(top.amax))} bits, in "
-            f"{place(top)}{where}."
+            f"the least headroom in the {widest.header.dtype} run{until} is {bits(form.headroom(size))} bits, in "
+            f"{place(top)}{at_token(*choose.peak_token(widest, top))}."
         )
+    of_run = f"of the {widest.header.dtype} run{until}"
     yield (
-        f"{len(past)} of {counted(len(inside), 'tensor')} in the layers hold a value that overflows {form.name}."
+        f"{len(past)} of {counted(len(inside), 'tensor')} in the layers {of_run} "
+        f"{'holds' if len(past) == 1 else 'hold'} a value that overflows {form.name}."
         if past
-        else f"No finite value of the {counted(len(inside), 'tensor')} in the layers overflows {form.name}."
+        else f"No value of the {counted(len(inside), 'tensor')} in the layers {of_run} overflows {form.name}."
     )
-    outside = peak(r for r in stored(widest) if r.layer is None and r.step == 0)
+    before = {id(record) for record in choose.intact(widest)}
+    outside = peak(r for r in stored(widest) if r.layer is None and id(r) in before)
     if outside is not None and outside.amax is not None:
         room = bits(form.headroom(outside.amax))
         yield f"Outside the layers the least headroom is {room} bits, in {place(outside)}."
     for dtype, recording in group.runs.items():
-        if recording is not widest and recording.first_break() is None:
+        if recording is not widest and choose.first_break(recording) is None:
             apart = _apart(_cells(widest), _cells(recording))
             if apart is not None:
                 yield f"The {dtype} run has no map of its own: its headroom is the same within {bits(apart)} bits."
@@ -98,6 +102,16 @@ def _cells(recording: Recording) -> Cells:
         if record.layer is not None and record.step == 0:
             found.setdefault(places.relative(record), {}).setdefault(record.layer, record)
     return found
+
+
+def _known(recording: Recording) -> Cells:
+    """Those up to the run's first break, the one that broke too."""
+    first = choose.first_break(recording)
+    cells = _cells(recording)
+    if first is None:
+        return cells
+    known = {site: {layer: r for layer, r in row.items() if r.order <= first.order} for site, row in cells.items()}
+    return {site: row for site, row in known.items() if row}
 
 
 def _records(cells: Cells) -> list[Record]:
@@ -185,8 +199,12 @@ def _said(record: Record, form: NumberFormat) -> str:
     return f"{place(record)}: {bits(_headroom(record, form))} bits, largest {number(record.amax)}{where}"
 
 
-def _table(group: Group, cells: Cells) -> Table:
-    tops = [(site, top, top.amax) for site, row in cells.items() if (top := peak(row.values())) and top.amax]
+def _table(group: Group) -> Table:
+    tops = []
+    for site, row in _known(group.widest).items():
+        top = max(row.values(), key=lambda record: choose.magnitude(record) or 0.0)
+        if size := choose.magnitude(top):
+            tops.append((site, top, size))
     formats = map(number_format, dict.fromkeys([group.form.name, *group.widest.header.formats]))
     return table(
         f"headroom-{group.slug}",
@@ -197,14 +215,15 @@ def _table(group: Group, cells: Cells) -> Table:
             (Column("path in the layer"), lambda row: row[0]),
             (Column("layer"), lambda row: row[1].layer),
             (Column("largest"), lambda row: row[2]),
-            (Column("position"), lambda row: row[1].amax_position),
-            (Column("token"), lambda row: row[1].amax_token_text),
+            (Column("position"), lambda row: choose.peak_token(group.widest, row[1])[0]),
+            (Column("token"), lambda row: choose.peak_token(group.widest, row[1])[1]),
             *(
                 (Column(form.name, unit="bits", format=bits), lambda row, form=form: form.headroom(row[2]))
                 for form in formats
             ),
         ],
-        note="In the layer where the site's largest magnitude is greatest; headroom in each format's own bits.",
+        note="In the layer where the site's largest magnitude is greatest; headroom in each format's own bits. Of a "
+        "run that broke: up to its break, whose value counts though it did not fit.",
     )
 
 

@@ -52,8 +52,9 @@ def _sentences(group: Group) -> Iterator[str]:
     if top is not None and top.amax is not None:
         room = group.form.headroom(top.amax)
         side = "below" if room >= 0 else "above"
+        until = "" if choose.first_break(group.widest) is None else ", before its break,"
         yield (
-            f"in {group.widest.header.dtype} the residual stream reaches {number(top.amax)} "
+            f"in {group.widest.header.dtype}{until} the residual stream reaches {number(top.amax)} "
             f"({place(top)}{at_token(top.amax_position, top.amax_token_text)}), {bits(abs(room))} bits "
             f"{side} the {group.form.name} maximum."
         )
@@ -81,7 +82,7 @@ def _breaks(group: Group) -> Panels:
     """By panel and dtype where the run broke, at the value that did not fit."""
     found: Panels = {}
     for dtype, recording in group.runs.items():
-        first = recording.first_break()
+        first = choose.first_break(recording)
         if first is None or first.broke is None or first.layer is None:
             continue
         names = {label: name for name, label in places.sublayers(recording).items()}
@@ -235,7 +236,7 @@ def _peak(group: Group, dtype: str) -> _Peak:
         top=top,
         amax=None if top is None else top.amax,
         norm=None if norm is None else norm.amax,
-        first=recording.first_break(),
+        first=choose.first_break(recording),
     )
 
 

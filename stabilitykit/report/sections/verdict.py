@@ -9,12 +9,13 @@ from stabilitykit.commands import line, repair
 from stabilitykit.diagnosis.parts import is_stream
 from stabilitykit.diagnosis.verdict import limits
 from stabilitykit.formats import NumberFormat, number_format
+from stabilitykit.records.lengths import Span
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Cell, Column, Prose, Section, Table
-from stabilitykit.report.outcomes import Outcome, Text, least_headroom, outcomes, reference, standing, texts
+from stabilitykit.report.outcomes import Outcome, Text, is_known, least_headroom, outcomes, reference, standing, texts
 from stabilitykit.report.style import bits
 from stabilitykit.report.tables import table
-from stabilitykit.report.words import at_broken_token, happened, located, short_place
+from stabilitykit.report.words import at_broken_token, happened, layers_by_length, located, short_place
 from stabilitykit.words import code, count, grouped, listed, none_finished, number, sentence, with_bos
 
 # Less than this, in bits, and a value twice as large as the largest seen would break.
@@ -70,7 +71,13 @@ def _breaks(found: Sequence[Outcome], dtype: str) -> Iterator[str]:
     own = list(texts([o for o in found if o.dtype == dtype]))
     first_text = min((text for text in own if text.broken), key=lambda text: text.broken[0].first)
     first = first_text.broken[0]
-    yield f"**{dtype} breaks first in {located(first)}{at_broken_token(first)}**: {happened(first, dtype)}."
+    bos = "" if first_text.bos is None else f" {with_bos(first_text.bos)}"
+    alone = sum(text.lengths for text in own) == 1
+    shortest = "the one length that ran" if alone else "the shortest that breaks"
+    yield (
+        f"**{dtype} breaks in {located(first)}{at_broken_token(first)}**, in {code(first_text.name)}{bos} at "
+        f"{count(first.first, 'token')}, {shortest}: {happened(first, dtype)}."
+    )
     order = (True, False, None)
     for bos, group in groupby(sorted(own, key=lambda text: order.index(text.bos)), key=lambda text: text.bos):
         yield _group(bos, list(group))
@@ -87,13 +94,20 @@ def _group(bos: bool | None, own: Sequence[Text]) -> str:
         if len(broken) == len(own)
         else f"{len(broken):,} of {len(own):,} texts {'breaks' if len(broken) == 1 else 'break'}"
     )
-    stories = {(_extent(text), short_place(text.broken[0])) for text in broken}
+    stories = {(_extent(text), _where(text)) for text in broken}
+    everywhere = all(not text.clean for text in broken)
     if len(stories) == 1:
         ((extent, where),) = stories
         named = "" if len(broken) == len(own) > 1 else f" ({_names(broken)})"
         said = f"{named} {extent}, in {where}"
+    elif everywhere and len({where for _, where in stories}) == 1:
+        ranges: dict[str, list[Text]] = {}
+        for text in broken:
+            ranges.setdefault(_range(text.spans), []).append(text)
+        each = [f"{_names(texts)} {lengths}" for lengths, texts in ranges.items()]
+        said = f" at every length that ran, in {_where(broken[0])}: {'; '.join(each)}"
     else:
-        each = [f"{code(text.name)} {_extent(text)} ({short_place(text.broken[0])})" for text in broken]
+        each = [f"{code(text.name)} {_extent(text)} ({_where(text)})" for text in broken]
         said = f": {listed(each, most=6)}"
     rest = len(own) - len(broken)
     clean = "" if rest == 0 else f"; the other {'one is' if rest == 1 else f'{rest:,} are'} clean"
@@ -108,30 +122,53 @@ def _names(own: Sequence[Text]) -> str:
     return listed([code(text.name) for text in own], most=6)
 
 
+def _where(text: Text) -> str:
+    """Where its shortest broken length breaks, and from which length on another layer is first."""
+    elsewhere = layers_by_length(text.broken)
+    return short_place(text.broken[0]) + (f", then {elsewhere}" if elsewhere else "")
+
+
+def _range(spans: Sequence[Span]) -> str:
+    """`at 2 tokens` · `from 1 to 512 tokens`, from the shortest to the longest."""
+    first, last = min(span.first for span in spans), max(span.last for span in spans)
+    return f"at {count(first, 'token')}" if first == last else f"from {first:,} to {last:,} tokens"
+
+
 def _extent(text: Text) -> str:
     """At which lengths a text breaks that does."""
-    first = text.broken[0].first
+    first, last = text.broken[0].first, max(span.last for span in text.broken)
     if not text.clean:
-        return "at every length that ran"
+        if text.lengths == 1:
+            return f"at {count(first, 'token')}, the one length that ran"
+        if text.lengths == last - first + 1:
+            return f"at every length that ran, {_range(text.spans)}"
+        return f"at all {text.lengths:,} lengths that ran, {_range(text.spans)}"
     longest_clean = max(span.last for span in text.clean)
     if longest_clean + 1 == first:
-        return f"from {count(first, 'token')} on"
+        return _range(text.broken)
     if longest_clean < first:
-        return f"at {count(first, 'token')}, though not yet at {longest_clean:,}"
-    return f"at some lengths, {count(first, 'token')} the shortest"
+        return f"{_range(text.broken)}, though not yet at {longest_clean:,}"
+    return f"at some lengths {_range(text.spans)}, {count(first, 'token')} the shortest"
 
 
 def _consequence(own: Sequence[Outcome]) -> str:
     hidden = [o for o in own if o.hidden]
-    raised = next((o.error for o in own if o.first is not None and o.error), None)
+    raised = [o for o in own if o.first is not None and o.error]
     parts = []
-    if raised is not None:
-        parts.append(f"Sampling then raises {code(raised)}.")
+    if raised:
+        parts.append(f"Sampling then raises {code(raised[0].error)}, seen {_at_lengths(raised)}.")
     if hidden:
         parts.append(
-            f"In {count(len(hidden), 'recorded run')} the logits are finite all the same, which hides the break."
+            f"In {count(len(hidden), 'recorded run')}, {_at_lengths(hidden)}, the logits are finite all the same, "
+            "which hides the break."
         )
     return " ".join(parts)
+
+
+def _at_lengths(own: Sequence[Outcome]) -> str:
+    """`at 2 and 64 tokens`: the lengths of these runs."""
+    lengths = sorted({span.first for o in own for span in o.spans})
+    return f"at {listed([f'{length:,}' for length in lengths], most=4)} {'token' if lengths == [1] else 'tokens'}"
 
 
 def _forecast(results: Results, found: Sequence[Outcome]) -> str:
@@ -146,6 +183,8 @@ def _forecast(results: Results, found: Sequence[Outcome]) -> str:
     judged = f"the largest value that {top.dtype} stored, {number(top.largest)} in {code(top.text)},"
     if form.overflows(top.largest):
         return f"{lead}; {judged} would overflow it (maximum {number(form.largest)})."
+    if not is_known(found):
+        return f"{lead}, and a text that breaks in every dtype that ran may hold values too large for it."
     return f"{lead}; {judged} would leave {_bits(form.headroom(top.largest))} of headroom in it."
 
 

@@ -37,7 +37,7 @@ def test_what_is_known_of_each_kind_and_each_tensor(tmp_path: Path) -> None:
     (figure,) = [block for block in found.blocks if isinstance(block, Figure)]
     (drawing,) = draw_all([figure])
     assert "float16 maximum, 65,504" in drawing.svg
-    assert "layer 1: bound 80,000, found 60,000, observed 20, open" in drawing.inline
+    assert "layer 1: bound 80,000, found 60,000, observed 20, open" in drawing.svg
 
 
 def test_the_sentence_counts() -> None:

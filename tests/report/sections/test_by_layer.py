@@ -52,8 +52,9 @@ def test_peaks_are_those_of_the_records_against_each_formats_end(tmp_path: Path)
 
 def test_a_break_is_marked_with_its_value_and_what_follows_is_not_drawn(tmp_path: Path) -> None:
     found = peaks.section(three_dtypes(tmp_path))
-    assert "**prose, 3 tokens, without <bos>**: float16 breaks in layer 0, residual after MLP, at token 0" in prose(
-        found
+    assert (
+        "**prose, 3 tokens, without <bos>**: float16 breaks at 3 tokens in layer 0, residual after MLP, at token 0"
+        in prose(found)
     )
     assert "float16 breaks: 68,000 in layer 0, residual after MLP, above the maximum, 65,504" in hovers(
         figures(found)["peaks-without-bos"]

@@ -23,13 +23,13 @@ def test_the_first_broken_run_in_float16_is_followed_to_its_error(tmp_path: Path
         (run_case(), broken_run()),
         (run_case("float32"), clean_run("float32", watched=(("layers.0", 2, 68123.0),))),
     )
-    assert "in `prose` with `<bos>` in float16. It is the first of 2 runs that broke." in found.opening
+    assert "in `prose` with `<bos>` in float16 at 3 tokens. It is the first of 2 runs that broke." in found.opening
     prose, table, figure = found.blocks
     assert isinstance(prose, Prose)
     assert "The float32 run has 68,123 there." in prose.text
     assert isinstance(table, Table)
     assert [list(row) for row in table.rows] == [
-        ["break", "layers.0", "residual after MLP", "add", "overflow: 1 element lost at position 0 '<bos>'"],
+        ["break", "layers.0", "residual after MLP", "add", "overflow: 1 element lost at position 0 '<bos>', channel 2"],
         ["first NaN", "layers.1", None, "add", "inf - inf makes 12 NaN"],
         ["layer", "layers.1", None, "add", "12 NaN, in 3 of 3 tokens and 4 of 4 channels"],
         ["logits", "lm_head", None, "matmul", "every logit is NaN"],

@@ -29,7 +29,7 @@ from stabilitykit.formats import FORMATS, NumberFormat
 from stabilitykit.records import FormatCounts, Recording
 from stabilitykit.records.lengths import LengthMap
 from stabilitykit.records.sweep import Case, Failure, Footprint, Results, Shortage
-from stabilitykit.report.blocks import Figure, Section, Table
+from stabilitykit.report.blocks import Explorer, Figure, Section, Table
 from stabilitykit.report.figures import draw
 from stabilitykit.report.html import html
 from stabilitykit.report.markdown import markdown
@@ -121,7 +121,7 @@ def test_it_is_sound_and_can_be_written_whatever_the_sweep_came_to(name: str, ki
 @EVERY
 def test_it_shows_something_of_a_full_sweep_and_opens_with_what_misleads(name: str, tmp_path: Path) -> None:
     found = SECTIONS[name](full(tmp_path))
-    assert any(isinstance(block, Table) and block.rows for block in found.blocks)
+    assert any(isinstance(block, Explorer) or (isinstance(block, Table) and block.rows) for block in found.blocks)
 
     assert WARNS.search(found.opening)
     assert len(re.findall(r"[.:;]( |$)", found.opening)) >= 2

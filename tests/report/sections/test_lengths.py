@@ -1,5 +1,6 @@
 """Length by dtype: the tables number by number, the figures by where things are drawn."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,50 @@ def test_undecided_lengths_are_named(tmp_path: Path) -> None:
     assert [row[-1] for row in tables(found)["spans"].rows] == [False, True]
 
 
+def drawn_lines(canvas: Any) -> list[list[list[float]]]:
+    """The points of each line of the first panel, but for the one at the maximum, which spans it."""
+    drawn = [np.asarray(line.get_data()) for line in canvas.axes[0].get_lines()]
+    return [points.T.tolist() for points in drawn if points[0][0] != 0]
+
+
 def test_the_curve_is_float16s_headroom_of_the_widest_dtype_and_marks_the_value_that_broke(tmp_path: Path) -> None:
     canvas = Canvas()
     figures(a_sweep(tmp_path))["headroom-by-length"].draw(canvas)
-    lines = {line.get_label(): line for line in canvas.axes[0].get_lines()}
-    curve, mark = (line for line in lines.values() if np.asarray(line.get_xdata())[0] != 0)
-    assert np.asarray(curve.get_data()).T.tolist() == [[1, 0.0], [5, -1.0], [64, -1.0]]
-    assert tuple(np.asarray(mark.get_data())[:, 0]) == (29, pytest.approx(-0.0958, abs=1e-4))
+    room = pytest.approx(-0.0958, abs=1e-4)
+    curve, thin, mark = drawn_lines(canvas)
+    assert curve == [[1, 0.0], [5, -1.0], [64, -1.0]]
+    assert thin[0] == [29, room]
+    assert mark == [[29, room]]
     assert [text.get_text() for text in canvas.legends[0].get_texts()] == [
         "without <bos> (float32)",
         "first break in float16",
     ]
+
+
+def test_a_text_that_breaks_from_its_first_token_on_has_a_line_at_what_broke(tmp_path: Path) -> None:
+    """Its one dtype has no curve: nothing is known of it but the value that did not fit, at every length."""
+    canvas = Canvas()
+    figures(made(tmp_path, (lengths_case(), broken_map(first=1))))["headroom-by-length"].draw(canvas)
+    room = math.log2(65504 / 70000)
+    line, mark = drawn_lines(canvas)
+    assert ([x for x, _ in line], [x for x, _ in mark]) == ([1, 64], [1])
+    assert [y for _, y in line + mark] == pytest.approx([room] * 3)
+    low, high = canvas.axes[0].get_ylim()
+    assert low < room < 0 < high
+
+
+def test_the_curve_is_that_of_the_dtype_of_the_largest_range(tmp_path: Path) -> None:
+    """float16 is finer than bfloat16, and its curve ends where it breaks."""
+    canvas = Canvas()
+    found = made(
+        tmp_path, (lengths_case(), broken_map()), (lengths_case("bfloat16"), clean_map("bfloat16", amax=131008.0))
+    )
+    figures(found)["headroom-by-length"].draw(canvas)
+    assert [text.get_text() for text in canvas.legends[0].get_texts()] == [
+        "with <bos> (bfloat16)",
+        "first break in float16",
+    ]
+    assert min(float(y) for line in canvas.axes[0].get_lines() for y in np.asarray(line.get_ydata())) == -1.0
 
 
 def test_the_map_says_every_stretch_on_hover(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_checkpoint_versions_machine_arithmetic_command_and_file_are_all_there(t
 
 def test_the_registry_is_in_the_reports_order_and_every_section_has_its_key(tmp_path: Path) -> None:
     assert list(USUAL) == [
-        "verdict", "lengths", "chain", "peaks", "heat", "exponents", "forecast", "softmax", "error", "memory",
-        "provenance",
+        "verdict", "explore", "lengths", "chain", "peaks", "heat", "exponents", "forecast", "softmax", "error",
+        "memory", "provenance",
     ]  # fmt: skip
     empty = sweep(tmp_path / "toy", [(run_case(), None)])
     for key, make in SECTIONS.items():

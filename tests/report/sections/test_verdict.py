@@ -41,8 +41,8 @@ def table(found: Section) -> Table:
 
 
 FIRST = (
-    "**float16 breaks first in layer 1, residual after MLP (`layers.1`), at token 28 `'.'`**: 70,000 exceeds the "
-    "float16 maximum, 65,504."
+    "**float16 breaks in layer 1, residual after MLP (`layers.1`), at token 28 `'.'`**, in `prose` {} `<bos>` at 29 "
+    "tokens, the shortest that breaks: 70,000 exceeds the float16 maximum, 65,504."
 )
 
 
@@ -57,9 +57,11 @@ def test_a_break_at_some_lengths_of_some_texts_says_which_and_what_to_do(tmp_pat
         (lengths_case("float32"), clean_map("float32")),
     )
     assert paragraph(found) == (
-        "**float16 breaks first in layer 1, residual after MLP (`layers.1`), at token 0 `'.'`**: 70,000 exceeds the "
-        "float16 maximum, 65,504. With `<bos>`, both texts break at every length that ran, in layer 1, `'.'`. "
-        "Without `<bos>`, 1 of 2 texts breaks (`prose`) from 29 tokens on, in layer 1, `'.'`; the other one is clean. "
+        "**float16 breaks in layer 1, residual after MLP (`layers.1`), at token 0 `'.'`**, in `prose` with `<bos>` at "
+        "1 token, the shortest that breaks: 70,000 exceeds the float16 maximum, 65,504. With `<bos>`, both texts break "
+        "at every length that ran, from 1 to 64 tokens, in layer 1, `'.'`. "
+        "Without `<bos>`, 1 of 2 texts breaks (`prose`) from 29 to 64 tokens, in layer 1, `'.'`; the other one is "
+        "clean. "
         "bfloat16 (1 case, at least 115.0 bits of headroom) and float32 (1 case, at least 115.0 bits of headroom) are "
         "clean. "
         "What to do: use bfloat16 or float32, which are clean here; to stay in float16, scale the residual stream down "
@@ -82,8 +84,8 @@ def test_a_break_on_one_side_of_bos_leaves_the_other_clean(tmp_path: Path, with_
         made(tmp_path, (lengths_case(bos=True), maps[with_bos]), (lengths_case(bos=False), maps[without_bos]))
     )
     breaks, clean = ("With", "Without") if with_bos else ("Without", "With")
-    assert FIRST in text
-    assert f"{breaks} `<bos>`, the one text breaks (`prose`) from 29 tokens on, in layer 1, `'.'`." in text
+    assert FIRST.format(breaks.lower()) in text
+    assert f"{breaks} `<bos>`, the one text breaks (`prose`) from 29 to 64 tokens, in layer 1, `'.'`." in text
     assert f"{clean} `<bos>`, the one text is clean." in text
     wide = shlex.join(["--set", "dtype=bfloat16,float32", "--out", f"{tmp_path}/toy-dtype"])
     again = f"(`stabilitykit sweep toy.toml {wide}`)"
@@ -93,7 +95,7 @@ def test_a_break_on_one_side_of_bos_leaves_the_other_clean(tmp_path: Path, with_
 def test_different_stories_are_told_one_by_one(tmp_path: Path) -> None:
     text = paragraph(made(tmp_path, (lengths_case(), broken_map()), (lengths_case(prompt="code"), broken_map(first=5))))
     assert (
-        "With `<bos>`, both texts break: `prose` from 29 tokens on (layer 1, `'.'`) and `code` from 5 tokens on "
+        "With `<bos>`, both texts break: `prose` from 29 to 64 tokens (layer 1, `'.'`) and `code` from 5 to 64 tokens "
         "(layer 1, `'.'`)."
     ) in text
     assert "at token 4" in text
@@ -130,8 +132,8 @@ def test_another_low_precision_may_be_the_one_that_breaks(tmp_path: Path) -> Non
     text = paragraph(
         made(tmp_path, (run_case("float8_e5m2"), broken_run("float8_e5m2")), (run_case("float16"), clean_run()))
     )
-    assert text.startswith("**float8_e5m2 breaks first in layer 0, residual after MLP (`layers.0`), at token 0")
-    assert "Sampling then raises `no 'probabilities'`." in text
+    assert text.startswith("**float8_e5m2 breaks in layer 0, residual after MLP (`layers.0`), at token 0")
+    assert "Sampling then raises `no 'probabilities'`, seen at 3 tokens." in text
     assert "float16 (1 case, at least 2.0 bits of headroom) is clean." in text
     assert "to stay in float8_e5m2, scale" in text
     assert "use bfloat16 or float32, whose range holds these values though it did not run;" in text
@@ -158,7 +160,7 @@ def test_a_break_that_comes_and_goes_is_called_that(tmp_path: Path) -> None:
         for at in (1, 2, 3)
     )
     text = paragraph(made(tmp_path, (lengths_case(), LengthMap(clean_map().header, spans, ()))))
-    assert "at some lengths, 2 tokens the shortest, in layer 0." in text
+    assert "at some lengths from 1 to 3 tokens, 2 tokens the shortest, in layer 0." in text
 
 
 def test_what_the_sweep_varies_tells_texts_apart(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_what_the_sweep_varies_tells_texts_apart(tmp_path: Path) -> None:
             (lengths_case(rescale=8.0), broken_map()),
         )
     )
-    assert "1 of 2 texts breaks (`prose, rescale 8.0`) from 29 tokens on" in text
+    assert "1 of 2 texts breaks (`prose, rescale 8.0`) from 29 to 64 tokens" in text
 
 
 def test_what_failed_or_is_missing_is_said(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_break_that_never_reaches_the_logits_is_said_to_be_hidden(tmp_path: Pa
     run = broken_run(error=None)
     run.records[-1] = replace(run.records[-1], nan=0, amax=1.0)
     text = paragraph(made(tmp_path, (run_case(), run)))
-    assert "In 1 recorded run the logits are finite all the same, which hides the break." in text
+    assert "In 1 recorded run, at 3 tokens, the logits are finite all the same, which hides the break." in text
 
 
 def test_a_partial_sum_or_a_division_leaves_the_headroom_to_what_was_stored(tmp_path: Path) -> None:

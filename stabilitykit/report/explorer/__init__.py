@@ -1,0 +1,1 @@
+"""The explorer: every record of a sweep in the page, at a click, with nothing to fetch."""
