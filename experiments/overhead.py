@@ -344,6 +344,17 @@ print(json.dumps([loaded - began, time.perf_counter() - loaded]))
 """
 
 
+ONE_PASS = """
+import torch
+import stabilitykit as sk
+from stabilitykit.models.matmul import matmul
+model = sk.load("gemma3-270m", dtype="float16")
+ids = torch.tensor([model.tokenizer.encode("The capital of France is")])
+with torch.inference_mode(), matmul("float32-accumulate"):
+    model(ids, last_only=True)
+"""
+
+
 def start_rows() -> Iterator[Row]:
     """Processes of their own; the modules' files are in the system's cache."""
     with tempfile.TemporaryDirectory() as cache:
@@ -356,6 +367,24 @@ def start_rows() -> Iterator[Row]:
     yield Row(what="tokenizer", measured=tokenizer, unit="s", target=0.5, stretch=0.2)
     times = [said(["stabilitykit", "--help"]).seconds for _ in range(7)]
     yield Row(what="stabilitykit --help", measured=statistics.median(times), unit="s", target=0.4, stretch=0.2)
+    profile = ["stabilitykit", "profile", CHECKPOINT, "--prompt", "The capital of France is"]
+    times_of = taking_turns({"profile": lambda: said(profile), "pass": lambda: said(["-c", ONE_PASS])}, 5)
+    yield Row(
+        what="stabilitykit profile",
+        measured=times_of["profile"],
+        unit="s",
+        target=4,
+        stretch=2.5,
+        detail="one sentence in float16, weights checked",
+    )
+    yield Row(
+        what="profile ÷ load and one pass",
+        measured=times_of["profile"] / times_of["pass"],
+        unit="×",
+        target=2,
+        stretch=1.5,
+        detail="both in processes of their own; of the other, nobody watches the pass",
+    )
 
 
 def check_rows() -> Iterator[Row]:

@@ -23,6 +23,9 @@ BoundDtype = Literal["float16", "bfloat16", "float32"]
 ExportDtype = Literal["float16", "float32"]
 """The dtype in which a folder's weights are written."""
 
+Level = Literal["layers", "modules", "operators"]
+"""What is recorded: every operator and module, modules only, or layers only."""
+
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
     """Raises MisuseError, listing what is allowed, for a `value` that is not."""

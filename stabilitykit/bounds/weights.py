@@ -15,6 +15,7 @@ from stabilitykit.bounds.arithmetic import Arithmetic, Ball, outward, sum_error
 from stabilitykit.bounds.gated_sum import GatedSum
 from stabilitykit.bounds.recipe import Decoder
 from stabilitykit.checkpoints.mapped import read_once
+from stabilitykit.commands import again
 from stabilitykit.errors import CheckpointError, MisuseError
 
 Bound = tuple[str, Tensor | str]
@@ -63,7 +64,7 @@ class Weights:
         if not bool(cast.isfinite().all()):
             raise MisuseError(
                 f"Cannot bound {name} in {str(self.dtype).removeprefix('torch.')}: some of its weights are not finite "
-                "there. List them with `stabilitykit forecast`, or choose a dtype that holds them."
+                f"there. List them with `{again('forecast', self.source)}`, or choose a dtype that holds them."
             )
         return cast
 

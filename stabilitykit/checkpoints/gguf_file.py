@@ -189,7 +189,20 @@ class _Cursor:
     def _strings(self, count: int) -> list[str]:
         if count * _LENGTH.size > self._size - self.offset:
             raise self.truncated()
-        return [self.string() for _ in range(count)]
+        data, read, at, found = self._data, _LENGTH.unpack_from, self.offset, []
+        last = self._size - _LENGTH.size
+        for _ in range(count):  # a quarter of a million of them: `string` would take three times as long
+            size = read(data, at)[0] if at <= last else self._size
+            begin = at + _LENGTH.size
+            at = begin + size
+            if at > self._size:
+                raise self.truncated()
+            found.append(data[begin:at])
+        self.offset = at
+        try:
+            return [string.decode() for string in found]
+        except UnicodeDecodeError:
+            raise self.damaged(f"a string in {self.region} is not UTF-8") from None
 
     def tensor(self) -> _Described:
         """A tensor's name, shape in torch's order, type and offset from the first tensor."""

@@ -147,11 +147,11 @@ def serialised(vocabulary: Vocabulary) -> bytes:
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    for index, (piece, score, type_name) in enumerate(
-        zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True)
-    ):
-        # SentencePiece needs exactly one unknown piece; Gemma 3's GGUF marks it as a control piece.
-        type_name = "unknown" if index == vocabulary.unk else type_name
-        proto.pieces.add(piece=piece, score=score, type=getattr(types, type_name.upper()))
+    kinds = {name: getattr(types, name.upper()) for name in set(vocabulary.types)}  # once, not for each of 262,144
+    add = proto.pieces.add
+    for piece, score, name in zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True):
+        add(piece=piece, score=score, type=kinds[name])
+    # SentencePiece needs exactly one unknown piece; Gemma 3's GGUF marks it as a control piece.
+    proto.pieces[vocabulary.unk].type = types.UNKNOWN
     made: bytes = proto.SerializeToString()
     return made

@@ -10,6 +10,7 @@ from stabilitykit.cli.bound import bound
 from stabilitykit.cli.check import check
 from stabilitykit.cli.diagnose import diagnose
 from stabilitykit.cli.forecast import forecast
+from stabilitykit.cli.options import Advised
 from stabilitykit.cli.profile import profile
 from stabilitykit.cli.repair import repair
 from stabilitykit.cli.report import report
@@ -25,17 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(profile)
-app.command()(diagnose)
-app.command()(forecast)
-app.command()(bound)
-app.command()(search)
-app.command()(repair)
-app.command()(verify)
-app.command()(check)
-app.command()(reproduce)
-app.command()(sweep)
-app.command()(report)
+for command in (profile, diagnose, forecast, bound, search, repair, verify, check, reproduce, sweep, report):
+    app.command(cls=Advised)(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -186,6 +186,7 @@ def _of_file(
 
     if training is not None:
         loss_scale, clip = training
-        return diagnose_training(UserFunction.load(what), dtype=dtype, loss_scale=loss_scale, clip=clip, source=what)
+        make = UserFunction.load(what)
+        return diagnose_training(make, dtype=dtype, loss_scale=loss_scale, clip=clip, source=what, progress=progress)
     made = FromFile.load(what, dtype, matmul)
     return of_reproduction(made, minimise=minimise, command=options.command_line(), progress=progress)

@@ -3,11 +3,16 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from stabilitykit.choices import Attention, RoundingName
+from stabilitykit.commands import Typed, typed
+
+if TYPE_CHECKING:
+    from typer._click.core import Command, Context
 
 if TYPE_CHECKING:
     from stabilitykit.run.batch import Asked
@@ -83,6 +88,30 @@ Report = Annotated[
         help="Folder of a sweep, whose report gets a section on the result; or a new folder for a report of its own."
     ),
 ]
+
+
+class Advised(TyperCommand):
+    """A command whose findings advise in terms of what was typed."""
+
+    def invoke(self, ctx: "Context") -> Any:
+        """Runs the command."""
+        given: dict[str, list[str]] = {}
+        checkpoint = file = None
+        for parameter in self.params:
+            name, value = str(parameter.name), ctx.params.get(str(parameter.name))
+            if value is None or str(getattr(ctx.get_parameter_source(name), "name", "")) != "COMMANDLINE":
+                continue
+            if name in ("checkpoint", "what"):
+                is_file = name == "what" and (".py:" in value or value.endswith(".py"))
+                checkpoint, file = (None, value) if is_file else (value, None)
+            elif isinstance(parameter, TyperOption):
+                values = value if isinstance(value, list | tuple) else [] if parameter.is_flag else [value]
+                whole = (int(one) if isinstance(one, float) and one.is_integer() else one for one in values)
+                given[parameter.opts[0]] = [str(one) for one in whole]
+        commands: dict[str, Command] = getattr(ctx.parent and ctx.parent.command, "commands", {})
+        known = {name: {word for one in command.params for word in one.opts} for name, command in commands.items()}
+        with typed(Typed(checkpoint=checkpoint, file=file, options=given, known=known)):
+            return super().invoke(ctx)
 
 
 def command_line() -> str:

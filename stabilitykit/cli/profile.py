@@ -1,15 +1,15 @@
 """`stabilitykit profile`: run a prompt in each dtype and say where, and why, numbers leave its range."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import stabilitykit.cli.options as options
+from stabilitykit.choices import Level
+from stabilitykit.commands import again
 from stabilitykit.errors import MisuseError
-from stabilitykit.records import Level
 
 if TYPE_CHECKING:
     from stabilitykit.run.profile import Profile
@@ -118,20 +118,17 @@ def profile(
         documents = found.documents()
         screen.print_json(documents if len(documents) > 1 else documents[0])
         return
-    _print(found, redact, None if redact else shlex.join(["stabilitykit", "diagnose", checkpoint, "--prompt", prompt]))
+    _print(found, redact)
     broken = [recording for recording in found.recordings if screen.is_broken(recording)]
     if broken:
-        line = ["stabilitykit", "check", checkpoint, "--dtype", broken[0].header.dtype]
-        line += ["--prompts", prompt[1:]] if prompt.startswith("@") else []
-        line += ["--no-bos"] if no_bos else []
-        line += ["--stress", f"{rescale:g}"] if rescale != 1 else []
-        screen.print_note(f"profile exits with 0 all the same. To fail a pipeline: {shlex.join(line)}")
+        texts = ["--prompts", prompt[1:]] if prompt.startswith("@") and not redact else []
+        command = again("check", checkpoint, "--dtype", broken[0].header.dtype, *texts)
+        screen.print_command("profile exits with 0 all the same. To fail a pipeline", command)
     if out is not None:
         screen.print_note(f"Records and findings: {out}")
 
 
-def _print(found: "Profile", redact: bool, command: str | None) -> None:
-    """`command` is the line that tries what helps, where it may be told."""
+def _print(found: "Profile", redact: bool) -> None:
     from stabilitykit.cli import screen
     from stabilitykit.cli.source import print_source
 
@@ -139,7 +136,7 @@ def _print(found: "Profile", redact: bool, command: str | None) -> None:
     print_source(recordings[0], found.pieces, redact)
     screen.print_weights(recordings)
     for recording in recordings:
-        screen.print_verdict(recording, found.reference, command)
+        screen.print_verdict(recording, found.reference)
     for recording in recordings:
         screen.print_steps(recording)
         screen.print_layers(recording)

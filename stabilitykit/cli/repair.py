@@ -1,5 +1,6 @@
 """`stabilitykit repair`: rank what keeps a model finite in float16, and write one that is."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 import stabilitykit.cli.options as options
 from stabilitykit.choices import ExportDtype
+from stabilitykit.commands import folder_for, line
 
 
 def repair(
@@ -115,3 +117,9 @@ def repair(
     )
     if not found.finite:
         raise typer.Exit(1)
+    if as_json:
+        return
+    if out is not None:
+        screen.print_command("To check it again", line("verify", out))
+    elif found.ranking.change.moved:
+        screen.print_command("To write it", f"{options.command_line()} {shlex.join(['--out', folder_for(checkpoint)])}")

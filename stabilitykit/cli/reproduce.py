@@ -1,5 +1,6 @@
 """`stabilitykit reproduce`: make the failure happen, for real, and show how it came about."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -99,7 +100,9 @@ def reproduce(
         screen.print_chain(run.recording)
         if script is not None:
             screen.output.print()
-            screen.output.print(f"Written: {script}. To run it: python {script}", soft_wrap=True, markup=False)
+            screen.output.print(
+                f"Written: {script}. To run it: {shlex.join(['python', str(script)])}", soft_wrap=True, markup=False
+            )
     if refused is not None:
         raise refused
     if not reproduced:

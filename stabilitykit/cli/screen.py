@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from stabilitykit.diagnosis import chain, verdict, weights_sentence
 from stabilitykit.diagnosis.forecast import Forecast
+from stabilitykit.diagnosis.gate import what_to_do
 from stabilitykit.diagnosis.outcome import is_harmless
 from stabilitykit.records import Recording
 from stabilitykit.records.bounds import SiteBound
@@ -38,7 +40,7 @@ __all__ = ["LEGEND"]
 
 # Shown only once the work has taken this long, in seconds: a flash of a bar says nothing.
 _PATIENCE = 1.0
-_LONG = 10.0  # and in a pipe only after this many: what is soon over leaves nothing on standard error
+_LONG = 2.0  # and in a pipe only after this many: what is soon over leaves nothing on standard error
 
 _BEST = 3  # changes whose commands are shown
 _WORST = 8  # tokens of each context of a search
@@ -52,9 +54,42 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2))
 
 
+class Stages:
+    """Where nobody watches a bar, a line on standard error for each stage of long work, after the seconds so far.
+
+    Nothing is said of work that is over within `_LONG` seconds. At that time the stage that is at work then is told,
+    also where it says nothing of itself for minutes.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._said: set[str] = set()
+        self._now: str | None = None
+        self._lock = threading.Lock()
+        self._late = threading.Timer(min(_LONG, threading.TIMEOUT_MAX), self._tell)
+        self._late.daemon = True
+        if not messages.is_terminal:
+            self._late.start()
+
+    def __call__(self, stage: str) -> None:
+        self._now = stage
+        if not messages.is_terminal and time.monotonic() - self._began > _LONG:
+            self._tell()
+
+    def close(self) -> None:
+        self._late.cancel()
+
+    def _tell(self) -> None:
+        with self._lock:
+            if self._now is None or self._now in self._said:
+                return
+            self._said.add(self._now)
+            messages.print(f"{time.monotonic() - self._began:.0f} s: {self._now}", soft_wrap=True, markup=False)
+
+
 class ProgressBar:
     """Called with (what, done, total). On a terminal a bar that shows itself when the work outlasts a second;
-    elsewhere, once it has outlasted ten, a line for each stage, after the seconds so far.
+    elsewhere `Stages`.
     """
 
     def __init__(self) -> None:
@@ -68,24 +103,22 @@ class ProgressBar:
         )
         self._began = time.monotonic()
         self._tasks: dict[str, TaskID] = {}
-        self._said: set[str] = set()
+        self._stages = Stages()
         self._shown = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        elapsed = time.monotonic() - self._began
+        self._stages(what)
         if what not in self._tasks:
             for task in self._tasks.values():
                 self._bars.update(task, visible=False)
             self._tasks[what] = self._bars.add_task(what, total=total)
-        if what not in self._said and not messages.is_terminal and elapsed > _LONG:
-            self._said.add(what)
-            messages.print(f"{elapsed:.0f} s: {what}", soft_wrap=True, markup=False)
         self._bars.update(self._tasks[what], completed=done)
-        if not self._shown and messages.is_terminal and elapsed > _PATIENCE:
+        if not self._shown and messages.is_terminal and time.monotonic() - self._began > _PATIENCE:
             self._bars.start()
             self._shown = True
 
     def close(self) -> None:
+        self._stages.close()
         if self._shown:  # stopping bars that never started prints an empty line
             self._bars.stop()
 
@@ -118,10 +151,10 @@ def is_broken(recording: Recording) -> bool:
     return (recording.first_break() is not None and not is_harmless(recording)) or recording.header.error is not None
 
 
-def print_verdict(recording: Recording, reference: Recording | None, command: str | None = None) -> None:
-    """`command`, if known, is the line to type that tries what the verdict calls a candidate."""
+def print_verdict(recording: Recording, reference: Recording | None) -> None:
+    """What broke, or how much headroom was left."""
     style = "bold red" if is_broken(recording) else "bold green"
-    output.print(Text(verdict(recording, reference, command=command), style=style))
+    output.print(Text(verdict(recording, reference), style=style))
     output.print()
 
 
@@ -172,6 +205,13 @@ def print_gate(found: Gate) -> None:
         print_note(str(note))
     output.print()
     print_blocks(gate.blocks(found), output, whole="the JSON document (--json)")
+    for purpose, command in what_to_do(found):
+        print_command(purpose, command)
+
+
+def print_command(purpose: str, command: str) -> None:
+    """A command to be copied, on one line, after what it is for."""
+    output.print(Text(f"{purpose}: {command}", style="dim"), soft_wrap=True)
 
 
 def print_diagnosis(found: Diagnosis | TrainingDiagnosis) -> None:

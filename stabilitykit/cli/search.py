@@ -8,6 +8,7 @@ import typer
 
 import stabilitykit.cli.options as options
 from stabilitykit.choices import LowDtype
+from stabilitykit.commands import again
 
 if TYPE_CHECKING:
     from stabilitykit.records.search import Search
@@ -91,6 +92,10 @@ def search(
         show=lambda: screen.print_search(found),
         out=("Prompts", out),
     )
+    first = next((one for one in found.finds if one.file is not None and one.text is not None), None)
+    if out is not None and first is not None and first.file is not None and not as_json:
+        prompt = ("--prompt", f"@{out / first.file}", *(() if first.bos else ("--no-bos",)))
+        screen.print_command("To see what becomes of the first", again("profile", checkpoint, *prompt, dtype=dtype))
 
 
 def _write(found: "Search", out: Path) -> None:

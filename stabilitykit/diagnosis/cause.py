@@ -11,6 +11,7 @@ from stabilitykit.diagnosis.origins import may_be_weights, of_file, of_origin
 from stabilitykit.diagnosis.outcome import decisive
 from stabilitykit.diagnosis.outside import of_labels, of_outside, shortened
 from stabilitykit.diagnosis.ranges import fact, remedy
+from stabilitykit.diagnosis.untried import by_running
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Record, Recording
 from stabilitykit.words import counted, listed, number
@@ -90,7 +91,8 @@ def _unresolved(recording: Recording, first: Record) -> Cause:
         "unresolved",
         f"How {first.operator or first.site} came to it was not seen: its result could not be computed again in a "
         "wider format.",
-        "Run the same in float32: if it is finite there, this dtype is the reason.",
+        f"Run the same in float32{by_running('profile', recording.header, 'float32')}: if it is finite there, this "
+        "dtype is the reason.",
     )
 
 

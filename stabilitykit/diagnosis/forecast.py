@@ -6,8 +6,10 @@ every dtype. Which those are is what `Record.stored_dtype` says.
 
 from dataclasses import dataclass
 
+from stabilitykit.commands import again
 from stabilitykit.diagnosis.layers import peak
 from stabilitykit.diagnosis.places import place_of, where
+from stabilitykit.diagnosis.untried import by_running
 from stabilitykit.diagnosis.weights import weights_sentence
 from stabilitykit.errors import MisuseError
 from stabilitykit.formats import NumberFormat, number_format
@@ -79,13 +81,15 @@ def forecast(
     first = recording.first_break()
     if first is not None:
         raise MisuseError(
-            f"A forecast needs a run that stays finite; this one does not, from {first.site} on. Run it in float32."
+            f"A forecast needs a run that stays finite; this one does not, from {first.site} on. Run it in float32"
+            f"{by_running('forecast', recording.header, 'float32')}."
         )
     judged = [record for record in recording if record.stored_dtype is not None and _is_low(record.stored_dtype)]
     if not judged:
+        command = again("forecast", recording.header.checkpoint or "CHECKPOINT")
         raise MisuseError(
             "A forecast needs to know which tensors a 16-bit run stores in 16 bits, and this recording does not say. "
-            "Make it with `stabilitykit forecast`, and without an adapter or quantised weights."
+            f"Make it with `{command}`, and without an adapter or quantised weights."
         )
     counts = [(record, record.formats[form.name]) for record in judged]
     over = next((record for record, count in counts if count.overflow), None)

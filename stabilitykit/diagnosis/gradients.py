@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from stabilitykit.commands import training
 from stabilitykit.diagnosis.causes import Cause
 from stabilitykit.diagnosis.layers import peak, stored
 from stabilitykit.diagnosis.places import places_of, where
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import BACKWARD, Record, Recording
 from stabilitykit.words import counted, listed, number
-
-_TRY = "`stabilitykit diagnose FILE.py:make --backward` runs the step and tries what helps."
 
 _MUCH = 0.01  # of all elements
 
@@ -28,6 +27,10 @@ class Underflow:
     subnormal: int
     vanish: int
     lost: tuple[str, ...]
+
+
+def _how_to_try() -> str:
+    return f"`{training()}` runs the step and tries what helps."
 
 
 def of(record: Record) -> str:
@@ -106,7 +109,7 @@ def cause_of(recording: Recording, record: Record) -> Cause:
         return Cause(
             "backward",
             "Everything before that, the loss included, was finite. Which operator of the backward pass made it so was "
-            f"not recorded: `record(model, backward=True)` does. {_TRY}",
+            f"not recorded: `record(model, backward=True)` does. {_how_to_try()}",
             remedy,
         )
     return Cause("backward", _spread(recording, record), _remedy(recording, record, wide=wide))
@@ -249,13 +252,14 @@ def _remedy(recording: Recording, record: Record, *, wide: bool) -> str:
     if broke.kind in ("invalid", "division-by-zero"):
         return pole(record.operator)
     if broke.kind == "unresolved":
-        return f"How it came about could not be computed again. {_TRY}"
+        return f"How it came about could not be computed again. {_how_to_try()}"
     if wide:
-        return f"No loss scale was too large for {record.dtype} by chance: look at what the loss divides by. {_TRY}"
+        why = f"No loss scale was too large for {record.dtype} by chance"
+        return f"{why}: look at what the loss divides by. {_how_to_try()}"
     scale = recording.header.case.get("loss_scale")
     smaller = "scale the loss down" if not isinstance(scale, int | float) else "use a smaller loss scale"
     fewer = "; GradScaler skips such a step and halves its scale" if isinstance(scale, int | float) else ""
     return (
         f"Candidates, untried: {smaller}{fewer}; compute {of(record)} in float32; or train in bfloat16 or float32. "
-        f"{_TRY}"
+        f"{_how_to_try()}"
     )

@@ -5,14 +5,17 @@ A candidate follows from how such parts are computed, and has not been tried on 
 
 import math
 
+from stabilitykit.commands import is_typed, repair
 from stabilitykit.diagnosis.parts import Part, Place, is_activation, is_norm, part_of, place_in
-from stabilitykit.diagnosis.untried import UNTRIED
+from stabilitykit.diagnosis.untried import UNTRIED, named
 from stabilitykit.formats import FORMATS
 from stabilitykit.records import Break, Record, Recording
 from stabilitykit.records.layers import is_layer
 from stabilitykit.words import number
 
 _NORMAL = ("bfloat16", "float32")
+_SCALED: frozenset[Part] = frozenset({"residual", "sum", "gate-up", "up", "query", "key", "value", "before-norm"})
+"""Parts of which a power of two can be moved elsewhere."""
 
 
 def fact(recording: Recording, record: Record) -> str:
@@ -41,6 +44,17 @@ def remedy(recording: Recording, record: Record) -> str:
         candidate = "let this operator sum in float32; only a partial sum overflows, and the result fits"
     told = f"{UNTRIED}{candidate}." if candidate else ""
     return " ".join(text for text in (certain or lead, told) if text)
+
+
+def how_to_repair(recording: Recording, record: Record) -> str:
+    """For who uses the command line, what looks for powers of two that keep the model in float16 and writes it."""
+    name, broke = named(recording.header), record.broke
+    if not is_typed() or name is None or broke is None or broke.kind not in ("overflow", "reduction"):
+        return ""
+    if recording.header.dtype != "float16" or part_of(recording, record) not in _SCALED:
+        return ""
+    command = repair(name)
+    return "" if command is None else f"To have it scaled so, and written: `{command}`."
 
 
 def holding(record: Record, value: float | None, own: str) -> list[str]:

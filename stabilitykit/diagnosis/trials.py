@@ -1,5 +1,6 @@
 """What trials came to, in sentences."""
 
+from stabilitykit.commands import training
 from stabilitykit.diagnosis.outcome import decisive
 from stabilitykit.diagnosis.places import where
 from stabilitykit.records import Recording
@@ -9,9 +10,6 @@ from stabilitykit.words import counted, listed, number
 _SHOWN = 3  # names in a row
 _ANOTHER = 0.5  # of the largest value: what differs by so much is another number
 _SAME, _UNKNOWN = "no difference", "not to be compared"
-_ON_A_STEP = (
-    "Loss scales and other changes are tried on a training step, by stabilitykit diagnose FILE.py:make --backward."
-)
 _BLAMES = {
     "weight replaced": "nothing else is to blame; what belongs there only the original weights say",
     "input replaced": "what makes this input is to blame, and not the model",
@@ -49,6 +47,10 @@ def advice(diagnosis: Diagnosis) -> str:
     return " ".join(part for part in parts if part)
 
 
+def _on_a_step() -> str:
+    return f"Loss scales and other changes are tried on a training step, by `{training()}`."
+
+
 def _wide(diagnosis: Diagnosis) -> str:
     """What the runs were compared with."""
     return "float64" if diagnosis.dtype in ("float32", "float64") else "float32"
@@ -79,7 +81,7 @@ def _on_whole(diagnosis: Diagnosis) -> str:
 def _well(diagnosis: Diagnosis) -> str:
     far, harm = _from(diagnosis.plain, diagnosis), diagnosis.harm
     if _is_gradient(diagnosis):
-        return f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. {_ON_A_STEP}"
+        return f"What {diagnosis.dtype} returns is finite, and {far}; it is a gradient that is not. {_on_a_step()}"
     ran = diagnosis.findings.get("dtype")
     if harm is None and ran == _wide(diagnosis) != diagnosis.dtype and far == f"the same as {ran}":
         return f"What was to run in {diagnosis.dtype} ran in {ran}, so nothing is known of {diagnosis.dtype}."
@@ -179,7 +181,7 @@ def _helpless(changes: list[Trial], formats: list[Trial], is_blamed: bool, diagn
         return f"Nothing that was tried in {diagnosis.dtype} helps; a wider format does ({listed(wider)})."
     if _is_gradient(diagnosis):
         helps = f"What helps is a wider format ({listed(wider)})." if wider else "Nothing that was tried helps."
-        return f"{helps} {_ON_A_STEP}" if wider else helps
+        return f"{helps} {_on_a_step()}" if wider else helps
     if wider and _breaks(diagnosis):
         return f"No change that is known fits what broke in {diagnosis.dtype}; what helps is a wider format."
     return "" if is_blamed or not changes else "Nothing that was tried helps."

@@ -12,6 +12,7 @@ from stabilitykit.diagnosis.logits import logits_of
 from stabilitykit.diagnosis.outcome import Outcome, decisive, outcome, tells_outputs
 from stabilitykit.diagnosis.outside import is_outside
 from stabilitykit.diagnosis.places import place_of, where
+from stabilitykit.diagnosis.ranges import how_to_repair
 from stabilitykit.diagnosis.sentences import dependence, first_sentence
 from stabilitykit.diagnosis.untried import UNTRIED, how_to_try
 from stabilitykit.diagnosis.weights import weights_sentence
@@ -125,14 +126,14 @@ def verdict(
     reference: Recording | None = None,
     *,
     advise: bool = True,
-    command: str | None = None,
+    tries: bool = True,
     harmful: bool | None = None,
 ) -> str:
     """One paragraph: what broke, where, why, and how it became the error; or how much headroom was left.
 
     `advise`: what to do about it, which no record has tried; False where somebody has. Where that is only a candidate,
-    the line to type that tries it comes last: `command`, none if that is empty, or else one made of what the header
-    knows. `harmful`: whether what was absorbed made the output worse, if that was measured.
+    the line to type that tries it comes last, and for who uses the command line the one that repairs the model;
+    without `tries` neither does. `harmful`: whether what was absorbed made the output worse, if that was measured.
     """
     found, notes = decisive(recording), limits(recording.header.notes)
     if found is None:
@@ -146,7 +147,8 @@ def verdict(
     parts.append(_ending(recording, found, harmful))
     parts.append(goes_on(recording, first))
     remedy = "" if why is None or not advise else why.remedy
-    parts += [remedy, *notes, how_to_try(recording.header, command) if UNTRIED in remedy and command != "" else ""]
+    parts += [remedy, *notes, how_to_try(recording.header) if UNTRIED in remedy and tries else ""]
+    parts.append(how_to_repair(recording, first) if remedy and tries else "")
     return " ".join(part for part in parts if part)
 
 

@@ -1,5 +1,6 @@
 """What is written, and read again without torch: records, and the typed results of every question."""
 
+from stabilitykit.choices import Level
 from stabilitykit.records.record import (
     BACKWARD,
     WEIGHT_GRADIENT,
@@ -7,7 +8,6 @@ from stabilitykit.records.record import (
     BreakKind,
     Deviation,
     FormatCounts,
-    Level,
     LogitsError,
     OriginKind,
     Record,

@@ -10,8 +10,6 @@ import pyarrow as pa
 
 from stabilitykit.formats import FORMATS
 
-Level = Literal["layers", "modules", "operators"]
-
 BACKWARD = "backward"
 """What the sites of gradients begin with, and the module of their records."""
 

@@ -12,18 +12,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import pandas as pd
 import pyarrow as pa
 
+from stabilitykit.choices import Level
 from stabilitykit.errors import MisuseError
 from stabilitykit.records.document import from_document
-from stabilitykit.records.frame import frame
 from stabilitykit.records.parquet import SCHEMA_VERSION, read_table, write_table
 from stabilitykit.records.provenance import Provenance
-from stabilitykit.records.record import Level, LogitsError, Record, StoredWeights, schema
+from stabilitykit.records.record import LogitsError, Record, StoredWeights, schema
 from stabilitykit.words import counted, quoted
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 Kind = Literal["headroom", "heat", "exponents"]
@@ -147,12 +147,14 @@ class Recording:
         return next((record for record in self.records if record.broke is not None), None)
 
     @property
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """One row a record: the file's columns, and `stored` and `headroom`; docs/records.md has each with its unit.
 
         `frame[frame.stored]` are the tensors that 16 bits have to hold, without those that are computed in float32 on
         purpose, such as the squares in a norm: `frame[frame.stored].groupby("layer").amax.max()`. Gradients are none.
         """
+        from stabilitykit.records.frame import frame  # pandas, a third of a second, only for those who look at one
+
         return frame(self.records, self.header.dtype, self.header.formats, tuple(self.header.statistics))
 
     def plot(self, kind: Kind = "headroom", **how: Any) -> "Axes":

@@ -177,12 +177,30 @@ class Shortage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A `length` of an experiment that a text does not reach: it has `tokens`, with `<bos>` or without.
+
+    Of a range those lengths are skipped that are longer than the text.
+    """
+
+    prompt: str
+    bos: bool
+    length: str
+    tokens: int
+
+    def __str__(self) -> str:
+        has = f"{self.prompt} has {counted(self.tokens, 'token')} {_spoken('bos', self.bos)}"
+        what = "a run of" if self.length.isdecimal() else "the rest of"
+        return f"{has}, so {what} {_spoken('length', self.length)} is skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(CheckpointProvenance):
     """An experiment with all its cases; `source` is the text of its TOML file, `config` the model's sizes.
 
     `sections` are those of its report. `own_sections` are those of them that are Python files of the experiment's own,
     by path (relative to where the sweep was started, if the experiment was), with their SHA-256. `format` is the number
-    format that the report judges values by.
+    format that the report judges values by. `skipped` are lengths that no case has, because the text is shorter.
     """
 
     name: str
@@ -193,6 +211,7 @@ class Plan(CheckpointProvenance):
     sections: tuple[str, ...]
     own_sections: dict[str, str] = field(default_factory=dict)
     format: str = "float16"
+    skipped: tuple[Skipped, ...] = ()
     schema: int = 1
 
     def differences(self, other: "Plan") -> list[str]:

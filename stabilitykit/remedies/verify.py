@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stabilitykit.commands import folder_for, line
 from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.proof.check import Checked, check
 from stabilitykit.records.document import from_document
@@ -99,7 +100,9 @@ def verify_proof(folder: str | Path, *, progress: Progress | None = None) -> Che
     ((), True)
     """
     if not (Path(folder) / "proof.json").is_file():
-        raise MisuseError(f"{folder} has no proof.json. Write one with `stabilitykit repair --proved --out`.")
+        _, ranking = read_facts(Path(folder))
+        command = line("repair", ranking.checkpoint, "--proved", "--out", f"{folder}-proved")
+        raise MisuseError(f"{folder} has no proof.json. Write a model that has one with `{command}`.")
     return check(Path(folder), progress=stage("proving layers", progress))
 
 
@@ -114,6 +117,6 @@ def read_facts(folder: Path) -> tuple[RepairedFolder, Ranking]:
         if isinstance(error, MisuseError):
             raise
         raise MisuseError(
-            f"{folder} has no {FACTS} that can be read, so it is no repaired model. Make one with `stabilitykit "
-            "repair --out`."
+            f"{folder} has no {FACTS} that can be read, so it is no repaired model. Make one with "
+            f"`{line('repair', folder, '--out', folder_for(str(folder)))}`."
         ) from None

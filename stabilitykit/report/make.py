@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stabilitykit.commands import typed
 from stabilitykit.formats import number_format
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Section
@@ -25,6 +26,7 @@ class Made:
     pdf: Path | None = None
 
 
+@typed(None)  # a page is read by others than who typed this command
 def make_report(
     folder: Path,
     *,

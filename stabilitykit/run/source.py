@@ -16,7 +16,7 @@ from stabilitykit.errors import CheckpointError, MisuseError
 from stabilitykit.models import transformers as hf
 from stabilitykit.models.devices import parse_device
 from stabilitykit.models.gemma import Gemma, build
-from stabilitykit.models.gemma.footprint import footprint
+from stabilitykit.models.gemma.footprint import beside_weights
 from stabilitykit.models.gemma.subject import GemmaSubject
 from stabilitykit.models.gemma.tokenizer import Tokenizer
 from stabilitykit.models.matmul import preferred_matmul
@@ -242,7 +242,6 @@ def _from_name(
 
     def subject_in(dtype: str, announce: Callable[[int, int], None]) -> Subject:
         products = matmul or preferred_matmul(dtype, device)
-        needs = footprint(config, dtype, len(tokens) + more_tokens, matmul=products, device=device)
         model = build(
             opened,
             dtype=dtype,
@@ -250,9 +249,10 @@ def _from_name(
             rounding=rounding,
             scaling=scaling,
             stream=stream or None,
-            beside=needs.cache + needs.activations,
+            beside=beside_weights(config, dtype, len(tokens) + more_tokens, matmul=products, device=device),
             progress=announce,
         )
+        model.tokenizer = own  # the same as it would make in half a second
         return GemmaSubject(model)
 
     def weight(name: str, tensor: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from stabilitykit.formats import FLOAT16, NumberFormat
 from stabilitykit.records.scaling import Factor, Scaling
@@ -18,6 +17,9 @@ from stabilitykit.scaling.peaks import Peaks
 from stabilitykit.scaling.shadows import values
 from stabilitykit.scaling.trace import Graph, Parameter
 from stabilitykit.scaling.weights import FIRST, Magnitudes
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 _LARGEST = {"parameter": 30, "setting": 60, "filled": 200}  # magnitudes of exponents
 _GIVEN_UP = 30.0  # what a bit costs by which an equation is given up
@@ -101,7 +103,9 @@ class _Columns:
         self.width += 1
         return self.width - 1
 
-    def matrix(self) -> csr_array:
+    def matrix(self) -> "csr_array":
+        from scipy.sparse import csr_array
+
         return csr_array((self.data, (self.row, self.column)), shape=(len(self.low), self.width))
 
 
@@ -271,6 +275,8 @@ class _Problem:
         return self._least(self.cost, in_integers)
 
     def _least(self, prices: Mapping[int, float], in_integers: bool) -> NDArray[np.float64]:
+        from scipy.optimize import Bounds, LinearConstraint, milp  # most of a second, only to solve
+
         costs = np.zeros(self.rows.width)
         for column, price in prices.items():
             costs[column] = price

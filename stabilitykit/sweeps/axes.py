@@ -18,7 +18,10 @@ from stabilitykit.records import Level
 from stabilitykit.records.sweep import USUAL
 from stabilitykit.scaling.stress import check_gamma
 
+LENGTHS = 'a number of tokens, "up to 2000" where a text may be shorter, a range "1..4096" of them, or "all"'
+
 _RANGE = re.compile(r"1\.\.([1-9][0-9]*)")
+_UP_TO = re.compile(r"up to ([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,7 @@ class Axis:
 
 def longest(length: int | str) -> int | None:
     """The number of tokens of a length's longest run; None for "all"."""
-    found = _RANGE.fullmatch(str(length))
+    found = _RANGE.fullmatch(str(length)) or _UP_TO.fullmatch(str(length))
     if found:
         return int(found[1])
     return None if length == "all" else int(length)
@@ -41,6 +44,11 @@ def longest(length: int | str) -> int | None:
 def is_range(length: int | str) -> bool:
     """Whether a length stands for every one up to it."""
     return bool(_RANGE.fullmatch(str(length)))
+
+
+def is_up_to(length: int | str) -> bool:
+    """Whether a text that is shorter runs whole."""
+    return bool(_UP_TO.fullmatch(str(length)))
 
 
 def _one_of(names: Sequence[str]) -> Callable[[Any], str]:
@@ -53,7 +61,7 @@ def _one_of(names: Sequence[str]) -> Callable[[Any], str]:
 
 
 def _length(value: Any) -> int | str:
-    if value == "all" or (isinstance(value, str) and is_range(value)):
+    if value == "all" or (isinstance(value, str) and (is_range(value) or is_up_to(value))):
         return str(value)
     return _count(value)
 
@@ -116,7 +124,7 @@ _TOKENS = Axis(default=128, allowed="a number of tokens", read=_count)
 
 GRID: Mapping[str, Axis] = {
     "prompt": Axis(default="prose", allowed="the name of a text", read=_text),
-    "length": Axis(default="all", allowed='a number of tokens, a range "1..4096" of them, or "all"', read=_length),
+    "length": Axis(default="all", allowed=LENGTHS, read=_length),
     "bos": Axis(default=True, allowed="true or false", read=_flag),
     "dtype": _DTYPE,
     "rescale": Axis(default=USUAL["rescale"], allowed="a power of two from 2^-24 to 2^24", read=_rescale),

@@ -5,9 +5,9 @@ checkpoint = "gemma3-270m"
 
 [[grid]]                      # axes multiply within a table; tables are added to one another
 dtype = ["float16", "float32"]
-prompt = "prose"
+prompt = ["prose", "@mine"]   # a text of the kit's own; every text in the folder `mine`
 bos = [true, false]
-length = ["1..4096", 128]     # every length up to 4,096; one run of 128 tokens, recorded in full
+length = ["1..4096", 128]     # every length up to 4,096; one run of 128 tokens, or "up to 128", recorded in full
 
 [lengths]
 checks = [1, 100]             # lengths of a range to run again directly
@@ -56,7 +56,8 @@ _TOP = {"title", "checkpoint", "device", "lengths", "report", *TABLES}
 class Experiment:
     """A file that has been read. `tables` hold, by name, axes and their values: every axis, not yet multiplied.
 
-    `own_sections` are those sections that are Python files beside the experiment, by path, with their SHA-256.
+    `own_sections` are those sections that are Python files beside the experiment, by path, with their SHA-256. Where
+    there `is_no_file`, mistakes are told without their line.
     """
 
     path: Path
@@ -69,9 +70,12 @@ class Experiment:
     sections: tuple[str, ...]
     own_sections: Mapping[str, str] = field(default_factory=dict)
     format: str = "float16"
+    is_no_file: bool = False
 
     def fail(self, what: str, key: str = "", table: str = "", number: int = 0) -> NoReturn:
         """Raises MisuseError: the line of `key` in the `number`-th such table, and what is wrong there."""
+        if self.is_no_file:
+            raise MisuseError(f"{what.rstrip('.')}.")
         line = _line(self.source.splitlines(), key, table, number)
         raise MisuseError(f"{self.path}{f', line {line}' if line else ''}: {what.rstrip('.')}.")
 
@@ -88,19 +92,39 @@ def read_experiment(path: Path, overrides: Sequence[str] = (), *, sections: Sequ
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MisuseError(f"An experiment is a TOML file in UTF-8; {path} cannot be read as one: {error}.") from None
+    return experiment_of(path, source, overrides, sections=sections)
+
+
+def experiment_of(
+    path: Path,
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    sections: Sequence[str] = (),
+    is_no_file: bool = False,
+) -> Experiment:
+    """As `read_experiment`, of the text of the file `path`, or of what would be it: then it `is_no_file`."""
     try:
         raw = tomllib.loads(source)
     except tomllib.TOMLDecodeError as error:
         raise MisuseError(f"An experiment is a TOML file, and {path} is not valid TOML: {error}.") from None
-    return _Reader(path, source).experiment(raw, overrides, sections)
+    return _Reader(path, source, is_no_file).experiment(raw, overrides, sections)
 
 
 class _Reader:
     """Turns what TOML holds into an experiment, and says in which line of the file what is wrong."""
 
-    def __init__(self, path: Path, source: str) -> None:
+    def __init__(self, path: Path, source: str, is_no_file: bool) -> None:
         self.blank = Experiment(
-            path=path, source=source, title=path.stem, checkpoint="", device="cpu", tables={}, checks=(), sections=()
+            path=path,
+            source=source,
+            title=path.stem,
+            checkpoint="",
+            device="cpu",
+            tables={},
+            checks=(),
+            sections=(),
+            is_no_file=is_no_file,
         )
         self.fail = self.blank.fail
 
@@ -140,6 +164,7 @@ class _Reader:
             sections=tuple(names),
             own_sections={name: digest for name, digest in names.items() if digest},
             format=self._format(report.get("format", self.blank.format)),
+            is_no_file=self.blank.is_no_file,
         )
 
     def _sections(self, names: Any, allowed: Sequence[str]) -> dict[str, str]:

@@ -9,11 +9,12 @@ from stabilitykit.checkpoints.config import released
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.devices import DTYPES, parse_device
 from stabilitykit.models.machine import Examined, provenance_of
-from stabilitykit.records.sweep import Case, CaseKind, Plan
-from stabilitykit.sweeps.axes import is_range, longest
+from stabilitykit.records.sweep import Case, CaseKind, Plan, Skipped
+from stabilitykit.sweeps.axes import is_range, is_up_to, longest
 from stabilitykit.sweeps.file import Experiment
 from stabilitykit.sweeps.model import KitModel, SweptModel
-from stabilitykit.sweeps.prompts import sha256_of, tokens_of
+from stabilitykit.sweeps.prompts import repeats, sha256_of, tokens_of
+from stabilitykit.sweeps.texts import prompt_names
 
 
 def make_plan(experiment: Experiment, model: SweptModel, *, command: str) -> Plan:
@@ -22,11 +23,17 @@ def make_plan(experiment: Experiment, model: SweptModel, *, command: str) -> Pla
     Runs come first, each text's float32 run before those that are compared with it; then ranges of lengths, one dtype
     after the other, so that a model is built once.
 
-    Raises MisuseError with the line at fault for a prompt that does not exist or is too short, a length beyond the
-    model's context, a setting that this model has not, and a device that is not there.
+    Lengths that a text does not reach are `skipped`, and so is the end of a range.
+
+    Raises MisuseError with the line at fault for a prompt that does not exist, a length beyond the model's context, a
+    setting that this model has not, texts that reach none of the lengths, and a device that is not there.
     """
     place = str(parse_device(experiment.device))
-    cases = {case.id: case for case in (*_grids(experiment, model, place), *_others(experiment, model, place))}
+    planned = (*_grids(experiment, model, place), *_others(experiment, model, place))
+    cases = {one.id: one for one in planned if isinstance(one, Case)}
+    skipped = tuple(dict.fromkeys(one for one in planned if isinstance(one, Skipped)))
+    if skipped and not cases:
+        experiment.fail(f"A text reaches one length at least; of these none does: {skipped[0]}", "length", "grid")
     kinds, dtypes = list(get_args(CaseKind)), list(DTYPES)
 
     def turn(case: Case) -> tuple[int, int]:
@@ -41,6 +48,7 @@ def make_plan(experiment: Experiment, model: SweptModel, *, command: str) -> Pla
         sections=experiment.sections,
         own_sections=dict(experiment.own_sections),
         format=experiment.format,
+        skipped=skipped,
         **provenance_of(model, command, place),
     )
 
@@ -62,20 +70,24 @@ def plan_without_cases(
 
 def case_tokens(case: Case, model: SweptModel, folder: Path) -> list[int]:
     """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `tokens_of` does."""
-    settings = case.settings
-    return tokens_of(
-        settings["prompt"],
-        folder,
-        model.tokenizer,
-        model.chat,
-        bos=settings["bos"],
-        length=longest(settings["length"]),
-    )
+    return _longest_run(case.settings, model, folder)[: case.settings["tokens"]]
 
 
-def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case]:
+def _longest_run(settings: Mapping[str, Any], model: SweptModel, folder: Path) -> list[int]:
+    """The tokens of a length's longest run: of "up to N" the whole text, if it is shorter."""
+    name, wanted = settings["prompt"], longest(settings["length"])
+    if is_up_to(settings["length"]) and not repeats(name, folder):
+        return _whole(settings, model, folder)[:wanted]
+    return tokens_of(name, folder, model.tokenizer, model.chat, bos=settings["bos"], length=wanted)
+
+
+def _whole(settings: Mapping[str, Any], model: SweptModel, folder: Path) -> list[int]:
+    return tokens_of(settings["prompt"], folder, model.tokenizer, model.chat, bos=settings["bos"], length=None)
+
+
+def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case | Skipped]:
     folder = experiment.path.parent
-    for number, settings in _products(experiment, "grid"):
+    for number, settings in _prompted(experiment):
         refused = model.refused(settings)
         if refused is not None:
             experiment.fail(refused, refused.partition(" ")[0], "grid", number)
@@ -83,12 +95,22 @@ def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[C
             text_sha256 = sha256_of(settings["prompt"], folder)
         except MisuseError as error:
             experiment.fail(str(error), "prompt", "grid", number)
-        wanted = longest(settings["length"])
-        _check_context(wanted or 1, model.context, experiment, "grid", number)
+        length, bos = settings["length"], settings["bos"]
+        wanted = longest(length)
+        _check_context(1 if is_up_to(length) else wanted or 1, model.context, experiment, "grid", number)
+        if wanted is not None and not is_up_to(length) and not repeats(settings["prompt"], folder):
+            has = len(_whole(settings, model, folder))
+            if has < wanted:
+                yield Skipped(prompt=settings["prompt"], bos=bos, length=str(length), tokens=has)
+                if not is_range(length):
+                    continue
+                settings["length"] = f"1..{has}"
         try:
-            count = len(case_tokens(Case(kind="run", settings=settings), model, folder))
+            count = len(_longest_run(settings, model, folder))
         except MisuseError as error:
             experiment.fail(str(error), "prompt" if wanted is None else "length", "grid", number)
+        if is_up_to(length):
+            count = min(count, model.context)
         _check_context(count, model.context, experiment, "grid", number)
         settings |= {"text_sha256": text_sha256, "tokens": count, "device": device}
         if is_range(settings["length"]):
@@ -96,6 +118,17 @@ def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[C
             yield Case(kind="lengths", settings=settings | {"checks": checks})
         else:
             yield Case(kind="run", settings=settings)
+
+
+def _prompted(experiment: Experiment) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every product of a [[grid]], with a prompt of its own for each file that a folder or a pattern stands for."""
+    for number, settings in _products(experiment, "grid"):
+        try:
+            names = prompt_names(settings["prompt"], experiment.path.parent)
+        except MisuseError as error:
+            experiment.fail(str(error), "prompt", "grid", number)
+        for name in names:
+            yield number, {**settings, "prompt": name}
 
 
 def _others(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case]:

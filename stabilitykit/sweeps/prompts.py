@@ -24,6 +24,12 @@ def sha256_of(name: str, folder: Path) -> str:
     return hashlib.sha256(json.dumps(asdict(asked), sort_keys=True).encode()).hexdigest()
 
 
+def repeats(name: str, folder: Path) -> bool:
+    """Whether the prompt is one token that stands for as many as are asked for. Raises MisuseError as `tokens_of`."""
+    asked = _asked(name, folder)
+    return isinstance(asked, Prompt) and asked.repeats
+
+
 def tokens_of(name: str, folder: Path, tokenizer: Reads, chat: Chat, *, bos: bool, length: int | None) -> list[int]:
     """The first `length` tokens of the prompt; a chat's are those of its template.
 

@@ -8,10 +8,11 @@ from stabilitykit.records.sweep import Case, Plan, Results
 from stabilitykit.report.make import make_report
 from stabilitykit.report.sections import SECTIONS
 from stabilitykit.run.case import Progress
-from stabilitykit.sweeps.file import read_experiment
+from stabilitykit.sweeps.file import Experiment, experiment_of, read_experiment
 from stabilitykit.sweeps.model import open_swept
 from stabilitykit.sweeps.plan import make_plan
 from stabilitykit.sweeps.sweep import sweep as run_cases
+from stabilitykit.sweeps.written import as_prompt, experiment_text, title_of
 
 Watcher = Callable[[Results, Case, dict[str, Any]], None]
 """Called with the results so far, the case that runs, and what it says: `what`, `done` and `total`, or `finished`, or
@@ -19,19 +20,45 @@ Watcher = Callable[[Results, Case, dict[str, Any]], None]
 
 
 def plan(
-    experiment: str | Path,
+    experiment: str | Path | Experiment,
     *,
     overrides: Sequence[str] = (),
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Every case of an experiment, checked; arguments and errors are those of `sweep`."""
-    read = read_experiment(Path(experiment), overrides, sections=tuple(SECTIONS))
+    read = _read(experiment, overrides)
     return make_plan(read, open_swept(read.checkpoint, progress), command=command or "")
 
 
+def _read(experiment: str | Path | Experiment, overrides: Sequence[str]) -> Experiment:
+    sections = tuple(SECTIONS)
+    if not isinstance(experiment, Experiment):
+        return read_experiment(Path(experiment), overrides, sections=sections)
+    if not overrides:
+        return experiment
+    return experiment_of(
+        experiment.path, experiment.source, overrides, sections=sections, is_no_file=experiment.is_no_file
+    )
+
+
+def without_file(
+    checkpoint: str,
+    *,
+    prompts: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    lengths: Sequence[int | str] = (),
+) -> Experiment:
+    """What `experiment_text` writes, as if the file lay where the command runs. Raises as `read_experiment` does."""
+    name = title_of(checkpoint)
+    folder = Path()
+    told = [as_prompt(one, folder) for one in prompts]
+    text = experiment_text(f"{name}.toml", checkpoint, prompts=told, dtypes=dtypes, lengths=lengths)
+    return experiment_of(folder / f"{name}.toml", text, sections=tuple(SECTIONS), is_no_file=True)
+
+
 def sweep(
-    experiment: str | Path,
+    experiment: str | Path | Experiment,
     *,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
@@ -47,7 +74,7 @@ def sweep(
     out of memory, is recorded as failed and the rest goes on.
 
     Args:
-        experiment: the TOML file.
+        experiment: the TOML file, or what `read_experiment` or `without_file` made.
         overrides: KEY=VALUE in place of the file's, such as "dtype=float16" or "length=16,64".
         out: the folder for results and report; reports/NAME unless given, NAME being that of the file.
         retry_failed: run cases again that failed before.
@@ -73,14 +100,15 @@ def sweep(
     ...     [case.settings["length"] for case, _ in results.footprints()], results.failed()
     ([8, 16], [])
     """
-    planned = plan(experiment, overrides=overrides, command=command, progress=progress)
-    results = Results.create(Path(out) if out is not None else Path("reports") / Path(experiment).stem, planned)
+    read = _read(experiment, overrides)
+    planned = plan(read, command=command, progress=progress)
+    results = Results.create(Path(out) if out is not None else Path("reports") / read.path.stem, planned)
 
     def told(case: Case, message: dict[str, Any]) -> None:
         if watch is not None:
             watch(results, case, message)
 
-    run_cases(results, Path(experiment).parent, watch=told, retry_failed=retry_failed)
+    run_cases(results, read.path.parent, watch=told, retry_failed=retry_failed)
     if report:
         make_report(results.folder, progress=progress)
     return results

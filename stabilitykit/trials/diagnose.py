@@ -271,7 +271,7 @@ class _Diagnosing:
             plain.recording,
             wide.recording,
             advise=(not is_tried or situation.part == "exp") and (made_worse is None or made_worse.harmful),
-            command="",  # this is it
+            tries=False,  # this is it
             harmful=None if made_worse is None else made_worse.harmful,
         )
         self.candidates = {one.candidate.name: one.candidate for one in attempts}

@@ -1,7 +1,6 @@
 """Prompts on a checkpoint, run as often as needed: in each dtype, shortened, or with its weights scaled."""
 
 import inspect
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.commands import again
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.gemma.sampler import Sampler
 from stabilitykit.models.matmul import preferred_matmul
@@ -58,7 +58,7 @@ class Prompted:
         return self.opened.piece
 
     def in_dtype(self, dtype: str) -> str:
-        return f"stabilitykit profile {shlex.quote(self.name)} --dtype {dtype} --prompt ..."
+        return again("profile", self.name, "--dtype", dtype)
 
     def with_tokens(self, rows: Sequence[Sequence[int]]) -> "Prompted":
         """The same on other tokens."""
@@ -157,7 +157,7 @@ class Fed:
         return self.opened.piece
 
     def in_dtype(self, dtype: str) -> str:
-        return f"stabilitykit profile {shlex.quote(self.name)} --dtype {dtype} --prompt @..."
+        return again("profile", self.name, "--dtype", dtype)
 
     def model(self, dtype: str) -> nn.Module:
         return self.opened.subject_in(dtype, stage(f"preparing weights in {dtype}", self.progress)).module

@@ -13,14 +13,12 @@ from stabilitykit.errors import MisuseError
 from stabilitykit.formats import number_format
 from stabilitykit.records import Record, Recording
 from stabilitykit.records.training import LOSS_SCALE, TrainingDiagnosis, TrainingTrial
+from stabilitykit.run.case import Progress
 from stabilitykit.trials.reproduction import same_draws
 from stabilitykit.trials.step import Make, Step, built, run
 from stabilitykit.trials.step_changes import Seen, tried
 
-_SMALLEST_SCALE = -24  # powers of two that are tried
-_LARGEST_SCALE = 24
-_EPS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
-_MUCH = 0.01  # of all elements, lost to underflow
+_ABOUT = 12  # changes that are tried, of which nobody knows beforehand how many there will be
 
 
 def diagnose_training(
@@ -31,6 +29,7 @@ def diagnose_training(
     clip: float | None = None,
     seed: int = 0,
     source: str | None = None,
+    progress: Progress | None = None,
 ) -> TrainingDiagnosis:
     """Runs a training step in `dtype` and in float32, and what may cure it, each on a model that is made anew.
 
@@ -38,7 +37,7 @@ def diagnose_training(
     `loss(output)` gives a scalar. A step sets gradients to zero, runs the model, multiplies the loss by `loss_scale`,
     runs backward, divides the gradients by it, clips them to the norm `clip` if one is given, and has the optimiser
     make its step. It is run up to 60 times, each time from the same `seed`; random numbers go on afterwards as if
-    nothing had been drawn.
+    nothing had been drawn. `progress` is called with (what is being done, how much of it is done, out of how much).
 
     NaN and infinities are what it looks for: they end no trial. What a step raises is told in its trial.
 
@@ -50,17 +49,25 @@ def diagnose_training(
         if value is not None and not (math.isfinite(value) and value > 0):
             raise MisuseError(f"{name} has to be a finite number above 0, got {value}; the usual loss_scale is 65536.")
     with same_draws():
-        return _diagnosed(Step(make=make, dtype=dtype, loss_scale=loss_scale, clip=clip, seed=seed), source)
+        return _diagnosed(Step(make=make, dtype=dtype, loss_scale=loss_scale, clip=clip, seed=seed), source, progress)
 
 
-def _diagnosed(step: Step, source: str | None) -> TrainingDiagnosis:
+def _diagnosed(step: Step, source: str | None, progress: Progress | None) -> TrainingDiagnosis:
     notes: list[str] = []
+    tell = progress or (lambda what, done, total: None)
+    tell(f"recording the step in {step.dtype}", 0, 1)
     plain = run(step, recorded=True)
+    tell("recording the step in float32", 0, 1)
     wide = run(_float32(step, notes), recorded=True)
     assert plain.recording is not None
     seen = Seen(step, plain, wide, _first_gradient(plain.recording))
     left_out: dict[str, str] = {}
-    trials = sorted(tried(seen, left_out), key=lambda one: (not one.cured, one.far))
+    trials: list[TrainingTrial] = []
+    tell("trying changes", 0, _ABOUT)
+    for one in tried(seen, left_out):
+        trials.append(one)
+        tell("trying changes", min(len(trials), _ABOUT), _ABOUT)
+    trials.sort(key=lambda one: (not one.cured, one.far))
     found = _diagnosis(seen, tuple(trials), left_out, notes, source)
     return replace(found, advice=advice(found))
 

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +262,19 @@ def test_weights_past_float16_are_told_from_weights_that_were_never_finite(stabi
     assert "Stored in float16, 1 weight overflows" in shown
     assert f"{name}" in shown.partition("1 weight overflows")[2].partition("; the checkpoint itself is finite")[0]
     assert strict_json(stabilitykit("profile", str(folder), "--prompt", "Hello", "--json").out)["cause"] == "range"
+
+
+def test_what_a_plain_profile_does_not_need_is_not_imported() -> None:
+    """torch's compiler, the solver of scalings and data frames: seconds of an answer that takes few."""
+    heavy = ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "scipy.optimize", "pandas", "transformers"]
+    code = (
+        "import sys\n"
+        "from stabilitykit.cli import app\n"
+        f"app(['profile', {RANDOM!r}, '--prompt', 'Hi'], standalone_mode=False)\n"
+        f"print('imported:', [name for name in {heavy} if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("imported: []\n")
 
 
 def test_a_broken_run_exits_with_0_and_names_the_command_that_exits_with_1(stabilitykit: Run) -> None:

@@ -40,6 +40,8 @@ def test_finds_are_files_that_other_commands_take(stabilitykit: Run, pair: Path,
     assert "after <bos>" not in said
     assert "Reachable only as raw token ids: no text tokenizes to them" in said
     assert (out / "1.txt").read_text() == "FP"
+    advised = made.out.partition("To see what becomes of the first: ")[2].splitlines()[0]
+    assert advised == f"stabilitykit profile {pair} --prompt @{out}/1.txt --no-bos"
     found = read_document(out / "search.json", Search, "search")
     assert found.finds[0].tokens == (FIRST, SECOND)
     assert found.command == (f"stabilitykit search {pair} --no-bos --length 3 --out {out}")

@@ -85,7 +85,8 @@ def refused(result: Any) -> str:
 @pytest.mark.slow
 def test_a_sweep_runs_every_case_and_says_what_came_of_it(swept: tuple[Path, Any]) -> None:
     path, done = swept
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert all(re.fullmatch(r"\d+ s: .+", line) for line in done.stderr.splitlines())
     results = Results.open(path.parent / "out")
     assert (results.failed(), results.missing()) == ([], [])
     assert len(results.plan.cases) == 5
@@ -116,7 +117,7 @@ def test_the_same_command_again_runs_nothing(stabilitykit: Run, faults: Path, fi
     before = records(folder)
     again = stabilitykit("sweep", experiment, "--out", out, "--no-report", "--json")
     assert again.code == 0
-    assert json.loads(again.out) == {"folder": out, "done": 5, "failed": {}}
+    assert json.loads(again.out) == {"folder": out, "done": 5, "failed": {}, "skipped": []}
     assert records(folder) == before
     assert faults.read_text() == "full-disk 1"  # nothing was there for it to strike
 
@@ -304,4 +305,53 @@ def test_a_mistake_on_the_command_line_is_refused_with_what_is_allowed(
 
 def test_a_file_that_is_none_is_refused(stabilitykit: Run, tmp_path: Path) -> None:
     assert "gone.toml cannot be read" in refused(stabilitykit("sweep", str(tmp_path / "gone.toml")))
-    assert "cannot be read" in refused(stabilitykit("sweep", str(tmp_path)))
+    assert "ends in .toml; " in refused(stabilitykit("sweep", str(tmp_path)))
+    assert "--init FILE" in refused(stabilitykit("sweep"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_swept_over_a_folder_of_texts_without_a_file(
+    stabilitykit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my texts").mkdir()
+    Path("my texts/long.txt").write_text("Hello there, world.")
+    Path("my texts/short.md").write_text("Oh.")
+    command = ("sweep", TINY, "--prompts", "my texts", "--dtype", "float16", "--length", "10", "--length", "up to 40")
+    told = json.loads(stabilitykit(*command, "--json").out)
+    short = {"prompt": "@my texts/short.md", "bos": True, "length": "10", "tokens": 4}
+    assert told == {"folder": "reports/gemma3-270m", "done": 3, "failed": {}, "skipped": [short]}
+    again = stabilitykit(*command)
+    assert again.code == 0
+    said = " ".join(again.out.split())
+    assert "@my texts/short.md has 4 tokens with <bos>, so a run of 10 tokens is skipped." in said
+    page = Path("reports/gemma3-270m/report.md").read_text()
+    assert page.count("so a run of 10 tokens is skipped") == 1
+    assert "Lengths that a text does not reach" in page
+    dry = stabilitykit(*command, "--dry-run")
+    assert "so a run of 10 tokens is skipped." in dry.out
+    assert json.loads(stabilitykit(*command, "--dry-run", "--json").out)["skipped"] == [short]
+
+
+def test_init_writes_a_file_that_plans_what_would_run_and_overwrites_none(stabilitykit: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Hello there, world.")
+    path, texts = tmp_path / "sub folder" / "mine.toml", str(tmp_path / "texts")
+    options = ("--prompts", texts, "--dtype", "float16", "--length", "1..8", "--length", "8")
+    told = stabilitykit("sweep", TINY, "--init", str(path), *options)
+    assert (told.code, told.err) == (0, "")
+    assert f"To run it: stabilitykit sweep '{path}'" in told.out
+    cases = [
+        [
+            one["settings"] | {"prompt": ""}
+            for one in json.loads(stabilitykit(*command, "--dry-run", "--json").out)["cases"]
+        ]
+        for command in (("sweep", str(path)), ("sweep", TINY, *options))
+    ]
+    assert cases[0] == cases[1]
+    assert len(cases[0]) == 2
+    before = path.read_bytes()
+    assert "exists already" in refused(stabilitykit("sweep", TINY, "--init", str(path)))
+    assert path.read_bytes() == before
+    assert "ends in .toml" in refused(stabilitykit("sweep", "--init", str(tmp_path / "mine")))
+    assert "--set dtype=float16" in refused(stabilitykit("sweep", str(path), "--dtype", "float16"))

@@ -1,6 +1,7 @@
 """A proved repair on disk: accepted from its weights alone, rejected once anything is changed."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,4 +91,7 @@ def test_where_there_is_no_proof_it_says_how_to_make_one(stabilitykit: Run, prov
     (folder / "proof.json").unlink()
     found = stabilitykit("verify", str(folder), "--proof")
     assert found.code == 2
-    assert "stabilitykit repair --proved --out" in " ".join(found.err.split())
+    assert re.search(rf"`stabilitykit repair \S.* --proved --out {folder}-proved`", found.err)
+    gone = stabilitykit("verify", str(tmp_path))
+    assert gone.code == 2
+    assert f"`stabilitykit repair {tmp_path} --out {tmp_path.name}-float16`" in gone.err

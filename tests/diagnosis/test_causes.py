@@ -330,7 +330,7 @@ def test_gradients_are_seen_after_the_backward_pass() -> None:
     assert verdict(Recording(HEADER, [made(0, "lm_head"), *records])) == (
         "After the backward pass the gradients of lm_head.weight and 2 other parameters are not finite (1 element). "
         "Everything before that, the loss included, was finite. Which operator of the backward pass made it so was not "
-        "recorded: `record(model, backward=True)` does. `stabilitykit diagnose FILE.py:make --backward` runs the step "
+        "recorded: `record(model, backward=True)` does. `sk.diagnose_training(make)` runs the step "
         "and tries what helps. Use a smaller loss scale, or run the backward pass in a format with a wider range "
         "(bfloat16, float32)."
     )

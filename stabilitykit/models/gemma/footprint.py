@@ -10,9 +10,12 @@ from stabilitykit.checkpoints.config import GemmaConfig
 from stabilitykit.checkpoints.parameters import parameter_shapes
 from stabilitykit.errors import MisuseError
 from stabilitykit.models.allocations import peak_bytes
-from stabilitykit.models.devices import parse_dtype
+from stabilitykit.models.devices import parse_device, parse_dtype
 from stabilitykit.models.gemma.kv_cache import KVCache
 from stabilitykit.models.gemma.model import blank
+from stabilitykit.models.gemma.query_blocks import WHOLE
+from stabilitykit.models.matmul import BUFFER
+from stabilitykit.models.memory import must_stream
 from stabilitykit.records.sweep import Footprint
 
 
@@ -46,6 +49,31 @@ def footprint(
         cache=2 * config.layers * config.kv_heads * length * config.head_dim * size,
         activations=activations,
     )
+
+
+def beside_weights(config: GemmaConfig, dtype: str, length: int, *, matmul: str, device: str) -> int:
+    """Bytes of cache and activations of a prefill, by which to decide whether weights are streamed.
+
+    Counting them runs the model without values, which takes longer than a short prompt does. Where even `at_most` so
+    many are free beside the weights, it is that number; the decision is the same.
+    """
+    weights = sum(map(math.prod, parameter_shapes(config).values())) * parse_dtype(dtype).itemsize
+    most = at_most(config, length)
+    if not must_stream(None, weights + most, parse_device(device)):
+        return most
+    found = footprint(config, dtype, length, matmul=matmul, device=device)
+    return found.cache + found.activations
+
+
+def at_most(config: GemmaConfig, length: int) -> int:
+    """Bytes that the cache and the activations of a prefill stay below, in any dtype and however products are summed:
+    as if all that two layers make were there at once, in float64.
+    """
+    heads = (config.heads + config.kv_heads) * config.head_dim
+    vectors = length * (20 * config.hidden_size + 20 * heads + 6 * config.feed_forward)
+    cache = 2 * config.layers * config.kv_heads * length * config.head_dim
+    scores = 8 * config.heads * length * length if config.heads * length * length <= WHOLE else 8 * WHOLE
+    return 8 * (2 * vectors + cache + scores + 2 * config.vocabulary + 2 * BUFFER)
 
 
 def _few_layers(config: GemmaConfig) -> GemmaConfig:

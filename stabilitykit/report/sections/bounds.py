@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from stabilitykit.commands import line
 from stabilitykit.diagnosis.bounds import KindRow, by_kind, folded, summary, unbounded, unproved
 from stabilitykit.formats import FLOAT16
 from stabilitykit.records.bounds import Bounds, SiteBound
@@ -53,7 +54,7 @@ def section(results: Results) -> Section:
     """The bounds in the sweep's folder, if `stabilitykit bound --report` has put some there."""
     bounds = results.bounds
     if bounds is None:
-        command = code(f"stabilitykit bound {results.plan.checkpoint} --report FOLDER")
+        command = code(line("bound", results.plan.checkpoint, "--report", results.folder))
         opening = f"No bounds have been computed. {command}, with this report's folder, adds them here."
         return Section(key=KEY, title=TITLE, opening=opening)
     added: list[Block] = [*map(Prose, METHOD), _sites(bounds)]

@@ -15,6 +15,7 @@ def section(results: Results) -> Section:
         _origin(results),
         _experiment(results),
         _cases(results),
+        *([_skipped(results)] if results.plan.skipped else []),
     ]
     return Section(
         key="provenance",
@@ -103,4 +104,19 @@ def _cases(results: Results) -> Table:
         note="Done cases are files under records/, by the name in the last column. Running the command again does "
         "those that are missing.",
         alarming=lambda told: told[1] == "failed",
+    )
+
+
+def _skipped(results: Results) -> Table:
+    return table(
+        "skipped",
+        "Lengths that a text does not reach",
+        results.plan.skipped,
+        [
+            (Column("prompt"), lambda one: one.prompt),
+            (Column("length", unit="tokens"), lambda one: str(one.length)),
+            (Column("has", unit="tokens"), lambda one: one.tokens),
+            (Column("<bos>"), lambda one: "with" if one.bos else "without"),
+        ],
+        note="Nothing ran at these lengths; of a range, at those past what the text has.",
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from stabilitykit.commands import line
 from stabilitykit.diagnosis.remedies import how_scaled, in_float16, in_the_way, moved, outlier, recommendation
 from stabilitykit.records.remedies import Ranking, Score
 from stabilitykit.records.repaired_folder import FolderCheck
@@ -30,7 +31,7 @@ def section(results: Results) -> Section:
     """The ranking in the sweep's folder, if `stabilitykit repair --report` has put one there."""
     ranking = results.ranking
     if ranking is None:
-        command = code(f"stabilitykit repair {results.plan.checkpoint} --report FOLDER")
+        command = code(line("repair", results.plan.checkpoint, "--report", results.folder))
         opening = f"No remedies have been ranked. {command}, with this report's folder, ranks them and adds them here."
         return Section(key=KEY, title=TITLE, opening=opening)
     found = blocks(ranking)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from stabilitykit.commands import line
 from stabilitykit.diagnosis.search import how_measured, of_what_kind, shortest, shown, with_bos
 from stabilitykit.records.search import KINDS, Find, Scan, Search, TokenPeak
 from stabilitykit.records.sweep import Results
@@ -29,7 +30,7 @@ def section(results: Results) -> Section:
     """The search in the sweep's folder, if `stabilitykit search --report` has put one there."""
     search = results.search
     if search is None:
-        command = code(f"stabilitykit search {results.plan.checkpoint} --report FOLDER")
+        command = code(line("search", results.plan.checkpoint, "--report", results.folder))
         opening = f"No search has been run for this checkpoint. {command}, with this report's folder, adds one here."
         return Section(key=KEY, title=TITLE, opening=opening)
     found = blocks(search)

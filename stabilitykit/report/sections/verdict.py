@@ -1,9 +1,11 @@
 """The verdict in one paragraph: what breaks where, in which texts and at which lengths, and what to do."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
+from stabilitykit.commands import line, repair
 from stabilitykit.diagnosis.parts import is_stream
 from stabilitykit.diagnosis.verdict import limits
 from stabilitykit.formats import NumberFormat, number_format
@@ -29,7 +31,12 @@ def section(results: Results) -> Section:
         return Section(key="verdict", title="Verdict", opening=opening)
     if not found:
         opening = f"There is no verdict yet: {none_finished(len(planned), 'case', ' that would run a prompt')}."
-        return Section(key="verdict", title="Verdict", opening=opening, blocks=[Prose(_unfinished(results))])
+        return Section(
+            key="verdict",
+            title="Verdict",
+            opening=opening,
+            blocks=[Prose(" ".join(part for part in (_unfinished(results), _skipped(results)) if part))],
+        )
     finished = f"{count(len(found), 'finished case')} of {len(planned):,} {'comes' if len(found) == 1 else 'come'} to"
     return Section(
         key="verdict",
@@ -50,7 +57,7 @@ def paragraph(results: Results, found: Sequence[Outcome]) -> str:
         sentences.append(_forecast(results, found))
     if clean:
         sentences.append(_clean(results, found, clean, nothing_broke=not broken))
-    sentences += [_advice(found, broken), _unfinished(results), *limits(results.plan.notes)]
+    sentences += [_advice(results, found, broken), _unfinished(results), _skipped(results), *limits(results.plan.notes)]
     return " ".join(text for text in sentences if text)
 
 
@@ -202,7 +209,7 @@ def _bits(value: float) -> str:
     return f"{bits(value)} {'bit' if bits(value) == '1.0' else 'bits'}"
 
 
-def _advice(found: Sequence[Outcome], broken: Sequence[str]) -> str:
+def _advice(results: Results, found: Sequence[Outcome], broken: Sequence[str]) -> str:
     if not broken:
         return _advice_when_clean(found)
     wrong = next((o for dtype in broken for o in found if o.dtype == dtype and o.first and not o.is_of_range), None)
@@ -211,25 +218,37 @@ def _advice(found: Sequence[Outcome], broken: Sequence[str]) -> str:
         if why is not None and why.remedy:
             return f"What to do: {sentence(why.remedy)}"
         if kind == "unresolved":
-            return "What to do: record operators to see how that came about."
+            return f"What to do: record operators to see how that came about{_again(results, 'level=operators')}."
         return "What to do: look at the operands of that break; its cause is not the range of the format."
     wider = [dtype for dtype in ("bfloat16", "float32") if standing(found, dtype) == "clean"]
     likely = [dtype for dtype in ("bfloat16", "float32") if standing(found, dtype) == "would fit"]
-    scale = _scale(found, broken)
+    scale = _scale(results, found, broken)
     if wider:
         clean = "which is" if len(wider) == 1 else "which are"
         return f"What to do: use {' or '.join(wider)}, {clean} clean here{scale}."
     if likely:
         return f"What to do: use {' or '.join(likely)}, whose range holds these values though it did not run{scale}."
-    return f"What to do: run the sweep in bfloat16 and float32 before choosing one of them{scale}."
+    wide = _again(results, "dtype=bfloat16,float32")
+    return f"What to do: run the sweep in bfloat16 and float32 before choosing one of them{wide}{scale}."
 
 
-def _scale(found: Sequence[Outcome], broken: Sequence[str]) -> str:
+def _again(results: Results, override: str) -> str:
+    """The sweep's own command with something else, and another folder for that; in parentheses, after a space."""
+    command = results.plan.command or ""
+    if not command.startswith(line("sweep")):
+        return ""
+    more = shlex.join(["--set", override, "--out", f"{results.folder}-{override.partition('=')[0]}"])
+    return f" ({code(f'{command} {more}')})"
+
+
+def _scale(results: Results, found: Sequence[Outcome], broken: Sequence[str]) -> str:
     """How to stay in the dtypes that break, where all of it is the residual stream; after a semicolon."""
     firsts = [o.first for o in found if o.dtype in broken and o.first is not None]
     if not all(is_stream(span.label) for span in firsts):
         return ""
-    return f"; to stay in {listed(broken)}, scale the residual stream down by a power of two first"
+    command = repair(results.plan.checkpoint) if "float16" in broken else None
+    by = "" if command is None else f": {code(command)}"
+    return f"; to stay in {listed(broken)}, scale the residual stream down by a power of two first{by}"
 
 
 def _advice_when_clean(found: Sequence[Outcome]) -> str:
@@ -259,6 +278,13 @@ def _unfinished(results: Results) -> str:
         return ""
     dtypes = sorted({str(case.settings.get("dtype")) for case in [*missing, *(case for case, _ in failed)]})
     return f"Not included: of {count(len(cases), 'case')}, {listed(parts)}, in {listed(dtypes)}."
+
+
+def _skipped(results: Results) -> str:
+    """The lengths that texts do not reach; the first few of them."""
+    told = [str(one) for one in results.plan.skipped]
+    more = [f"{len(told) - 3:,} more"] if len(told) > 4 else []
+    return f"Shorter texts: {'; '.join([*told[: 3 if more else 4], *more])}." if told else ""
 
 
 def _table(results: Results, found: Sequence[Outcome]) -> Table:

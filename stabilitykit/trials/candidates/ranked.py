@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from stabilitykit.commands import again
 from stabilitykit.diagnosis.parts import Part
 from stabilitykit.remedies.clamp import clamp
 from stabilitykit.remedies.expert_outputs import expert_outputs
@@ -23,7 +24,6 @@ _DONE_BY = {
     "clamp": "# hidden_states.clamp(-65504, 65504) after each sum",
 }
 
-_REPAIR_LISTS = "# compute what overflows in float32; stabilitykit repair --json lists the sites"
 _SHOWN = 8  # sites
 
 _STREAM: frozenset[Part] = frozenset({"residual", "sum"})  # what is added up from layer to layer, or added to that
@@ -59,8 +59,10 @@ def islands(situation: Situation) -> Candidate:
     """All that overflows in float32."""
     seen = situation.seen
     sites = listed(list(seen.overflowing), _SHOWN) or "no operator"
-    named = situation.reproduction.source is not None
-    command = _REPAIR_LISTS if named else f"# keep in torch.float32 what is made at {sites}"
+    source = situation.reproduction.source
+    command = f"# keep in torch.float32 what is made at {sites}"
+    if source is not None:
+        command = f"# compute what overflows in float32; this lists the sites: {again('repair', source, '--json')}"
     return of_remedy(keeping_in_float32(seen, situation.reproduction.dtype), command, _tokens(situation))
 
 

@@ -1,14 +1,13 @@
 """The any-model program: powers of two on weights and settings that leave what float32 computes as it is."""
 
-import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from stabilitykit.commands import repair
 from stabilitykit.errors import MisuseError
-from stabilitykit.formats import FLOAT16
 from stabilitykit.records.scaling import UNCHANGED
 from stabilitykit.remedies.remedy import LeftOut
 from stabilitykit.scaling.look import look
@@ -75,14 +74,14 @@ def rescale(situation: Situation) -> Iterator[Candidate | LeftOut]:
         name=NAME,
         summary=f"Multiplies {counted(len(scaling.parameters), 'tensor')} of the weights{settings} by powers of two: "
         "the same function, to the last bit in float32.",
-        command=f"stabilitykit repair {shlex.quote(named)} --out {_folder(named)}"
-        if named is not None
-        else "stabilitykit.repair('hf:FOLDER', out='FOLDER-float16')  # of the folder that the model came from",
+        command=_how(named),
         scaling=scaling,
         carried=True,
     )
 
 
-def _folder(source: str) -> str:
-    name = source.removeprefix("hf:").rstrip("/").rpartition("/")[2].partition("?")[0]
-    return f"{name.replace(':', '-')}-{FLOAT16.name}"
+def _how(named: str | None) -> str:
+    """What does it to the model of that name, or to one without."""
+    if named is None:
+        return "stabilitykit.repair('hf:FOLDER', out='FOLDER-float16')  # of the folder that the model came from"
+    return repair(named) or "# what `stabilitykit repair` does to a model on disk; that one is not stressed"

@@ -13,7 +13,7 @@ from stabilitykit.checkpoints.random import random_checkpoint
 from stabilitykit.errors import MisuseError
 from stabilitykit.models import matmul as products
 from stabilitykit.models.gemma import Gemma, KVCache, build, query_blocks
-from stabilitykit.models.gemma.footprint import footprint
+from stabilitykit.models.gemma.footprint import at_most, beside_weights, footprint
 from stabilitykit.models.matmul import BUFFER, matmul
 
 SHAPE = "layers=3&hidden_size=32&feed_forward=64&heads=4&head_dim=16&vocabulary=512"
@@ -143,6 +143,26 @@ def test_only_16_bit_products_are_widened_and_only_a_part_of_them() -> None:
         )
     for dtype in ("float32", "float64"):
         assert footprint(config, dtype, 1) == footprint(config, dtype, 1, matmul="float32-accumulate")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_prefill_takes_less_than_the_bound_that_is_computed_without_a_run(name: str) -> None:
+    """Short ones, where the head takes most; long ones, where the scores do; and those by blocks."""
+    config = RELEASED[name]
+    for length in (1, 6, 700, min(config.context, 5000)):
+        for dtype, kind in (("float16", "float32-accumulate"), ("bfloat16", "native"), ("float64", "native")):
+            found = footprint(config, dtype, length, matmul=kind)
+            assert found.cache + found.activations < at_most(config, length), (length, dtype, kind)
+
+
+def test_what_a_prompt_needs_is_counted_exactly_only_where_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RELEASED["gemma3-270m"]
+    exact = footprint(config, "float16", 6)
+    needed = {"matmul": "native", "device": "cpu"}
+    for free, counted in ((1 << 40, False), (exact.computed, True)):
+        monkeypatch.setattr("stabilitykit.models.memory.available_memory", lambda device, free=free: free)
+        found = beside_weights(config, "float16", 6, **needed)
+        assert found == (exact.cache + exact.activations if counted else at_most(config, 6))
 
 
 def test_what_cannot_be_meant_is_refused() -> None:

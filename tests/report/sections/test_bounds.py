@@ -16,7 +16,7 @@ from stabilitykit.report.sections import shown
 def test_without_any_it_says_how_to_compute_them(tmp_path: Path) -> None:
     found = section_of.section(sweep(tmp_path / "reports", []))
     assert not found.blocks
-    assert "`stabilitykit bound toy --report FOLDER`" in found.opening
+    assert f"`stabilitykit bound toy --report {tmp_path}/reports`" in found.opening
 
 
 def test_what_is_known_of_each_kind_and_each_tensor(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stabilitykit.report.sections import USUAL, remedies, shown
 def test_without_a_ranking_it_says_how_to_make_one(tmp_path: Path) -> None:
     found = remedies.section(sweep(tmp_path / "reports", []))
     assert not found.blocks
-    assert "`stabilitykit repair toy --report FOLDER`" in found.opening
+    assert f"`stabilitykit repair toy --report {tmp_path}/reports`" in found.opening
 
 
 def test_every_remedy_is_a_row_best_first(tmp_path: Path) -> None:

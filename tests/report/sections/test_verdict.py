@@ -1,5 +1,6 @@
 """The verdict, compared whole: it must be right for any model and any sweep."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_a_break_at_some_lengths_of_some_texts_says_which_and_what_to_do(tmp_pat
         "bfloat16 (1 case, at least 115.0 bits of headroom) and float32 (1 case, at least 115.0 bits of headroom) are "
         "clean. "
         "What to do: use bfloat16 or float32, which are clean here; to stay in float16, scale the residual stream down "
-        "by a power of two first."
+        "by a power of two first: `stabilitykit repair toy --out toy-float16`."
     )
     assert found.opening.startswith("What 6 finished cases of 6 come to.")
     rows = [row[:4] + row[5:] for row in map(list, table(found).rows)]
@@ -86,7 +87,9 @@ def test_a_break_on_one_side_of_bos_leaves_the_other_clean(tmp_path: Path, with_
     assert FIRST.format(breaks.lower()) in text
     assert f"{breaks} `<bos>`, the one text breaks (`prose`) from 29 to 64 tokens, in layer 1, `'.'`." in text
     assert f"{clean} `<bos>`, the one text is clean." in text
-    assert "What to do: run the sweep in bfloat16 and float32 before choosing one of them;" in text
+    wide = shlex.join(["--set", "dtype=bfloat16,float32", "--out", f"{tmp_path}/toy-dtype"])
+    again = f"(`stabilitykit sweep toy.toml {wide}`)"
+    assert f"What to do: run the sweep in bfloat16 and float32 before choosing one of them {again};" in text
 
 
 def test_different_stories_are_told_one_by_one(tmp_path: Path) -> None:
