@@ -91,7 +91,7 @@ def test_a_sweep_runs_every_case_and_says_what_came_of_it(swept: tuple[Path, Any
     assert len(results.plan.cases) == 5
     said = " ".join(done.stdout.split())
     assert "What 4 finished cases of 4 come to." in said
-    assert "float16 breaks first in layer 0" in said
+    assert "float16 breaks in layer 0" in said
     assert "Records: out/records" in said
     assert "Report: out/report.html" in said
 
