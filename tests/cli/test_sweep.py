@@ -263,7 +263,7 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
         ('"1..4", 4', '"all"', ["line 4: ", "context of 64 tokens"]),
         ("length = 8", "length = 9000", ["line 8: ", "context of 8,192 tokens; the length 9,000 does not"]),
         ("[[footprint]]", "[[footpoint]]", ["line 7: ", "unknown key 'footpoint'; choose one of: ", "footprint, grid"]),
-        ('"verdict", "lengths"', '"verdict", "length"', ["line 12: ", "unknown section 'length'", "verdict, lengths,"]),
+        ('"verdict", "lengths"', '"verdict", "length"', ["line 12: ", "unknown section 'length'", "explore, lengths,"]),
         ("layers=2", "layers=two", ["layers of a random checkpoint must be a positive integer", "got 'two'"]),
         ("random:", "rndm:", ["rndm:"]),
     ],
