@@ -14,7 +14,7 @@ from stabilitykit.report.explorer import assets
 from stabilitykit.report.prose import spans
 from stabilitykit.report.tables import cell_text, csv_text, heading, numeric_columns
 
-_LONG = 28  # characters of a cell that stands on one line
+_LONG = 36  # characters of a cell that stands on one line
 
 
 def html(title: str, sections: Sequence[Section], drawings: Mapping[str, str]) -> str:

@@ -60,7 +60,7 @@ def test_the_report_of_a_torn_sweep_says_what_failed_and_what_is_missing(stabili
     assert missing in " ".join(result.out.split())
     found = sections(text_of(tmp_path))
     assert "What 2 finished cases of 4 come to." in found["verdict"]
-    assert "**float16 breaks first in layer 0" in found["verdict"]
+    assert "**float16 breaks in layer 0" in found["verdict"]
     assert missing in found["verdict"]
     assert "Of 4 planned runs, 1 failed" in found["peaks"]
     assert "Of 5 cases, 2 are done, 2 failed and 1 missing." in found["provenance"]

@@ -92,7 +92,7 @@ def test_a_sweep_runs_every_case_and_says_what_came_of_it(swept: tuple[Path, Any
     assert len(results.plan.cases) == 5
     said = " ".join(done.stdout.split())
     assert "What 4 finished cases of 4 come to." in said
-    assert "float16 breaks first in layer 0" in said
+    assert "float16 breaks in layer 0" in said
     assert "Records: out/records" in said
     assert "Report: out/report.html" in said
 
@@ -264,7 +264,7 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(
         ('"1..4", 4', '"all"', ["line 4: ", "context of 64 tokens"]),
         ("length = 8", "length = 9000", ["line 8: ", "context of 8,192 tokens; the length 9,000 does not"]),
         ("[[footprint]]", "[[footpoint]]", ["line 7: ", "unknown key 'footpoint'; choose one of: ", "footprint, grid"]),
-        ('"verdict", "lengths"', '"verdict", "length"', ["line 12: ", "unknown section 'length'", "verdict, lengths,"]),
+        ('"verdict", "lengths"', '"verdict", "length"', ["line 12: ", "unknown section 'length'", "explore, lengths,"]),
         ("layers=2", "layers=two", ["layers of a random checkpoint must be a positive integer", "got 'two'"]),
         ("random:", "rndm:", ["rndm:"]),
     ],

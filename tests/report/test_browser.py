@@ -294,5 +294,8 @@ def test_in_print_nothing_is_clipped(opened: Any) -> None:
     emulate(opened, media="print", scheme="dark", width=SHEET)
     assert opened.execute_script(CLIPPED) == []
     assert opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    cut = "return [...document.querySelectorAll('.drawing, tr')].map((part) => getComputedStyle(part).breakInside)"
+    assert set(opened.execute_script(cut)) == {"avoid"}
+    assert len(opened.execute_script(SHOWN, opened.find_element("css selector", "#table-long table"))) == 60
     pdf = base64.b64decode(opened.execute_cdp_cmd("Page.printToPDF", {})["data"])
     assert pdf.startswith(b"%PDF-")
