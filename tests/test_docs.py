@@ -138,9 +138,10 @@ def is_shown_by(excerpt: str, output: str) -> str | None:
     """The first part of `excerpt`, between its lines of three dots, that does not follow in `output`; None for none."""
     rest = normal(output)
     for part in re.split(r"^ *\.\.\. *$", excerpt, flags=re.MULTILINE):
-        _, found, rest = rest.partition(normal(part))
-        if not found and normal(part):
-            return part
+        if wanted := normal(part):  # what ends with three dots has nothing after them
+            _, found, rest = rest.partition(wanted)
+            if not found:
+                return part
     return None
 
 

@@ -140,6 +140,7 @@ def _print(found: "Profile", redact: bool) -> None:
     for recording in recordings:
         screen.print_steps(recording)
         screen.print_layers(recording)
+        screen.print_precision(recording, found.reference)
         screen.print_chain(recording)
     screen.print_note(screen.LEGEND)
     if any(

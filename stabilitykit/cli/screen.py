@@ -26,7 +26,7 @@ from stabilitykit.records.search import Search
 from stabilitykit.records.sweep import Plan
 from stabilitykit.records.training import TrainingDiagnosis
 from stabilitykit.records.trials import Diagnosis
-from stabilitykit.report.parts import by_layer, gate, training, trials
+from stabilitykit.report.parts import by_layer, gate, precision, training, trials
 from stabilitykit.report.parts.by_layer import LEGEND
 from stabilitykit.report.parts.cases import cases
 from stabilitykit.report.sections import bounds, forecast, remedies, search
@@ -161,6 +161,13 @@ def print_verdict(recording: Recording, reference: Recording | None) -> None:
 def print_layers(recording: Recording) -> None:
     """The table by layer; LEGEND explains its columns."""
     print_blocks([by_layer.layers(recording)], output)
+
+
+def print_precision(recording: Recording, reference: Recording | None) -> None:
+    """Where the run is least precise, if there is a float32 run that it was compared with."""
+    if reference is not None and reference is not recording:
+        found = precision.least_precise(recording, reference.header.dtype)
+        print_blocks([] if found is None else [found], output)
 
 
 def print_steps(recording: Recording) -> None:

@@ -1,6 +1,7 @@
 """transformers' own models from a folder: found, loaded, continued, and refused in a sentence."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -414,6 +415,11 @@ def with_code_of_its_own(folder: Path, to: Path, part: str, marker: Path) -> Pat
     return made
 
 
+def without_progress(stderr: str) -> str:
+    """Without the lines that a slow machine gets to see: `3 s: float16: running layers`."""
+    return re.sub(r"^\d+ s: .*\n", "", stderr, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize(("command", "part"), [("profile", "model"), ("forecast", "tokenizer")])
 def test_code_in_a_folder_runs_only_where_it_was_asked_for(
     command: str, part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -431,7 +437,7 @@ def test_code_in_a_folder_runs_only_where_it_was_asked_for(
     trusted = subprocess.run([*call, "--trust-remote-code"], input="", capture_output=True, text=True, check=False)
     assert marker.exists()
     if part == "model":
-        assert (trusted.returncode, trusted.stderr) == (0, "")
+        assert (trusted.returncode, without_progress(trusted.stderr)) == (0, "")
 
 
 def test_streaming_a_model_of_its_own_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +472,7 @@ def test_no_library_speaks_beside_the_findings(folder: Path, adapter: Path) -> N
     shown = subprocess.run(
         [sys.executable, "-m", "stabilitykit", *arguments], capture_output=True, text=True, check=True
     )
-    assert shown.stderr == ""
+    assert without_progress(shown.stderr) == ""
     assert "with an adapter of peft's." in shown.stdout
 
 

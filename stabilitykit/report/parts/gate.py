@@ -40,7 +40,9 @@ def summary(gate: Gate) -> str:
     if gate.holds:
         return f"{gate.dtype} holds on {counted(len(gate.prompts), 'prompt')}."
     of = counted(len(gate.violations), "violation")
-    return f"{gate.dtype} does not hold on {counted(len(gate.prompts), 'prompt')}: {of}."
+    failed = len({name for one in gate.violations for name in one.prompts})
+    where = f", on {failed} of {counted(len(gate.prompts), 'prompt')}" if failed else ""
+    return f"{gate.dtype} does not hold: {of}{where}."
 
 
 def _violations(gate: Gate) -> Iterator[Prose]:

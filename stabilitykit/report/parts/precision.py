@@ -1,0 +1,52 @@
+"""Where a run is least precise, against one in a wider dtype: the tensors that rounding has changed most."""
+
+from stabilitykit.records import Record, Recording
+from stabilitykit.report.blocks import Column, Table
+from stabilitykit.report.parts.places import kind
+from stabilitykit.report.style import decibel
+from stabilitykit.report.tables import table
+from stabilitykit.words import number, place
+
+_MOST = 6
+
+
+def least_precise(recording: Recording, reference: str) -> Table | None:
+    """The lowest SQNR of each kind of tensor, the least precise kinds first.
+
+    None where nothing was compared with `reference`, the dtype of the other run, and where the run broke: what comes
+    after a break says nothing of precision.
+    """
+    if recording.first_break() is not None:
+        return None
+    worst: dict[str, Record] = {}
+    for record in recording:
+        if record.is_stored_in(recording.header.dtype) and _sqnr(record) is not None:
+            worst[kind(record)] = min(worst.get(kind(record), record), record, key=_level)
+    if not worst:
+        return None
+    return table(
+        "least-precise",
+        f"{recording.header.dtype} against {reference}, least precise first",
+        sorted(worst.values(), key=_level)[:_MOST],
+        [
+            (Column("SQNR", unit="dB", format=decibel), _sqnr),
+            (Column("largest error", unit="ulp", format=number), _ulp),
+            (Column("tensor"), place),
+            (Column("site"), lambda row: row.site),
+        ],
+        note="The worst of each kind of tensor. SQNR: the power of the numbers over that of their error; 6 dB are "
+        "one bit, and more is better. Errors add up along the model.",
+    )
+
+
+def _sqnr(record: Record) -> float | None:
+    return None if record.deviation is None else record.deviation.sqnr
+
+
+def _ulp(record: Record) -> float | None:
+    return None if record.deviation is None else record.deviation.largest_ulp
+
+
+def _level(record: Record) -> float:
+    sqnr = _sqnr(record)
+    return float("inf") if sqnr is None else sqnr
