@@ -20,6 +20,11 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/stabilitykit sweep experiments/float16_break.toml --out reports/demo
+	@echo
+	@echo "Next, with a model of your own (docs/first-hour.md; it needs: $(BIN)/pip install --constraint constraints.txt -e '.[hf]'):"
+	@echo "  $(BIN)/stabilitykit profile hf:path/to/model --prompt @prompt.txt --dtype float16 --dtype float32"
+	@echo "  $(BIN)/stabilitykit diagnose hf:path/to/model --prompt @prompt.txt"
+	@echo "  $(BIN)/stabilitykit repair hf:path/to/model --out model-float16"
 
 test: .venv/.installed-dev
 	$(PYTEST) $(WORKERS) --table-seed $(TABLES)
