@@ -35,7 +35,8 @@ def read_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     Raises MisuseError for a missing file, one without such a header, or one with another schema version.
     """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:  # pq.read_table is for data sets, and imports pandas
+            table = file.read()
     except (OSError, pa.ArrowInvalid) as error:
         raise MisuseError(f"{path} cannot be read as a recording, which is a Parquet file: {error}") from None
     text = (table.schema.metadata or {}).get(_HEADER_KEY)

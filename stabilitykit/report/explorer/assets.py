@@ -37,4 +37,4 @@ def headroom_colours(scheme: str) -> Markup:
 
 def packed(document: str) -> str:
     """Compressed, as letters and digits: a tenth to a third of its size, and nothing in it can be taken for markup."""
-    return base64.b64encode(gzip.compress(document.encode(), compresslevel=7, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(document.encode(), compresslevel=5, mtime=0)).decode()
