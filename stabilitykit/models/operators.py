@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
+
+from stabilitykit.models import mode_flags
 
 State = TypeVar("State")
 
@@ -171,6 +173,15 @@ class OperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._apart = apart
         self._given = given
 
+    def __enter__(self) -> Self:
+        with mode_flags.beginning():
+            super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        with mode_flags.ending():
+            super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # the guard that True asks for imports the whole compiler, two seconds, on first use
@@ -226,7 +237,7 @@ class WatchMode(OperatorMode):  # type: ignore[no-untyped-call]
             for name, before in vars(self).items():  # what torch restores when the last one ends
                 if name.startswith("old_") and name.endswith("_flags"):
                     vars(others[-1])[name][-1], before[-1] = before[-1], vars(others[-1])[name][-1]
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        super().__exit__(*raised)
         for mode in reversed(others):
             _push_mode(mode)
 

@@ -33,12 +33,8 @@ class Recast(OperatorMode):  # type: ignore[no-untyped-call]
         self._narrow = (source,) if source is not None else fewer
         self._autocast: dict[str, torch.dtype] = {}  # by device, what autocasting was to before the block
 
-    def __enter__(self) -> "Recast":
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
     def __exit__(self, *raised: object) -> None:
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        super().__exit__(*raised)
         for device, dtype in self._autocast.items():
             torch.set_autocast_dtype(device, dtype)
         self._autocast.clear()

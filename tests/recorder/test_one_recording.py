@@ -94,6 +94,32 @@ def test_blocks_of_two_tasks_may_end_in_any_order() -> None:
     assert torch._C._len_torch_dispatch_stack() == 0
 
 
+def test_blocks_of_two_threads_may_overlap_and_leave_nothing_behind() -> None:
+    """Torch notes for the whole process that a mode is on, and would compile nothing any more."""
+    noted = torch.utils._python_dispatch.is_in_torch_dispatch_mode
+    left_alone = torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals
+    begun, ends = threading.Event(), threading.Event()
+
+    def first() -> None:
+        model = Function()
+        with torch.no_grad(), record(model, formats=()):
+            model(X)
+            begun.set()
+            assert ends.wait(60)
+
+    model = Function()
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(first)
+        assert begun.wait(60)
+        with torch.no_grad(), record(model, formats=()):
+            model(X)
+            ends.set()
+            other.result()
+            assert noted()
+    assert not noted()
+    assert not left_alone()
+
+
 def test_passes_in_other_threads_are_not_mixed_in(level: Level) -> None:
     model = Function(lambda x: x.exp())
     with torch.no_grad(), record(model, formats=(), level=level) as alone:
