@@ -1,8 +1,9 @@
 """What torch notes for the whole process while a dispatch mode is on, kept right where modes of threads overlap.
 
 Each mode puts back what it found when it began. Where one thread's begins inside another's and ends after it, that
-leaves "on" behind for good, and `torch.compile` then compiles nothing any more. So the first of the kit's modes to
-begin keeps what it found, and the last one to end puts that back.
+leaves "on" behind for good: `is_in_torch_dispatch_mode()` is true with nothing on the stack, and `torch.compile` leaves
+code alone where it is set to ask that. So the first of the kit's modes to begin keeps what it found, and the last one
+to end puts that back.
 """
 
 import threading

@@ -95,7 +95,7 @@ def test_blocks_of_two_tasks_may_end_in_any_order() -> None:
 
 
 def test_blocks_of_two_threads_may_overlap_and_leave_nothing_behind() -> None:
-    """Torch notes for the whole process that a mode is on, and would compile nothing any more."""
+    """Torch notes for the whole process that a mode is on, and may then compile nothing."""
     noted = torch.utils._python_dispatch.is_in_torch_dispatch_mode
     left_alone = torch.utils._python_dispatch.is_in_any_mode_without_ignore_compile_internals
     begun, ends = threading.Event(), threading.Event()
