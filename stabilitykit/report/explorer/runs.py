@@ -190,5 +190,5 @@ def _break(record: Record, run: Recording) -> dict[str, Any] | None:
         "where": f"{where}{channel}".removeprefix(", "),
         "count": broke.count,
         "positions": list(broke.positions) or ([] if broke.position is None else [broke.position]),
-        "operands": [[short(value), site] for value, site in zip(broke.operands, broke.operand_sites, strict=False)],
+        "operands": [[short(value, 9), site] for value, site in zip(broke.operands, broke.operand_sites, strict=False)],
     }
