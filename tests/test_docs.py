@@ -39,7 +39,11 @@ def name_of(path: Path) -> str:
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """The page's fenced blocks: what stands behind the fence, and what is in it."""
-    return re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return blocks_of(page.read_text())
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
 
 
 def prose(page: Path) -> str:

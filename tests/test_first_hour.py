@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import Result
 from own_models import own_gemma, own_llama
-from test_docs import DOCS, is_shown_by, shown, typed
+from test_docs import DOCS, blocks_of, is_shown_by, shown, typed
 
 PAGE = DOCS / "first-hour.md"
 TEXTS = {
@@ -27,10 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in TEXTS.items():
         (made / "texts" / f"{name}.txt").write_text(text)
     return made
-
-
-def blocks_of(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^```([^\n`]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 TASKS = {

@@ -13,7 +13,7 @@ from stabilitykit.records.sweep import Case, CaseKind, Plan, Skipped
 from stabilitykit.sweeps.axes import is_range, is_up_to, longest
 from stabilitykit.sweeps.file import Experiment
 from stabilitykit.sweeps.model import KitModel, SweptModel
-from stabilitykit.sweeps.prompts import repeats, sha256_of, tokens_of
+from stabilitykit.sweeps.prompts import SweptPrompt
 from stabilitykit.sweeps.texts import prompt_names
 
 
@@ -69,20 +69,10 @@ def plan_without_cases(
 
 
 def case_tokens(case: Case, model: SweptModel, folder: Path) -> list[int]:
-    """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `tokens_of` does."""
-    return _longest_run(case.settings, model, folder)[: case.settings["tokens"]]
-
-
-def _longest_run(settings: Mapping[str, Any], model: SweptModel, folder: Path) -> list[int]:
-    """The tokens of a length's longest run: of "up to N" the whole text, if it is shorter."""
-    name, wanted = settings["prompt"], longest(settings["length"])
-    if is_up_to(settings["length"]) and not repeats(name, folder):
-        return _whole(settings, model, folder)[:wanted]
-    return tokens_of(name, folder, model.tokenizer, model.chat, bos=settings["bos"], length=wanted)
-
-
-def _whole(settings: Mapping[str, Any], model: SweptModel, folder: Path) -> list[int]:
-    return tokens_of(settings["prompt"], folder, model.tokenizer, model.chat, bos=settings["bos"], length=None)
+    """The tokens that a case runs: all of a range's longest length. Raises MisuseError as `SweptPrompt` does."""
+    settings = case.settings
+    prompt = SweptPrompt.read(settings["prompt"], folder)
+    return prompt.tokens(model, bos=settings["bos"], length=settings["tokens"])
 
 
 def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[Case | Skipped]:
@@ -92,27 +82,26 @@ def _grids(experiment: Experiment, model: SweptModel, device: str) -> Iterator[C
         if refused is not None:
             experiment.fail(refused, refused.partition(" ")[0], "grid", number)
         try:
-            text_sha256 = sha256_of(settings["prompt"], folder)
+            prompt = SweptPrompt.read(settings["prompt"], folder)
         except MisuseError as error:
             experiment.fail(str(error), "prompt", "grid", number)
         length, bos = settings["length"], settings["bos"]
         wanted = longest(length)
         _check_context(1 if is_up_to(length) else wanted or 1, model.context, experiment, "grid", number)
-        if wanted is not None and not is_up_to(length) and not repeats(settings["prompt"], folder):
-            has = len(_whole(settings, model, folder))
-            if has < wanted:
-                yield Skipped(prompt=settings["prompt"], bos=bos, length=str(length), tokens=has)
-                if not is_range(length):
-                    continue
-                settings["length"] = f"1..{has}"
         try:
-            count = len(_longest_run(settings, model, folder))
+            has = len(prompt.tokens(model, bos=bos, length=wanted if prompt.repeats else None))
         except MisuseError as error:
             experiment.fail(str(error), "prompt" if wanted is None else "length", "grid", number)
+        count = has if wanted is None else min(has, wanted)
+        if wanted is not None and has < wanted and not is_up_to(length):
+            yield Skipped(prompt=prompt.name, bos=bos, length=str(length), tokens=has)
+            if not is_range(length):
+                continue
+            settings["length"] = f"1..{has}"
         if is_up_to(length):
             count = min(count, model.context)
         _check_context(count, model.context, experiment, "grid", number)
-        settings |= {"text_sha256": text_sha256, "tokens": count, "device": device}
+        settings |= {"text_sha256": prompt.sha256, "tokens": count, "device": device}
         if is_range(settings["length"]):
             checks = sorted(n for n in set(experiment.checks) if n <= count)
             yield Case(kind="lengths", settings=settings | {"checks": checks})

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from stabilitykit.errors import MisuseError
 from stabilitykit.run.batch import Asked
@@ -12,40 +12,57 @@ from stabilitykit.run.inputs import CHATS, TENSORS, Text, read_prompt
 from stabilitykit.run.prompts import Prompt, Reads, parse_prompt
 from stabilitykit.run.prompts import tokens as text_tokens
 
-Chat = Callable[[Asked], list[int]]
-"""The tokens of a chat, in the model's own template."""
+
+class Reader(Protocol):
+    """What a prompt asks of the model that reads it."""
+
+    @property
+    def tokenizer(self) -> Reads: ...
+
+    def chat(self, asked: Asked) -> list[int]:
+        """The tokens of a chat, in the model's own template."""
+        ...
 
 
-def sha256_of(name: str, folder: Path) -> str:
-    """Of the text that a prompt is, or of all that is said in a chat. Raises MisuseError as `tokens_of` does."""
-    asked = _asked(name, folder)
-    if isinstance(asked, Prompt):
-        return asked.sha256
-    return hashlib.sha256(json.dumps(asdict(asked), sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class SweptPrompt:
+    """A text, or a chat, by the name that the experiment gives it."""
 
+    name: str
+    asked: Prompt | Asked
 
-def repeats(name: str, folder: Path) -> bool:
-    """Whether the prompt is one token that stands for as many as are asked for. Raises MisuseError as `tokens_of`."""
-    asked = _asked(name, folder)
-    return isinstance(asked, Prompt) and asked.repeats
+    @classmethod
+    def read(cls, name: str, folder: Path) -> "SweptPrompt":
+        """`@FILE.json` is a chat, and `@FILE.jsonl:3` the third line of several.
 
+        Raises MisuseError as `parse_prompt` does, for files of tensors, which no length cuts, and for a file of several
+        without a number.
+        """
+        return cls(name, _asked(name, folder))
 
-def tokens_of(name: str, folder: Path, tokenizer: Reads, chat: Chat, *, bos: bool, length: int | None) -> list[int]:
-    """The first `length` tokens of the prompt; a chat's are those of its template.
+    @property
+    def repeats(self) -> bool:
+        """Whether it is one token that stands for as many as are asked for."""
+        return isinstance(self.asked, Prompt) and self.asked.repeats
 
-    `@FILE.json` is a chat, and `@FILE.jsonl:3` the third line of several. Raises MisuseError as `parse_prompt` and
-    `run.prompts.tokens` do, for files of tensors, which no length cuts, and for a file of several without a number.
-    """
-    asked = _asked(name, folder)
-    if isinstance(asked, Prompt):
-        return text_tokens(asked, tokenizer, bos=bos, length=length)
-    ids = chat(asked)
-    if length is not None and length > len(ids):
-        raise MisuseError(
-            f"A text is cut to a length, never drawn out: {name!r:.60} has {len(ids):,} tokens in the model's "
-            f"template, and {length:,} were asked for. Ask for no more, or leave the length out."
-        )
-    return ids[:length]
+    @property
+    def sha256(self) -> str:
+        """Of the text, or of all that is said in the chat."""
+        if isinstance(self.asked, Prompt):
+            return self.asked.sha256
+        return hashlib.sha256(json.dumps(asdict(self.asked), sort_keys=True).encode()).hexdigest()
+
+    def tokens(self, model: Reader, *, bos: bool, length: int | None) -> list[int]:
+        """The first `length` tokens; a chat's are those of its template. Raises MisuseError as `run.prompts.tokens`."""
+        if isinstance(self.asked, Prompt):
+            return text_tokens(self.asked, model.tokenizer, bos=bos, length=length)
+        ids = model.chat(self.asked)
+        if length is not None and length > len(ids):
+            raise MisuseError(
+                f"A text is cut to a length, never drawn out: {self.name!r:.60} has {len(ids):,} tokens in the model's "
+                f"template, and {length:,} were asked for. Ask for no more, or leave the length out."
+            )
+        return ids[:length]
 
 
 def _asked(name: str, folder: Path) -> Prompt | Asked:

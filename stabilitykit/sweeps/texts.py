@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from stabilitykit.errors import MisuseError
-
-TEXTS = (".txt", ".md")
-"""How the names of files end that are texts: the others in a folder are passed over."""
+from stabilitykit.run.inputs import TEXTS
 
 _MAGIC = "*?["
 

@@ -27,19 +27,13 @@ _OPENED: "WeakKeyDictionary[nn.Module, Subject]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompted:
-    """`tokens` of each row, continued by `new_tokens` as `sampling` says; shorter rows are padded on the left.
-
-    `name` is the checkpoint's, as the user gave it.
-    """
+class _OnCheckpoint:
+    """A run on a checkpoint in `dtype`. `name` is the checkpoint's, as the user gave it."""
 
     name: str
     opened: Source
-    tokens: tuple[tuple[int, ...], ...]
     dtype: str
     device: str = "cpu"
-    new_tokens: int = 1
-    sampling: Sampling = _SAMPLING
     kind: str | None = None  # how 16-bit products are summed
     progress: Progress | None = field(default=None, compare=False)
     grad: bool = False
@@ -59,6 +53,15 @@ class Prompted:
 
     def in_dtype(self, dtype: str) -> str:
         return again("profile", self.name, "--dtype", dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted(_OnCheckpoint):
+    """`tokens` of each row, continued by `new_tokens` as `sampling` says; shorter rows are padded on the left."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    new_tokens: int = 1
+    sampling: Sampling = _SAMPLING
 
     def with_tokens(self, rows: Sequence[Sequence[int]]) -> "Prompted":
         """The same on other tokens."""
@@ -129,35 +132,10 @@ class Prompted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fed:
-    """One forward pass on tensors by the names of the model's arguments, floating ones in its dtype. `name` is the
-    checkpoint's, as the user gave it.
-    """
+class Fed(_OnCheckpoint):
+    """One forward pass on tensors by the names of the model's arguments, floating ones in its dtype."""
 
-    name: str
-    opened: Source
     given: Mapping[str, Tensor]
-    dtype: str
-    device: str = "cpu"
-    kind: str | None = None  # how 16-bit products are summed
-    progress: Progress | None = field(default=None, compare=False)
-    grad: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def source(self) -> str:
-        return self.name
-
-    @property
-    def matmul(self) -> str | None:
-        return self.kind or preferred_matmul(self.dtype, self.device)
-
-    @property
-    def text(self) -> Callable[[int], str]:
-        return self.opened.piece
-
-    def in_dtype(self, dtype: str) -> str:
-        return again("profile", self.name, "--dtype", dtype)
 
     def model(self, dtype: str) -> nn.Module:
         return self.opened.subject_in(dtype, stage(f"preparing weights in {dtype}", self.progress)).module

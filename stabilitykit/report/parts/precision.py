@@ -18,18 +18,18 @@ def least_precise(recording: Recording, reference: str) -> Table | None:
     """
     if recording.first_break() is not None:
         return None
+    compared = [one for one in recording if one.is_stored_in(recording.header.dtype) and sqnr(one) is not None]
     worst: dict[str, Record] = {}
-    for record in recording:
-        if record.is_stored_in(recording.header.dtype) and _sqnr(record) is not None:
-            worst[kind(record)] = min(worst.get(kind(record), record), record, key=_level)
+    for record in sorted(compared, key=sqnr):  # type: ignore[arg-type]  # None is left out
+        worst.setdefault(kind(record), record)
     if not worst:
         return None
     return table(
         "least-precise",
         f"{recording.header.dtype} against {reference}, least precise first",
-        sorted(worst.values(), key=_level)[:_MOST],
+        list(worst.values())[:_MOST],
         [
-            (Column("SQNR", unit="dB", format=decibel), _sqnr),
+            (Column("SQNR", unit="dB", format=decibel), sqnr),
             (Column("largest error", unit="ulp", format=number), _ulp),
             (Column("tensor"), place),
             (Column("site"), lambda row: row.site),
@@ -39,14 +39,10 @@ def least_precise(recording: Recording, reference: str) -> Table | None:
     )
 
 
-def _sqnr(record: Record) -> float | None:
+def sqnr(record: Record) -> float | None:
+    """In dB, as `Deviation` has it; None where nothing was compared."""
     return None if record.deviation is None else record.deviation.sqnr
 
 
 def _ulp(record: Record) -> float | None:
     return None if record.deviation is None else record.deviation.largest_ulp
-
-
-def _level(record: Record) -> float:
-    sqnr = _sqnr(record)
-    return float("inf") if sqnr is None else sqnr

@@ -10,7 +10,7 @@ from stabilitykit.formats import number_format
 from stabilitykit.records import LogitsError, Record, Recording
 from stabilitykit.records.sweep import Results
 from stabilitykit.report.blocks import Block, Cell, Column, Figure, Hover, Prose, Section, Table
-from stabilitykit.report.parts import choose, lines, places
+from stabilitykit.report.parts import choose, lines, places, precision
 from stabilitykit.report.parts.choose import Group
 from stabilitykit.report.parts.lines import RESIDUAL, Panels, Point
 from stabilitykit.report.style import decibel, dtype_style, magnitude_axis, share
@@ -80,22 +80,18 @@ def _sentences(group: Group) -> Iterator[str]:
             yield f"no logits of the {dtype} run could be compared."
 
 
-def _sqnr(record: Record) -> float | None:
-    return None if record.deviation is None else record.deviation.sqnr
-
-
 def _panels(group: Group) -> Panels:
     """By panel and dtype the SQNR by layer."""
     return lines.panels(group.low, _SUBLAYERS, _point)
 
 
 def _point(x: float, record: Record) -> Point | None:
-    sqnr = _sqnr(record)
-    if sqnr is None or record.deviation is None:
+    level = precision.sqnr(record)
+    if level is None or record.deviation is None:
         return None
     ulp = "" if record.deviation.largest_ulp is None else f", largest error {number(record.deviation.largest_ulp)} ulp"
-    value = f"{decibel(sqnr)} dB" if math.isfinite(sqnr) else "no error"
-    return Point(x=x, y=sqnr, text=f"{value} in {place(record)}{ulp}")
+    value = f"{decibel(level)} dB" if math.isfinite(level) else "no error"
+    return Point(x=x, y=level, text=f"{value} in {place(record)}{ulp}")
 
 
 def _once(dtype: str) -> float:
@@ -245,7 +241,7 @@ def _run(group: Group, dtype: str) -> _Run:
     return _Run(
         name=group.name,
         dtype=dtype,
-        sqnr=_sqnr(logits[-1]) if logits else None,
+        sqnr=precision.sqnr(logits[-1]) if logits else None,
         error=_logits(recording),
         first=choose.first_break(recording),
     )
